@@ -1,0 +1,44 @@
+# Two commands matter: `make race` (the main job) and `make test`.
+# Both build .venv first when it is missing or pyproject.toml has changed.
+
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST := $(BIN)/python -m pytest
+RACE ?=
+
+.PHONY: race test test-slow lint format golden clean
+
+race: $(STAMP)
+	@echo "==> race: optimizers train the same language model on this Python's own source text"
+	$(BIN)/python -m ravine race $(RACE)
+
+test: $(STAMP)
+	@echo "==> test: all tests, on 8 virtual CPU devices, 2 processes"
+	$(PYTEST) -n 2 --dist loadgroup -m "not slow"
+
+test-slow: $(STAMP)
+	@echo "==> test-slow: the long sweeps"
+	$(PYTEST) -m slow
+
+lint: $(STAMP)
+	@echo "==> lint: ruff and basedpyright"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(STAMP): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "ravine needs Python 3.11 or newer; none was found (give one: make PYTHON=/path/to/python3.11 ...)"; exit 1; }
+	@echo "==> setup: installing ravine and what it needs into $(VENV) (once, a few minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .cache build *.egg-info

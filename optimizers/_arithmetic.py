@@ -1,0 +1,76 @@
+r"""Arithmetic shared by the element-wise optimizers.
+
+Moments are computed and, by default, stored in at least float32, whatever the parameters are: a
+bfloat16 second moment with :math:`\beta_2 = 0.999` stops moving, because each increment is below
+half a unit in its last place. Coefficients such as :math:`1 - \beta` and :math:`1 - \beta^t` are
+formed in Python's double precision where the decay rate is a Python number; in float32
+:math:`1 - 0.999` is already off by 5e-5.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ._checks import check_real_leaves
+
+
+def wide(x: jax.Array) -> jax.Array:
+    """`x` in at least float32, the dtype in which arithmetic is done."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def wide_zeros_like(params: optax.Params, dtype: Any = None) -> optax.Updates:
+    """Zeros shaped like `params`, in `dtype` or, by default, at least float32."""
+    check_real_leaves(params)
+    return jax.tree.map(
+        lambda p: jnp.zeros_like(p, dtype=dtype or jnp.promote_types(p.dtype, jnp.float32)), params
+    )
+
+
+def cast_like(tree: Any, target: Any) -> Any:
+    """Each leaf of `tree` in the dtype of the matching leaf of `target`."""
+    return jax.tree.map(lambda x, t: x.astype(t.dtype), tree, target)
+
+
+def lerp(new: jax.Array, old: jax.Array, decay: Any) -> jax.Array:
+    r""":math:`\beta\,\mathrm{old} + (1 - \beta)\,\mathrm{new}` in the wider dtype of the two."""
+    dtype = jnp.promote_types(wide(old).dtype, wide(new).dtype)
+    keep, take = (jnp.asarray(c, dtype) for c in (decay, 1 - decay))
+    return keep * old.astype(dtype) + take * new.astype(dtype)
+
+
+def ema(
+    values: Any, moments: Any, decay: Any, power: Callable[[jax.Array], jax.Array] = lambda x: x
+) -> Any:
+    """Exponential moving average of `power(value)`, unrounded: store it with `cast_like`."""
+    return jax.tree.map(lambda v, m: lerp(power(wide(v)), m, decay), values, moments)
+
+
+def increment(count: jax.Array) -> jax.Array:
+    """`count + 1`, staying at the largest int32."""
+    return jnp.asarray(optax.safe_increment(count))
+
+
+def bias_correction(decay: Any, count: jax.Array) -> jax.Array:
+    r""":math:`1 - \beta^t`, accurate for :math:`\beta` near one.
+
+    Written as :math:`-\operatorname{expm1}(t \log\beta)`, which loses no digits to the subtraction.
+    """
+    dtype = jnp.promote_types(jnp.float32, jax.dtypes.canonicalize_dtype(jnp.float64))
+    if isinstance(decay, (int, float)) and decay == 0:
+        return jnp.ones([], dtype)
+
+    log_decay = math.log(decay) if isinstance(decay, (int, float)) else jnp.log(decay.astype(dtype))
+    return -jnp.expm1(count.astype(dtype) * jnp.asarray(log_decay, dtype))
+
+
+def root(x: jax.Array, eps: Any, eps_root: Any) -> jax.Array:
+    r""":math:`\sqrt{x + \epsilon_\mathrm{root}} + \epsilon`, the denominator of every second moment."""
+    inside = (
+        x if isinstance(eps_root, float) and eps_root == 0 else x + jnp.asarray(eps_root, x.dtype)
+    )
+    return jnp.sqrt(inside) + jnp.asarray(eps, x.dtype)

@@ -1,0 +1,56 @@
+"""Refusals at construction and `init`: one sentence that names the culprit and the mend."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def _is_number(value: Any) -> bool:
+    # Traced or array hyperparameters (optax.inject_hyperparams) carry no value to check.
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_decay_rates(**rates: Any) -> None:
+    """Raises unless every exponential decay rate (a beta) lies in [0, 1)."""
+    for name, rate in rates.items():
+        if _is_number(rate) and not 0.0 <= rate < 1.0:
+            raise ValueError(
+                f"{name} must lie in [0, 1), got {rate!r}; common values are 0.9 to 0.999."
+            )
+
+
+def check_non_negative(**values: Any) -> None:
+    """Raises unless every value is finite and at least zero."""
+    for name, value in values.items():
+        if _is_number(value) and not (math.isfinite(value) and value >= 0.0):
+            raise ValueError(f"{name} must be finite and not negative, got {value!r}.")
+
+
+def check_some_eps(eps: Any, eps_root: Any) -> None:
+    """Raises when nothing keeps a root of zero away from a denominator."""
+    check_non_negative(eps=eps, eps_root=eps_root)
+    if _is_number(eps) and _is_number(eps_root) and eps == 0 and eps_root == 0:
+        raise ValueError(
+            "eps and eps_root are both 0, so a parameter whose gradients are all zero would be "
+            "updated by 0/0; give eps > 0."
+        )
+
+
+def check_real_leaves(params: Any) -> None:
+    """Raises `TypeError` when a parameter is not a real floating-point array."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"parameter {jax.tree_util.keystr(path) or '(root)'} has dtype {dtype or type(leaf)}, "
+                "but optimizers take real floating-point arrays; cast it, or leave it out "
+                "with optax.masked or optax.partition."
+            )
+
+
+def check_params_given(params: Any, what: str) -> None:
+    """Raises when `update` was called without the parameters a rule needs."""
+    if params is None:
+        raise ValueError(f"{what} needs the parameters: call tx.update(grads, state, params).")

@@ -1,0 +1,119 @@
+"""AdaGrad: each coordinate divided by the root of the sum of its squared gradients."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ._arithmetic import cast_like, root, wide, wide_zeros_like
+from ._checks import check_non_negative, check_some_eps
+from ._transformation import transformation
+from .decay import Mask, decay_or_identity
+from .learning_rate import scale_by_learning_rate
+
+
+class ScaleByAdagradState(NamedTuple):
+    """State of `scale_by_adagrad`."""
+
+    nu: optax.Updates  # like params, nu_dtype: the sum of squared gradients
+
+
+def scale_by_adagrad(
+    initial_accumulator_value: float = 0.0,
+    eps: float = 1e-10,
+    eps_root: float = 0.0,
+    *,
+    nu_dtype: Any = None,
+) -> optax.GradientTransformation:
+    r"""Divides by the root of the running sum of squares.
+
+    .. math::
+        a_t = a_{t-1} + g_t^2, \qquad u_t = \frac{g_t}{\sqrt{a_t + \epsilon_\mathrm{root}} + \epsilon}
+
+    Defaults are PyTorch's. Optax starts at :math:`a_0 = 0.1` with 1e-7 inside the root:
+    ``scale_by_adagrad(0.1, eps=0.0, eps_root=1e-7)``.
+
+    Args:
+      initial_accumulator_value: :math:`a_0`, not negative.
+      eps: added outside the root.
+      eps_root: added inside the root.
+      nu_dtype: dtype of the accumulator; by default at least float32.
+
+    Raises:
+      ValueError: for negative values, or when both epsilons are zero.
+
+    Source: Duchi et al., 2011, https://jmlr.org/papers/v12/duchi11a.html; ``torch.optim.Adagrad``.
+
+    Example:
+      >>> import jax.numpy as jnp, ravine
+      >>> tx = ravine.scale_by_adagrad()
+      >>> tx.update(jnp.array([3.0, -0.1]), tx.init(jnp.zeros(2)))[0]
+      Array([ 1., -1.], dtype=float32)
+    """
+    check_non_negative(initial_accumulator_value=initial_accumulator_value)
+    check_some_eps(eps, eps_root)
+
+    def init(params: optax.Params) -> ScaleByAdagradState:
+        zeros = wide_zeros_like(params, nu_dtype)
+        return ScaleByAdagradState(
+            jax.tree.map(lambda z: jnp.full_like(z, initial_accumulator_value), zeros)
+        )
+
+    def update(
+        updates: optax.Updates, state: ScaleByAdagradState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, ScaleByAdagradState]:
+        del params
+
+        def add_square(g: jax.Array, a: jax.Array) -> jax.Array:
+            dtype = jnp.promote_types(wide(g).dtype, wide(a).dtype)
+            return a.astype(dtype) + jnp.square(g.astype(dtype))
+
+        nu = jax.tree.map(add_square, updates, state.nu)
+        direction = jax.tree.map(
+            lambda g, a: g.astype(a.dtype) / root(a, eps, eps_root), updates, nu
+        )
+        return cast_like(direction, updates), ScaleByAdagradState(cast_like(nu, state.nu))
+
+    return transformation(init, update)
+
+
+def adagrad(
+    learning_rate: optax.ScalarOrSchedule = 1e-2,
+    initial_accumulator_value: float = 0.0,
+    eps: float = 1e-10,
+    eps_root: float = 0.0,
+    *,
+    nu_dtype: Any = None,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay_mask: Mask | None = None,
+) -> optax.GradientTransformation:
+    r"""AdaGrad with decoupled weight decay.
+
+    .. math:: \theta_t = \theta_{t-1} - \eta_t \, (u_t + \lambda \theta_{t-1})
+
+    Args:
+      learning_rate: a number or a schedule.
+      initial_accumulator_value: :math:`a_0`.
+      eps: added outside the root.
+      eps_root: added inside the root.
+      nu_dtype: dtype of the accumulator; by default at least float32.
+      weight_decay: :math:`\lambda`, decoupled and multiplied by the learning rate.
+      weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
+
+    Raises:
+      ValueError: for hyperparameters out of range.
+
+    Source: as :func:`scale_by_adagrad`.
+
+    Example:
+      >>> import jax.numpy as jnp, ravine
+      >>> tx = ravine.adagrad(0.1)
+      >>> tx.update(jnp.array([3.0]), tx.init(jnp.zeros(1)))[0]
+      Array([-0.1], dtype=float32)
+    """
+    return optax.chain(
+        scale_by_adagrad(initial_accumulator_value, eps, eps_root, nu_dtype=nu_dtype),
+        decay_or_identity(weight_decay, weight_decay_mask),
+        scale_by_learning_rate(learning_rate),
+    )

@@ -1,0 +1,205 @@
+"""Adam and AdamW: a momentum divided by a root mean square, both corrected for their start."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ._arithmetic import (
+    bias_correction,
+    cast_like,
+    ema,
+    increment,
+    lerp,
+    root,
+    wide,
+    wide_zeros_like,
+)
+from ._checks import check_decay_rates, check_some_eps
+from ._transformation import transformation
+from .decay import Mask, decay_or_identity
+from .learning_rate import scale_by_learning_rate
+
+
+class ScaleByAdamState(NamedTuple):
+    """State of `scale_by_adam`."""
+
+    count: jax.Array  # int32 scalar, updates made so far
+    mu: optax.Updates  # like params, mu_dtype: mean of gradients
+    nu: optax.Updates  # like params, nu_dtype: mean of squared gradients
+
+
+def scale_by_adam(
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    eps_root: float = 0.0,
+    *,
+    nesterov: bool = False,
+    mu_dtype: Any = None,
+    nu_dtype: Any = None,
+) -> optax.GradientTransformation:
+    r"""Momentum over root mean square, each divided by the weight its average has gathered.
+
+    .. math::
+        m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad
+        v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2 \\
+        u_t &= \frac{m_t / (1 - \beta_1^t)}
+            {\sqrt{v_t / (1 - \beta_2^t) + \epsilon_\mathrm{root}} + \epsilon}
+
+    With Nesterov the numerator is :math:`\beta_1 m_t / (1 - \beta_1^{t+1}) +
+    (1 - \beta_1) g_t / (1 - \beta_1^t)` (NAdam without its momentum schedule).
+
+    Args:
+      b1: :math:`\beta_1` in [0, 1).
+      b2: :math:`\beta_2` in [0, 1).
+      eps: added outside the root.
+      eps_root: added inside the root; give it when differentiating through the optimizer.
+      nesterov: look-ahead momentum.
+      mu_dtype: dtype of the first moment; by default at least float32.
+      nu_dtype: dtype of the second moment; by default at least float32. In bfloat16 it stops
+        moving once its increments fall below half a unit in the last place.
+
+    Raises:
+      ValueError: for values out of range, or when both epsilons are zero.
+
+    Source: Kingma and Ba, 2015, https://arxiv.org/abs/1412.6980; ``torch.optim.Adam``; Nesterov:
+    Dozat, 2016, https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ.
+
+    Example:
+      >>> import jax.numpy as jnp, ravine
+      >>> tx = ravine.scale_by_adam()
+      >>> tx.update(jnp.array([3.0, -0.01]), tx.init(jnp.zeros(2)))[0].round(4)
+      Array([ 1., -1.], dtype=float32)
+    """
+    check_decay_rates(b1=b1, b2=b2)
+    check_some_eps(eps, eps_root)
+
+    def init(params: optax.Params) -> ScaleByAdamState:
+        return ScaleByAdamState(
+            count=jnp.zeros([], jnp.int32),
+            mu=wide_zeros_like(params, mu_dtype),
+            nu=wide_zeros_like(params, nu_dtype),
+        )
+
+    def update(
+        updates: optax.Updates, state: ScaleByAdamState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, ScaleByAdamState]:
+        del params
+        count = increment(state.count)
+        mu = ema(updates, state.mu, b1)
+        nu = ema(updates, state.nu, b2, jnp.square)
+        weight1, weight2 = bias_correction(b1, count), bias_correction(b2, count)
+        ahead = bias_correction(b1, increment(count))
+
+        def direction(g: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
+            if nesterov:
+                m = lerp(wide(g) / weight1.astype(wide(g).dtype), m / ahead.astype(m.dtype), b1)
+            else:
+                m = m / weight1.astype(m.dtype)
+            below = root(v / weight2.astype(v.dtype), eps, eps_root)
+            return (m / below.astype(m.dtype)).astype(g.dtype)
+
+        state = ScaleByAdamState(count, cast_like(mu, state.mu), cast_like(nu, state.nu))
+        return jax.tree.map(direction, updates, mu, nu), state
+
+    return transformation(init, update)
+
+
+def adam(
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    eps_root: float = 0.0,
+    *,
+    nesterov: bool = False,
+    mu_dtype: Any = None,
+    nu_dtype: Any = None,
+) -> optax.GradientTransformation:
+    r"""Adam: :math:`\theta_t = \theta_{t-1} - \eta_t u_t`, :math:`u_t` as :func:`scale_by_adam`.
+
+    Args:
+      learning_rate: a number or a schedule.
+      b1: :math:`\beta_1` in [0, 1).
+      b2: :math:`\beta_2` in [0, 1).
+      eps: added outside the root.
+      eps_root: added inside the root.
+      nesterov: look-ahead momentum.
+      mu_dtype: dtype of the first moment; by default at least float32.
+      nu_dtype: dtype of the second moment; by default at least float32.
+
+    Raises:
+      ValueError: for hyperparameters out of range.
+
+    Source: as :func:`scale_by_adam`.
+
+    Example:
+      >>> import jax.numpy as jnp, ravine
+      >>> tx = ravine.adam(0.1)
+      >>> tx.update(jnp.array([3.0]), tx.init(jnp.zeros(1)))[0]
+      Array([-0.1], dtype=float32)
+    """
+    return adamw(
+        learning_rate,
+        b1,
+        b2,
+        eps,
+        eps_root,
+        nesterov=nesterov,
+        mu_dtype=mu_dtype,
+        nu_dtype=nu_dtype,
+        weight_decay=0.0,
+    )
+
+
+def adamw(
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    eps_root: float = 0.0,
+    *,
+    nesterov: bool = False,
+    mu_dtype: Any = None,
+    nu_dtype: Any = None,
+    weight_decay: optax.ScalarOrSchedule = 1e-2,
+    weight_decay_mask: Mask | None = None,
+) -> optax.GradientTransformation:
+    r"""Adam with decoupled weight decay.
+
+    .. math:: \theta_t = \theta_{t-1} - \eta_t \, (u_t + \lambda \theta_{t-1})
+
+    Args:
+      learning_rate: a number or a schedule.
+      b1: :math:`\beta_1` in [0, 1).
+      b2: :math:`\beta_2` in [0, 1); language models commonly take 0.95.
+      eps: added outside the root.
+      eps_root: added inside the root.
+      nesterov: look-ahead momentum.
+      mu_dtype: dtype of the first moment; by default at least float32.
+      nu_dtype: dtype of the second moment; by default at least float32.
+      weight_decay: :math:`\lambda`, multiplied by the learning rate. PyTorch's default, 1e-2;
+        Optax has 1e-4, language models commonly take 0.1.
+      weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
+
+    Raises:
+      ValueError: for hyperparameters out of range.
+
+    Source: Loshchilov and Hutter, 2019, https://arxiv.org/abs/1711.05101; ``torch.optim.AdamW``.
+
+    Example:
+      >>> import jax.numpy as jnp, ravine
+      >>> tx = ravine.adamw(0.1, weight_decay=0.1)
+      >>> params = jnp.array([2.0])
+      >>> tx.update(jnp.array([3.0]), tx.init(params), params)[0]
+      Array([-0.12], dtype=float32)
+    """
+    return optax.chain(
+        scale_by_adam(
+            b1, b2, eps, eps_root, nesterov=nesterov, mu_dtype=mu_dtype, nu_dtype=nu_dtype
+        ),
+        decay_or_identity(weight_decay, weight_decay_mask),
+        scale_by_learning_rate(learning_rate),
+    )

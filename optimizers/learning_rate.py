@@ -1,0 +1,59 @@
+"""The last link of every chain: multiply by minus the learning rate."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ._arithmetic import increment, wide
+from ._checks import check_non_negative, check_real_leaves
+from ._transformation import transformation
+
+
+class ScaleByLearningRateState(NamedTuple):
+    """State of `scale_by_learning_rate`."""
+
+    count: jax.Array  # int32 scalar, updates made so far
+
+
+def evaluate(value: Any, count: jax.Array) -> Any:
+    """A scalar or a schedule, at `count`."""
+    return value(count) if callable(value) else value
+
+
+def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    r"""Multiplies updates by :math:`-\eta_t`, in float32 even where the updates are bfloat16.
+
+    ``optax.scale_by_learning_rate`` rounds the rate itself to the updates' dtype first, which for
+    bfloat16 changes it by up to 0.4 %.
+
+    Args:
+      learning_rate: a non-negative number, or a schedule called with the number of updates made.
+
+    Raises:
+      ValueError: if the learning rate is a negative or non-finite number.
+
+    Example:
+      >>> import jax.numpy as jnp, ravine
+      >>> tx = ravine.scale_by_learning_rate(0.5)
+      >>> tx.update(jnp.array([2.0]), tx.init(jnp.zeros(1)))[0]
+      Array([-1.], dtype=float32)
+    """
+    check_non_negative(learning_rate=learning_rate)
+
+    def init(params: optax.Params) -> ScaleByLearningRateState:
+        check_real_leaves(params)
+        return ScaleByLearningRateState(count=jnp.zeros([], jnp.int32))
+
+    def update(
+        updates: optax.Updates, state: ScaleByLearningRateState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, ScaleByLearningRateState]:
+        del params
+        rate = evaluate(learning_rate, state.count)
+        scaled = jax.tree.map(
+            lambda u: (wide(u) * -jnp.asarray(rate, wide(u).dtype)).astype(u.dtype), updates
+        )
+        return scaled, ScaleByLearningRateState(increment(state.count))
+
+    return transformation(init, update)

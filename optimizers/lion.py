@@ -1,0 +1,105 @@
+"""Lion: the sign of an interpolated momentum."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ._arithmetic import cast_like, ema, wide_zeros_like
+from ._checks import check_decay_rates
+from ._transformation import transformation
+from .decay import Mask, decay_or_identity
+from .learning_rate import scale_by_learning_rate
+
+
+class ScaleByLionState(NamedTuple):
+    """State of `scale_by_lion`."""
+
+    mu: optax.Updates  # like params, mu_dtype: mean of gradients
+
+
+def scale_by_lion(
+    b1: float = 0.9, b2: float = 0.99, *, mu_dtype: Any = None
+) -> optax.GradientTransformation:
+    r"""Sign of an interpolated momentum.
+
+    .. math::
+        u_t = \operatorname{sign}(\beta_1 m_{t-1} + (1 - \beta_1) g_t), \qquad
+        m_t = \beta_2 m_{t-1} + (1 - \beta_2) g_t
+
+    The direction uses the old momentum. A coordinate whose gradients were all zero stays put.
+
+    Args:
+      b1: :math:`\beta_1` in [0, 1), for the direction.
+      b2: :math:`\beta_2` in [0, 1), for the momentum.
+      mu_dtype: dtype of the momentum; by default at least float32.
+
+    Raises:
+      ValueError: for decay rates outside [0, 1).
+
+    Source: Chen et al., 2023, https://arxiv.org/abs/2302.06675; google/automl, ``lion_optax.py``.
+
+    Example:
+      >>> import jax.numpy as jnp, ravine
+      >>> tx = ravine.scale_by_lion()
+      >>> tx.update(jnp.array([3.0, -0.1, 0.0]), tx.init(jnp.zeros(3)))[0]
+      Array([ 1., -1.,  0.], dtype=float32)
+    """
+    check_decay_rates(b1=b1, b2=b2)
+
+    def init(params: optax.Params) -> ScaleByLionState:
+        return ScaleByLionState(mu=wide_zeros_like(params, mu_dtype))
+
+    def update(
+        updates: optax.Updates, state: ScaleByLionState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, ScaleByLionState]:
+        del params
+        direction = jax.tree.map(jnp.sign, ema(updates, state.mu, b1))
+        mu = ema(updates, state.mu, b2)
+        return cast_like(direction, updates), ScaleByLionState(cast_like(mu, state.mu))
+
+    return transformation(init, update)
+
+
+def lion(
+    learning_rate: optax.ScalarOrSchedule = 1e-4,
+    b1: float = 0.9,
+    b2: float = 0.99,
+    *,
+    mu_dtype: Any = None,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay_mask: Mask | None = None,
+) -> optax.GradientTransformation:
+    r"""Lion with decoupled weight decay.
+
+    .. math:: \theta_t = \theta_{t-1} - \eta_t \, (u_t + \lambda \theta_{t-1})
+
+    Every coordinate moves by the full learning rate, so it is 3 to 10 times smaller than Adam's,
+    and the decay that much larger.
+
+    Args:
+      learning_rate: a number or a schedule.
+      b1: :math:`\beta_1` in [0, 1), for the direction.
+      b2: :math:`\beta_2` in [0, 1), for the momentum.
+      mu_dtype: dtype of the momentum; by default at least float32.
+      weight_decay: :math:`\lambda`, multiplied by the learning rate. The official default, 0;
+        Optax has 1e-3.
+      weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
+
+    Raises:
+      ValueError: for hyperparameters out of range.
+
+    Source: as :func:`scale_by_lion`.
+
+    Example:
+      >>> import jax.numpy as jnp, ravine
+      >>> tx = ravine.lion(0.1)
+      >>> tx.update(jnp.array([3.0]), tx.init(jnp.zeros(1)))[0]
+      Array([-0.1], dtype=float32)
+    """
+    return optax.chain(
+        scale_by_lion(b1, b2, mu_dtype=mu_dtype),
+        decay_or_identity(weight_decay, weight_decay_mask),
+        scale_by_learning_rate(learning_rate),
+    )

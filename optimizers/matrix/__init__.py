@@ -1,0 +1,1 @@
+"""What treats a parameter as a batch of matrices."""

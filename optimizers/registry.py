@@ -1,0 +1,110 @@
+"""Optimizers by name: one table that the command line, the tests and the notebooks share."""
+
+import dataclasses
+import difflib
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optax
+
+_BUILDERS: dict[str, Callable[..., optax.GradientTransformation]] = {}
+
+
+def register(name: str, builder: Callable[..., optax.GradientTransformation]) -> None:
+    """Adds `builder`, whose first argument is the learning rate, under `name`.
+
+    Args:
+      name: lower-case name, as the command line takes it.
+      builder: a function like :func:`ravine.adamw`.
+
+    Raises:
+      ValueError: if the name is taken, or the builder's first argument is not ``learning_rate``.
+
+    Example:
+      >>> import ravine
+      >>> ravine.register("adamw", ravine.adamw)
+      Traceback (most recent call last):
+      ...
+      ValueError: an optimizer named 'adamw' is registered already; choose another name.
+    """
+    if name in _BUILDERS:
+        raise ValueError(f"an optimizer named {name!r} is registered already; choose another name.")
+    first = next(iter(inspect.signature(builder).parameters), None)
+    if first != "learning_rate":
+        raise ValueError(
+            f"the first argument of the builder of {name!r} must be learning_rate, got {first!r}."
+        )
+    _BUILDERS[name] = builder
+
+
+def names() -> tuple[str, ...]:
+    """The registered names, in the order of registration.
+
+    Example:
+      >>> import ravine
+      >>> "adamw" in ravine.names()
+      True
+    """
+    return tuple(_BUILDERS)
+
+
+def near(name: str, known: Any) -> str:
+    """``did you mean ...`` for a name that is not known, else the list of those that are."""
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}."
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """A registered optimizer and the hyperparameters that differ from its defaults.
+
+    Attributes:
+      name: a registered name.
+      hyperparameters: keyword arguments of the builder, the learning rate excepted, as a mapping;
+        kept as sorted pairs, so that the configuration is hashable.
+
+    Raises:
+      ValueError: for a name or a hyperparameter that does not exist.
+
+    Example:
+      >>> import ravine
+      >>> config = ravine.OptimizerConfig("adamw", {"b2": 0.95})
+      >>> ravine.OptimizerConfig.from_json(config.to_json()) == config
+      True
+      >>> tx = config.build(learning_rate=3e-4)
+    """
+
+    name: str
+    hyperparameters: Any = ()
+
+    def __post_init__(self) -> None:
+        if self.name not in _BUILDERS:
+            raise ValueError(f"unknown optimizer {self.name!r}; {near(self.name, _BUILDERS)}")
+        pairs = dict(self.hyperparameters)
+        known = list(inspect.signature(_BUILDERS[self.name]).parameters)[1:]
+        for key in pairs:
+            if key not in known:
+                raise ValueError(f"{self.name} has no hyperparameter {key!r}; {near(key, known)}")
+        object.__setattr__(self, "hyperparameters", tuple(sorted(pairs.items())))
+
+    def accepts(self, hyperparameter: str) -> bool:
+        """Whether the builder has an argument of that name."""
+        return hyperparameter in inspect.signature(_BUILDERS[self.name]).parameters
+
+    def build(
+        self, learning_rate: optax.ScalarOrSchedule, **overrides: Any
+    ) -> optax.GradientTransformation:
+        """The optimizer; `overrides` go past the configuration (masks, which JSON cannot hold)."""
+        return _BUILDERS[self.name](learning_rate, **{**dict(self.hyperparameters), **overrides})
+
+    def to_json(self) -> str:
+        """A JSON object with `name` and `hyperparameters`."""
+        return json.dumps({"name": self.name, "hyperparameters": dict(self.hyperparameters)})
+
+    @classmethod
+    def from_json(cls, text: str) -> "OptimizerConfig":
+        """The inverse of `to_json`."""
+        loaded: Mapping[str, Any] = json.loads(text)
+        return cls(**loaded)

@@ -1,0 +1,142 @@
+"""RMSProp: each coordinate divided by a running root mean square of its gradients."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ._arithmetic import cast_like, ema, root, wide_zeros_like
+from ._checks import check_decay_rates, check_some_eps
+from ._transformation import transformation
+from .decay import Mask, decay_or_identity
+from .learning_rate import scale_by_learning_rate
+from .sgd import scale_by_momentum
+
+
+class ScaleByRmspropState(NamedTuple):
+    """State of `scale_by_rmsprop`."""
+
+    nu: optax.Updates  # like params, nu_dtype: mean of squared gradients
+    mu: optax.Updates | None  # like params, nu_dtype: mean of gradients when centered
+
+
+def scale_by_rmsprop(
+    b2: float = 0.99,
+    eps: float = 1e-8,
+    eps_root: float = 0.0,
+    *,
+    centered: bool = False,
+    nu_dtype: Any = None,
+) -> optax.GradientTransformation:
+    r"""Divides by the running root mean square.
+
+    .. math::
+        v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2, \qquad
+        u_t = \frac{g_t}{\sqrt{v_t - c_t^2 + \epsilon_\mathrm{root}} + \epsilon}
+
+    where :math:`c_t = \beta_2 c_{t-1} + (1 - \beta_2) g_t` when centered and 0 otherwise. Defaults
+    are PyTorch's. Optax has 0.9 and 1e-8 inside the root:
+    ``scale_by_rmsprop(0.9, eps=0.0, eps_root=1e-8)``.
+
+    Args:
+      b2: :math:`\beta_2` in [0, 1).
+      eps: added outside the root.
+      eps_root: added inside the root.
+      centered: subtract the squared mean, which estimates the variance. Rounding that would make
+        the difference negative is clipped to zero.
+      nu_dtype: dtype of the moments; by default at least float32.
+
+    Raises:
+      ValueError: for values out of range, or when both epsilons are zero.
+
+    Source: Hinton, lecture 6e, 2012; Graves, 2013, https://arxiv.org/abs/1308.0850 (centered);
+    ``torch.optim.RMSprop``.
+
+    Example:
+      >>> import jax.numpy as jnp, ravine
+      >>> tx = ravine.scale_by_rmsprop(0.75)
+      >>> tx.update(jnp.array([3.0]), tx.init(jnp.zeros(1)))[0]
+      Array([2.], dtype=float32)
+    """
+    check_decay_rates(b2=b2)
+    check_some_eps(eps, eps_root)
+
+    def init(params: optax.Params) -> ScaleByRmspropState:
+        return ScaleByRmspropState(
+            nu=wide_zeros_like(params, nu_dtype),
+            mu=wide_zeros_like(params, nu_dtype) if centered else None,
+        )
+
+    def update(
+        updates: optax.Updates, state: ScaleByRmspropState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, ScaleByRmspropState]:
+        del params
+        nu = ema(updates, state.nu, b2, jnp.square)
+        spread, mu = nu, None
+        if centered:
+            mean = ema(updates, state.mu, b2)
+            spread = jax.tree.map(lambda v, c: jnp.maximum(v - jnp.square(c), 0), nu, mean)
+            mu = cast_like(mean, state.mu)
+        direction = jax.tree.map(
+            lambda g, v: g.astype(v.dtype) / root(v, eps, eps_root), updates, spread
+        )
+        return cast_like(direction, updates), ScaleByRmspropState(cast_like(nu, state.nu), mu)
+
+    return transformation(init, update)
+
+
+def rmsprop(
+    learning_rate: optax.ScalarOrSchedule = 1e-2,
+    b2: float = 0.99,
+    eps: float = 1e-8,
+    eps_root: float = 0.0,
+    *,
+    centered: bool = False,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    mu_dtype: Any = None,
+    nu_dtype: Any = None,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay_mask: Mask | None = None,
+) -> optax.GradientTransformation:
+    r"""RMSProp, with momentum on the scaled gradient and decoupled weight decay.
+
+    .. math:: \theta_t = \theta_{t-1} - \eta_t \, (m_t + \lambda \theta_{t-1}), \qquad
+        m_t = \mu m_{t-1} + u_t
+
+    Args:
+      learning_rate: a number or a schedule.
+      b2: :math:`\beta_2` in [0, 1); PyTorch calls it ``alpha``, Optax ``decay``.
+      eps: added outside the root.
+      eps_root: added inside the root.
+      centered: divide by the standard deviation instead of the root mean square.
+      momentum: :math:`\mu` in [0, 1); 0 keeps no velocity.
+      nesterov: look-ahead momentum.
+      mu_dtype: dtype of the velocity; by default at least float32.
+      nu_dtype: dtype of the moments; by default at least float32.
+      weight_decay: :math:`\lambda`, decoupled and multiplied by the learning rate.
+      weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
+
+    Raises:
+      ValueError: for hyperparameters out of range, or Nesterov without momentum.
+
+    Source: as :func:`scale_by_rmsprop`.
+
+    Example:
+      >>> import jax.numpy as jnp, ravine
+      >>> tx = ravine.rmsprop(0.1, b2=0.75)
+      >>> tx.update(jnp.array([3.0]), tx.init(jnp.zeros(1)))[0]
+      Array([-0.2], dtype=float32)
+    """
+    has_momentum = not (isinstance(momentum, (int, float)) and momentum == 0)
+    if nesterov and not has_momentum:
+        raise ValueError("nesterov acts on the momentum; give momentum > 0.")
+    return optax.chain(
+        scale_by_rmsprop(b2, eps, eps_root, centered=centered, nu_dtype=nu_dtype),
+        scale_by_momentum(momentum, nesterov=nesterov, mu_dtype=mu_dtype)
+        if has_momentum
+        else optax.identity(),
+        decay_or_identity(weight_decay, weight_decay_mask),
+        scale_by_learning_rate(learning_rate),
+    )

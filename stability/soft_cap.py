@@ -1,0 +1,31 @@
+"""Soft-capping: logits squeezed smoothly into an interval."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+
+def soft_cap(logits: jax.Array, cap: float | None) -> jax.Array:
+    r""":math:`c \tanh(z / c)`, the identity near zero and never beyond :math:`\pm c`.
+
+    Args:
+      logits: any shape.
+      cap: :math:`c > 0`; ``None`` leaves the logits alone. Gemma 2 takes 30 for final logits and 50
+        for attention logits.
+
+    Raises:
+      ValueError: if the cap is not positive and finite.
+
+    Source: Gemma 2, 2024, https://arxiv.org/abs/2408.00118.
+
+    Example:
+      >>> import jax.numpy as jnp, ravine
+      >>> ravine.stability.soft_cap(jnp.array([0.0, 1e4]), 30.0)
+      Array([ 0., 30.], dtype=float32)
+    """
+    if cap is None:
+        return logits
+    if not (math.isfinite(cap) and cap > 0):
+        raise ValueError(f"cap must be positive and finite, got {cap!r}; None means no cap.")
+    return (cap * jnp.tanh(logits / cap)).astype(logits.dtype)

@@ -1,0 +1,31 @@
+"""Strict JAX for every test: 8 CPU devices, no silent promotion of dtypes or ranks."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# One cache for all processes and later runs: most of the time of small tests is compilation.
+_CACHE = Path(__file__).parents[1] / ".cache" / "jax"
+jax.config.update("jax_compilation_cache_dir", str(_CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture
+def getkey():
+    """A function that returns a fresh random key at each call, the same sequence in every run."""
+    key = jax.random.key(0)
+
+    def next_key():
+        nonlocal key
+        key, subkey = jax.random.split(key)
+        return subkey
+
+    return next_key

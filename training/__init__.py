@@ -1,0 +1,1 @@
+"""The Flax trainer: model, data, loop, race and report."""
