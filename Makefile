@@ -7,6 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
+# More flags for the race: make race RACE="--steps 20"
 RACE ?=
 
 .PHONY: race test test-slow lint format golden clean

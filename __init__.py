@@ -6,8 +6,8 @@ Every optimizer is a pure ``optax.GradientTransformation``. The trainer lives in
 
 from . import optimizers, schedules, stability
 from .optimizers import *  # noqa: F403
-from .optimizers import __all__ as _optimizer_names
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["__version__", "optimizers", "schedules", "stability", *_optimizer_names]
+__all__ = ["__version__", "optimizers", "schedules", "stability"]
+__all__ += optimizers.__all__

@@ -18,17 +18,24 @@ import optax
 from ._checks import check_real_leaves
 
 
+def wide_dtype(*dtypes: Any) -> Any:
+    """The widest of `dtypes` and float32, the dtype in which arithmetic is done.
+
+    `jnp.promote_types` would say the same, but it raises under strict dtype promotion.
+    """
+    is_double = any(jnp.dtype(dtype) == jnp.float64 for dtype in dtypes)
+    return jnp.dtype(jnp.float64 if is_double else jnp.float32)
+
+
 def wide(x: jax.Array) -> jax.Array:
-    """`x` in at least float32, the dtype in which arithmetic is done."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    """`x` in at least float32."""
+    return x.astype(wide_dtype(x.dtype))
 
 
 def wide_zeros_like(params: optax.Params, dtype: Any = None) -> optax.Updates:
     """Zeros shaped like `params`, in `dtype` or, by default, at least float32."""
     check_real_leaves(params)
-    return jax.tree.map(
-        lambda p: jnp.zeros_like(p, dtype=dtype or jnp.promote_types(p.dtype, jnp.float32)), params
-    )
+    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype or wide_dtype(p.dtype)), params)
 
 
 def cast_like(tree: Any, target: Any) -> Any:
@@ -38,7 +45,7 @@ def cast_like(tree: Any, target: Any) -> Any:
 
 def lerp(new: jax.Array, old: jax.Array, decay: Any) -> jax.Array:
     r""":math:`\beta\,\mathrm{old} + (1 - \beta)\,\mathrm{new}` in the wider dtype of the two."""
-    dtype = jnp.promote_types(wide(old).dtype, wide(new).dtype)
+    dtype = wide_dtype(old.dtype, new.dtype)
     keep, take = (jnp.asarray(c, dtype) for c in (decay, 1 - decay))
     return keep * old.astype(dtype) + take * new.astype(dtype)
 
@@ -60,7 +67,7 @@ def bias_correction(decay: Any, count: jax.Array) -> jax.Array:
 
     Written as :math:`-\operatorname{expm1}(t \log\beta)`, which loses no digits to the subtraction.
     """
-    dtype = jnp.promote_types(jnp.float32, jax.dtypes.canonicalize_dtype(jnp.float64))
+    dtype = jax.dtypes.canonicalize_dtype(jnp.float64)
     if isinstance(decay, (int, float)) and decay == 0:
         return jnp.ones([], dtype)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._arithmetic import cast_like, root, wide, wide_zeros_like
+from ._arithmetic import cast_like, root, wide_dtype, wide_zeros_like
 from ._checks import check_non_negative, check_some_eps
 from ._transformation import transformation
 from .decay import Mask, decay_or_identity
@@ -66,7 +66,7 @@ def scale_by_adagrad(
         del params
 
         def add_square(g: jax.Array, a: jax.Array) -> jax.Array:
-            dtype = jnp.promote_types(wide(g).dtype, wide(a).dtype)
+            dtype = wide_dtype(g.dtype, a.dtype)
             return a.astype(dtype) + jnp.square(g.astype(dtype))
 
         nu = jax.tree.map(add_square, updates, state.nu)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._arithmetic import increment, wide
+from ._arithmetic import increment, wide_dtype
 from ._checks import check_non_negative, check_params_given
 from ._transformation import transformation
 from .learning_rate import evaluate
@@ -62,7 +62,7 @@ def add_decayed_weights(
         rate = evaluate(weight_decay, state.count)
 
         def decayed(u: jax.Array, p: jax.Array) -> jax.Array:
-            dtype = jnp.promote_types(wide(u).dtype, p.dtype)
+            dtype = wide_dtype(u.dtype, p.dtype)
             return (u.astype(dtype) + jnp.asarray(rate, dtype) * p.astype(dtype)).astype(u.dtype)
 
         state = AddDecayedWeightsState(increment(state.count))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._arithmetic import cast_like, increment, wide, wide_zeros_like
+from ._arithmetic import cast_like, increment, wide_dtype, wide_zeros_like
 from ._checks import check_decay_rates
 from ._transformation import transformation
 from .decay import Mask, decay_or_identity
@@ -70,7 +70,7 @@ def scale_by_momentum(
         del params
 
         def accumulate(g: jax.Array, m: jax.Array) -> jax.Array:
-            dtype = jnp.promote_types(wide(g).dtype, wide(m).dtype)
+            dtype = wide_dtype(g.dtype, m.dtype)
             kept, g = jnp.asarray(momentum, dtype) * m.astype(dtype), g.astype(dtype)
             if isinstance(dampening, (int, float)) and dampening == 0:
                 return kept + g

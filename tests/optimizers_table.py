@@ -1,0 +1,69 @@
+"""Every optimizer, one row each: what the common tests need to know about it."""
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import ravine
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A registered optimizer with some hyperparameters."""
+
+    name: str
+    # Decayed linearly to zero over `steps`, it solves the small problems.
+    learning_rate: float
+    hyperparameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    steps: int = 300
+    # Takes leaves of two axes or more only: the tests leave out vectors and scalars.
+    needs_matrices: bool = False
+    # Relative to each leaf's largest value; 0 asks for the same bits on a mesh as on one device.
+    sharded_tolerance: float = 0.0
+    # Hyperparameters that optax.inject_hyperparams must not turn into arrays.
+    static_args: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        return "-".join([self.name, *self.hyperparameters])
+
+    @property
+    def builder(self):
+        return getattr(ravine, self.name)
+
+    def accepts(self, argument: str) -> bool:
+        return argument in inspect.signature(self.builder).parameters
+
+    def build(self, learning_rate: Any = None, **overrides: Any) -> optax.GradientTransformation:
+        rate = self.learning_rate if learning_rate is None else learning_rate
+        return self.builder(rate, **{**self.hyperparameters, **overrides})
+
+    def without_decay(self, learning_rate: Any = None) -> optax.GradientTransformation:
+        no_decay = {"weight_decay": 0.0} if self.accepts("weight_decay") else {}
+        return self.build(learning_rate, **no_decay)
+
+    def tree(self, seed: int = 0, dtype: Any = jnp.float32) -> dict[str, jax.Array]:
+        """Parameters, or gradients with another seed."""
+        shapes = {"first": (4, 8), "second": (8, 4)}
+        if not self.needs_matrices:
+            shapes |= {"vector": (8,), "scalar": ()}
+        rng = np.random.default_rng(seed)
+        return {k: jnp.asarray(rng.normal(size=shape), dtype) for k, shape in shapes.items()}
+
+
+TABLE = (
+    Row("sgd", 0.1),
+    Row("sgd", 0.05, {"momentum": 0.9, "nesterov": True}),
+    Row("sgd", 0.05, {"momentum": 0.9, "dampening": 0.3, "weight_decay": 1e-3}),
+    Row("adagrad", 1.0),
+    Row("rmsprop", 0.1),
+    Row("rmsprop", 0.02, {"centered": True, "momentum": 0.9}),
+    Row("adam", 0.2, {"nesterov": True}),
+    Row("adamw", 0.2),
+    Row("lion", 0.1, {"weight_decay": 1e-3}),
+)

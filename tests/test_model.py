@@ -1,0 +1,144 @@
+"""The transformer: shapes, causality, options, and the two ways of training it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import ravine
+from flax import nnx
+from ravine.optimizers.roles import RAVINE_RULES, assign_roles, mask_by_role
+from ravine.stability import next_token_loss
+from ravine.training.model import ModelConfig, Transformer, rotate
+from ravine.training.step import init_params, init_state, make_train_step, nnx_train_step
+
+SMALL = ModelConfig(vocabulary=32, context=8, width=16, layers=2, heads=2)
+OPTIONS = {
+    "plain": {},
+    "gelu": {"activation": "gelu"},
+    "grouped": {"heads": 4, "kv_heads": 2},
+    "qk_norm": {"qk_norm": True},
+    "caps": {"attention_soft_cap": 5.0, "final_soft_cap": 3.0},
+    "bfloat16": {"dtype": "bfloat16"},
+    "unrolled": {"unroll": 2},
+}
+
+
+def build(**options) -> Transformer:
+    fields = {"vocabulary": 32, "context": 8, "width": 16, "layers": 2, "heads": 2, **options}
+    return Transformer(ModelConfig(**fields), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_logits_are_float32_and_see_no_later_token(options, getkey):
+    model = build(**options)
+    tokens = jax.random.randint(getkey(), (2, 8), 0, 32)
+    logits = model(tokens)
+    assert logits.shape == (2, 8, 32)
+    assert logits.dtype == jnp.float32
+    later = model(tokens.at[:, 5].set((tokens[:, 5] + 1) % 32))
+    np.testing.assert_array_equal(logits[:, :5], later[:, :5])
+    assert not np.allclose(logits[:, 5:], later[:, 5:])
+
+
+def test_caps_bound_the_logits(getkey):
+    model = build(final_soft_cap=0.5)
+    logits = model(jax.random.randint(getkey(), (2, 8), 0, 32))
+    assert float(jnp.max(jnp.abs(logits))) <= 0.5
+
+
+def test_qk_norm_makes_logits_blind_to_the_scale_of_queries(getkey):
+    model = build(qk_norm=True)
+    tokens = jax.random.randint(getkey(), (2, 8), 0, 32)
+    before = model(tokens)
+    kernel = model.layers.attention.query.kernel
+    kernel[...] = 100.0 * kernel[...]
+    np.testing.assert_allclose(before, model(tokens), rtol=2e-4, atol=2e-4)
+
+
+def test_rotation_depends_on_the_distance_only(getkey):
+    q, k = (jnp.tile(jax.random.normal(getkey(), (1, 1, 1, 8)), (1, 6, 1, 1)) for _ in range(2))
+    q, k = rotate(q, 1e4)[0, :, 0], rotate(k, 1e4)[0, :, 0]
+    np.testing.assert_allclose(q[1] @ k[0], q[5] @ k[4], rtol=1e-5)
+    np.testing.assert_allclose(jnp.linalg.norm(q[5]), jnp.linalg.norm(q[0]), rtol=1e-6)
+
+
+def test_scanned_layers_equal_a_loop_over_them(getkey):
+    model = build()
+    tokens = jax.random.randint(getkey(), (2, 8), 0, 32)
+    stream = model.embed(tokens)
+    graphdef, stacked = nnx.split(model.layers)
+    for index in range(2):
+        layer = nnx.merge(graphdef, jax.tree.map(lambda leaf, i=index: leaf[i], stacked))
+        stream = layer(stream)
+    np.testing.assert_allclose(
+        model(tokens), model.head(model.final_norm(stream)), rtol=2e-5, atol=1e-5
+    )
+
+
+def test_parameters_are_stacked_and_every_one_has_a_role():
+    _, params = init_params(SMALL, 0)
+    assert params["layers"]["attention"]["query"]["kernel"].shape == (2, 16, 16)
+    roles = assign_roles(params)
+    assert roles["layers"]["attention_norm"]["scale"] == "norm"  # 2-D, and yet no matrix
+    assert roles["layers"]["feed_forward"]["down"]["kernel"] == "matrix"
+    assert roles["embed"]["embedding"] == "embedding"
+    assert roles["head"]["kernel"] == "head"
+    state = nnx.state(Transformer(SMALL, rngs=nnx.Rngs(0)), nnx.Param)
+    assert jax.tree.leaves(assign_roles(state)) == jax.tree.leaves(roles)
+    assert jax.tree.leaves(mask_by_role(["norm"])(params)).count(True) == 3
+
+
+def test_a_rule_too_few_or_too_many_is_refused():
+    _, params = init_params(SMALL, 0)
+    with pytest.raises(ValueError, match="embed/embedding"):
+        assign_roles(params, RAVINE_RULES[1:])
+    with pytest.raises(ValueError, match="router"):
+        assign_roles(params, [*RAVINE_RULES, ("router", "router")])
+
+
+def test_nnx_optimizer_and_the_functional_path_agree(getkey):
+    tx = ravine.adamw(1e-2, b2=0.95)
+    batch = jax.random.randint(getkey(), (4, 9), 0, 32)
+    graphdef, params = init_params(SMALL, 0)
+    state, step = init_state(params, tx), jax.jit(make_train_step(graphdef, tx))
+    model = Transformer(SMALL, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    losses = []
+    for _ in range(5):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+        assert float(nnx_train_step(model, optimizer, batch)) == pytest.approx(losses[-1], rel=1e-5)
+    assert losses[-1] < losses[0]
+
+
+def test_loss_by_hand():
+    logits = jnp.log(jnp.array([[[0.5, 0.25, 0.25], [0.125, 0.125, 0.75]]]))
+    targets = jnp.array([[0, 2]])
+    expected = -(np.log(0.5) + np.log(0.75)) / 2
+    assert float(next_token_loss(logits, targets)) == pytest.approx(expected, rel=1e-6)
+    weighted = next_token_loss(logits, targets, jnp.array([[1.0, 3.0]]))
+    assert float(weighted) == pytest.approx(-(np.log(0.5) + 3 * np.log(0.75)) / 4, rel=1e-6)
+
+
+def test_uncounted_positions_hold_anything():
+    logits = jnp.zeros((1, 2, 3)).at[0, 1].set(jnp.nan)
+    weights = jnp.array([[True, False]])
+    loss, grads = jax.value_and_grad(next_token_loss)(logits, jnp.zeros((1, 2), int), weights)
+    assert float(loss) == pytest.approx(np.log(3), rel=1e-6)
+    assert bool(jnp.all(jnp.isfinite(grads)))
+    nothing = jax.grad(next_token_loss)(logits, jnp.zeros((1, 2), int), jnp.zeros((1, 2)))
+    np.testing.assert_array_equal(nothing, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "culprit"),
+    [
+        ({"layers": 0}, "layers"),
+        ({"width": 30, "heads": 4}, "width"),
+        ({"kv_heads": 3}, "kv_heads"),
+        ({"final_soft_cap": 0.0}, "final_soft_cap"),
+    ],
+)
+def test_impossible_models_are_refused(fields, culprit):
+    with pytest.raises(ValueError, match=culprit):
+        ModelConfig(**fields)

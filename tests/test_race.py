@@ -1,0 +1,160 @@
+"""The race from its command line: results, refusals, divergence, interruption, resumption."""
+
+import json
+
+import pytest
+from ravine.training import race as race_module
+from ravine.training.cli import main
+from ravine.training.loop import Outcome
+
+SMALL = ["--width", "16", "--layers", "1", "--heads", "2", "--context", "16", "--batch-size", "4"]
+SHORT = ["--steps", "6", "--eval-every", "3", "--eval-batches", "2", *SMALL]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"line {i * i} of a text that says little. " for i in range(400)))
+    return str(path)
+
+
+def run(*words, text, out):
+    return main(["race", *SHORT, "--data", text, "--out", str(out), *words])
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_race_leaves_metrics_meta_and_a_self_contained_report(tmp_path, text, capsys):
+    assert run("--optimizers", "adamw,lion,sgd", text=text, out=tmp_path / "race") == 0
+    printed = capsys.readouterr().out
+    for name in ("adamw", "lion", "sgd"):
+        assert name in printed
+        rows = records(tmp_path / "race" / name)
+        assert [r["step"] for r in rows if "heldout_loss" in r] == [3, 6]
+        assert [r["step"] for r in rows if "loss" in r] == [0, 1, 2, 3, 4, 5]
+        assert {"learning_rate", "update_norm", "gradient_norm", "seconds"} <= set(rows[0])
+        meta = json.loads((tmp_path / "race" / name / "meta.json").read_text())
+        assert meta["optimizer"]["name"] == name
+        assert {"versions", "device", "git_revision", "run", "text"} <= set(meta)
+    page = (tmp_path / "race" / "report.html").read_text()
+    assert page.count("<svg") == 6
+    assert "src=" not in page
+    assert "<link" not in page
+    assert "<script" not in page
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--optimizers", "adamv"], "did you mean adam or adamw"),
+        (["--optimizers", "adamw,adamw"], "given twice"),
+        (["--optimizers", ","], "no optimizer"),
+        (["--stepz", "3"], "--steps"),
+        (["--steps", "many"], "--steps"),
+        (["--steps", "0"], "steps must be at least 1"),
+        (["--schedule-steps", "5"], "schedule"),
+        (["--learning-rates", "adamw=0"], "positive and finite"),
+        (["--learning-rates", "adamw=nan"], "positive and finite"),
+        (["--learning-rates", "adamw=-1"], "positive and finite"),
+        (["--learning-rates", "adamw=fast"], "must be a number"),
+        (["--learning-rates", "shampoo=1"], "shampoo"),
+        (["--context", "100000"], "context"),
+        (["--width", "15"], "width"),
+        (["--data", "no-such-file.txt"], "no-such-file.txt"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(words, expected, tmp_path, text, capsys):
+    out = tmp_path / "race"
+    assert main(["race", *SHORT, "--data", text, "--out", str(out), *words]) == 2
+    complaint = capsys.readouterr().err
+    assert expected in complaint
+    assert complaint.count("\n") == 1
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(b"", "empty"), (b"\x00\x01text", "not UTF-8"), (b"short", "more text")],
+)
+def test_unusable_files_are_named(content, expected, tmp_path, capsys):
+    (tmp_path / "file.txt").write_bytes(content)
+    assert run(text=str(tmp_path / "file.txt"), out=tmp_path / "race") == 2
+    complaint = capsys.readouterr().err
+    assert expected in complaint
+    assert not (tmp_path / "race").exists()
+
+
+def test_unknown_commands_are_refused(capsys):
+    assert main(["walk"]) == 2
+    assert "race" in capsys.readouterr().err
+
+
+def test_results_are_never_overwritten_unasked(tmp_path, text, capsys):
+    out = tmp_path / "race"
+    assert run("--optimizers", "sgd", text=text, out=out) == 0
+    assert run("--optimizers", "sgd", text=text, out=out) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert run("--optimizers", "lion", "--overwrite", text=text, out=out) == 0
+    assert not (out / "sgd").exists()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("mine")
+    assert run("--overwrite", text=text, out=tmp_path / "notes") == 2
+    assert (tmp_path / "notes" / "mine.txt").exists()
+
+
+def test_a_diverged_run_is_shown_and_the_others_go_on(tmp_path, text, capsys):
+    out = tmp_path / "race"
+    rates = "sgd=1e30"
+    assert run("--optimizers", "sgd,adamw", "--learning-rates", rates, text=text, out=out) == 0
+    printed = capsys.readouterr().out
+    assert "diverged" in printed
+    assert "diverged" in (out / "report.html").read_text()
+    assert records(out / "adamw")[-1]["step"] == 6
+    assert len([r for r in records(out / "sgd") if "loss" in r]) < 6
+
+
+def test_an_interruption_leaves_finished_runs_reported_and_can_be_resumed(
+    tmp_path, text, capsys, monkeypatch
+):
+    out, whole = tmp_path / "race", tmp_path / "whole"
+    words = ["--optimizers", "adamw,lion", "--checkpoint-every", "2"]
+    assert run(*words, text=text, out=whole) == 0
+    capsys.readouterr()
+
+    train = race_module.train
+
+    def interrupted(run_config, tx, corpus, outcome, folder, on_record):
+        def stop(record):
+            on_record(record)
+            if outcome.name == "lion" and record["step"] == 4 and "loss" in record:
+                raise KeyboardInterrupt
+
+        return train(run_config, tx, corpus, outcome, folder, stop)
+
+    monkeypatch.setattr(race_module, "train", interrupted)
+    assert run(*words, text=text, out=out) == 130
+    printed = capsys.readouterr().out
+    assert "adamw" in printed
+    assert "interrupted" in printed
+    assert (out / "report.html").exists()
+
+    monkeypatch.setattr(race_module, "train", train)
+    assert run(*words, "--steps", "7", "--resume", text=text, out=out) == 2
+    assert "another configuration" in capsys.readouterr().err
+    assert run(*words, "--resume", text=text, out=out) == 0
+    for name in ("adamw", "lion"):
+        resumed, unbroken = records(out / name), records(whole / name)
+        for record in (*resumed, *unbroken):
+            del record["seconds"]
+        assert resumed == unbroken
+
+
+def test_reaching_interpolates_between_evaluations():
+    outcome = Outcome("adamw", 1e-3)
+    for step, loss in ((10, 4.0), (20, 3.0), (30, 1.0)):
+        outcome.evaluations.append({"step": step, "seconds": step / 10, "heldout_loss": loss})
+    assert outcome.reaching(2.0) == {"step": 25, "seconds": 2.5}
+    assert outcome.reaching(5.0) == {"step": 10, "seconds": 1.0}
+    assert outcome.reaching(0.5) is None

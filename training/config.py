@@ -1,0 +1,96 @@
+"""What a run is: typed, frozen, checked before anything is written."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import optax
+
+from .. import schedules
+from .model import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """What all optimizers of a race share."""
+
+    steps: int = 300
+    """Updates made."""
+    batch_size: int = 16
+    """Sequences a step, over all hosts."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule_steps: int = 0
+    """Updates the schedule covers, warm-up included; 0 means as many as steps."""
+    warmup_steps: int = 20
+    """Updates of linear warm-up."""
+    end_ratio: float = 0.0
+    """Learning rate at the end of the schedule, relative to its peak."""
+    clip_norm: float = 1.0
+    """Global norm to which gradients are clipped; 0 switches clipping off."""
+    weight_decay: float = 3e-4
+    """Share of every matrix that a step at the peak learning rate removes, the same for every
+    optimizer: the coefficient handed to the optimizer is this divided by its learning rate."""
+    eval_every: int = 20
+    """Updates between two evaluations on held-out text."""
+    eval_batches: int = 16
+    seed: int = 0
+    """Of the initial parameters and the order of the data."""
+    data: tuple[Path, ...] = ()
+    """Text files or a uint16 .bin; by default this Python's own standard library."""
+    checkpoint_every: int = 0
+    """Updates between two checkpoints; 0 keeps none."""
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "eval_every", "eval_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("schedule_steps", "warmup_steps", "checkpoint_every", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        for name in ("clip_norm", "weight_decay"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be finite and not negative, got {value}.")
+        if not 0 <= self.end_ratio <= 1:
+            raise ValueError(f"end_ratio must lie in [0, 1], got {self.end_ratio}.")
+        if self.schedule_steps and self.steps > self.schedule_steps:
+            raise ValueError(
+                f"steps {self.steps} is more than the {self.schedule_steps} updates the schedule "
+                "covers; raise --schedule-steps or lower --steps."
+            )
+
+    @property
+    def horizon(self) -> int:
+        """Updates the schedule covers."""
+        return self.schedule_steps or self.steps
+
+    @property
+    def warmup(self) -> int:
+        """Warm-up updates: a run shorter than ten warm-ups takes a tenth of itself."""
+        return min(self.warmup_steps, self.horizon // 10)
+
+    def learning_rate(self, peak: float) -> optax.Schedule:
+        """The schedule with the given peak."""
+        body_steps = self.horizon - self.warmup
+        if self.schedule == "constant":
+            body = schedules.constant(peak)
+        elif self.schedule == "linear":
+            body = schedules.linear(peak, body_steps, self.end_ratio)
+        else:
+            body = schedules.cosine(peak, body_steps, self.end_ratio)
+        return schedules.warmup(body, self.warmup)
+
+
+def check_learning_rate(name: str, value: float) -> float:
+    """`value`, or a `ValueError` that names the optimizer."""
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"the learning rate of {name} must be positive and finite, got {value}.")
+    return value
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A dataclass as JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))

@@ -1,0 +1,200 @@
+"""Files become a corpus: tokens to train on, and tokens held out.
+
+Bytes are the tokens by default: no tokenizer to fetch, 256 symbols, and a loss in bits per byte,
+which can be compared between models. The default text is the one every Python carries, its library.
+A file of tokens, raw uint16 in the manner of nanoGPT, stays on disk and is read where it is needed.
+
+What is held out is decided by the content of each file, not by its place or name: a file keeps its
+side when others come or go, and one that is there twice cannot be on both.
+"""
+
+import hashlib
+import os
+import platform
+import sysconfig
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+_HELDOUT_EVERY = 20  # one file in so many, by hash: 5 %
+_FEWEST_FILES = 20  # below this, whole files are too coarse a split
+_HELDOUT_SHARES = (0.01, 0.20)  # beyond these, a few large files have made it lopsided
+_TAIL_PART = 10  # then the last tenth of the tokens is held out instead
+_BLOCK, _MOST_BLOCKS = 1 << 20, 64  # of a .bin: up to 64 Mi tokens (128 MB) are looked at
+
+_LIBRARY_SUFFIXES = (".py", ".txt", ".rst")
+_HIDDEN = (".", "__pycache__")  # how names that are passed over begin
+# The last two are written when Python is built and differ from machine to machine.
+_NOT_LIBRARY = (*_HIDDEN, "site-packages", "dist-packages", "lib2to3", "config-", "_sysconfigdata")
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Tokens to train on, tokens held out, and what is known about them.
+
+    Attributes:
+      train: the training tokens, [N], uint8 (bytes) or uint16 (.bin, memory-mapped, read-only).
+      heldout: the held-out tokens, [H], of the same dtype; no file is on both sides.
+      vocabulary: every token lies in [0, vocabulary).
+      bytes_per_token: 1.0 for bytes, None where it is unknown; it turns nats per token into bits
+        per byte.
+      description: one line: what it is, how many files, bytes, and what is held out.
+      fingerprint: 16 hexadecimal digits of a SHA-256 over the content; equal for equal corpora.
+    """
+
+    train: np.ndarray = field(repr=False)
+    heldout: np.ndarray = field(repr=False)
+    vocabulary: int
+    bytes_per_token: float | None
+    description: str
+    fingerprint: str
+
+
+def load_corpus(paths: Sequence[Path] = (), *, vocabulary: int | None = None) -> Corpus:
+    """The corpus made of `paths`, or of Python's own standard library.
+
+    Text files are joined in the order given, those of a directory in the order of their paths below
+    it, without hidden, empty and binary ones; a file with the content of an earlier one is dropped.
+    One file in 20 is held out, by the SHA-256 of its content. With fewer than 20 files, or if that
+    held out less than 1 % or more than 20 % of the bytes, the last 10 % of the tokens are held out
+    instead, and the description says so.
+
+    Args:
+      paths: UTF-8 text files, directories of them, or one raw file of little-endian uint16 tokens
+        named `*.bin`. Default: the `.py`, `.txt` and `.rst` files of the running Python's standard
+        library, about 30 MB (less where a distribution packs its tests separately).
+      vocabulary: the number of tokens. Default: 256 for bytes; for a `.bin`, its largest token plus
+        one, rounded up to a multiple of 64 (GPT-2's 50257 tokens give 50304). Of a `.bin` of more
+        than 64 Mi tokens only that many, evenly spread, are looked at, for this and for the
+        fingerprint; a token beyond the vocabulary is then an error when it is met.
+
+    Raises:
+      ValueError: one line that names the file and the mend: a path missing, empty or unreadable,
+        text not UTF-8, a `.bin` of odd length or beside other files, a vocabulary too small.
+
+    Example:
+      >>> from ravine.training.data import load_corpus
+      >>> corpus = load_corpus()
+      >>> corpus.vocabulary, corpus.bytes_per_token, corpus.train.dtype.name
+      (256, 1.0, 'uint8')
+    """
+    paths = [Path(path) for path in paths]
+    if any(path.suffix == ".bin" and not os.path.isdir(path) for path in paths):
+        if len(paths) > 1:
+            names = ", ".join(map(str, paths))
+            raise ValueError(f"{names}: a .bin must be the only path; `cat` several into one.")
+        return _tokens(paths[0], vocabulary)
+    if vocabulary is not None and vocabulary < 256:
+        raise ValueError(f"vocabulary must be at least 256 for bytes, got {vocabulary}.")
+    if not paths:
+        name = f"standard library of Python {platform.python_version()}"
+        library = _folder(Path(sysconfig.get_path("stdlib")), _NOT_LIBRARY, _LIBRARY_SUFFIXES)
+        return _bytes(name, library, vocabulary)
+    name = paths[0].resolve().name + (f" and {len(paths) - 1} more" if paths[1:] else "")
+    return _bytes(name, (content for path in paths for content in _given(path)), vocabulary)
+
+
+def _bytes(name: str, contents: Iterable[bytes], vocabulary: int | None) -> Corpus:
+    files = {hashlib.sha256(content).digest(): content for content in contents}
+    sides: tuple[list[bytes], list[bytes]] = [], []
+    for key, content in files.items():
+        sides[int.from_bytes(key[:8], "big") % _HELDOUT_EVERY == 0].append(content)
+    total = sum(map(len, files.values()))
+    share = sum(map(len, sides[1])) / total
+    few = len(files) < _FEWEST_FILES
+    if few or not _HELDOUT_SHARES[0] <= share <= _HELDOUT_SHARES[1]:
+        train, heldout = _cut_tail(np.frombuffer(b"".join(files.values()), np.uint8))
+        split = f"last 10% held out, {'too few files' if few else 'files too uneven'} to split them"
+    else:
+        train, heldout = (np.frombuffer(b"".join(side), np.uint8) for side in sides)
+        split = f"{share:.1%} held out, by file"
+    return Corpus(
+        train=train,
+        heldout=heldout,
+        vocabulary=vocabulary or 256,
+        bytes_per_token=1.0,
+        description=f"{name}: {len(files)} file{'s' * (len(files) > 1)}, {total:,} bytes, {split}",
+        fingerprint=hashlib.sha256(b"".join(files)).hexdigest()[:16],
+    )
+
+
+def _tokens(path: Path, vocabulary: int | None) -> Corpus:
+    size = _size(path)
+    if size % 2:
+        raise ValueError(f"{path}: {size} bytes, odd, so not uint16; rename it or write it again.")
+    tokens = np.asarray(np.memmap(path, dtype="<u2", mode="r"))
+    blocks = -(-len(tokens) // _BLOCK)
+    digest, largest = hashlib.sha256(str(size).encode()), 0
+    # Evenly spread, the first and the last among them; all of them where there are few.
+    for block in np.linspace(0, blocks - 1, min(blocks, _MOST_BLOCKS)).astype(int).tolist():
+        looked_at = tokens[block * _BLOCK : (block + 1) * _BLOCK]
+        digest.update(looked_at.data)
+        largest = max(largest, int(looked_at.max()))
+    if vocabulary is not None and vocabulary <= largest:
+        raise ValueError(f"{path}: token {largest} needs a vocabulary above it, got {vocabulary}.")
+    train, heldout = _cut_tail(tokens)
+    return Corpus(
+        train=train,
+        heldout=heldout,
+        vocabulary=vocabulary or -(-(largest + 1) // 64) * 64,
+        bytes_per_token=None,
+        description=f"{path.name}: 1 file, {size:,} bytes, uint16 tokens, last 10% held out",
+        fingerprint=digest.hexdigest()[:16],
+    )
+
+
+def _cut_tail(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    cut = len(tokens) - len(tokens) // _TAIL_PART
+    return tokens[:cut], tokens[cut:]
+
+
+def _given(path: Path) -> list[bytes]:
+    if os.path.isdir(path):
+        return _folder(path, _HIDDEN)
+    _size(path)
+    content = _text(path)
+    if content is None:
+        raise ValueError(f"{path}: not UTF-8 text; convert it, or name it *.bin if uint16 tokens.")
+    return [content]
+
+
+def _folder(root: Path, skip: tuple[str, ...], endings: tuple[str, ...] = ("",)) -> list[bytes]:
+    """The texts under a directory, sorted by path, without names that begin as `skip` says."""
+    paths = []
+    for folder, inner, names in os.walk(root):
+        inner[:] = [name for name in inner if not name.startswith(skip)]
+        wanted = [name for name in names if name.endswith(endings) and not name.startswith(skip)]
+        paths += filter(Path.is_file, (Path(folder, name) for name in wanted))
+    paths.sort(key=lambda path: path.relative_to(root).as_posix())
+    if contents := [content for content in map(_text, paths) if content]:
+        return contents
+    raise ValueError(f"{root}: no UTF-8 text in this directory; name text files or another one.")
+
+
+def _text(path: Path) -> bytes | None:
+    """The content of a file of UTF-8 text; None if it is binary."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(8192)
+            if b"\0" in content:  # no need to read gigabytes to find out
+                return None
+            content += file.read()
+        content.decode()
+    except UnicodeDecodeError:
+        return None
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; make it readable or leave it out.") from error
+    return None if b"\0" in content else content
+
+
+def _size(path: Path) -> int:
+    """The size in bytes of a file that must be there and hold something."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: no such file or directory; mend the path, from {Path.cwd()}.")
+    if not os.access(path, os.R_OK):
+        raise ValueError(f"{path}: may not be read; make it readable or leave it out.")
+    if size := os.path.getsize(path):
+        return size
+    raise ValueError(f"{path}: the file is empty; fill it or leave it out.")

@@ -1,0 +1,168 @@
+"""A corpus becomes batches: windows of tokens, shuffled, cut up by process, and resumable.
+
+Window `i` covers tokens `i * context` to `i * context + context`, both included: `context` inputs
+and the same moved on by one as targets. Neighbours share one token, so every token but the first is
+a target exactly once an epoch, save a remainder too short for a window at the end.
+
+Order and position are Grain's: a stateless shuffle turns the number of a step into its windows, so
+the whole state of the iterator is that number. It can be saved as JSON, or handed to Orbax next to
+the parameters::
+
+    from orbax.checkpoint import v1 as ocp
+
+    ocp.save_checkpointables(path, {"state": state, "data": iterator})
+    restored = ocp.load_checkpointables(path, {"state": abstract_state, "data": iterator})
+
+The second writes one file a process and wants as many processes back. The first is one number for
+all of them: kept with the parameters, it lets a run continue on another number of processes.
+"""
+
+import hashlib
+
+import grain
+import numpy as np
+
+from .corpus import Corpus, load_corpus
+
+__all__ = ["Corpus", "heldout_batches", "load_corpus", "train_batches"]
+
+
+def train_batches(
+    corpus: Corpus,
+    *,
+    batch_size: int,
+    context: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    read_threads: int = 0,
+) -> grain.DatasetIterator[np.ndarray]:
+    """An endless iterator over batches of training windows, in a new order every epoch.
+
+    Each step has a global batch that depends on `corpus`, `batch_size`, `context` and `seed` only;
+    process `p` of `P` gets its rows from `p * batch_size / P` on. So the batches of all processes,
+    stacked in order, are the batch of a single one, and `jax.make_array_from_process_local_data`
+    puts them together without moving any. An epoch may end within a batch.
+
+    `get_state()` gives the position, a dict that JSON can hold (the steps taken); after
+    `set_state()` the batches that follow are bitwise those that followed when it was taken.
+
+    Args:
+      corpus: what `load_corpus` returned.
+      batch_size: rows of the global batch, a multiple of `process_count`.
+      context: inputs per row, in tokens.
+      seed: any whole number; it decides the order and nothing else.
+      process_index: this process, in [0, process_count); `jax.process_index()` on a pod.
+      process_count: `jax.process_count()` on a pod.
+      read_threads: threads that read ahead, two batches each. 0, the default, reads when asked,
+        which costs less than starting threads as long as the tokens lie in memory; a few help where
+        a `.bin` lies on a slow disk. The batches and the state are the same.
+
+    Returns:
+      A Grain iterator over int32 arrays, [batch_size / process_count, context + 1]: inputs are
+      `batch[:, :-1]`, targets `batch[:, 1:]`.
+
+    Raises:
+      ValueError: for arguments out of range, or a training part of less than context + 1 tokens.
+
+    Example:
+      >>> from ravine.training.data import load_corpus, train_batches
+      >>> batches = train_batches(load_corpus(), batch_size=4, context=64, seed=0)
+      >>> next(batches).shape, batches.get_state()
+      ((4, 65), {'next_index': 1})
+    """
+    _check_positive(batch_size=batch_size, context=context, process_count=process_count)
+    if batch_size % process_count:
+        raise ValueError(
+            f"batch_size {batch_size} cannot be shared by {process_count} processes; make it a "
+            f"multiple of {process_count}."
+        )
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index must lie in [0, {process_count}), got {process_index}.")
+    windows = _Windows(corpus.train, context, corpus.vocabulary)
+    if not len(windows):
+        raise ValueError(_too_short(corpus, "training", len(corpus.train), context + 1))
+    # Blocks of one process's rows: `process_count` in a row are a step, of which it takes its own.
+    # Repeating makes the length sys.maxsize; rounded up, blocks of one row would overflow it.
+    blocks = (
+        grain.MapDataset.source(windows)
+        .shuffle(seed=_spread(seed))
+        .repeat()
+        .batch(batch_size // process_count, drop_remainder=True)
+    )
+    steps = blocks[process_index::process_count]
+    options = grain.ReadOptions(num_threads=read_threads, prefetch_buffer_size=2 * read_threads)
+    return iter(steps.to_iter_dataset(options))
+
+
+def heldout_batches(corpus: Corpus, *, batch_size: int, context: int, batches: int) -> np.ndarray:
+    """Windows of the held-out tokens, evenly spread over them: the same in every run.
+
+    Args:
+      corpus: what `load_corpus` returned.
+      batch_size: rows of a batch.
+      context: inputs per row, in tokens.
+      batches: how many batches at most.
+
+    Returns:
+      int32, [n, batch_size, context + 1], no window twice; n is `batches`, or less where the
+      held-out part has fewer windows.
+
+    Raises:
+      ValueError: for arguments below 1, or a held-out part too short for a single batch.
+
+    Example:
+      >>> from ravine.training.data import heldout_batches, load_corpus
+      >>> heldout_batches(load_corpus(), batch_size=4, context=64, batches=2).shape
+      (2, 4, 65)
+    """
+    _check_positive(batch_size=batch_size, context=context, batches=batches)
+    windows = _Windows(corpus.heldout, context, corpus.vocabulary)
+    count = min(batches, len(windows) // batch_size)
+    if not count:
+        needed = batch_size * context + 1
+        raise ValueError(_too_short(corpus, "held-out", len(corpus.heldout), needed))
+    rows = count * batch_size
+    picked = np.stack([windows[row * len(windows) // rows] for row in range(rows)])
+    return picked.reshape(count, batch_size, context + 1)
+
+
+class _Windows:
+    """Random access to the windows of an array of tokens, as Grain reads its sources."""
+
+    def __init__(self, tokens: np.ndarray, context: int, vocabulary: int):
+        self._tokens, self._context, self._vocabulary = tokens, context, vocabulary
+
+    def __len__(self) -> int:
+        return max(0, len(self._tokens) - 1) // self._context
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        start = index * self._context
+        window = self._tokens[start : start + self._context + 1].astype(np.int32)
+        if window.max() >= self._vocabulary:
+            raise ValueError(
+                f"token {window.max()} of the corpus is outside its vocabulary of "
+                f"{self._vocabulary}; name the tokenizer's: load_corpus(paths, vocabulary=...)."
+            )
+        return window
+
+
+def _spread(seed: int) -> int:
+    """A 32-bit seed far from those of other seeds.
+
+    Grain shuffles epoch e with seed + e: without this, seed 1 would repeat seed 0's second epoch.
+    """
+    return int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "big")
+
+
+def _check_positive(**arguments: int) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+
+
+def _too_short(corpus: Corpus, part: str, present: int, needed: int) -> str:
+    return (
+        f"{corpus.description}: the {part} part has {present:,} tokens and at least {needed:,} are "
+        f"needed; give more text, or a smaller context or batch."
+    )

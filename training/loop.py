@@ -1,0 +1,240 @@
+"""One run: a model, an optimizer, a loop; every number it makes goes to a file as it is made."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from .checkpoint import Checkpoints
+from .config import RunConfig, to_json
+from .corpus import Corpus
+from .data import heldout_batches, train_batches
+from .step import TrainState, init_params, init_state, make_loss, make_train_step
+
+Status = Literal["finished", "diverged", "interrupted"]
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a run left behind, filled while it goes on."""
+
+    name: str
+    learning_rate: float
+    status: Status = "interrupted"
+    steps: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    evaluations: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    compile_seconds: float = math.nan
+    optimizer_milliseconds: float = math.nan
+    state_bytes_per_parameter: float = math.nan
+    parameters: int = 0
+
+    @property
+    def final_loss(self) -> float:
+        """Held-out loss of the last evaluation; infinite for a run that diverged."""
+        if self.status == "diverged" or not self.evaluations:
+            return math.inf
+        return self.evaluations[-1]["heldout_loss"]
+
+    def reaching(self, loss: float) -> dict[str, float] | None:
+        """Steps and seconds at which the held-out loss first came down to `loss`.
+
+        Interpolated linearly between evaluations; ``None`` if it never did.
+        """
+        before: dict[str, float] | None = None
+        for after in self.evaluations:
+            if after["heldout_loss"] <= loss:
+                if before is None or before["heldout_loss"] == after["heldout_loss"]:
+                    return {"step": after["step"], "seconds": after["seconds"]}
+                gap = before["heldout_loss"] - after["heldout_loss"]
+                share = (before["heldout_loss"] - loss) / gap
+                return {
+                    key: before[key] + share * (after[key] - before[key])
+                    for key in ("step", "seconds")
+                }
+            before = after
+        return None
+
+    def save(self, folder: Path) -> None:
+        """Writes ``outcome.json``: all but the records, which ``metrics.jsonl`` holds."""
+        summary = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del summary["steps"], summary["evaluations"]
+        (folder / "outcome.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+    def load(self, folder: Path) -> bool:
+        """Reads back what `save` wrote; false if the run in `folder` never came to its end."""
+        if not (folder / "outcome.json").exists():
+            return False
+        for name, value in json.loads((folder / "outcome.json").read_text("utf-8")).items():
+            setattr(self, name, value)
+        for entry in _records(folder / "metrics.jsonl"):
+            (self.evaluations if "heldout_loss" in entry else self.steps).append(entry)
+        return True
+
+
+class Clock:
+    """Seconds spent training: compilation and evaluation are not counted."""
+
+    def __init__(self, before: float = 0.0) -> None:
+        self._before = before
+        self._since: float | None = None
+
+    def start(self) -> None:
+        """Goes on counting."""
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        """Stops counting."""
+        self._before, self._since = self.seconds, None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds counted so far."""
+        return self._before + (time.perf_counter() - self._since if self._since else 0.0)
+
+
+def train(
+    run: RunConfig,
+    tx: optax.GradientTransformation,
+    corpus: Corpus,
+    outcome: Outcome,
+    folder: Path,
+    on_record: Callable[[dict[str, float]], None] = lambda record: None,
+) -> Outcome:
+    """Trains from the seed, or from the newest checkpoint in `folder`, to the last step.
+
+    Args:
+      run: the configuration.
+      tx: the optimizer, learning rate included.
+      corpus: the tokens.
+      outcome: filled as the run goes on, so that an interruption leaves what was reached.
+      folder: an existing folder for ``metrics.jsonl`` and checkpoints.
+      on_record: called with every record that is written.
+
+    Returns:
+      `outcome`, its status ``finished``, or ``diverged`` if a loss stopped being finite.
+    """
+    graphdef, params = init_params(run.model, run.seed)
+    state = init_state(params, tx)
+    del params
+    batches = train_batches(
+        corpus, batch_size=run.batch_size, context=run.model.context, seed=run.seed
+    )
+    heldout = jnp.asarray(
+        heldout_batches(
+            corpus,
+            batch_size=run.batch_size,
+            context=run.model.context,
+            batches=run.eval_batches,
+        )
+    )
+    loss_fn = make_loss(graphdef)
+    evaluate = jax.jit(
+        lambda params: jnp.mean(jax.lax.map(lambda batch: loss_fn(params, batch), heldout))
+    )
+    outcome.parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    outcome.state_bytes_per_parameter = _bytes(state.opt_state) / outcome.parameters
+
+    example = jax.ShapeDtypeStruct((run.batch_size, run.model.context + 1), jnp.int32)
+    started = time.perf_counter()
+    step_fn = jax.jit(make_train_step(graphdef, tx), donate_argnums=0)
+    compiled = step_fn.lower(state, example).compile()
+    outcome.compile_seconds = time.perf_counter() - started
+
+    rates = np.asarray(run.learning_rate(outcome.learning_rate)(jnp.arange(run.steps)))
+    with contextlib.ExitStack() as stack:
+        checkpoints = None
+        if run.checkpoint_every:
+            identity = {"optimizer": outcome.name, "learning_rate": outcome.learning_rate}
+            checkpoints = Checkpoints(folder / "checkpoints", {**identity, "run": to_json(run)})
+            stack.callback(checkpoints.close)
+            state = checkpoints.restore(state, batches)
+        metrics_file = folder / "metrics.jsonl"
+        clock = Clock(_take_up(metrics_file, outcome, int(state.step)))
+        file = stack.enter_context(metrics_file.open("a", encoding="utf-8"))
+
+        def record(entry: dict[str, float]) -> None:
+            (outcome.evaluations if "heldout_loss" in entry else outcome.steps).append(entry)
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            on_record(entry)
+
+        def finish(step: int, metrics: dict[str, jax.Array]) -> bool:
+            values = {name: float(value) for name, value in metrics.items()}
+            entry = {"step": step, "seconds": clock.seconds, "learning_rate": float(rates[step])}
+            record({**entry, **values})
+            return math.isfinite(values["loss"])
+
+        for step in range(int(state.step), run.steps):
+            clock.start()
+            state, metrics = compiled(state, jnp.asarray(next(batches)))
+            alive = finish(step, metrics)
+            clock.stop()
+            if not alive:
+                outcome.status = "diverged"
+                return outcome
+            done = step + 1
+            if done % run.eval_every == 0 or done == run.steps:
+                loss = float(evaluate(state.params))
+                entry = {"step": done, "seconds": clock.seconds, "heldout_loss": loss}
+                if corpus.bytes_per_token is not None:
+                    bits = loss / math.log(2) / corpus.bytes_per_token
+                    entry["heldout_bits_per_byte"] = bits
+                record(entry)
+                if not math.isfinite(loss):
+                    outcome.status = "diverged"
+                    return outcome
+            if checkpoints is not None and done % run.checkpoint_every == 0:
+                checkpoints.save(state, batches)
+    outcome.optimizer_milliseconds = optimizer_milliseconds(tx, state)
+    outcome.status = "finished"
+    return outcome
+
+
+def _records(metrics_file: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines()]
+
+
+def _take_up(metrics_file: Path, outcome: Outcome, step: int) -> float:
+    """Keeps the records up to a restored `step`; returns the seconds of training they took."""
+    kept = []
+    if metrics_file.exists() and step > 0:
+        for entry in _records(metrics_file):
+            evaluation = "heldout_loss" in entry
+            if entry["step"] < step or (evaluation and entry["step"] == step):
+                kept.append(entry)
+                (outcome.evaluations if evaluation else outcome.steps).append(entry)
+    metrics_file.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+    return max((entry["seconds"] for entry in kept), default=0.0)
+
+
+def optimizer_milliseconds(
+    tx: optax.GradientTransformation, state: TrainState, repeats: int = 10
+) -> float:
+    """Median time of the update alone, its buffers donated as in training; `state` is used up."""
+
+    def update(grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return opt_state, optax.apply_updates(params, updates)
+
+    grads = jax.tree.map(lambda p: jnp.full_like(p, 1e-3), state.params)
+    compiled = jax.jit(update, donate_argnums=(1, 2))
+    opt_state, params = jax.block_until_ready(compiled(grads, state.opt_state, state.params))
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        opt_state, params = jax.block_until_ready(compiled(grads, opt_state, params))
+        times.append(time.perf_counter() - started)
+    return 1e3 * float(np.median(times))
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,245 @@
+"""A decoder-only transformer in Flax NNX, its layers stacked and scanned.
+
+Axes, as suffixes of array names: B batch, T time, D width, H heads, G key-value heads, K head
+width, F feed-forward width, V vocabulary, L layers. Every matrix is `[in, out]`, so a stacked one
+is `[L, in, out]`, as large JAX trainers have it: an optimizer that goes by `ndim` takes the stacked
+norms `[L, D]` for matrices, which is why ours go by role.
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ..stability import soft_cap
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape and options of the transformer."""
+
+    vocabulary: int = 256
+    """Number of tokens; 256 for bytes."""
+    context: int = 64
+    """Tokens a sequence."""
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 0
+    """Key-value heads, a divisor of `heads`; 0 means as many as heads."""
+    feed_forward: int = 0
+    """Hidden width of the feed-forward part; 0 means 8/3 (SwiGLU) or 4 (GELU) times the width."""
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    qk_norm: bool = False
+    """RMS-normalise queries and keys per head."""
+    attention_soft_cap: float | None = None
+    final_soft_cap: float | None = None
+    """Cap of the output logits; Gemma 2 takes 30."""
+    rope_base: float = 10_000.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of activations; parameters and logits are float32."""
+    unroll: int = 1
+    """Layers unrolled in the scan: more compile time, sometimes faster steps."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocabulary", "context", "width", "layers", "heads", "unroll"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ValueError(
+                f"width {self.width} must be an even multiple of heads {self.heads} (RoPE turns "
+                "pairs of coordinates)."
+            )
+        if self.kv_heads < 0 or self.heads % (self.kv_heads or self.heads):
+            raise ValueError(f"kv_heads {self.kv_heads} must divide heads {self.heads}.")
+        if self.feed_forward < 0:
+            raise ValueError(f"feed_forward must not be negative, got {self.feed_forward}.")
+        for name in ("attention_soft_cap", "final_soft_cap"):
+            cap = getattr(self, name)
+            if cap is not None and not (math.isfinite(cap) and cap > 0):
+                raise ValueError(f"{name} must be positive and finite, got {cap}.")
+
+    @property
+    def head_width(self) -> int:
+        """K."""
+        return self.width // self.heads
+
+    @property
+    def key_value_heads(self) -> int:
+        """G."""
+        return self.kv_heads or self.heads
+
+    @property
+    def hidden(self) -> int:
+        """F; the default for SwiGLU keeps the parameters of a 4x GELU, rounded up to 32."""
+        if self.feed_forward:
+            return self.feed_forward
+        if self.activation == "gelu":
+            return 4 * self.width
+        return -(-8 * self.width // (3 * 32)) * 32
+
+
+def rotate(x_BxTxHxK: jax.Array, base: float) -> jax.Array:
+    r"""Rotary position embedding: turns coordinate pairs by angles :math:`t\,b^{-2k/K}`.
+
+    Source: Su et al., 2021, https://arxiv.org/abs/2104.09864 (half-split pairs, as in GPT-NeoX).
+    """
+    _, length, _, width = x_BxTxHxK.shape
+    frequency = base ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    angle = jnp.arange(length, dtype=jnp.float32)[:, None] * frequency[None, :]
+    cos, sin = (f(angle)[None, :, None, :] for f in (jnp.cos, jnp.sin))
+    a, b = jnp.split(x_BxTxHxK.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+    return turned.astype(x_BxTxHxK.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Division by the root mean square over the last axis, and a learned scale.
+
+    ``nnx.RMSNorm`` (Flax 0.12) multiplies dtypes that strict promotion keeps apart.
+    """
+
+    def __init__(self, width: int):
+        self.scale = nnx.Param(jnp.ones(width))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """The same shape and dtype; the arithmetic is float32."""
+        wide = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
+        scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
+        return (wide * inverse * scale).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with rotary positions and grouped key-value heads."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        c, self.config = config, config
+        dtype = jnp.dtype(c.dtype)
+
+        def linear(inner: int, outer: int, gain: float = 1.0) -> nnx.Linear:
+            return _linear(inner, outer, gain, dtype, rngs)
+
+        self.query = linear(c.width, c.heads * c.head_width)
+        self.key = linear(c.width, c.key_value_heads * c.head_width)
+        self.value = linear(c.width, c.key_value_heads * c.head_width)
+        self.output = linear(c.heads * c.head_width, c.width, _residual_gain(c))
+        if c.qk_norm:
+            self.query_norm = RMSNorm(c.head_width)
+            self.key_norm = RMSNorm(c.head_width)
+
+    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+        """Mixes positions: each sees itself and those before it."""
+        c = self.config
+        batch, length, _ = x_BxTxD.shape
+
+        def heads(x: jax.Array) -> jax.Array:
+            return x.reshape(batch, length, -1, c.head_width)
+
+        q_BxTxHxK, k_BxTxGxK = heads(self.query(x_BxTxD)), heads(self.key(x_BxTxD))
+        v_BxTxGxK = heads(self.value(x_BxTxD))
+        if c.qk_norm:
+            q_BxTxHxK, k_BxTxGxK = self.query_norm(q_BxTxHxK), self.key_norm(k_BxTxGxK)
+        q_BxTxHxK, k_BxTxGxK = rotate(q_BxTxHxK, c.rope_base), rotate(k_BxTxGxK, c.rope_base)
+
+        groups = (batch, length, c.key_value_heads, c.heads // c.key_value_heads, c.head_width)
+        logits = jnp.einsum("btgrk,bsgk->bgrts", q_BxTxHxK.reshape(groups), k_BxTxGxK)
+        logits = logits.astype(jnp.float32) * c.head_width**-0.5
+        logits = soft_cap(logits, c.attention_soft_cap)
+        causal = jnp.tril(jnp.ones((length, length), bool))[None, None, None]
+        weights = jax.nn.softmax(jnp.where(causal, logits, -jnp.inf), axis=-1)
+        mixed = jnp.einsum("bgrts,bsgk->btgrk", weights.astype(v_BxTxGxK.dtype), v_BxTxGxK)
+        return self.output(mixed.reshape(batch, length, -1))
+
+
+class FeedForward(nnx.Module):
+    """SwiGLU or GELU."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        dtype = jnp.dtype(config.dtype)
+        self.gated = config.activation == "swiglu"
+        if self.gated:
+            self.gate = _linear(config.width, config.hidden, 1.0, dtype, rngs)
+        self.up = _linear(config.width, config.hidden, 1.0, dtype, rngs)
+        self.down = _linear(config.hidden, config.width, _residual_gain(config), dtype, rngs)
+
+    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+        """Transforms each position alone."""
+        up_BxTxF = self.up(x_BxTxD)
+        if self.gated:
+            return self.down(jax.nn.silu(self.gate(x_BxTxD)) * up_BxTxF)
+        return self.down(jax.nn.gelu(up_BxTxF))
+
+
+class Block(nnx.Module):
+    """One layer: attention and feed-forward, each normalised before and added to the stream."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.width)
+        self.attention = Attention(config, rngs=rngs)
+        self.feed_forward_norm = RMSNorm(config.width)
+        self.feed_forward = FeedForward(config, rngs=rngs)
+
+    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+        """The stream after this layer."""
+        x_BxTxD = x_BxTxD + self.attention(self.attention_norm(x_BxTxD))
+        return x_BxTxD + self.feed_forward(self.feed_forward_norm(x_BxTxD))
+
+
+class Transformer(nnx.Module):
+    """Tokens in, float32 logits of the next tokens out.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from ravine.training.model import ModelConfig, Transformer
+      >>> model = Transformer(ModelConfig(width=32, layers=2), rngs=nnx.Rngs(0))
+      >>> model(jnp.zeros((1, 8), int)).shape
+      (1, 8, 256)
+      >>> model.layers.attention.query.kernel.shape  # layers are stacked
+      (2, 32, 32)
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        dtype = jnp.dtype(config.dtype)
+
+        @nnx.split_rngs(splits=config.layers)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def stacked(rngs: nnx.Rngs) -> Block:
+            return Block(config, rngs=rngs)
+
+        self.embed = nnx.Embed(
+            config.vocabulary,
+            config.width,
+            embedding_init=nnx.initializers.normal(1.0),
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.layers = stacked(rngs)
+        self.final_norm = RMSNorm(config.width)
+        self.head = _linear(config.width, config.vocabulary, 1.0, dtype, rngs)
+
+    def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
+        """Logits of the token after each position, float32."""
+
+        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry, unroll=self.config.unroll)
+        def through_layers(x_BxTxD: jax.Array, layer: Block) -> jax.Array:
+            return layer(x_BxTxD)
+
+        x_BxTxD = through_layers(self.embed(tokens_BxT), self.layers)
+        logits_BxTxV = self.head(self.final_norm(x_BxTxD)).astype(jnp.float32)
+        return soft_cap(logits_BxTxV, self.config.final_soft_cap)
+
+
+def _residual_gain(config: ModelConfig) -> float:
+    # GPT-2's: 2L branches add up in the stream, so each is started smaller.
+    return (2 * config.layers) ** -0.5
+
+
+def _linear(inner: int, outer: int, gain: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
+    init = nnx.initializers.variance_scaling(gain**2, "fan_in", "normal")
+    return nnx.Linear(inner, outer, use_bias=False, kernel_init=init, dtype=dtype, rngs=rngs)

@@ -1,0 +1,198 @@
+"""What a race shows at its end: a table in the terminal and a self-contained page with curves."""
+
+import dataclasses
+import io
+import math
+from importlib import resources
+from pathlib import Path
+
+import jinja2
+import matplotlib
+from matplotlib.figure import Figure
+from rich import box
+from rich.table import Table
+
+from .config import RunConfig
+from .corpus import Corpus
+from .loop import Outcome
+
+REFERENCE = "adamw"
+# Okabe and Ito's colours, told apart with any colour vision; then line styles.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("-", "--", ":")
+
+
+def _columns(outcomes: list[Outcome]) -> list[tuple[str, str]]:
+    """Headings, as the page has them and as the terminal has room for."""
+    bits = [("bits per byte", "bits/ byte")] if any(map(_bits, outcomes)) else []
+    return [
+        ("optimizer", "optimizer"),
+        ("learning rate", "peak rate"),
+        ("held-out loss", "held- out"),
+        *bits,
+        (f"steps to {REFERENCE}'s loss", "steps to it"),
+        (f"seconds to {REFERENCE}'s loss", "secs to it"),
+        ("step ms", "step ms"),
+        ("of it optimizer ms", "opt. ms"),
+        ("compile s", "comp. s"),
+        ("state bytes per parameter", "bytes/ param"),
+    ]
+
+
+def _bits(outcome: Outcome) -> float | None:
+    return outcome.evaluations[-1].get("heldout_bits_per_byte") if outcome.evaluations else None
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+def _ranked(outcomes: list[Outcome]) -> list[Outcome]:
+    started = [outcome for outcome in outcomes if outcome.steps]
+    return sorted(started, key=lambda outcome: (outcome.status != "finished", outcome.final_loss))
+
+
+def _rows(outcomes: list[Outcome]) -> list[list[str]]:
+    reference = next((o for o in outcomes if o.name == REFERENCE and o.status == "finished"), None)
+    with_bits = any(map(_bits, outcomes))
+    rows = []
+    for outcome in _ranked(outcomes):
+        finished = outcome.status == "finished"
+        reached = outcome.reaching(reference.final_loss) if reference and finished else None
+        last = outcome.steps[-1]
+        shown = _number(outcome.final_loss, 4) if finished else outcome.status
+        rows.append(
+            [
+                outcome.name,
+                f"{outcome.learning_rate:.3g}",
+                shown,
+                *([_number(_bits(outcome), 4) if finished else "-"] if with_bits else []),
+                _number(reached["step"], 0) if reached else "-",
+                _number(reached["seconds"], 1) if reached else "-",
+                _number(1e3 * last["seconds"] / (last["step"] + 1), 1),
+                _number(outcome.optimizer_milliseconds, 2),
+                _number(outcome.compile_seconds, 1),
+                _number(outcome.state_bytes_per_parameter, 1),
+            ]
+        )
+    return rows
+
+
+def summary_table(outcomes: list[Outcome]) -> Table:
+    """The table printed at the end of a race, best held-out loss first, 80 columns wide."""
+    caption = f"held-out loss in nats per token; steps and seconds to {REFERENCE}'s last one"
+    table = Table(caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    rows = _rows(outcomes)
+    for index, (_, heading) in enumerate(_columns(outcomes)):
+        # Headings may wrap, cells may not.
+        width = max([len(row[index]) for row in rows] + [len(word) for word in heading.split()])
+        table.add_column(
+            heading, justify="right" if index else "left", min_width=width, max_width=width
+        )
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _figure(
+    title: str, x: str, y: str, curves: list[tuple[str, dict, list[float], list[float]]], log: bool
+) -> str:
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for name, style, xs, ys in curves:
+        axes.plot(xs, ys, label=name, linewidth=1.8, **style)
+    axes.set(title=title, xlabel=x, ylabel=y)
+    if log and any(curve[3] for curve in curves):
+        axes.set_yscale("log")
+        # A decay to zero would take most of the axis: stop three decades below the lowest peak.
+        axes.set_ylim(bottom=1e-3 * min(max(ys) for *_, ys in curves if ys))
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    buffer = io.StringIO()
+    # Text stays text: smaller, and readable by search and screen readers.
+    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+def _smoothed(values: list[float], weight: float = 0.9) -> list[float]:
+    """Exponential moving average, corrected for its start."""
+    out, average, norm = [], 0.0, 0.0
+    for value in values:
+        average = weight * average + (1 - weight) * value
+        norm = weight * norm + (1 - weight)
+        out.append(average / norm)
+    return out
+
+
+def _figures(outcomes: list[Outcome], style: dict[str, dict]) -> list[str]:
+    def curves(records: str, x: str, y: str, smooth: bool = False):
+        drawn = []
+        for outcome in _ranked(outcomes):
+            rows = [r for r in getattr(outcome, records) if y in r and math.isfinite(r[y])]
+            ys = [r[y] for r in rows]
+            drawn.append(
+                (
+                    outcome.name,
+                    style[outcome.name],
+                    [r[x] for r in rows],
+                    _smoothed(ys) if smooth else ys,
+                )
+            )
+        return drawn
+
+    held_out = "held-out loss, nats per token"
+    steps, seconds = "updates", "seconds of training"
+    norm = "global norm"
+    evaluated = curves("evaluations", "step", "heldout_loss")
+    timed = curves("evaluations", "seconds", "heldout_loss")
+    trained = curves("steps", "step", "loss", smooth=True)
+    rate = curves("steps", "step", "learning_rate")
+    update = curves("steps", "step", "update_norm")
+    gradient = curves("steps", "step", "gradient_norm")
+    return [
+        _figure("Held-out loss", steps, held_out, evaluated, log=False),
+        _figure("Held-out loss against time", seconds, held_out, timed, log=False),
+        _figure("Training loss, moving average", steps, "nats per token", trained, log=False),
+        _figure("Learning rate", steps, "learning rate", rate, log=True),
+        _figure("Norm of the updates", steps, norm, update, log=True),
+        _figure("Norm of the gradients before clipping", steps, norm, gradient, log=True),
+    ]
+
+
+def write_report(out: Path, outcomes: list[Outcome], run: RunConfig, corpus: Corpus) -> Path:
+    """Writes ``report.html``, which needs no other file, and returns its path."""
+    style = {
+        outcome.name: {
+            "color": COLOURS[index % len(COLOURS)],
+            "linestyle": STYLES[index // len(COLOURS) % len(STYLES)],
+        }
+        for index, outcome in enumerate(outcomes)
+    }
+    template = (
+        resources.files("ravine.training").joinpath("report.html.j2").read_text(encoding="utf-8")
+    )
+    configuration = {**dataclasses.asdict(run), "text fingerprint": corpus.fingerprint}
+    page = jinja2.Environment(autoescape=True).from_string(template)
+    ranked = _ranked(outcomes)
+    html = page.render(
+        names=[outcome.name for outcome in outcomes],
+        parameters=f"{ranked[0].parameters:,}" if ranked else "-",
+        steps=run.steps,
+        tokens=f"{run.batch_size * run.model.context:,}",
+        text=corpus.description,
+        columns=[heading for heading, _ in _columns(outcomes)],
+        rows=[{"cells": cells, "colour": style[cells[0]]["color"]} for cells in _rows(outcomes)],
+        note=(
+            "Seconds count training only, without compilation and evaluation. Steps and seconds to "
+            f"{REFERENCE}'s loss are interpolated between evaluations {run.eval_every} updates "
+            "apart. Compare final losses: curves cross while the learning rate decays. A model "
+            "this small overstates what matrix methods gain on large ones."
+        ),
+        figures=_figures(outcomes, style) if ranked else [],
+        configuration=list(configuration.items()),
+    )
+    path = out / "report.html"
+    path.write_text(html, encoding="utf-8")
+    return path

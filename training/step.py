@@ -1,0 +1,81 @@
+"""One training step, in the functional form the trainer uses and in the form of `nnx.Optimizer`."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from ..stability import next_token_loss
+from .model import ModelConfig, Transformer
+
+Batch = Any  # int32 [B, T + 1]: inputs are [:, :-1], targets [:, 1:]
+
+
+class TrainState(NamedTuple):
+    """Everything a step changes."""
+
+    step: jax.Array  # int32 scalar, updates made so far
+    params: Any  # pure dictionary of arrays
+    opt_state: Any
+
+
+def loss_of(model: Transformer, batch: Batch) -> jax.Array:
+    """Mean next-token loss of a batch, in nats."""
+    return next_token_loss(model(batch[:, :-1]), batch[:, 1:])
+
+
+def init_params(config: ModelConfig, seed: int) -> tuple[nnx.GraphDef, Any]:
+    """The model's static half and its parameters as a pure dictionary of arrays."""
+    graphdef, state = nnx.split(Transformer(config, rngs=nnx.Rngs(seed)), nnx.Param)
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    return TrainState(jnp.zeros([], jnp.int32), params, tx.init(params))
+
+
+def make_loss(graphdef: nnx.GraphDef) -> Callable[[Any, Batch], jax.Array]:
+    """`loss(params, batch)`, pure."""
+    return lambda params, batch: loss_of(nnx.merge(graphdef, params), batch)
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef, tx: optax.GradientTransformation
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """`step(state, batch) -> state, metrics`: jit it with ``donate_argnums=0``."""
+    loss_and_grads = jax.value_and_grad(make_loss(graphdef))
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        loss, grads = loss_and_grads(state.params, batch)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": loss,
+            "gradient_norm": optax.tree.norm(grads),
+            "update_norm": optax.tree.norm(updates),
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return step
+
+
+@nnx.jit
+def nnx_train_step(model: Transformer, optimizer: nnx.Optimizer, batch: Batch) -> jax.Array:
+    """The same step on mutable Flax objects; returns the loss.
+
+    Example:
+      >>> import jax.numpy as jnp, ravine
+      >>> from flax import nnx
+      >>> from ravine.training.model import ModelConfig, Transformer
+      >>> from ravine.training.step import nnx_train_step
+      >>> model = Transformer(ModelConfig(width=16, layers=1), rngs=nnx.Rngs(0))
+      >>> optimizer = nnx.Optimizer(model, ravine.adamw(1e-3), wrt=nnx.Param)
+      >>> loss = nnx_train_step(model, optimizer, jnp.zeros((2, 9), int))
+    """
+    loss, grads = nnx.value_and_grad(loss_of)(model, batch)
+    optimizer.update(model, grads)
+    return loss

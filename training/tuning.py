@@ -1,0 +1,92 @@
+"""The committed table of tuned learning rates, and how a line-up is read from it."""
+
+import dataclasses
+import json
+from importlib import resources
+from typing import Any
+
+import optax
+
+from ..optimizers.registry import OptimizerConfig, near
+from ..optimizers.roles import mask_by_role
+from .config import RunConfig, check_learning_rate
+
+DECAYED = ("matrix", "embedding", "head")
+
+
+@dataclasses.dataclass(frozen=True)
+class Entrant:
+    """One optimizer of a race: its configuration and its peak learning rate."""
+
+    optimizer: OptimizerConfig
+    learning_rate: float
+
+    def __post_init__(self) -> None:
+        check_learning_rate(self.optimizer.name, self.learning_rate)
+
+    @property
+    def name(self) -> str:
+        """The optimizer's registered name."""
+        return self.optimizer.name
+
+    def build(self, run: RunConfig) -> optax.GradientTransformation:
+        """Clipping, then the optimizer with the run's schedule and weight decay."""
+        overrides: dict[str, Any] = {}
+        if self.optimizer.accepts("weight_decay"):
+            overrides["weight_decay"] = run.weight_decay / self.learning_rate
+            overrides["weight_decay_mask"] = mask_by_role(DECAYED)
+        tx = self.optimizer.build(run.learning_rate(self.learning_rate), **overrides)
+        return optax.chain(optax.clip_by_global_norm(run.clip_norm), tx) if run.clip_norm else tx
+
+
+def tuned_table() -> dict[str, Any]:
+    """The committed table: name -> learning rate, hyperparameters and every trial behind them."""
+    text = resources.files("ravine.training").joinpath("tuned.json").read_text(encoding="utf-8")
+    return json.loads(text)
+
+
+def line_up(names: str, learning_rates: str = "") -> tuple[Entrant, ...]:
+    """Entrants from the command line's words.
+
+    Args:
+      names: registered names, separated by commas.
+      learning_rates: ``name=value`` pairs, separated by commas, that replace tuned values.
+
+    Raises:
+      ValueError: for unknown or repeated names, or learning rates that are not positive and finite.
+
+    Example:
+      >>> from ravine.training.tuning import line_up
+      >>> [entrant.learning_rate for entrant in line_up("adamw,lion", "adamw=0.5,lion=0.25")]
+      [0.5, 0.25]
+    """
+    tuned = tuned_table()["optimizers"]
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    if not wanted:
+        raise ValueError(f"no optimizer given; known: {', '.join(tuned)}.")
+    repeated = {name for name in wanted if wanted.count(name) > 1}
+    if repeated:
+        raise ValueError(f"{sorted(repeated)[0]!r} is given twice; name each optimizer once.")
+    replaced: dict[str, float] = {}
+    for pair in filter(None, (word.strip() for word in learning_rates.split(","))):
+        name, _, value = pair.partition("=")
+        if name not in wanted:
+            raise ValueError(
+                f"learning rate for {name!r}, which does not race; {near(name, wanted)}"
+            )
+        try:
+            replaced[name] = float(value)
+        except ValueError:
+            raise ValueError(
+                f"the learning rate of {name} must be a number, got {value!r}."
+            ) from None
+    entrants = []
+    for name in wanted:
+        config = OptimizerConfig(name, tuned.get(name, {}).get("hyperparameters", {}))
+        if name not in tuned and name not in replaced:
+            raise ValueError(
+                f"{name} has no tuned learning rate; give --learning-rates {name}=VALUE."
+            )
+        rate = replaced[name] if name in replaced else tuned[name]["learning_rate"]
+        entrants.append(Entrant(config, rate))
+    return tuple(entrants)
