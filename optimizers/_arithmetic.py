@@ -76,7 +76,7 @@ def bias_correction(decay: Any, count: jax.Array) -> jax.Array:
 
 
 def root(x: jax.Array, eps: Any, eps_root: Any) -> jax.Array:
-    r""":math:`\sqrt{x + \epsilon_\mathrm{root}} + \epsilon`, the denominator of every second moment."""
+    r""":math:`\sqrt{x + \epsilon_\mathrm{root}} + \epsilon`, what second moments divide by."""
     inside = (
         x if isinstance(eps_root, float) and eps_root == 0 else x + jnp.asarray(eps_root, x.dtype)
     )

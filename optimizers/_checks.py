@@ -43,9 +43,10 @@ def check_real_leaves(params: Any) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         dtype = getattr(leaf, "dtype", None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            name = jax.tree_util.keystr(path) or "(root)"
             raise TypeError(
-                f"parameter {jax.tree_util.keystr(path) or '(root)'} has dtype {dtype or type(leaf)}, "
-                "but optimizers take real floating-point arrays; cast it, or leave it out "
+                f"parameter {name} has dtype {dtype or type(leaf)}, but optimizers take real "
+                "floating-point arrays; cast it, or leave it out "
                 "with optax.masked or optax.partition."
             )
 

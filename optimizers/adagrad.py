@@ -29,7 +29,8 @@ def scale_by_adagrad(
     r"""Divides by the root of the running sum of squares.
 
     .. math::
-        a_t = a_{t-1} + g_t^2, \qquad u_t = \frac{g_t}{\sqrt{a_t + \epsilon_\mathrm{root}} + \epsilon}
+        a_t = a_{t-1} + g_t^2, \qquad
+        u_t = \frac{g_t}{\sqrt{a_t + \epsilon_\mathrm{root}} + \epsilon}
 
     Defaults are PyTorch's. Optax starts at :math:`a_0 = 0.1` with 1e-7 inside the root:
     ``scale_by_adagrad(0.1, eps=0.0, eps_root=1e-7)``.

@@ -121,6 +121,9 @@ def rmsprop(
     Raises:
       ValueError: for hyperparameters out of range, or Nesterov without momentum.
 
+    The velocity is scaled by the learning rate of its step, as in PyTorch; ``optax.rmsprop`` scales
+    what enters the velocity, which differs once the rate changes.
+
     Source: as :func:`scale_by_rmsprop`.
 
     Example:

@@ -56,7 +56,9 @@ def scale_by_momentum(
       Array([1.5], dtype=float32)
     """
     check_decay_rates(momentum=momentum, dampening=dampening)
-    if nesterov and dampening != 0:
+    has_dampening = not (isinstance(dampening, (int, float)) and dampening == 0)
+    # A traced dampening (optax.inject_hyperparams) cannot be looked at, and may well be zero.
+    if nesterov and isinstance(dampening, (int, float)) and has_dampening:
         raise ValueError(
             f"nesterov=True needs dampening=0, got dampening={dampening!r}; drop one of the two."
         )
@@ -72,7 +74,7 @@ def scale_by_momentum(
         def accumulate(g: jax.Array, m: jax.Array) -> jax.Array:
             dtype = wide_dtype(g.dtype, m.dtype)
             kept, g = jnp.asarray(momentum, dtype) * m.astype(dtype), g.astype(dtype)
-            if isinstance(dampening, (int, float)) and dampening == 0:
+            if not has_dampening:
                 return kept + g
             damped = kept + jnp.asarray(1 - dampening, dtype) * g
             return jnp.where(state.count == 0, g, damped)
@@ -127,7 +129,8 @@ def sgd(
       Array([-0.19], dtype=float32)
     """
     has_momentum = not (isinstance(momentum, (int, float)) and momentum == 0)
-    if not has_momentum and (nesterov or dampening != 0):
+    has_dampening = isinstance(dampening, (int, float)) and dampening != 0
+    if not has_momentum and (nesterov or has_dampening):
         raise ValueError("nesterov and dampening act on the momentum; give momentum > 0.")
     return optax.chain(
         scale_by_momentum(momentum, nesterov=nesterov, dampening=dampening, mu_dtype=mu_dtype)

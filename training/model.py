@@ -221,7 +221,8 @@ class Transformer(nnx.Module):
         )
         self.layers = stacked(rngs)
         self.final_norm = RMSNorm(config.width)
-        self.head = _linear(config.width, config.vocabulary, 1.0, dtype, rngs)
+        # Small first logits: the loss starts near log V instead of well above it.
+        self.head = _linear(config.width, config.vocabulary, 0.25, dtype, rngs)
 
     def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
         """Logits of the token after each position, float32."""

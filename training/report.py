@@ -105,7 +105,8 @@ def _figure(
     if log and any(curve[3] for curve in curves):
         axes.set_yscale("log")
         # A decay to zero would take most of the axis: stop three decades below the lowest peak.
-        axes.set_ylim(bottom=1e-3 * min(max(ys) for *_, ys in curves if ys))
+        drawn = [ys for *_, ys in curves if ys]
+        axes.set_ylim(bottom=max(1e-3 * min(map(max, drawn)), 0.8 * min(map(min, drawn))))
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     buffer = io.StringIO()

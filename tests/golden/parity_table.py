@@ -51,8 +51,8 @@ OPTAX_CASES = {
     "adam": (ravine.adam, optax.adam),
     "adam, nesterov": (lambda lr: ravine.adam(lr, nesterov=True), optax.nadam),
     "adam, eps_root": (
-        lambda lr: ravine.adam(lr, eps=0.0, eps_root=1e-8),
-        lambda lr: optax.adam(lr, eps=0.0, eps_root=1e-8),
+        lambda lr: ravine.adam(lr, eps=0.0, eps_root=1e-4),
+        lambda lr: optax.adam(lr, eps=0.0, eps_root=1e-4),
     ),
     "adamw": (lambda lr: ravine.adamw(lr, weight_decay=1e-4), optax.adamw),
     "adamw, nesterov": (
@@ -66,12 +66,12 @@ OPTAX_CASES = {
     ),
     "rmsprop": (lambda lr: ravine.rmsprop(lr, 0.9, eps=0.0, eps_root=1e-8), optax.rmsprop),
     "rmsprop, eps outside": (
-        lambda lr: ravine.rmsprop(lr, 0.9),
-        lambda lr: optax.rmsprop(lr, eps_in_sqrt=False),
+        lambda lr: ravine.rmsprop(lr, 0.9, eps=0.01),
+        lambda lr: optax.rmsprop(lr, eps=0.01, eps_in_sqrt=False),
     ),
     "rmsprop, centered": (
-        lambda lr: ravine.rmsprop(lr, 0.9, eps=0.0, eps_root=1e-8, centered=True),
-        lambda lr: optax.rmsprop(lr, centered=True),
+        lambda lr: ravine.rmsprop(lr, 0.9, eps=0.0, eps_root=1e-4, centered=True),
+        lambda lr: optax.rmsprop(lr, eps=1e-4, centered=True),
     ),
     # Optax multiplies by the learning rate before the momentum, ravine and torch after it, which
     # is the same only while the rate stays.
@@ -147,11 +147,11 @@ def cases() -> dict:
 
 
 def bound(difference: float, dtype: str) -> float:
-    """Twice the difference, at least four units of rounding, up to one significant digit.
+    """Twice the difference, at least eight units of rounding, up to one significant digit.
 
     The slack is for processors and compilers that fuse other multiplications and additions.
     """
-    x = max(2 * difference, 4 * float(np.finfo(dtype).eps))
+    x = max(2 * difference, 8 * float(np.finfo(dtype).eps))
     power = 10.0 ** math.floor(math.log10(x))
     return float(f"{math.ceil(x / power) * power:.0e}")
 
@@ -161,10 +161,10 @@ def render(differences: dict) -> str:
     lines = [
         "# Parity with the official implementations",
         "",
-        f"{STEPS} steps on leaves of shapes (), (3,), (2, 5) and (3, 1, 4), with gradients of four",
-        "magnitudes, some of them zero, and a learning rate that changes at every step. The",
+        f"{STEPS} steps on leaves of shapes (), (3,), (2, 5) and (3, 1, 4), with gradients of",
+        "different sizes, some of them zero, and a learning rate that changes at every step. The",
         "difference is max |a - b| / max |b| over all steps of a leaf, the worst of the leaves;",
-        "the table gives a bound, twice the difference measured (at least four units of",
+        "the table gives a bound, twice the difference measured (at least eight units of",
         "rounding), rounded up to one significant digit. The tests hold every row against its",
         "bound and against 1e-6 in float64 and 1e-5 in float32.",
         "",

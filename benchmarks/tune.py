@@ -1,0 +1,97 @@
+"""Tunes the peak learning rate of every optimizer alike, and writes training/tuned.json.
+
+    python benchmarks/tune.py                 # all, about half an hour on 2 cores
+    python benchmarks/tune.py --only lion sgd # these again, the others kept
+
+Every optimizer gets the same number of trials: the race's model, text, batch, warm-up, cosine decay
+and weight decay (the same share of every matrix a step), and TRIALS learning rates a factor of two
+apart, centred on CENTRES. Other hyperparameters are HYPERPARAMETERS, chosen beforehand and not
+tuned. The trials use another seed than the race. The best final held-out loss wins; a best rate at
+the edge of its grid is reported, so that the centre can be moved and the grid run again.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import math
+import tempfile
+from pathlib import Path
+
+import jax
+from ravine.optimizers import OptimizerConfig
+from ravine.training.config import RunConfig
+from ravine.training.corpus import load_corpus
+from ravine.training.loop import Outcome, train
+from ravine.training.tuning import Entrant
+
+TABLE = Path(__file__).parents[1] / "training" / "tuned.json"
+TRIALS = 5
+CENTRES = {
+    "adamw": 0.004,
+    "lion": 0.0008,
+    "sgd": 0.5,
+    "rmsprop": 0.002,
+    "adagrad": 0.04,
+    "adam": 0.004,
+}
+HYPERPARAMETERS = {
+    "sgd": {"momentum": 0.9},
+    "rmsprop": {"b2": 0.95},
+    "adam": {"b2": 0.95},
+    "adamw": {"b2": 0.95},
+}
+
+
+def tune(name: str, run: RunConfig) -> dict:
+    corpus = load_corpus(run.data)
+    run = dataclasses.replace(
+        run, model=dataclasses.replace(run.model, vocabulary=corpus.vocabulary)
+    )
+    config = OptimizerConfig(name, HYPERPARAMETERS.get(name, {}))
+    losses: dict[float, float] = {}
+    for index in range(TRIALS):
+        rate = CENTRES[name] * 2.0 ** (index - TRIALS // 2)
+        outcome = Outcome(name, rate)
+        with tempfile.TemporaryDirectory() as folder:
+            train(run, Entrant(config, rate).build(run), corpus, outcome, Path(folder))
+        losses[rate] = outcome.final_loss
+        print(f"{name:<10} {rate:<10.3g} {outcome.status:<10} {outcome.final_loss:.4f}", flush=True)
+        jax.clear_caches()
+    best = min(losses, key=losses.__getitem__)
+    if best in (min(losses), max(losses)):
+        print(f"{name}: the best rate {best:.3g} lies at the edge of its grid; move its centre")
+    return {
+        "learning_rate": best,
+        "hyperparameters": dict(config.hyperparameters),
+        "trials": [
+            {"learning_rate": rate, "heldout_loss": round(loss, 4) if math.isfinite(loss) else None}
+            for rate, loss in losses.items()
+        ],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=list(CENTRES), default=list(CENTRES))
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    run = RunConfig(seed=arguments.seed, eval_every=RunConfig().steps)
+    table = json.loads(TABLE.read_text(encoding="utf-8"))
+    for name in arguments.only:
+        tuned = tune(name, run)
+        table["optimizers"][name] = {
+            **tuned,
+            "date": datetime.date.today().isoformat(),
+            "jax": jax.__version__,
+        }
+        table["how"] = (
+            f"benchmarks/tune.py: {TRIALS} learning rates a factor of two apart for every "
+            f"optimizer, {run.steps} steps of the race's task with seed {arguments.seed}, best "
+            "final held-out loss; other hyperparameters fixed beforehand."
+        )
+        TABLE.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

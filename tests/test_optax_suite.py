@@ -1,0 +1,151 @@
+"""Optax's own common tests, run over our optimizers.
+
+They ship in Optax's wheel, but as private modules: should a release move them, this one says so.
+
+What does not apply:
+
+- complex parameters, which ours refuse by name (`test_every_optimizer.py`);
+- dtypes other than bfloat16 and float32 (float64 is in `test_parity.py`);
+- `AliasTest.test_explicit_dtype`, which expects a moment in the parameters' dtype when no dtype is
+  given, where ours has at least float32;
+- `test_optimization` and the tests of extra arguments, accumulation, injection and schedules in
+  `AliasTest` and `ScheduleAsLearningRateTest`: `ContribTest` has the same ones, stricter;
+- `ContribTest.test_preserve_dtype`, which wants the parameters' dtype: with one dtype the same as
+  `AliasTest`'s, which wants the gradients';
+- Optax's wrappers (mechanize, schedule_free) and microbatching, which are not ours.
+"""
+
+import os
+import sys
+import types
+import warnings
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import pytest
+import ravine
+from absl.testing import parameterized
+
+from .optimizers_table import TABLE
+
+with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+    # sharding_test makes a noisy_sgd in a way that Optax itself deprecates.
+    warnings.filterwarnings("ignore", "Specifying a key will be required", UserWarning)
+    # sharding_test sets XLA_FLAGS when imported; leaving the context takes that back.
+    patch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
+    if "sklearn" not in sys.modules:
+        # alias_test imports scikit-learn for tests of L-BFGS, which are not run here.
+        stand_in = types.ModuleType("sklearn")
+        stand_in.datasets = stand_in.linear_model = None
+        patch.setitem(sys.modules, "sklearn", stand_in)
+    from optax._src import alias_test, sharding_test
+    from optax.contrib import _common_test as contrib_test
+
+# The tables of Optax's tests name an optimizer; its modules look the name up here.
+alias_test._get_opt = lambda self, name: getattr(ravine, name)
+contrib_test._get_opt_factory = lambda name: getattr(ravine, name)
+
+
+def options(row, defaults=(), **arguments):
+    """A row as Optax's tables have it."""
+    kwargs = {"learning_rate": row.constant_learning_rate, **dict(defaults), **row.hyperparameters}
+    return {"opt_name": row.name, "opt_kwargs": kwargs, **arguments}
+
+
+def present(row):
+    """Values that keep every link in the chain.
+
+    A momentum or decay of zero leaves its link out; injected as an array, it cannot be seen to be
+    zero, and the states would differ in structure.
+    """
+    values = {"momentum": 0.9, "weight_decay": 0.01}
+    return {name: value for name, value in values.items() if row.accepts(name)}
+
+
+NO_WRAPPER = {"wrapper_name": None, "wrapper_kwargs": None}
+ANY_SHAPE = [row for row in TABLE if not row.needs_matrices]
+ALIAS = [options(row) for row in ANY_SHAPE]
+CONTRIB = [options(row, **NO_WRAPPER) for row in ANY_SHAPE]
+INJECTED = [options(row, present(row), **NO_WRAPPER) for row in ANY_SHAPE]
+MATRIX = [options(row, **NO_WRAPPER) for row in TABLE]
+INSTANCES = [(str(i), row.build()) for i, row in enumerate(TABLE)]
+DTYPES = ("bfloat16", "float32")
+
+
+def original(case, name, suffix="0"):
+    """A test of Optax's before it was parametrised."""
+    return getattr(case, name + suffix).__wrapped__
+
+
+def alias(name):
+    return original(alias_test.AliasTest, name)
+
+
+def contrib(name):
+    return original(contrib_test.ContribTest, name)
+
+
+def sharding(name):
+    return original(sharding_test.ShardingTest, name, "_adam")
+
+
+class NoSkips(parameterized.TestCase):
+    def skipTest(self, reason):
+        self.fail(f"Optax's test skips itself: {reason}")
+
+
+class OptaxSuite(NoSkips):
+    test_preserve_dtype = parameterized.product(ALIAS, dtype=DTYPES)(alias("test_preserve_dtype"))
+    test_state_stability = parameterized.product(ALIAS, dtype=[jnp.bfloat16, jnp.float32])(
+        alias("test_state_shape_dtype_shard_stability")
+    )
+    test_vectors = parameterized.product(
+        CONTRIB,
+        target=[
+            contrib_test._setup_parabola,
+            contrib_test._setup_rosenbrock,
+            contrib_test._setup_mixed_tensor_target,
+        ],
+        dtype=["float32"],
+    )(contrib("test_optimizers"))
+    test_matrices = parameterized.product(
+        MATRIX, target=[contrib_test._setup_matrix_parabola], dtype=["float32"]
+    )(contrib("test_optimizers"))
+    test_extra_args = parameterized.product(CONTRIB, wrap=[False])(
+        contrib("test_optimizers_accept_extra_args")
+    )
+    test_inject_hyperparams = parameterized.product(INJECTED)(
+        contrib("test_optimizers_can_be_wrapped_in_inject_hyperparams")
+    )
+    test_schedule = parameterized.product(CONTRIB)(
+        contrib("test_optimizers_accept_learning_rate_schedule_if_type_annotated_as_such")
+    )
+
+
+class Accumulation(NoSkips):
+    def setUp(self):
+        super().setUp()
+        # optax.MultiSteps itself divides floats by an int32 counter.
+        self.enterContext(jax.numpy_dtype_promotion("standard"))
+
+    test_gradient_accumulation = parameterized.product(CONTRIB, dtype=DTYPES)(
+        contrib("test_gradient_accumulation")
+    )
+
+
+class Sharding(NoSkips):
+    def setUp(self):
+        super().setUp()
+        # The tests skip themselves where jax is older than 0.7.2, compared as strings: "0.10" is.
+        self.enterContext(mock.patch.object(jax, "__version__", "1"))
+
+    test_abstract_init = parameterized.named_parameters(INSTANCES)(
+        sharding("test_init_with_abstract_input")
+    )
+    test_type_of_update = parameterized.named_parameters(INSTANCES)(
+        sharding("test_state_sharding_type_init_match_update")
+    )
+    test_type_under_jit = parameterized.named_parameters(INSTANCES)(
+        sharding("test_state_sharding_type_preserved_with_jit")
+    )
