@@ -1,0 +1,115 @@
+"""Notebooks run from top to bottom, use public names only, and are committed with outputs."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import nbformat
+import pytest
+import ravine
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+LOCAL_PATH = re.compile(r"(?<![\w.:/<])/\w[\w.-]*/\w|\b[A-Z]:\\+\w|site-packages")
+
+pytestmark = [
+    pytest.mark.xdist_group("notebooks"),
+    pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem),
+]
+
+
+class ThisInterpreter(AsyncKernelManager):
+    """A kernel in this interpreter, whatever kernels the user has installed under its name."""
+
+    @property
+    def kernel_spec(self):
+        launch = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        return KernelSpec(argv=launch, display_name=self.kernel_name, language="python")
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def kinds(cell):
+    """What a cell shows, in order: the types of displays, and whether it prints."""
+    shown = []
+    for output in cell.outputs:
+        kind = output.get("name") or tuple(sorted(output.get("data", ())))
+        # A stream may come in pieces, and what a machine warns of is not part of the lesson.
+        if kind != "stderr" and not (shown and shown[-1] == kind == "stdout"):
+            shown.append(kind)
+    return shown
+
+
+def test_runs_and_shows_what_is_committed(path, tmp_path, monkeypatch):
+    committed = nbformat.read(path, as_version=4)
+    fresh = nbformat.read(path, as_version=4)
+    for cell in code_cells(fresh):
+        cell.outputs = []
+
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    NotebookClient(
+        fresh,
+        kernel_manager_class=ThisInterpreter,
+        timeout=120,
+        resources={"metadata": {"path": str(tmp_path)}},
+    ).execute()
+
+    for cell, again in zip(code_cells(committed), code_cells(fresh), strict=True):
+        assert kinds(cell) == kinds(again), f"run the notebook and save it; cell:\n{cell.source}"
+
+
+def test_outputs_are_clean(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert any(cell.outputs for cell in code_cells(notebook))
+
+    for number, cell in enumerate(code_cells(notebook), start=1):
+        assert cell.execution_count == number, "saved after a run from top to bottom"
+        for output in cell.outputs:
+            assert output.output_type != "error"
+            assert output.get("name") != "stderr"
+            texts = [output.get("text", "")]
+            texts += [v for k, v in output.get("data", {}).items() if not k.startswith("image/png")]
+            assert not LOCAL_PATH.search("\n".join(map(str, texts)))
+    assert not LOCAL_PATH.search(str(notebook.metadata))
+
+
+def test_uses_only_public_names(path):
+    source = "\n".join(cell.source for cell in code_cells(nbformat.read(path, as_version=4)))
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                assert_public(alias.name)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                assert_public(f"{node.module}.{alias.name}")
+        elif isinstance(node, ast.Attribute):
+            assert not node.attr.startswith("_"), ast.unparse(node)
+            assert_public(ast.unparse(node))
+
+
+def assert_public(dotted):
+    """No private part; under ravine, each part is exported by the module before it."""
+    if not re.fullmatch(r"[\w.]+", dotted):
+        return  # an attribute of an expression
+    assert not any(part.startswith("_") for part in dotted.split(".")), dotted
+    head, *parts = dotted.split(".")
+    if head != "ravine":
+        return
+    owner = ravine
+    for part in parts:
+        if isinstance(owner, ModuleType):
+            assert part in getattr(owner, "__all__", [part]), f"{dotted}: {part} is not exported"
+        owner = getattr(owner, part)
