@@ -18,7 +18,7 @@ from .checkpoint import Checkpoints
 from .config import RunConfig, to_json
 from .corpus import Corpus
 from .data import heldout_batches, train_batches
-from .step import TrainState, init_params, init_state, make_loss, make_train_step
+from .step import TrainState, init_params, init_state, make_train_step, mean_loss
 
 Status = Literal["finished", "diverged", "interrupted"]
 
@@ -136,10 +136,6 @@ def train(
             batches=run.eval_batches,
         )
     )
-    loss_fn = make_loss(graphdef)
-    evaluate = jax.jit(
-        lambda params: jnp.mean(jax.lax.map(lambda batch: loss_fn(params, batch), heldout))
-    )
     outcome.parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     outcome.state_bytes_per_parameter = _bytes(state.opt_state) / outcome.parameters
 
@@ -183,7 +179,7 @@ def train(
                 return outcome
             done = step + 1
             if done % run.eval_every == 0 or done == run.steps:
-                loss = float(evaluate(state.params))
+                loss = float(mean_loss(graphdef, state.params, heldout))
                 entry = {"step": done, "seconds": clock.seconds, "heldout_loss": loss}
                 if corpus.bytes_per_token is not None:
                     bits = loss / math.log(2) / corpus.bytes_per_token

@@ -97,7 +97,8 @@ def summary_table(outcomes: list[Outcome]) -> Table:
 def _figure(
     title: str, x: str, y: str, curves: list[tuple[str, dict, list[float], list[float]]], log: bool
 ) -> str:
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    figure = Figure(figsize=(6.4, 4.2))
+    figure.subplots_adjust(left=0.13, right=0.98, top=0.92, bottom=0.12)
     axes = figure.subplots()
     for name, style, xs, ys in curves:
         axes.plot(xs, ys, label=name, linewidth=1.8, **style)

@@ -1,5 +1,6 @@
 """One training step, in the functional form the trainer uses and in the form of `nnx.Optimizer`."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,8 +30,13 @@ def loss_of(model: Transformer, batch: Batch) -> jax.Array:
 
 def init_params(config: ModelConfig, seed: int) -> tuple[nnx.GraphDef, Any]:
     """The model's static half and its parameters as a pure dictionary of arrays."""
-    graphdef, state = nnx.split(Transformer(config, rngs=nnx.Rngs(seed)), nnx.Param)
-    return graphdef, nnx.to_pure_dict(state)
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+    return graphdef, _params(config, jax.random.key(seed))
+
+
+@functools.partial(jax.jit, static_argnums=0)  # one program instead of a hundred small ones
+def _params(config: ModelConfig, key: jax.Array) -> Any:
+    return nnx.to_pure_dict(nnx.state(Transformer(config, rngs=nnx.Rngs(key)), nnx.Param))
 
 
 def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
@@ -41,6 +47,13 @@ def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
 def make_loss(graphdef: nnx.GraphDef) -> Callable[[Any, Batch], jax.Array]:
     """`loss(params, batch)`, pure."""
     return lambda params, batch: loss_of(nnx.merge(graphdef, params), batch)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def mean_loss(graphdef: nnx.GraphDef, params: Any, batches_NxBxT1: jax.Array) -> jax.Array:
+    """Mean loss over several batches, one after the other."""
+    loss = make_loss(graphdef)
+    return jnp.mean(jax.lax.map(lambda batch: loss(params, batch), batches_NxBxT1))
 
 
 def make_train_step(
