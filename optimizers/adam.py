@@ -138,7 +138,7 @@ def adam(
     Example:
       >>> import jax.numpy as jnp, ravine
       >>> tx = ravine.adam(0.1)
-      >>> tx.update(jnp.array([3.0]), tx.init(jnp.zeros(1)))[0]
+      >>> tx.update(jnp.array([3.0]), tx.init(jnp.zeros(1)))[0].round(4)
       Array([-0.1], dtype=float32)
     """
     return adamw(
