@@ -138,8 +138,8 @@ def adam(
     Example:
       >>> import jax.numpy as jnp, ravine
       >>> tx = ravine.adam(0.1)
-      >>> tx.update(jnp.array([3.0]), tx.init(jnp.zeros(1)))[0].round(4)
-      Array([-0.1], dtype=float32)
+      >>> round(float(tx.update(jnp.array([3.0]), tx.init(jnp.zeros(1)))[0][0]), 6)
+      -0.1
     """
     return adamw(
         learning_rate,
