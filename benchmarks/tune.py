@@ -30,12 +30,14 @@ TRIALS = 5
 CENTRES = {
     "adamw": 0.004,
     "lion": 0.0008,
+    "muon": 0.02,
     "sgd": 0.5,
     "rmsprop": 0.002,
     "adagrad": 0.04,
     "adam": 0.004,
 }
 HYPERPARAMETERS = {
+    "muon": {"scale": "moonlight"},
     "sgd": {"momentum": 0.9},
     "rmsprop": {"b2": 0.95},
     "adam": {"b2": 0.95},

@@ -2,38 +2,74 @@
 
 from .adagrad import ScaleByAdagradState, adagrad, scale_by_adagrad
 from .adam import ScaleByAdamState, adam, adamw, scale_by_adam
-from .decay import AddDecayedWeightsState, add_decayed_weights
+from .decay import AddDecayedWeightsState, add_cautious_decay, add_decayed_weights
+from .fixed_norm import KeepParameterNormState, keep_parameter_norm, scale_by_parameter_norm
 from .learning_rate import ScaleByLearningRateState, scale_by_learning_rate
 from .lion import ScaleByLionState, lion, scale_by_lion
+from .matrix_scale import scale_by_matrix_shape
+from .momentum import (
+    ScaleByEmaMomentumState,
+    ScaleByMomentumState,
+    scale_by_ema_momentum,
+    scale_by_momentum,
+)
+from .muon import adamuon, muon, normuon, scale_by_muon
+from .neuron_norm import (
+    ScaleByElementRmsState,
+    ScaleByNeuronRmsState,
+    equilibrate,
+    renormalize,
+    scale_by_element_rms,
+    scale_by_neuron_rms,
+)
+from .orthogonal import orthogonalize
 from .registry import OptimizerConfig, names, register
 from .rmsprop import ScaleByRmspropState, rmsprop, scale_by_rmsprop
-from .sgd import ScaleByMomentumState, scale_by_momentum, sgd
+from .sgd import sgd
 
-for _builder in (sgd, adagrad, rmsprop, adam, adamw, lion):
+for _builder in (sgd, adagrad, rmsprop, adam, adamw, lion, muon, normuon, adamuon):
     register(_builder.__name__, _builder)
 
 __all__ = [
     "AddDecayedWeightsState",
+    "KeepParameterNormState",
     "OptimizerConfig",
     "ScaleByAdagradState",
     "ScaleByAdamState",
+    "ScaleByElementRmsState",
+    "ScaleByEmaMomentumState",
     "ScaleByLearningRateState",
     "ScaleByLionState",
     "ScaleByMomentumState",
+    "ScaleByNeuronRmsState",
     "ScaleByRmspropState",
     "adagrad",
     "adam",
+    "adamuon",
     "adamw",
+    "add_cautious_decay",
     "add_decayed_weights",
+    "equilibrate",
+    "keep_parameter_norm",
     "lion",
+    "muon",
     "names",
+    "normuon",
+    "orthogonalize",
     "register",
+    "renormalize",
     "rmsprop",
     "scale_by_adagrad",
     "scale_by_adam",
+    "scale_by_element_rms",
+    "scale_by_ema_momentum",
     "scale_by_learning_rate",
     "scale_by_lion",
+    "scale_by_matrix_shape",
     "scale_by_momentum",
+    "scale_by_muon",
+    "scale_by_neuron_rms",
+    "scale_by_parameter_norm",
     "scale_by_rmsprop",
     "sgd",
 ]

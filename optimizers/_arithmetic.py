@@ -7,6 +7,7 @@ formed in Python's double precision where the decay rate is a Python number; in 
 :math:`1 - 0.999` is already off by 5e-5.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,7 @@ import optax
 from ._checks import check_real_leaves
 
 
+@functools.cache
 def wide_dtype(*dtypes: Any) -> Any:
     """The widest of `dtypes` and float32, the dtype in which arithmetic is done.
 
@@ -27,9 +29,19 @@ def wide_dtype(*dtypes: Any) -> Any:
     return jnp.dtype(jnp.float64 if is_double else jnp.float32)
 
 
+def cast(x: jax.Array, dtype: Any) -> jax.Array:
+    """`x` in `dtype`; what has it already is not even traced, of which trees of leaves are full."""
+    return x if x.dtype == dtype else x.astype(dtype)
+
+
 def wide(x: jax.Array) -> jax.Array:
     """`x` in at least float32."""
-    return x.astype(wide_dtype(x.dtype))
+    return cast(x, wide_dtype(x.dtype))
+
+
+def scalar(value: Any, dtype: Any) -> Any:
+    """A hyperparameter to multiply arrays of `dtype` with: a number as it is, an array cast."""
+    return value if isinstance(value, (int, float)) else jnp.asarray(value, dtype)
 
 
 def wide_zeros_like(params: optax.Params, dtype: Any = None) -> optax.Updates:
@@ -40,14 +52,14 @@ def wide_zeros_like(params: optax.Params, dtype: Any = None) -> optax.Updates:
 
 def cast_like(tree: Any, target: Any) -> Any:
     """Each leaf of `tree` in the dtype of the matching leaf of `target`."""
-    return jax.tree.map(lambda x, t: x.astype(t.dtype), tree, target)
+    return jax.tree.map(lambda x, t: cast(x, t.dtype), tree, target)
 
 
 def lerp(new: jax.Array, old: jax.Array, decay: Any) -> jax.Array:
     r""":math:`\beta\,\mathrm{old} + (1 - \beta)\,\mathrm{new}` in the wider dtype of the two."""
     dtype = wide_dtype(old.dtype, new.dtype)
-    keep, take = (jnp.asarray(c, dtype) for c in (decay, 1 - decay))
-    return keep * old.astype(dtype) + take * new.astype(dtype)
+    keep, take = (scalar(c, dtype) for c in (decay, 1 - decay))
+    return keep * cast(old, dtype) + take * cast(new, dtype)
 
 
 def ema(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._arithmetic import increment, wide_dtype
+from ._arithmetic import cast, increment, scalar, wide_dtype
 from ._checks import check_non_negative, check_params_given
 from ._transformation import transformation
 from .learning_rate import evaluate
@@ -49,6 +49,48 @@ def add_decayed_weights(
       >>> tx.update(jnp.array([1.0]), tx.init(params), params)[0]
       Array([1.2], dtype=float32)
     """
+    return _decay(weight_decay, mask, lambda u, p: p)
+
+
+def decay_or_identity(
+    weight_decay: optax.ScalarOrSchedule, mask: Mask | None
+) -> optax.GradientTransformation:
+    """`add_decayed_weights`, or nothing at all when the decay is the constant zero."""
+    if isinstance(weight_decay, (int, float)) and weight_decay == 0:
+        return optax.identity()
+    return add_decayed_weights(weight_decay, mask)
+
+
+def add_cautious_decay(
+    weight_decay: optax.ScalarOrSchedule = 0.0, mask: Mask | None = None
+) -> optax.GradientTransformation:
+    r"""Decays only where the update and the decay agree.
+
+    .. math:: u + \lambda_t \, [u \theta \ge 0] \, \theta
+
+    Args:
+      weight_decay: :math:`\lambda`, a non-negative number or a schedule of the update count.
+      mask: which parameters decay, see :func:`add_decayed_weights`.
+
+    Raises:
+      ValueError: as :func:`add_decayed_weights`.
+
+    Source: Chen et al., 2025, https://arxiv.org/abs/2510.12402.
+
+    Example:
+      >>> import jax.numpy as jnp, ravine
+      >>> tx, params = ravine.add_cautious_decay(0.5), jnp.array([2.0, 2.0])
+      >>> tx.update(jnp.array([1.0, -1.0]), tx.init(params), params)[0]
+      Array([ 2., -1.], dtype=float32)
+    """
+    return _decay(weight_decay, mask, lambda u, p: jnp.where(u * p >= 0, p, 0))
+
+
+def _decay(
+    weight_decay: optax.ScalarOrSchedule,
+    mask: Mask | None,
+    decayed_part: Callable[[jax.Array, jax.Array], jax.Array],
+) -> optax.GradientTransformation:
     check_non_negative(weight_decay=weight_decay)
 
     def init(params: optax.Params) -> AddDecayedWeightsState:
@@ -63,19 +105,11 @@ def add_decayed_weights(
 
         def decayed(u: jax.Array, p: jax.Array) -> jax.Array:
             dtype = wide_dtype(u.dtype, p.dtype)
-            return (u.astype(dtype) + jnp.asarray(rate, dtype) * p.astype(dtype)).astype(u.dtype)
+            part = decayed_part(cast(u, dtype), cast(p, dtype))
+            return cast(cast(u, dtype) + scalar(rate, dtype) * part, u.dtype)
 
         state = AddDecayedWeightsState(increment(state.count))
         return jax.tree.map(decayed, updates, params), state
 
     tx = transformation(init, update)
     return tx if mask is None else optax.masked(tx, mask)
-
-
-def decay_or_identity(
-    weight_decay: optax.ScalarOrSchedule, mask: Mask | None
-) -> optax.GradientTransformation:
-    """`add_decayed_weights`, or nothing at all when the decay is the constant zero."""
-    if isinstance(weight_decay, (int, float)) and weight_decay == 0:
-        return optax.identity()
-    return add_decayed_weights(weight_decay, mask)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._arithmetic import increment, wide
+from ._arithmetic import cast, increment, scalar, wide, wide_dtype
 from ._checks import check_non_negative, check_real_leaves
 from ._transformation import transformation
 
@@ -52,7 +52,7 @@ def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.Gradi
         del params
         rate = evaluate(learning_rate, state.count)
         scaled = jax.tree.map(
-            lambda u: (wide(u) * -jnp.asarray(rate, wide(u).dtype)).astype(u.dtype), updates
+            lambda u: cast(wide(u) * scalar(-rate, wide_dtype(u.dtype)), u.dtype), updates
         )
         return scaled, ScaleByLearningRateState(increment(state.count))
 

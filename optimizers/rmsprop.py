@@ -11,7 +11,7 @@ from ._checks import check_decay_rates, check_some_eps
 from ._transformation import transformation
 from .decay import Mask, decay_or_identity
 from .learning_rate import scale_by_learning_rate
-from .sgd import scale_by_momentum
+from .momentum import scale_by_momentum
 
 
 class ScaleByRmspropState(NamedTuple):

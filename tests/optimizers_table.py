@@ -25,6 +25,8 @@ class Row:
     constant_learning_rate: float = 1e-2
     # Takes leaves of two axes or more only: the tests leave out vectors and scalars.
     needs_matrices: bool = False
+    # Works on whole matrices: shards may cut the batch axes of leaves, not rows and columns.
+    whole_matrices: bool = False
     # Relative to each leaf's largest value. The same arithmetic on a shard may still contract into
     # fused multiply-adds elsewhere, which moves the last bit (JAX 0.12, CPU; JAX 0.10 is bitwise).
     sharded_tolerance: float = 1e-6
@@ -55,8 +57,23 @@ class Row:
         shapes = {"first": (4, 8), "second": (8, 4)}
         if not self.needs_matrices:
             shapes |= {"vector": (8,), "scalar": ()}
+        if self.whole_matrices:
+            shapes |= {"stack": (4, 3, 5)}
         rng = np.random.default_rng(seed)
         return {k: jnp.asarray(rng.normal(size=shape), dtype) for k, shape in shapes.items()}
+
+
+def matrices(name: str, learning_rate: float, hyperparameters: Any = (), **fields: Any) -> Row:
+    """A row for an optimizer of the Muon family, with all parameters its matrices."""
+    return Row(
+        name,
+        learning_rate,
+        {"rules": ((".*", "matrix"),), **dict(hyperparameters)},
+        needs_matrices=True,
+        whole_matrices=True,
+        sharded_tolerance=1e-5,
+        **fields,
+    )
 
 
 TABLE = (
@@ -74,4 +91,8 @@ TABLE = (
     Row("adam", 0.2, {"nesterov": True}),
     Row("adamw", 0.2),
     Row("lion", 0.1, {"weight_decay": 1e-3}, constant_learning_rate=1e-3),
+    matrices("muon", 0.1),
+    matrices("muon", 0.2, {"scale": "moonlight", "nesterov": False}, steps=1000),
+    matrices("normuon", 0.1),
+    matrices("adamuon", 0.3),
 )

@@ -1,0 +1,133 @@
+"""Many matrices, few kernels: matrices of one shape are worked on as one batch.
+
+A kernel per leaf makes compile time grow with the number of leaves, and leaves a device idle where
+matrices are small. Here all pieces are turned to the wide form (rows <= columns), those of one shape
+are joined, and the joint batch is cut where its temporary memory would pass a bound.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+MAX_ELEMENTS = {"cpu": 2**21}
+"""Elements worked on at once, by platform; `MAX_ELEMENTS_ELSEWHERE` on all others. A CPU gains nothing
+from more than what its caches hold, and pays for every fresh page of temporary memory."""
+MAX_ELEMENTS_ELSEWHERE = 2**27
+
+Pieces = Sequence[jax.Array]  # of [L, M, N], the shapes may differ
+
+
+def map_matrices(
+    function: Callable[[jax.Array], jax.Array], pieces: Pieces, max_elements: int | None = None
+) -> list[jax.Array]:
+    """Applies `function` to all matrices, those of equal shape together.
+
+    The function must commute with transposition, as orthogonalization does: tall matrices are handed
+    to it transposed. This is the one place through which every batch of whole matrices passes, and so
+    the place to distribute them over a mesh.
+
+    Args:
+      function: maps a batch `[K, m, n]`, m <= n, to one of the same shape, matrix by matrix.
+      pieces: batches `[L, M, N]`.
+      max_elements: bound on the elements worked on at once, and so on temporary memory; at least
+        one matrix is taken. ``None`` takes 2**21 on CPU and 2**27 (512 MB in float32) elsewhere.
+
+    Returns:
+      The results, in the order and shapes of the pieces.
+
+    Raises:
+      ValueError: if the bound is below one.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ravine.optimizers.matrix.batching import map_matrices
+      >>> pieces = [jnp.ones((2, 3, 4)), jnp.ones((1, 4, 3)), jnp.ones((1, 2, 2))]
+      >>> shapes = []
+      >>> results = map_matrices(lambda batch: shapes.append(batch.shape) or -batch, pieces)
+      >>> shapes, [result.shape for result in results]
+      ([(3, 3, 4), (1, 2, 2)], [(2, 3, 4), (1, 4, 3), (1, 2, 2)])
+    """
+    if max_elements is None:
+        max_elements = MAX_ELEMENTS.get(jax.default_backend(), MAX_ELEMENTS_ELSEWHERE)
+    if max_elements < 1:
+        raise ValueError(f"max_elements must be at least 1, got {max_elements}.")
+    groups: dict[tuple[int, int, str], list[int]] = {}
+    for index, piece in enumerate(pieces):
+        rows, columns = sorted(piece.shape[1:])
+        groups.setdefault((rows, columns, str(piece.dtype)), []).append(index)
+    results: list[jax.Array] = list(pieces)
+    for (rows, columns, _), members in groups.items():
+        if rows * columns == 0:
+            continue
+        most = max(1, max_elements // (rows * columns))
+        batch = _join([_wide(pieces[index]) for index in members])
+        done = _in_chunks(function, batch, most)
+        lengths = [pieces[index].shape[0] for index in members]
+        for index, part in zip(members, _unjoin(done, lengths), strict=True):
+            results[index] = part if _is_wide(pieces[index]) else jnp.swapaxes(part, 1, 2)
+    return results
+
+
+def _in_chunks(
+    function: Callable[[jax.Array], jax.Array], batch: jax.Array, most: int
+) -> jax.Array:
+    """`function` on `most` matrices at a time, each result written where its matrices were."""
+    count = batch.shape[0]
+    if count <= most:
+        return function(batch)
+    # Chunks of one size are one program; a remainder would be compiled as a second one.
+    size = max(divisor for divisor in range(1, most + 1) if count % divisor == 0)
+    if 2 * size < most:
+        size = most
+
+    def write(start: Any, length: int, batch: jax.Array) -> jax.Array:
+        chunk = jax.lax.dynamic_slice_in_dim(batch, start, length)
+        return jax.lax.dynamic_update_slice_in_dim(batch, function(chunk), start, 0)
+
+    whole, rest = divmod(count, size)
+    batch = jax.lax.fori_loop(0, whole, lambda at, batch: write(at * size, size, batch), batch)
+    return write(whole * size, rest, batch) if rest else batch
+
+
+def _is_wide(piece: jax.Array) -> bool:
+    return piece.shape[1] <= piece.shape[2]
+
+
+def _wide(piece: jax.Array) -> jax.Array:
+    return piece if _is_wide(piece) else jnp.swapaxes(piece, 1, 2)
+
+
+def _join(parts: list[jax.Array]) -> jax.Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
+
+def _unjoin(batch: jax.Array, lengths: list[int]) -> list[jax.Array]:
+    """The parts of a batch, of `lengths` along its first axis.
+
+    XLA compiles a kernel for every slice at another constant place, 12 ms each on CPU, but equal
+    kernels only once; so where there are many, the places are values it cannot know beforehand.
+    """
+    starts = [sum(lengths[:at]) for at in range(len(lengths))]
+    if len(lengths) > 2:
+        starts = _unknown_to_the_compiler(starts, batch)
+    return [
+        jax.lax.dynamic_slice_in_dim(batch, start, length, allow_negative_indices=False)
+        for start, length in zip(starts, lengths, strict=True)
+    ]
+
+
+def _unknown_to_the_compiler(values: list[int], seen_at_runtime: jax.Array) -> list[jax.Array]:
+    """The same values, as results of a loop that runs once, which the compiler cannot foresee."""
+    first = jnp.abs(seen_at_runtime[(0,) * seen_at_runtime.ndim]).astype(jnp.float32)
+    # A sum of 0 for NaN and every finite or infinite number, but not so that XLA would simplify it.
+    one = 1 + (jax.lax.population_count(jax.lax.bitcast_convert_type(first, jnp.int32)) >> 6)
+
+    def body(carry: tuple[jax.Array, list[jax.Array]]) -> tuple[jax.Array, list[jax.Array]]:
+        count, before = carry
+        return count + 1, [value ^ 1 for value in before]
+
+    # Exclusive or, because counters that are increased alike would be merged into one.
+    start = (jnp.int32(0), [jnp.int32(value ^ 1) for value in values])
+    return jax.lax.while_loop(lambda carry: carry[0] < one, body, start)[1]

@@ -1,0 +1,311 @@
+"""Muon: momentum, orthogonalized.
+
+The pipeline is ``momentum → pre → orthogonalize → post → scale``, then decay and learning rate, each a
+transformation of its own. Its descendants differ in what stands in ``pre`` and ``post``:
+
+==============  ==================================  ==============================================
+name            pre                                 post
+==============  ==================================  ==============================================
+Muon
+NorMuon                                             `scale_by_neuron_rms`
+AdaMuon         sign                                `scale_by_element_rms`, `renormalize(rms=0.2)`
+MuonEq          `equilibrate`
+Muon+                                               `renormalize`
+==============  ==================================  ==============================================
+
+and MuonH puts `scale_by_parameter_norm` and `keep_parameter_norm` around the learning rate.
+"""
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ._checks import check_decay_rates
+from ._matrices import DEFAULT_AXES, Axes
+from .adam import adamw
+from .decay import Mask, add_cautious_decay, decay_or_identity
+from .learning_rate import scale_by_learning_rate
+from .matrix_scale import Scale, scale_by_matrix_shape
+from .momentum import scale_by_ema_momentum
+from .neuron_norm import renormalize, scale_by_element_rms, scale_by_neuron_rms
+from .orthogonal import orthogonalize
+from .roles import COMMON_RULES, Role, Rules, assign_roles, axes_of_path
+
+MATRIX_ROLES: tuple[Role, ...] = ("matrix", "convolution")
+KELLER_FALLBACK_RATIO = 3e-4 / 0.02
+"""AdamW's learning rate to Muon's, in Keller Jordan's ``muon.py``."""
+
+
+def scale_by_muon(
+    b1: float = 0.95,
+    *,
+    nesterov: bool = True,
+    method: Callable[[jax.Array], jax.Array] | None = None,
+    scale: Scale = "keller",
+    pre: optax.GradientTransformation | None = None,
+    post: optax.GradientTransformation | None = None,
+    axes: Axes = DEFAULT_AXES,
+    mu_dtype: Any = None,
+    max_elements: int | None = None,
+) -> optax.GradientTransformation:
+    r"""The direction of Muon, for trees whose leaves are all matrices.
+
+    .. math::
+        m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad
+        u_t = s \, \operatorname{polar}(\beta_1 m_t + (1 - \beta_1) g_t)
+
+    with :math:`s` the factor of :func:`scale_by_matrix_shape`, and without the look-ahead
+    :math:`m_t` in the place of the sum. The heavy ball gives the same directions, see
+    :func:`scale_by_ema_momentum`.
+
+    Args:
+      b1: :math:`\beta_1` in [0, 1).
+      nesterov: look-ahead momentum.
+      method: maps a batch of matrices to their polar factors; by default ``NewtonSchulz()``.
+      scale: ``"keller"``, ``"moonlight"``, ``"spectral"`` or ``"none"``.
+      pre: a transformation between momentum and orthogonalization.
+      post: a transformation between orthogonalization and scale.
+      axes: which axes of a leaf are rows (in) and columns (out); by default the last two.
+      mu_dtype: dtype of the momentum; by default at least float32.
+      max_elements: bound on the elements worked on at once, see ``matrix/batching.py``.
+
+    Raises:
+      ValueError: for values out of range, or at `init` for a leaf that is no matrix.
+
+    Source: Jordan, 2024, https://kellerjordan.github.io/posts/muon/; KellerJordan/Muon, ``muon.py``.
+
+    Example:
+      >>> import jax.numpy as jnp, ravine
+      >>> tx = ravine.scale_by_muon()
+      >>> updates, _ = tx.update(jnp.diag(jnp.array([3e-5, 4e-5])), tx.init(jnp.zeros((2, 2))))
+      >>> [round(float(x), 2) for x in jnp.diag(updates)]
+      [0.72, 1.12]
+    """
+    return optax.chain(
+        scale_by_ema_momentum(b1, nesterov=nesterov, mu_dtype=mu_dtype),
+        pre or optax.identity(),
+        orthogonalize(method, axes=axes, max_elements=max_elements),
+        post or optax.identity(),
+        scale_by_matrix_shape(scale, axes=axes),
+    )
+
+
+def muon(
+    learning_rate: optax.ScalarOrSchedule = 0.02,
+    b1: float = 0.95,
+    *,
+    nesterov: bool = True,
+    method: Callable[[jax.Array], jax.Array] | None = None,
+    scale: Scale = "keller",
+    pre: optax.GradientTransformation | None = None,
+    post: optax.GradientTransformation | None = None,
+    mu_dtype: Any = None,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay_mask: Mask | None = None,
+    cautious: bool = False,
+    rules: Rules = COMMON_RULES,
+    matrix_roles: Collection[Role] = MATRIX_ROLES,
+    fallback: optax.GradientTransformation | None = None,
+    fallback_learning_rate: optax.ScalarOrSchedule | None = None,
+    max_elements: int | None = None,
+) -> optax.GradientTransformation:
+    r"""Muon for matrices, another optimizer for everything else.
+
+    .. math:: \theta_t = \theta_{t-1} - \eta_t \, (u_t + \lambda \theta_{t-1})
+
+    with :math:`u_t` of :func:`scale_by_muon`. Which parameter is a matrix is decided by its role; a
+    parameter that no rule covers is refused. ``role_table`` shows who gets what.
+
+    Args:
+      learning_rate: a number or a schedule.
+      b1: decay rate of the momentum, in [0, 1).
+      nesterov: look-ahead momentum.
+      method: maps a batch of matrices to their polar factors; by default ``NewtonSchulz()``.
+      scale: the factor of a matrix's shape. With ``"moonlight"`` one learning rate suits Muon and
+        AdamW.
+      pre: a transformation between momentum and orthogonalization.
+      post: a transformation between orthogonalization and scale.
+      mu_dtype: dtype of the momentum; by default at least float32.
+      weight_decay: :math:`\lambda`, multiplied by the learning rate; also that of the default
+        fallback.
+      weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
+      cautious: decay matrices only where decay and update agree, see :func:`add_cautious_decay`.
+      rules: role rules; by default those for Ravine's, NNX's and Linen's names.
+      matrix_roles: the roles that Muon takes.
+      fallback: the optimizer of all other parameters, complete with its learning rate; by default
+        AdamW with b1 0.9, b2 0.95.
+      fallback_learning_rate: of the default fallback. ``None`` takes `learning_rate` itself with
+        ``scale="moonlight"``, and 0.015 of it, Keller Jordan's ratio, otherwise.
+      max_elements: bound on the elements worked on at once, see ``matrix/batching.py``.
+
+    Raises:
+      ValueError: for values out of range, for a fallback given together with its learning rate, and
+        at `init` for parameters that no rule covers or that are no matrices but shall be.
+
+    Source: as :func:`scale_by_muon`; Liu et al., 2025, https://arxiv.org/abs/2502.16982 (decay and
+    the ``"moonlight"`` scale).
+
+    Example:
+      >>> import jax.numpy as jnp, ravine
+      >>> params = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
+      >>> tx = ravine.muon(0.02, weight_decay=0.1)
+      >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    if fallback is not None and fallback_learning_rate is not None:
+        raise ValueError("fallback brings its own learning rate; drop fallback_learning_rate.")
+
+    def axes(path: str) -> Any:
+        return axes_of_path(path, rules)
+
+    if cautious:
+        decay = add_cautious_decay(weight_decay, weight_decay_mask)
+    else:
+        decay = decay_or_identity(weight_decay, weight_decay_mask)
+    matrices = optax.chain(
+        scale_by_muon(
+            b1,
+            nesterov=nesterov,
+            method=method,
+            scale=scale,
+            pre=pre,
+            post=post,
+            axes=axes,
+            mu_dtype=mu_dtype,
+            max_elements=max_elements,
+        ),
+        decay,
+        scale_by_learning_rate(learning_rate),
+    )
+    if fallback is None:
+        if fallback_learning_rate is None:
+            ratio = 1.0 if scale == "moonlight" else KELLER_FALLBACK_RATIO
+            fallback_learning_rate = _times(ratio, learning_rate)
+        fallback = adamw(
+            fallback_learning_rate,
+            b2=0.95,
+            mu_dtype=mu_dtype,
+            weight_decay=weight_decay,
+            weight_decay_mask=weight_decay_mask,
+        )
+
+    def labels(params: Any) -> Any:
+        roles = assign_roles(params, rules)
+        return jax.tree.map(lambda role: "muon" if role in matrix_roles else "fallback", roles)
+
+    return optax.partition({"muon": matrices, "fallback": fallback}, labels)
+
+
+def normuon(
+    learning_rate: optax.ScalarOrSchedule = 0.02,
+    b1: float = 0.95,
+    b2: float = 0.95,
+    *,
+    nesterov: bool = True,
+    method: Callable[[jax.Array], jax.Array] | None = None,
+    scale: Scale = "keller",
+    mu_dtype: Any = None,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay_mask: Mask | None = None,
+    cautious: bool = False,
+    rules: Rules = COMMON_RULES,
+    matrix_roles: Collection[Role] = MATRIX_ROLES,
+    fallback: optax.GradientTransformation | None = None,
+    fallback_learning_rate: optax.ScalarOrSchedule | None = None,
+    max_elements: int | None = None,
+) -> optax.GradientTransformation:
+    """Muon with neurons' updates evened out: ``muon(..., post=scale_by_neuron_rms(b2))``.
+
+    Args:
+      learning_rate: a number or a schedule.
+      b1: decay rate of the momentum.
+      b2: decay rate of the neurons' second moment.
+      nesterov, method, scale, mu_dtype, weight_decay, weight_decay_mask, cautious, rules,
+        matrix_roles, fallback, fallback_learning_rate, max_elements: as for :func:`muon`.
+
+    Source: as :func:`scale_by_neuron_rms`.
+
+    Example:
+      >>> import ravine
+      >>> tx = ravine.normuon(0.02, weight_decay=0.1)
+    """
+    return muon(
+        learning_rate,
+        b1,
+        nesterov=nesterov,
+        method=method,
+        scale=scale,
+        post=scale_by_neuron_rms(b2, axes=lambda path: axes_of_path(path, rules)),
+        mu_dtype=mu_dtype,
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        cautious=cautious,
+        rules=rules,
+        matrix_roles=matrix_roles,
+        fallback=fallback,
+        fallback_learning_rate=fallback_learning_rate,
+        max_elements=max_elements,
+    )
+
+
+def adamuon(
+    learning_rate: optax.ScalarOrSchedule = 0.02,
+    b1: float = 0.95,
+    *,
+    nesterov: bool = True,
+    method: Callable[[jax.Array], jax.Array] | None = None,
+    mu_dtype: Any = None,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay_mask: Mask | None = None,
+    cautious: bool = False,
+    rules: Rules = COMMON_RULES,
+    matrix_roles: Collection[Role] = MATRIX_ROLES,
+    fallback: optax.GradientTransformation | None = None,
+    fallback_learning_rate: optax.ScalarOrSchedule | None = None,
+    max_elements: int | None = None,
+) -> optax.GradientTransformation:
+    """Muon on the sign of the momentum, with element-wise second moments and an RMS of 0.2.
+
+    Args:
+      learning_rate: a number or a schedule.
+      b1: decay rate of the momentum and of the second moments.
+      fallback_learning_rate: of the default fallback; ``None`` takes `learning_rate`.
+      nesterov, method, mu_dtype, weight_decay, weight_decay_mask, cautious, rules, matrix_roles,
+        fallback, max_elements: as for :func:`muon`; the scale is ``"none"``.
+
+    Source: Si et al., 2025, https://arxiv.org/abs/2507.11005; Chongjie-Si/AdaMuon, ``adamuon.py``.
+
+    Example:
+      >>> import ravine
+      >>> tx = ravine.adamuon(0.02, weight_decay=0.1)
+    """
+    check_decay_rates(b1=b1)
+    if fallback is None and fallback_learning_rate is None:
+        fallback_learning_rate = learning_rate
+    rms = renormalize(0.2, axes=lambda path: axes_of_path(path, rules))
+    return muon(
+        learning_rate,
+        b1,
+        nesterov=nesterov,
+        method=method,
+        scale="none",
+        pre=optax.stateless_with_tree_map(lambda u, _: jnp.sign(u)),
+        post=optax.chain(scale_by_element_rms(b1), rms),
+        mu_dtype=mu_dtype,
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        cautious=cautious,
+        rules=rules,
+        matrix_roles=matrix_roles,
+        fallback=fallback,
+        fallback_learning_rate=fallback_learning_rate,
+        max_elements=max_elements,
+    )
+
+
+def _times(ratio: float, learning_rate: optax.ScalarOrSchedule) -> optax.ScalarOrSchedule:
+    if callable(learning_rate):
+        return lambda count: ratio * learning_rate(count)
+    return ratio * learning_rate

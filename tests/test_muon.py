@@ -1,0 +1,201 @@
+"""Muon and its descendants: the authors' trajectories, who gets which optimizer, and the pieces."""
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import ravine
+from ravine.optimizers.matrix.layout import MatrixAxes
+from ravine.optimizers.matrix.orthogonalize import NewtonSchulz
+from ravine.optimizers.roles import Rule
+
+from .golden import muon as golden
+
+EVERYTHING = ((".*", "matrix"),)
+BFLOAT16 = NewtonSchulz(dtype="bfloat16", form="standard")
+# Case of the goldens: ours. Sums (heavy ball) and means have the same directions.
+BUILDERS = {
+    "keller": functools.partial(ravine.muon, scale="keller"),
+    "moonlight": functools.partial(ravine.muon, scale="moonlight"),
+    "torch, original": functools.partial(ravine.muon, scale="keller"),
+    "torch, match_rms_adamw": functools.partial(ravine.muon, scale="moonlight"),
+    "normuon": functools.partial(ravine.normuon, b2=0.9),
+    "adamuon": ravine.adamuon,
+}
+
+
+@functools.cache
+def goldens():
+    """Initial parameters and gradients, [out, in], and what was recorded."""
+    data = json.loads(Path(golden.__file__).with_suffix(".json").read_text())
+    initial, gradients = golden.inputs()
+    for name, leaves in {"initial": initial, "gradients": gradients}.items():
+        digest = hashlib.sha256(golden.flat(leaves).tobytes()).hexdigest()
+        assert data["sha256_of_inputs"][name] == digest
+    return initial, gradients, data
+
+
+def recorded(case):
+    """What the authors' code gave, [record, parameter]: in float32, and in bfloat16 as published."""
+    initial, _, data = goldens()
+    float32 = golden.unpack(data["cases"][case]["float32"], golden.flat(initial))
+    return float32, golden.unpack(data["cases"][case]["bfloat16"], float32)
+
+
+def trajectory(case, method):
+    initial, gradients, data = goldens()
+    rates = jnp.asarray(data["learning_rates"], jnp.float32)
+    tx = BUILDERS[case](
+        lambda count: rates[count], weight_decay=0.1, rules=EVERYTHING, method=method
+    )
+    params = {name: jnp.asarray(leaf.T) for name, leaf in initial.items()}
+    grads = {name: jnp.asarray(leaf.swapaxes(1, 2)) for name, leaf in gradients.items()}
+
+    def step(carry, grads):
+        params, state = carry
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, state), params
+
+    every = jax.jit(lambda p, g: jax.lax.scan(step, (p, tx.init(p)), g)[1])(params, grads)
+    return np.stack(
+        [
+            golden.flat({name: np.asarray(leaf[t - 1]).T for name, leaf in every.items()})
+            for t in data["recorded"]
+        ]
+    )
+
+
+def relative_difference(actual, expected):
+    return np.max(np.abs(actual - expected)) / np.max(np.abs(expected))
+
+
+@pytest.mark.parametrize("case", BUILDERS)
+def test_parity_in_float32(case):
+    assert relative_difference(trajectory(case, NewtonSchulz()), recorded(case)[0]) <= 1e-5
+
+
+@pytest.mark.parametrize("case", BUILDERS)
+def test_parity_in_bfloat16(case):
+    assert relative_difference(trajectory(case, BFLOAT16), recorded(case)[1]) <= 2e-2
+
+
+def test_norms_embedding_and_head_go_to_the_fallback():
+    shapes = {
+        "embed": {"embedding": (16, 8)},
+        "layers": {"attention": {"query": {"kernel": (3, 8, 8)}}, "norm": {"scale": (3, 8)}},
+        "head": {"kernel": (8, 16)},
+    }
+    is_shape = lambda x: isinstance(x, tuple)
+    params = jax.tree.map(jnp.ones, shapes, is_leaf=is_shape)
+    rng = np.random.default_rng(0)
+    draw = lambda s: jnp.asarray(rng.normal(size=s), jnp.float32)
+    grads = jax.tree.map(draw, shapes, is_leaf=is_shape)
+    tx = ravine.muon(0.02, weight_decay=0.1, fallback_learning_rate=1e-3)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    other = ravine.adamw(1e-3, b2=0.95, weight_decay=0.1)
+    expected, _ = other.update(grads, other.init(params), params)
+    for part, name in (("embed", "embedding"), ("head", "kernel")):
+        np.testing.assert_array_equal(updates[part][name], expected[part][name])
+    scale = lambda tree: tree["layers"]["norm"]["scale"]
+    np.testing.assert_array_equal(scale(updates), scale(expected))
+    kernel = lambda tree: tree["layers"]["attention"]["query"]["kernel"]
+    assert jnp.max(jnp.abs(kernel(updates) - kernel(expected))) > 1e-3
+
+
+def test_a_vector_called_a_matrix_is_refused():
+    with pytest.raises(ValueError, match=r"(?s)(?=.*layer/bias)(?=.*\(3,\))"):
+        ravine.muon(rules=EVERYTHING).init({"layer": {"bias": jnp.zeros(3)}})
+
+
+def test_fallback_with_its_learning_rate_given_too_is_refused():
+    with pytest.raises(ValueError, match="drop fallback_learning_rate"):
+        ravine.muon(fallback=ravine.adamw(1e-3), fallback_learning_rate=1e-3)
+
+
+def draw(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def one_update(tx, grads, params=None):
+    params = jax.tree.map(jnp.ones_like, grads) if params is None else params
+    return jax.jit(lambda g, p: tx.update(g, tx.init(p), p)[0])(grads, params)
+
+
+@pytest.mark.parametrize("name", ["muon", "normuon", "adamuon"])
+def test_stacked_layers_equal_single_ones(name):
+    tx, grads = getattr(ravine, name)(0.1, rules=EVERYTHING), draw(3, 8, 12)
+    stacked = one_update(tx, {"kernel": grads})["kernel"]
+    for layer in range(3):
+        single = one_update(tx, {"kernel": grads[layer]})["kernel"]
+        np.testing.assert_allclose(stacked[layer], single, atol=2e-6)
+
+
+def test_heads_equal_separate_matrices():
+    grads = draw(8, 4, 6)  # in, heads, head width
+    by_head = Rule(".*", "matrix", MatrixAxes((0,), (1, 2), column_parts=4))
+    split = one_update(ravine.muon(0.1, rules=[by_head]), {"query": grads})["query"]
+    alone = ravine.muon(0.1, rules=EVERYTHING)
+    for head in range(4):
+        single = one_update(alone, {"query": grads[:, head]})["query"]
+        np.testing.assert_allclose(split[:, head], single, atol=2e-6)
+
+
+def test_cautious_decay_decays_where_update_and_parameter_agree():
+    grads, params = draw(6, 8), draw(6, 8, seed=1)
+    plain = one_update(ravine.muon(0.1, rules=EVERYTHING), [grads], [params])[0]
+    cautious = ravine.muon(0.1, rules=EVERYTHING, weight_decay=0.5, cautious=True)
+    found = one_update(cautious, [grads], [params])[0]
+    expected = plain - 0.1 * 0.5 * jnp.where(plain * params <= 0, params, 0)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_fixed_norm_keeps_norms():
+    tx = optax.chain(
+        ravine.scale_by_muon(),
+        ravine.scale_by_parameter_norm(),
+        ravine.scale_by_learning_rate(0.3),
+        ravine.keep_parameter_norm(),
+    )
+    params = start = draw(2, 6, 8)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for seed in range(10):
+        updates, state = update(draw(2, 6, 8, seed=seed + 1), state, params)
+        params = params + updates
+    norms = lambda x: jnp.sqrt(jnp.sum(jnp.square(x), axis=(1, 2)))
+    np.testing.assert_allclose(norms(params), norms(start), rtol=1e-6)
+    assert jnp.max(jnp.abs(params - start)) > 0.1
+
+
+def test_neuron_rms_keeps_the_frobenius_norm_and_evens_neurons_out():
+    x = draw(6, 8)
+    found = one_update(ravine.scale_by_neuron_rms(), x)
+    np.testing.assert_allclose(jnp.linalg.norm(found), jnp.linalg.norm(x), rtol=1e-6)
+    neurons = jnp.linalg.norm(found, axis=0)
+    np.testing.assert_allclose(neurons, jnp.full(8, neurons[0]), rtol=1e-5)
+
+
+def test_equilibrate_and_renormalize():
+    x = draw(6, 8)
+    columns = jnp.linalg.norm(one_update(ravine.equilibrate(), x), axis=0)
+    np.testing.assert_allclose(columns, np.ones(8), rtol=1e-6)
+    rows = jnp.linalg.norm(one_update(ravine.equilibrate(neurons="in"), x), axis=1)
+    np.testing.assert_allclose(rows, np.ones(6), rtol=1e-6)
+    muon_plus = one_update(ravine.renormalize(), x)
+    np.testing.assert_allclose(jnp.linalg.norm(muon_plus), 6**0.5, rtol=1e-6)
+    ada = one_update(ravine.renormalize(0.2), x)
+    np.testing.assert_allclose(jnp.sqrt(jnp.mean(jnp.square(ada))), 0.2, rtol=1e-6)
+
+
+def test_temporary_memory_is_bounded():
+    params = [jnp.zeros((128, 512)) for _ in range(10)]
+    tx = ravine.scale_by_muon()
+    compiled = jax.jit(tx.update).lower(params, tx.init(params)).compile()
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes <= 3 * sum(p.nbytes for p in params)

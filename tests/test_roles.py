@@ -1,0 +1,456 @@
+"""Roles: every parameter is decided by a rule, rows and columns included, in models of each kind."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import ravine
+from flax import linen as nn
+from flax import nnx
+from ravine.optimizers.matrix.layout import MatrixAxes, layout
+from ravine.optimizers.roles import (
+    ATTENTION_IN,
+    ATTENTION_OUT,
+    COMMON_RULES,
+    LINEN_RULES,
+    MAXTEXT_RULES,
+    NNX_RULES,
+    RAVINE_RULES,
+    Rule,
+    assign_roles,
+    axes_from_names,
+    axes_of_path,
+    layouts,
+    mask_by_role,
+    path_string,
+    role_table,
+)
+from ravine.training.model import ModelConfig, Transformer
+from ravine.training.step import init_params
+
+SMALL = ModelConfig(vocabulary=32, context=8, width=16, layers=2, heads=2, feed_forward=48)
+KERNEL_AND_SCALE = [("scale$", "norm"), ("kernel$", "matrix")]
+
+
+def shapes(tree):
+    is_shape = lambda leaf: isinstance(leaf, tuple)
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32), tree, is_leaf=is_shape)
+
+
+def decided(params, rules) -> dict[str, tuple]:
+    """Path to (role, pieces)."""
+    roles = jax.tree_util.tree_leaves_with_path(assign_roles(params, rules))
+    found = jax.tree.leaves(layouts(params, rules), is_leaf=lambda leaf: leaf is None)
+    return {
+        path_string(path): (role, leaf_layout.pieces if leaf_layout else None)
+        for (path, role), leaf_layout in zip(roles, found, strict=True)
+    }
+
+
+# The rules themselves.
+
+
+def test_the_first_rule_that_matches_decides():
+    params = {"head": {"kernel": jnp.ones((2, 3))}, "up": {"kernel": jnp.ones((2, 3))}}
+    rules = [("head/kernel$", "head"), ("kernel$", "matrix")]
+    assert assign_roles(params, rules) == {"head": {"kernel": "head"}, "up": {"kernel": "matrix"}}
+    with pytest.raises(ValueError, match=r"'head/kernel\$' decides no parameter"):
+        assign_roles(params, rules[::-1])
+
+
+def test_tuples_of_two_three_and_four_are_rules():
+    axes = MatrixAxes((1,), (0,))
+    params = {"kernel": jnp.ones((2, 3)), "scale": jnp.ones(3), "w": jnp.ones((2, 3))}
+    rules = [("scale$", "norm"), ("kernel$", "matrix", axes), ("w$", "matrix", None)]
+    assert decided(params, [*rules, ("nothing", "router", None, False)]) == {
+        "kernel": ("matrix", ((1, 3, 2),)),
+        "scale": ("norm", None),
+        "w": ("matrix", ((1, 2, 3),)),
+    }
+
+
+def test_what_no_rule_covers_is_refused_by_path():
+    params = {"deep": {"kernel": jnp.ones((2, 3)), "odd": jnp.ones(3)}}
+    for function in (assign_roles, layouts, role_table):
+        with pytest.raises(ValueError, match="'deep/odd'; add"):
+            function(params, [("kernel$", "matrix")])
+    with pytest.raises(ValueError, match="'deep/odd'; add"):
+        axes_of_path("deep/odd", [("kernel$", "matrix")])
+
+
+def test_a_rule_without_parameters_is_refused_unless_optional():
+    params = {"kernel": jnp.ones((2, 3))}
+    with pytest.raises(ValueError, match=r"'scale\$' decides no parameter.*required=False"):
+        assign_roles(params, [("kernel$", "matrix"), ("scale$", "norm")])
+    rules = [("kernel$", "matrix"), Rule("scale$", "norm", required=False)]
+    assert assign_roles(params, rules) == {"kernel": "matrix"}
+    assert assign_roles({}, KERNEL_AND_SCALE) == {}
+
+
+def test_a_scanned_norm_is_no_matrix():
+    params = shapes({"kernel": (4, 8, 16), "scale": (4, 8)})
+    assert decided(params, KERNEL_AND_SCALE) == {
+        "kernel": ("matrix", ((4, 8, 16),)),
+        "scale": ("norm", None),
+    }
+
+
+def test_a_vector_that_is_called_a_matrix_is_refused():
+    with pytest.raises(ValueError, match=r"'mlp/scale' of shape \(8,\).*fewer than two axes"):
+        layouts(shapes({"mlp": {"scale": (8,)}}), [("scale$", "matrix")])
+    with pytest.raises(ValueError, match=r"'conv/kernel' of shape \(3, 4, 5\) has no axis -4"):
+        layouts(shapes({"conv": {"kernel": (3, 4, 5)}}), [("kernel$", "convolution")])
+
+
+def test_other_roles_can_hold_matrices_too():
+    params = shapes({"head": {"kernel": (8, 32)}, "kernel": (8, 8)})
+    rules = [Rule("head/kernel$", "head", MatrixAxes((1,), (0,))), ("kernel$", "matrix")]
+    assert layouts(params, rules)["head"]["kernel"] is None
+    assert layouts(params, rules, ["head"])["kernel"] is None
+    assert layouts(params, rules, ["head"])["head"]["kernel"].pieces == ((1, 32, 8),)
+
+
+def test_layouts_map_with_their_parameters():
+    params = {"kernel": jnp.ones((2, 3)), "scale": jnp.ones(3)}
+    found = layouts(params, KERNEL_AND_SCALE)
+    moved = jax.tree.map(
+        lambda leaf_layout, leaf: leaf if leaf_layout is None else leaf_layout.to_matrices(leaf)[0],
+        found,
+        params,
+        is_leaf=lambda leaf: leaf is None,
+    )
+    assert jax.tree.map(jnp.shape, moved) == {"kernel": (1, 2, 3), "scale": (3,)}
+
+
+def test_axes_of_a_path():
+    assert axes_of_path("x/query/kernel", NNX_RULES) == ATTENTION_IN
+    assert axes_of_path("x/out/kernel", NNX_RULES) == ATTENTION_OUT
+    assert axes_of_path("x/up/kernel", NNX_RULES) == MatrixAxes((-2,), (-1,))
+
+
+def test_a_dictionary_may_have_an_entry_called_value():
+    params = {"attention": {"key": jnp.ones((2, 2)), "value": jnp.ones((2, 2))}}
+    roles = assign_roles(params, [("key$", "matrix"), ("attention/value$", "head")])
+    assert roles == {"attention": {"key": "matrix", "value": "head"}}
+    state = nnx.State({"value": nnx.Param(jnp.ones(2))})
+    assert decided(state, [("^value$", "norm")]) == {"value": ("norm", None)}
+
+
+# Ready rules, on real models.
+
+
+class LinenModel(nn.Module):
+    @nn.compact
+    def __call__(self, tokens):
+        x = nn.Embed(11, 8)(tokens)
+        x = x + nn.MultiHeadDotProductAttention(2, normalize_qk=True)(nn.LayerNorm()(x))
+        x = nn.RMSNorm()(x)
+        x = nn.Conv(6, (3, 3))(x[..., None])
+        x = nn.ConvTranspose(4, (3, 3))(x)
+        x = nn.GroupNorm(2)(x)
+        x = nn.Dense(5)(x)
+        return nn.Dense(11, name="logits")(x)
+
+
+@pytest.mark.parametrize("rules", [LINEN_RULES, COMMON_RULES], ids=["linen", "common"])
+def test_a_linen_model(rules):
+    tokens = jax.ShapeDtypeStruct((1, 3), jnp.int32)
+    params = jax.eval_shape(LinenModel().init, jax.random.key(0), tokens)
+    found = {path.removeprefix("params/"): value for path, value in decided(params, rules).items()}
+    matrices = {path: value for path, value in found.items() if value[1]}
+    attention = "MultiHeadDotProductAttention_0"
+    assert matrices == {
+        **{
+            f"{attention}/{name}/kernel": ("matrix", ((1, 8, 8),))
+            for name in ("query", "key", "value")
+        },
+        f"{attention}/out/kernel": ("matrix", ((1, 8, 8),)),
+        "Conv_0/kernel": ("convolution", ((1, 9, 6),)),
+        "ConvTranspose_0/kernel": ("convolution", ((1, 54, 4),)),
+        "Dense_0/kernel": ("matrix", ((1, 4, 5),)),
+    }
+    assert found["Embed_0/embedding"][0] == "embedding"
+    assert found["logits/kernel"][0] == "head"
+    for path, (role, _) in found.items():
+        if path.endswith("scale"):
+            assert role == "norm"
+        if path.endswith("bias"):
+            assert role == "bias"
+    assert sum(role == "norm" for role, _ in found.values()) == 5
+
+
+def test_heads_are_rows_of_the_output_and_columns_of_the_input(getkey):
+    attention = nn.MultiHeadDotProductAttention(2, use_bias=False)
+    x = jax.random.normal(getkey(), (1, 1, 8))
+    params = attention.init(getkey(), x)
+    # One position attends to itself, so the value goes straight through.
+    expected = attention.apply(params, x)
+    wrapped = {"MultiHeadDotProductAttention_0": params["params"]}
+    found = layouts(wrapped, LINEN_RULES)["MultiHeadDotProductAttention_0"]
+    value, out = (
+        found[name]["kernel"].to_matrices(params["params"][name]["kernel"])[0][0]
+        for name in ("value", "out")
+    )
+    np.testing.assert_allclose(x[0] @ value @ out, expected[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rules", [LINEN_RULES, COMMON_RULES], ids=["linen", "common"])
+@pytest.mark.parametrize(
+    "module", ["attention/query", "attention/out", "DenseGeneral_0", "Einsum_0"]
+)
+def test_kernels_whose_axes_a_path_does_not_tell_are_refused(rules, module):
+    first, *rest = module.split("/")
+    kernel = {"kernel": jax.ShapeDtypeStruct((8, 2, 4), jnp.float32)}
+    params = {first: {rest[0]: kernel} if rest else kernel}
+    with pytest.raises(ValueError, match=f"no role rule matches the parameter '{module}/kernel'"):
+        assign_roles(params, rules)
+    own = [Rule(f"{module}/kernel$", "matrix", ATTENTION_IN), *rules]
+    assert decided(params, own)[f"{module}/kernel"] == ("matrix", ((1, 8, 8),))
+
+
+class NnxBlock(nnx.Module):
+    def __init__(self, rngs):
+        self.norm = nnx.LayerNorm(8, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(2, 8, normalize_qk=True, decode=False, rngs=rngs)
+        self.up = nnx.Linear(8, 32, rngs=rngs)
+        self.adapter = nnx.LoRA(8, 3, 5, rngs=rngs)
+
+
+class NnxModel(nnx.Module):
+    def __init__(self, rngs):
+        self.tokens = nnx.Embed(11, 8, rngs=rngs)
+        self.conv_in = nnx.Conv(3, 8, (2, 2), rngs=rngs)
+        self.first = NnxBlock(rngs)
+        stacked = nnx.vmap(NnxBlock, in_axes=(0,), out_axes=0)
+        self.blocks = stacked(rngs.split(4))
+        self.lm_head = nnx.Linear(8, 11, rngs=rngs)
+
+
+def test_an_nnx_model():
+    state = nnx.state(nnx.eval_shape(lambda: NnxModel(nnx.Rngs(0))), nnx.Param)
+    found = decided(state, NNX_RULES)
+    matrices = {path: value for path, value in found.items() if value[1]}
+    expected = {"conv_in/kernel": ("convolution", ((1, 12, 8),))}
+    for block, length in (("first", 1), ("blocks", 4)):
+        for name in ("query", "key", "value", "out"):
+            expected[f"{block}/attention/{name}/kernel"] = ("matrix", ((length, 8, 8),))
+        expected[f"{block}/up/kernel"] = ("matrix", ((length, 8, 32),))
+        expected[f"{block}/adapter/lora_a"] = ("matrix", ((length, 8, 3),))
+        expected[f"{block}/adapter/lora_b"] = ("matrix", ((length, 3, 5),))
+    assert matrices == expected
+    assert found["tokens/embedding"][0] == "embedding"
+    assert found["lm_head/kernel"][0] == "head"
+    assert found["lm_head/bias"][0] == "bias"
+    assert found["blocks/norm/scale"][0] == "norm"  # [4, 8]
+    assert found["blocks/attention/query_ln/scale"][0] == "norm"
+    with pytest.raises(ValueError, match="blocks/attention/key/kernel"):
+        assign_roles(state, COMMON_RULES)
+
+
+@pytest.mark.parametrize("rules", [RAVINE_RULES, COMMON_RULES], ids=["ravine", "common"])
+def test_the_training_model(rules):
+    state = nnx.state(nnx.eval_shape(lambda: Transformer(SMALL, rngs=nnx.Rngs(0))), nnx.Param)
+    _, params = init_params(SMALL, 0)
+    found = decided(params, rules)
+    assert decided(state, rules) == found
+    matrices = {path: pieces for path, (_, pieces) in found.items() if pieces}
+    assert matrices == {
+        **{
+            f"layers/attention/{name}/kernel": ((2, 16, 16),)
+            for name in ("key", "output", "query", "value")
+        },
+        "layers/feed_forward/gate/kernel": ((2, 16, 48),),
+        "layers/feed_forward/up/kernel": ((2, 16, 48),),
+        "layers/feed_forward/down/kernel": ((2, 48, 16),),
+    }
+    assert {role for role, _ in found.values()} == {"embedding", "head", "matrix", "norm"}
+
+
+def maxtext(layers: tuple[int, ...]) -> dict:
+    """Names and shapes of MaxText's decoders: a dense, an MLA and a mixture-of-experts layer."""
+    d, heads, width, hidden, experts = 16, 4, 8, 24, 6
+
+    def scanned(first, *rest):
+        return {"kernel": (first, *layers, *rest)}
+
+    norm = {"scale": (d, *layers)}
+    attention = {
+        "query": scanned(d, heads, width),
+        "key": scanned(d, 2, width),
+        "value": {**scanned(d, 2, width), "bias": (2, *layers, width)},
+        "out": scanned(heads, width, d),
+        "query_norm": {"scale": (width, *layers)},
+        "sinks": (heads, *layers),
+    }
+    mla = {
+        "wq_a": scanned(d, 10),
+        "q_norm": {"scale": (10, *layers)},
+        "wq_b": scanned(10, heads, 12),
+        "wkv_a": scanned(d, 14),
+        "kv_norm": {"scale": (10, *layers)},
+        "wkv_b": scanned(10, heads, 16),
+        "out": scanned(heads, width, d),
+    }
+    mlp = {"wi_0": scanned(d, hidden), "wi_1": scanned(d, hidden), "wo": scanned(hidden, d)}
+    experts_in, experts_out = (experts, *layers, d, hidden), (experts, *layers, hidden, d)
+    moe = {
+        "gate": {**scanned(d, experts), "bias": (experts, *layers)},
+        "wi_0": experts_in,
+        "wi_1": experts_in,
+        "wo": experts_out,
+    }
+    dense_layer = {
+        "pre_self_attention_layer_norm": norm,
+        "post_self_attention_layer_norm": norm,
+        "self_attention": attention,
+        "mlp": mlp,
+    }
+    moe_layer = {
+        "pre_self_attention_layer_norm": norm,
+        "self_attention": mla,
+        "DeepSeekMoeBlock_0": {"MoeBlock_0": moe, "shared_experts": mlp},
+    }
+    fused = {"mlp": {"wi": scanned(d, 2, hidden)}}
+    decoder = {
+        "layers": dense_layer,
+        "moe_layers": moe_layer,
+        "fused_layers": fused,
+        "decoder_norm": {"scale": (d,)},
+        "logits_dense": {"kernel": (d, 32)},
+    }
+    return shapes({"params": {"token_embedder": {"embedding": (32, d)}, "decoder": decoder}})
+
+
+@pytest.mark.parametrize("layers", [(3,), ()], ids=["scanned", "unscanned"])
+def test_maxtext(layers):
+    prefix = "params/decoder/"
+    found = {
+        path.removeprefix(prefix): value
+        for path, value in decided(maxtext(layers), MAXTEXT_RULES).items()
+    }
+    L = layers[0] if layers else 1
+    attention, mla = "layers/self_attention", "moe_layers/self_attention"
+    moe, shared = (
+        f"moe_layers/DeepSeekMoeBlock_0/{name}" for name in ("MoeBlock_0", "shared_experts")
+    )
+    expected = {
+        f"{attention}/query/kernel": (L, 16, 32),
+        f"{attention}/key/kernel": (L, 16, 16),
+        f"{attention}/value/kernel": (L, 16, 16),
+        f"{attention}/out/kernel": (L, 32, 16),
+        f"{mla}/wq_a/kernel": (L, 16, 10),
+        f"{mla}/wq_b/kernel": (L, 10, 48),
+        f"{mla}/wkv_a/kernel": (L, 16, 14),
+        f"{mla}/wkv_b/kernel": (L, 10, 64),
+        f"{mla}/out/kernel": (L, 32, 16),
+        f"{moe}/wi_0": (6 * L, 16, 24),
+        f"{moe}/wi_1": (6 * L, 16, 24),
+        f"{moe}/wo": (6 * L, 24, 16),
+        "fused_layers/mlp/wi/kernel": (2 * L, 16, 24),
+    }
+    for mlp in ("layers/mlp", shared):
+        expected[f"{mlp}/wi_0/kernel"] = expected[f"{mlp}/wi_1/kernel"] = (L, 16, 24)
+        expected[f"{mlp}/wo/kernel"] = (L, 24, 16)
+    matrices = {path: pieces for path, (role, pieces) in found.items() if role == "matrix"}
+    assert matrices == {path: (piece,) for path, piece in expected.items()}
+    others = {path: role for path, (role, _) in found.items() if role != "matrix"}
+    assert others["params/token_embedder/embedding"] == "embedding"
+    assert others["logits_dense/kernel"] == "head"
+    assert others[f"{moe}/gate/kernel"] == "router"
+    assert others[f"{moe}/gate/bias"] == others[f"{attention}/sinks"] == "bias"
+    assert {role for path, role in others.items() if path.endswith("scale")} == {"norm"}
+
+
+def test_a_fused_projection_in_maxtext_needs_the_numbers_of_heads():
+    params = shapes({"self_attention": {"qkv_proj": {"kernel": (16, 3, 8, 4)}}})
+    with pytest.raises(ValueError, match="self_attention/qkv_proj/kernel"):
+        assign_roles(params, MAXTEXT_RULES)
+    axes = MatrixAxes((0,), (-2, -1), column_parts=(16, 8, 8))  # 4 heads, 2 key-value heads
+    (found,) = jax.tree.leaves(layouts(params, [Rule("qkv_proj/kernel$", "matrix", axes)]))
+    assert found.pieces == ((3, 16, 16), (3, 16, 8), (3, 16, 8))
+
+
+# Axes by their names.
+
+
+def test_names_of_an_nnx_variable():
+    # Outside a mesh; inside one, eager_sharding is not needed.
+    init = nnx.with_partitioning(
+        nnx.initializers.ones_init(), ("embed", "heads", "kv"), eager_sharding=False
+    )
+
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap(in_axes=(0,), transform_metadata={nnx.PARTITION_NAME: "layers"})
+    def stacked(rngs):
+        return nnx.LinearGeneral(4, (2, 5), use_bias=False, kernel_init=init, rngs=rngs)
+
+    kernel = stacked(nnx.Rngs(0)).kernel
+    names = kernel.get_metadata()["out_sharding"]
+    assert names == ("layers", "embed", "heads", "kv")
+    axes = axes_from_names(names, {"embed"}, {"heads", "kv"})
+    assert axes == MatrixAxes((1,), (2, 3))
+    assert layout(kernel.shape, axes).pieces == ((3, 4, 10),)
+
+
+def test_names_of_a_linen_box():
+    init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("embed", "mlp"))
+    model = nn.Dense(5, kernel_init=init)
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 3)))["params"]
+    box = params["kernel"]
+    assert isinstance(box, nn.LogicallyPartitioned)
+    assert axes_from_names(box.names, ["embed"], ["mlp"]) == MatrixAxes((0,), (1,))
+    # Boxed parameters have the paths of unboxed ones.
+    boxed = decided({"Dense_0": params}, LINEN_RULES)
+    assert boxed == decided({"Dense_0": nn.meta.unbox(params)}, LINEN_RULES)
+    assert boxed["Dense_0/kernel"] == ("matrix", ((1, 3, 5),))
+
+
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [
+        (("embed", "vocab"), "'vocab'.*in none"),
+        (("embed", None), "None.*in none"),
+        (("embed", "both"), "'both'.*in rows and columns"),
+        (("embed", "mlp", "mlp"), "'mlp'.*once"),
+        (("embed", "layers"), "none in columns"),
+        (("mlp", "layers"), "in rows"),
+        ((), "in rows"),
+        ("embed", "'e'"),
+    ],
+)
+def test_bad_names_are_refused(names, problem):
+    with pytest.raises(ValueError, match=problem):
+        axes_from_names(names, rows={"embed", "both"}, columns={"mlp", "both"})
+
+
+# What is done with roles.
+
+
+def test_the_table():
+    params = {
+        "attention": {"query": {"kernel": jax.ShapeDtypeStruct((2, 8, 12), jnp.float32)}},
+        "norm": {"scale": jax.ShapeDtypeStruct((2, 8), jnp.float32)},
+    }
+    axes = MatrixAxes((-2,), (-1,), column_parts=(8, 4))
+    rules = [Rule("kernel$", "matrix", axes), ("scale$", "norm")]
+    table = role_table(params, rules, {"matrix": "muon", "norm": "adamw"}, decay=["matrix"])
+    header, query, norm = table.splitlines()
+    assert header.split() == ["path", "shape", "role", "matrices", "optimizer", "decay"]
+    assert "[batch 2, rows 8, columns 8] + [batch 2, rows 8, columns 4]  muon       yes" in query
+    assert norm.split() == ["norm/scale", "(2,", "8)", "norm", "-", "adamw", "no"]
+    for title in header.split()[1:]:  # aligned
+        assert all(line[header.index(title) - 1] == " " for line in (query, norm))
+    with pytest.raises(ValueError, match="'norm' of 'norm/scale'"):
+        role_table(params, rules, {"matrix": "muon"})
+    assert role_table(params, rules).splitlines()[1].split()[-2:] == ["-", "no"]
+
+
+def test_a_mask_in_a_transformation():
+    params = {"kernel": jnp.ones((2, 3)), "scale": jnp.ones(3)}
+    tx = ravine.adamw(
+        0.1, weight_decay=1.0, weight_decay_mask=mask_by_role(["matrix"], KERNEL_AND_SCALE)
+    )
+    updates, _ = tx.update(optax.tree.zeros_like(params), tx.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], -0.1)
+    np.testing.assert_array_equal(updates["scale"], 0.0)
