@@ -32,9 +32,8 @@ from .matrix_scale import Scale, scale_by_matrix_shape
 from .momentum import scale_by_ema_momentum
 from .neuron_norm import renormalize, scale_by_element_rms, scale_by_neuron_rms
 from .orthogonal import orthogonalize
-from .roles import COMMON_RULES, Role, Rules, assign_roles, axes_of_path
+from .roles import COMMON_RULES, MATRIX_ROLES, Role, Rules, assign_roles, axes_of_path
 
-MATRIX_ROLES: tuple[Role, ...] = ("matrix", "convolution")
 KELLER_FALLBACK_RATIO = 3e-4 / 0.02
 """AdamW's learning rate to Muon's, in Keller Jordan's ``muon.py``."""
 
