@@ -2,8 +2,8 @@
 
 Run in an environment of its own, since ravine needs no PyTorch:
 
-    python3 -m venv /tmp/torch && /tmp/torch/bin/pip install torch==2.13.0 numpy
-    /tmp/torch/bin/python tests/golden/first_order.py --lion lion_pytorch.py
+    python3 -m venv ../torch-venv && ../torch-venv/bin/pip install torch==2.13.0 numpy
+    ../torch-venv/bin/python tests/golden/first_order.py --lion lion_pytorch.py
 
 `lion_pytorch.py` is the authors' file, `lion/lion_pytorch.py` of https://github.com/google/automl
 at LION_COMMIT, with the contents that LION_SHA256 names.

@@ -2,8 +2,8 @@
 
 Run in an environment of its own, since ravine needs no PyTorch, with copies of the authors' files:
 
-    python3 -m venv /tmp/torch && /tmp/torch/bin/pip install torch==2.13.0 numpy
-    /tmp/torch/bin/python tests/golden/muon.py --keller muon.py --moonlight toy_train.py \\
+    python3 -m venv ../torch-venv && ../torch-venv/bin/pip install torch==2.13.0 numpy
+    ../torch-venv/bin/python tests/golden/muon.py --keller muon.py --moonlight toy_train.py \\
         --normuon normuon.py --adamuon adamuon.py
 
     option       repository on GitHub    path                               commit
