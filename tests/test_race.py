@@ -1,6 +1,7 @@
 """The race from its command line: results, refusals, divergence, interruption, resumption."""
 
 import json
+from pathlib import Path
 
 import pytest
 from ravine.training import race as race_module
@@ -149,6 +150,20 @@ def test_an_interruption_leaves_finished_runs_reported_and_can_be_resumed(
         for record in (*resumed, *unbroken):
             del record["seconds"]
         assert resumed == unbroken
+
+
+def test_a_checkpoint_of_another_text_is_refused(tmp_path, text, capsys):
+    mine, out = tmp_path / "mine.txt", tmp_path / "race"
+    original = Path(text).read_text()
+    mine.write_text(original)
+    words = ["--optimizers", "sgd", "--checkpoint-every", "2"]
+    assert run(*words, text=str(mine), out=out) == 0
+    (out / "sgd" / "outcome.json").unlink()  # as if cut off before its end
+    before = records(out / "sgd")
+    mine.write_text(original[::-1])
+    assert run(*words, "--resume", text=str(mine), out=out) == 2
+    assert "another configuration" in capsys.readouterr().err
+    assert records(out / "sgd") == before
 
 
 def test_reaching_interpolates_between_evaluations():

@@ -149,8 +149,13 @@ def train(
     with contextlib.ExitStack() as stack:
         checkpoints = None
         if run.checkpoint_every:
-            identity = {"optimizer": outcome.name, "learning_rate": outcome.learning_rate}
-            checkpoints = Checkpoints(folder / "checkpoints", {**identity, "run": to_json(run)})
+            identity = {
+                "optimizer": outcome.name,
+                "learning_rate": outcome.learning_rate,
+                "run": to_json(run),
+                "text": corpus.fingerprint,  # a position in the data means nothing in another text
+            }
+            checkpoints = Checkpoints(folder / "checkpoints", identity)
             stack.callback(checkpoints.close)
             state = checkpoints.restore(state, batches)
         metrics_file = folder / "metrics.jsonl"
