@@ -59,12 +59,18 @@ def safe_divide(x: jax.Array, by: jax.Array) -> jax.Array:
     return x / jnp.where(by == 0, 1, by)
 
 
-def stateless_on_matrices(function: Any, axes: Axes) -> optax.GradientTransformation:
-    """A transformation that applies `function` to every batch of matrices, and keeps no state."""
+def no_state(axes: Axes) -> Callable[[optax.Params], optax.EmptyState]:
+    """The `init` of what keeps no state but refuses leaves that are no matrices."""
 
     def init(params: optax.Params) -> optax.EmptyState:
         layouts_of(params, axes)
         return optax.EmptyState()
+
+    return init
+
+
+def stateless_on_matrices(function: Any, axes: Axes) -> optax.GradientTransformation:
+    """A transformation that applies `function` to every batch of matrices, and keeps no state."""
 
     def update(
         updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None
@@ -72,4 +78,4 @@ def stateless_on_matrices(function: Any, axes: Axes) -> optax.GradientTransforma
         del params
         return map_pieces(function, layouts_of(updates, axes), updates), state
 
-    return transformation(init, update)
+    return transformation(no_state(axes), update)

@@ -22,6 +22,7 @@ from ._matrices import (
     joined,
     layouts_of,
     map_pieces,
+    no_state,
     safe_divide,
     split,
 )
@@ -50,10 +51,6 @@ def scale_by_parameter_norm(*, axes: Axes = DEFAULT_AXES) -> optax.GradientTrans
       Array([[0., 5.]], dtype=float32)
     """
 
-    def init(params: optax.Params) -> optax.EmptyState:
-        layouts_of(params, axes)
-        return optax.EmptyState()
-
     def update(
         updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.EmptyState]:
@@ -64,7 +61,7 @@ def scale_by_parameter_norm(*, axes: Axes = DEFAULT_AXES) -> optax.GradientTrans
 
         return map_pieces(scaled, layouts_of(updates, axes), updates, params), state
 
-    return transformation(init, update)
+    return transformation(no_state(axes), update)
 
 
 class KeepParameterNormState(NamedTuple):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import optax
 
-from ._matrices import DEFAULT_AXES, Axes, joined, layouts_of, split
+from ._matrices import DEFAULT_AXES, Axes, joined, layouts_of, no_state, split
 from ._transformation import transformation
 from .matrix.batching import map_matrices
 from .matrix.orthogonalize import NewtonSchulz
@@ -45,10 +45,6 @@ def orthogonalize(
     """
     polar = NewtonSchulz() if method is None else method
 
-    def init(params: optax.Params) -> optax.EmptyState:
-        layouts_of(params, axes)
-        return optax.EmptyState()
-
     def update(
         updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.EmptyState]:
@@ -59,4 +55,4 @@ def orthogonalize(
         done = iter(map_matrices(polar, flat, max_elements))
         return joined([[next(done) for _ in leaf] for leaf in pieces], updates, layouts), state
 
-    return transformation(init, update)
+    return transformation(no_state(axes), update)

@@ -110,7 +110,7 @@ def _unjoin(batch: jax.Array, lengths: list[int]) -> list[jax.Array]:
     kernels only once; so where there are many, the places are values it cannot know beforehand.
     """
     starts = [sum(lengths[:at]) for at in range(len(lengths))]
-    if len(lengths) > 2:
+    if len(lengths) > 2 and batch.size:
         starts = _unknown_to_the_compiler(starts, batch)
     return [
         jax.lax.dynamic_slice_in_dim(batch, start, length, allow_negative_indices=False)
