@@ -43,9 +43,7 @@ def largest_difference(a, b):
 def test_gram_form_equals_the_standard_form(shape, preset):
     x = matrices((1, *shape))
     standard, gram = (NewtonSchulz(preset, form=form)(x) for form in ("standard", "gram"))
-    # Steeper at 0, polar_express lifts rounding more: 1.4e-5 was the worst of three seeds.
-    tolerance = 1.5e-5 if preset == "polar_express" else 1e-5
-    assert jnp.linalg.norm(gram - standard) <= tolerance * jnp.linalg.norm(standard)
+    assert jnp.linalg.norm(gram - standard) <= 1e-5 * jnp.linalg.norm(standard)
 
 
 @pytest.mark.parametrize("preset", BANDS)
@@ -175,7 +173,8 @@ def test_symmetric_product_is_the_full_one_and_symmetric(size, depth):
     found = symmetric_product(x, x.swapaxes(1, 2), depth, precision="highest")
     full = jnp.matmul(x, x.swapaxes(1, 2), precision="highest")
     assert largest_difference(found, full) <= 1e-6
-    np.testing.assert_array_equal(found, found.swapaxes(1, 2))
+    below = found.shape[1] // 2
+    np.testing.assert_array_equal(found[:, below:, :below], found[:, :below, below:].swapaxes(1, 2))
 
 
 def test_halvings_make_no_difference_to_the_iterations():
@@ -187,8 +186,8 @@ def test_halvings_make_no_difference_to_the_iterations():
 
 def test_wide_matrices_take_the_gram_form_and_square_ones_the_standard():
     steps = named_coefficients("keller", 5)
-    assert cheapest(64, 1024, steps, (3,), 0) == "gram"
-    assert cheapest(64, 64, steps, (3,), 0) == "standard"
+    assert cheapest(64, 1024, steps, (3,)) == "gram"
+    assert cheapest(64, 64, steps, (3,)) == "standard"
 
 
 @pytest.mark.parametrize(
