@@ -4,6 +4,7 @@ from .adagrad import ScaleByAdagradState, adagrad, scale_by_adagrad
 from .adam import ScaleByAdamState, adam, adamw, scale_by_adam
 from .decay import AddDecayedWeightsState, add_cautious_decay, add_decayed_weights
 from .fixed_norm import KeepParameterNormState, keep_parameter_norm, scale_by_parameter_norm
+from .graft import GraftState, graft
 from .learning_rate import ScaleByLearningRateState, scale_by_learning_rate
 from .lion import ScaleByLionState, lion, scale_by_lion
 from .matrix_scale import scale_by_matrix_shape
@@ -26,12 +27,14 @@ from .orthogonal import orthogonalize
 from .registry import OptimizerConfig, names, register
 from .rmsprop import ScaleByRmspropState, rmsprop, scale_by_rmsprop
 from .sgd import sgd
+from .shampoo import ScaleByShampooState, scale_by_shampoo, shampoo
 
-for _builder in (sgd, adagrad, rmsprop, adam, adamw, lion, muon, normuon, adamuon):
+for _builder in (sgd, adagrad, rmsprop, adam, adamw, lion, muon, normuon, adamuon, shampoo):
     register(_builder.__name__, _builder)
 
 __all__ = [
     "AddDecayedWeightsState",
+    "GraftState",
     "KeepParameterNormState",
     "OptimizerConfig",
     "ScaleByAdagradState",
@@ -43,6 +46,7 @@ __all__ = [
     "ScaleByMomentumState",
     "ScaleByNeuronRmsState",
     "ScaleByRmspropState",
+    "ScaleByShampooState",
     "adagrad",
     "adam",
     "adamuon",
@@ -50,6 +54,7 @@ __all__ = [
     "add_cautious_decay",
     "add_decayed_weights",
     "equilibrate",
+    "graft",
     "keep_parameter_norm",
     "lion",
     "muon",
@@ -71,5 +76,7 @@ __all__ = [
     "scale_by_neuron_rms",
     "scale_by_parameter_norm",
     "scale_by_rmsprop",
+    "scale_by_shampoo",
     "sgd",
+    "shampoo",
 ]

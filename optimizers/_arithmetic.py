@@ -87,6 +87,28 @@ def bias_correction(decay: Any, count: jax.Array) -> jax.Array:
     return -jnp.expm1(count.astype(dtype) * jnp.asarray(log_decay, dtype))
 
 
+def corrected_mean(
+    updates: Any, mu: Any, b1: Any, count: jax.Array, *, nesterov: bool = False
+) -> Any:
+    r""":math:`m_t / (1 - \beta_1^t)`, or with a look ahead the mean as it would be one step on.
+
+    Args:
+      updates: the gradients :math:`g_t`.
+      mu: their moving average, :math:`g_t` included.
+      b1: its decay rate.
+      count: t, from one on.
+      nesterov: :math:`\beta_1 m_t / (1 - \beta_1^{t+1}) + (1 - \beta_1) g_t / (1 - \beta_1^t)`.
+    """
+    weight, ahead = bias_correction(b1, count), bias_correction(b1, increment(count))
+
+    def mean(g: jax.Array, m: jax.Array) -> jax.Array:
+        if nesterov:
+            return lerp(wide(g) / weight.astype(wide(g).dtype), m / ahead.astype(m.dtype), b1)
+        return m / weight.astype(m.dtype)
+
+    return jax.tree.map(mean, updates, mu)
+
+
 def root(x: jax.Array, eps: Any, eps_root: Any) -> jax.Array:
     r""":math:`\sqrt{x + \epsilon_\mathrm{root}} + \epsilon`, what second moments divide by."""
     inside = (

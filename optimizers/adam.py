@@ -9,11 +9,10 @@ import optax
 from ._arithmetic import (
     bias_correction,
     cast_like,
+    corrected_mean,
     ema,
     increment,
-    lerp,
     root,
-    wide,
     wide_zeros_like,
 )
 from ._checks import check_decay_rates, check_some_eps
@@ -90,19 +89,15 @@ def scale_by_adam(
         count = increment(state.count)
         mu = ema(updates, state.mu, b1)
         nu = ema(updates, state.nu, b2, jnp.square)
-        weight1, weight2 = bias_correction(b1, count), bias_correction(b2, count)
-        ahead = bias_correction(b1, increment(count))
+        weight = bias_correction(b2, count)
+        mean = corrected_mean(updates, mu, b1, count, nesterov=nesterov)
 
         def direction(g: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
-            if nesterov:
-                m = lerp(wide(g) / weight1.astype(wide(g).dtype), m / ahead.astype(m.dtype), b1)
-            else:
-                m = m / weight1.astype(m.dtype)
-            below = root(v / weight2.astype(v.dtype), eps, eps_root)
+            below = root(v / weight.astype(v.dtype), eps, eps_root)
             return (m / below.astype(m.dtype)).astype(g.dtype)
 
         state = ScaleByAdamState(count, cast_like(mu, state.mu), cast_like(nu, state.nu))
-        return jax.tree.map(direction, updates, mu, nu), state
+        return jax.tree.map(direction, updates, mean, nu), state
 
     return transformation(init, update)
 

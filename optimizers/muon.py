@@ -23,16 +23,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ._by_role import by_role
 from ._checks import check_decay_rates
 from ._matrices import DEFAULT_AXES, Axes
-from .adam import adamw
-from .decay import Mask, add_cautious_decay, decay_or_identity
-from .learning_rate import scale_by_learning_rate
+from .decay import Mask, add_cautious_decay
 from .matrix_scale import Scale, scale_by_matrix_shape
 from .momentum import scale_by_ema_momentum
 from .neuron_norm import renormalize, scale_by_element_rms, scale_by_neuron_rms
 from .orthogonal import orthogonalize
-from .roles import COMMON_RULES, MATRIX_ROLES, Role, Rules, assign_roles, axes_of_path
+from .roles import COMMON_RULES, MATRIX_ROLES, Role, Rules, axes_of_path
 
 KELLER_FALLBACK_RATIO = 3e-4 / 0.02
 """AdamW's learning rate to Muon's, in Keller Jordan's ``muon.py``."""
@@ -159,11 +158,11 @@ def muon(
     def axes(path: str) -> Any:
         return axes_of_path(path, rules)
 
-    if cautious:
-        decay = add_cautious_decay(weight_decay, weight_decay_mask)
-    else:
-        decay = decay_or_identity(weight_decay, weight_decay_mask)
-    matrices = optax.chain(
+    if fallback_learning_rate is None:
+        ratio = 1.0 if scale == "moonlight" else KELLER_FALLBACK_RATIO
+        fallback_learning_rate = _times(ratio, learning_rate)
+    return by_role(
+        "muon",
         scale_by_muon(
             b1,
             nesterov=nesterov,
@@ -175,26 +174,16 @@ def muon(
             mu_dtype=mu_dtype,
             max_elements=max_elements,
         ),
-        decay,
-        scale_by_learning_rate(learning_rate),
+        learning_rate,
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        rules=rules,
+        roles=matrix_roles,
+        fallback=fallback,
+        decay=add_cautious_decay(weight_decay, weight_decay_mask) if cautious else None,
+        fallback_learning_rate=fallback_learning_rate,
+        fallback_mu_dtype=mu_dtype,
     )
-    if fallback is None:
-        if fallback_learning_rate is None:
-            ratio = 1.0 if scale == "moonlight" else KELLER_FALLBACK_RATIO
-            fallback_learning_rate = _times(ratio, learning_rate)
-        fallback = adamw(
-            fallback_learning_rate,
-            b2=0.95,
-            mu_dtype=mu_dtype,
-            weight_decay=weight_decay,
-            weight_decay_mask=weight_decay_mask,
-        )
-
-    def labels(params: Any) -> Any:
-        roles = assign_roles(params, rules)
-        return jax.tree.map(lambda role: "muon" if role in matrix_roles else "fallback", roles)
-
-    return optax.partition({"muon": matrices, "fallback": fallback}, labels)
 
 
 def normuon(

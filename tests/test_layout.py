@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ravine.optimizers.matrix.layout import DEFAULT, BlockGrid, MatrixAxes, block_grid, layout
+from ravine.optimizers.matrix.blocks import BlockGrid, block_grid
+from ravine.optimizers.matrix.layout import DEFAULT, MatrixAxes, layout
 
 SIZES = (1, 2, 3, 4, 6)
 
@@ -219,8 +220,8 @@ def test_other_shapes_are_refused():
     block=st.none() | st.integers(1, 45),
 )
 def test_any_blocks(length, rows, columns, block):
-    grid = block_grid(rows, columns, block)
-    R, C, b, c = grid.shape
+    grid = block_grid((rows, columns), block)
+    (R, C), (b, c) = grid.counts, grid.sizes
     bound = block or max(rows, columns)
     assert b <= bound
     assert c <= bound
@@ -229,7 +230,7 @@ def test_any_blocks(length, rows, columns, block):
     assert 0 <= C * c - columns < C
     matrices = numbered((length, rows, columns)) + 1
     blocks = grid.to_blocks(matrices)
-    assert blocks.shape == (length, *grid.shape)
+    assert blocks.shape == (length, R, C, b, c)
     assert int((blocks != 0).sum()) == matrices.size
     if blocks.size:
         assert grid.padding == pytest.approx((blocks == 0).mean())
@@ -240,22 +241,38 @@ def test_any_blocks(length, rows, columns, block):
 
 
 def test_blocks_by_hand():
-    grid = block_grid(3, 4, 2)
-    assert grid == BlockGrid(3, 4, (2, 2, 2, 2))
+    grid = block_grid((3, 4), 2)
+    assert grid == BlockGrid((3, 4), (2, 2), (2, 2))
     assert grid.padding == 0.25
     blocks = grid.to_blocks(numbered((1, 3, 4)))
     np.testing.assert_array_equal(
         blocks, [[[[[0, 1], [4, 5]], [[2, 3], [6, 7]]], [[[8, 9], [0, 0]], [[10, 11], [0, 0]]]]]
     )
-    assert block_grid(28672, 8192, 1024).shape == (28, 8, 1024, 1024)
-    assert block_grid(1025, 7, 1024).shape == (2, 1, 513, 7)  # balanced: not 1024 and 1
-    assert block_grid(9, 7).shape == (1, 1, 9, 7)
-    assert block_grid(9, 7).padding == 0.0
+    assert block_grid((28672, 8192), 1024).counts == (28, 8)
+    assert block_grid((1025, 7), 1024).sizes == (513, 7)  # balanced: not 1024 and 1
+    assert block_grid((9, 7)).sizes == (9, 7)
+    assert block_grid((9, 7)).padding == 0.0
+    uncut = block_grid((50_000, 768), 512, whole=(0,))
+    assert (uncut.counts, uncut.sizes) == ((1, 2), (50_000, 384))
+
+
+@pytest.mark.parametrize("sides", [(), (5,), (4, 3, 5), (2, 3, 4, 5)])
+def test_blocks_of_any_order(sides):
+    tensors, grid = numbered((2, *sides)) + 1, block_grid(sides, 2)
+    blocks = grid.to_blocks(tensors)
+    assert blocks.shape == (2, *grid.counts, *grid.sizes)
+    np.testing.assert_array_equal(grid.from_blocks(blocks), tensors)
+    for cell in itertools.product(*map(range, grid.counts)):
+        cut = tuple(slice(at * b, (at + 1) * b) for at, b in zip(cell, grid.sizes, strict=True))
+        inside = tensors[(slice(None), *cut)]
+        block = blocks[(slice(None), *cell)]
+        corner = tuple(slice(size) for size in inside.shape)
+        np.testing.assert_array_equal(block[corner], inside)
 
 
 def test_blocks_under_jit(getkey):
     matrices = jax.random.normal(getkey(), (2, 5, 7))
-    grid = block_grid(5, 7, 3)
+    grid = block_grid((5, 7), 3)
     blocks = jax.jit(grid.to_blocks)(matrices)
     np.testing.assert_array_equal(blocks, grid.to_blocks(np.asarray(matrices)))
     np.testing.assert_array_equal(jax.jit(grid.from_blocks)(blocks), matrices)
@@ -264,12 +281,12 @@ def test_blocks_under_jit(getkey):
 @pytest.mark.parametrize("block", [0, -1, True, 2.0])
 def test_impossible_blocks_are_refused(block):
     with pytest.raises(ValueError, match="block must be at least 1"):
-        block_grid(4, 4, block)
+        block_grid((4, 4), block)
 
 
 def test_matrices_of_another_grid_are_refused():
-    grid = block_grid(3, 4, 2)
-    with pytest.raises(ValueError, match=r"\[L, 3, 4\], got \(1, 4, 3\)"):
+    grid = block_grid((3, 4), 2)
+    with pytest.raises(ValueError, match=r"\(3, 4\)\], got \(1, 4, 3\)"):
         grid.to_blocks(np.zeros((1, 4, 3)))
-    with pytest.raises(ValueError, match=r"\[L, 2, 2, 2, 2\]"):
+    with pytest.raises(ValueError, match=r"\(2, 2, 2, 2\)\]"):
         grid.from_blocks(np.zeros((1, 2, 1, 2, 4)))

@@ -5,6 +5,7 @@ matrices are small. Here all pieces are turned to the wide form (rows <= columns
 are joined, and the joint batch is cut where its temporary memory would pass a bound.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,10 +50,6 @@ def map_matrices(
       >>> shapes, [result.shape for result in results]
       ([(3, 3, 4), (1, 2, 2)], [(2, 3, 4), (1, 4, 3), (1, 2, 2)])
     """
-    if max_elements is None:
-        max_elements = MAX_ELEMENTS.get(jax.default_backend(), MAX_ELEMENTS_ELSEWHERE)
-    if max_elements < 1:
-        raise ValueError(f"max_elements must be at least 1, got {max_elements}.")
     groups: dict[tuple[int, int, str], list[int]] = {}
     for index, piece in enumerate(pieces):
         rows, columns = sorted(piece.shape[1:])
@@ -61,34 +58,64 @@ def map_matrices(
     for (rows, columns, _), members in groups.items():
         if rows * columns == 0:
             continue
-        most = max(1, max_elements // (rows * columns))
         batch = _join([_wide(pieces[index]) for index in members])
-        done = _in_chunks(function, batch, most)
+        done = in_chunks(function, batch, largest_chunk((rows, columns), max_elements))
         lengths = [pieces[index].shape[0] for index in members]
         for index, part in zip(members, _unjoin(done, lengths), strict=True):
             results[index] = part if _is_wide(pieces[index]) else jnp.swapaxes(part, 1, 2)
     return results
 
 
-def _in_chunks(
-    function: Callable[[jax.Array], jax.Array], batch: jax.Array, most: int
-) -> jax.Array:
-    """`function` on `most` matrices at a time, each result written where its matrices were."""
-    count = batch.shape[0]
+def largest_chunk(shape: tuple[int, ...], max_elements: int | None = None) -> int:
+    """How many matrices of a shape are worked on at once; bound as for `map_matrices`."""
+    if max_elements is None:
+        max_elements = MAX_ELEMENTS.get(jax.default_backend(), MAX_ELEMENTS_ELSEWHERE)
+    if max_elements < 1:
+        raise ValueError(f"max_elements must be at least 1, got {max_elements}.")
+    return max(1, max_elements // max(1, math.prod(shape)))
+
+
+def in_chunks(
+    function: Callable[..., Any], batch: Any, most: int, beside: jax.Array | None = None
+) -> Any:
+    """`function` on `most` members of a batch at a time, each result written where they were.
+
+    Args:
+      function: maps a part of the batch to one of the same shapes.
+      batch: a tree of arrays with the batch as first axis.
+      most: members worked on at once.
+      beside: a second argument, cut like the batch but only read.
+    """
+    count = jax.tree.leaves(batch)[0].shape[0]
+
+    def applied(part: Any, start: Any, length: int) -> Any:
+        if beside is None:
+            return function(part)
+        whole = length == count
+        return function(part, beside if whole else _part(beside, start, length))
+
     if count <= most:
-        return function(batch)
+        return applied(batch, 0, count)
     # Chunks of one size are one program; a remainder would be compiled as a second one.
     size = max(divisor for divisor in range(1, most + 1) if count % divisor == 0)
     if 2 * size < most:
         size = most
 
-    def write(start: Any, length: int, batch: jax.Array) -> jax.Array:
-        chunk = jax.lax.dynamic_slice_in_dim(batch, start, length)
-        return jax.lax.dynamic_update_slice_in_dim(batch, function(chunk), start, 0)
+    def write(start: Any, length: int, batch: Any) -> Any:
+        chunk = jax.tree.map(lambda x: _part(x, start, length), batch)
+        return jax.tree.map(
+            lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, start, 0),
+            batch,
+            applied(chunk, start, length),
+        )
 
     whole, rest = divmod(count, size)
     batch = jax.lax.fori_loop(0, whole, lambda at, batch: write(at * size, size, batch), batch)
     return write(whole * size, rest, batch) if rest else batch
+
+
+def _part(x: jax.Array, start: Any, length: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x, start, length)
 
 
 def _is_wide(piece: jax.Array) -> bool:

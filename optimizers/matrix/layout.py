@@ -2,7 +2,7 @@
 
 Attention kernels are `[in, heads, head width]`, scanned ones have their layers anywhere, some kernels
 are several matrices in one. `MatrixAxes` says what is what; a `Layout` maps a leaf to matrices
-`[L, M, N]` and back, exactly; a `BlockGrid` cuts these for Shampoo. All of it depends on shapes only.
+`[L, M, N]` and back, exactly. All of it depends on shapes only.
 """
 
 import dataclasses
@@ -188,62 +188,3 @@ def _unfold(x: Any, p: int, q: int) -> Any:
 
 def _library(x: Any) -> Any:
     return np if isinstance(x, np.ndarray) else jnp
-
-
-@dataclasses.dataclass(frozen=True)
-class BlockGrid:
-    """Matrices `[L, M, N]` cut into blocks `[L, R, C, b, c]`, and back; made by `block_grid`."""
-
-    rows: int  # M
-    columns: int  # N
-    shape: tuple[int, int, int, int]  # (R, C, b, c)
-
-    @property
-    def padding(self) -> float:
-        """Share of the blocks' elements that is padding, in [0, 1)."""
-        padded = math.prod(self.shape)
-        return 1.0 - self.rows * self.columns / padded if padded else 0.0
-
-    def to_blocks(self, matrices: Any) -> Any:
-        """Blocks `[L, R, C, b, c]` of matrices `[L, M, N]`, zeros where they reach beyond."""
-        length, *sides = matrices.shape
-        if sides != [self.rows, self.columns]:
-            raise ValueError(f"expected [L, {self.rows}, {self.columns}], got {matrices.shape}.")
-        R, C, b, c = self.shape
-        short = (0, 0), (0, R * b - self.rows), (0, C * c - self.columns)
-        if any(after for _, after in short):
-            matrices = _library(matrices).pad(matrices, short)
-        return matrices.reshape(length, R, b, C, c).transpose(0, 1, 3, 2, 4)
-
-    def from_blocks(self, blocks: Any) -> Any:
-        """The matrices `[L, M, N]` of blocks, their padding cut off."""
-        length, *grid = blocks.shape
-        R, C, b, c = self.shape
-        if (*grid,) != self.shape:
-            raise ValueError(f"expected [L, {R}, {C}, {b}, {c}], got {blocks.shape}.")
-        matrices = blocks.transpose(0, 1, 3, 2, 4).reshape(length, R * b, C * c)
-        return matrices[:, : self.rows, : self.columns]
-
-
-def block_grid(rows: int, columns: int, block: int | None = None) -> BlockGrid:
-    """The grid of balanced blocks: as few as the bound allows, then as small as these can be.
-
-    Args:
-      rows: M.
-      columns: N.
-      block: bound on the sides of a block; None for one block.
-
-    Raises:
-      ValueError: if `block` is less than one.
-
-    Example:
-      >>> from ravine.optimizers.matrix.layout import block_grid
-      >>> block_grid(300, 100, block=128).shape  # 3 x 100 rows, not 2 x 128 and 44
-      (3, 1, 100, 100)
-      >>> block_grid(5, 3, block=4).padding  # 2 x 3 rows for 5
-      0.16666666666666663
-    """
-    if block is not None and not (type(block) is int and block > 0):
-        raise ValueError(f"block must be at least 1, or None for one block, got {block!r}.")
-    R, C = (max(1, -(-size // (block or max(size, 1)))) for size in (rows, columns))
-    return BlockGrid(rows, columns, (R, C, -(-rows // R), -(-columns // C)))

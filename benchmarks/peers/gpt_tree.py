@@ -1,0 +1,27 @@
+"""The tree of benchmarks/muon.py and one set of gradients for it, with numpy alone.
+
+The peers' scripts run in environments that hold their own library and numpy, and no ravine, so
+they import this file instead of `gpt_tree` of benchmarks/muon.py; the arrays are the same.
+"""
+
+import numpy as np
+
+
+def gpt_tree() -> dict[str, np.ndarray]:
+    """37 leaves, 19.9 M parameters: width 512, 6 layers, vocabulary 2048."""
+    shapes = {"embed": (2048, 512)}
+    for layer in range(6):
+        for name in ("query", "key", "value", "output"):
+            shapes[f"{layer}/{name}"] = (512, 512)
+        shapes |= {f"{layer}/up": (512, 2048), f"{layer}/down": (2048, 512)}
+    return _fill(shapes, seed=0)
+
+
+def gradients(tree: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Normal of deviation 0.02, the same at every step."""
+    return _fill({name: array.shape for name, array in tree.items()}, seed=1)
+
+
+def _fill(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {k: (0.02 * rng.standard_normal(s)).astype(np.float32) for k, s in shapes.items()}

@@ -1,0 +1,84 @@
+r"""Kronecker factors: one matrix for every axis of a block.
+
+For blocks of order k, `[..., b1, ..., bk]` with any batch axes in front, the *mode-i Gram matrix* is
+:math:`G_{(i)} G_{(i)}^\top`, the unfolding along axis i times its transpose; multiplying along an axis
+is the mode-i product. For matrices these are :math:`GG^\top`, :math:`G^\top G`, :math:`PG` and
+:math:`GP`. No batch axis is ever reshaped away, so what shards the batch shards the result.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from .roots import multiply
+
+
+def mode_gram(blocks: jax.Array, axis: int, order: int) -> jax.Array:
+    """`[..., b, b]`: the Gram matrix of the blocks along one of their last `order` axes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ravine.optimizers.matrix.kronecker import mode_gram
+      >>> g = jnp.array([[1.0, 2.0], [0.0, 3.0]])
+      >>> mode_gram(g, 0, 2)
+      Array([[5., 6.],
+             [6., 9.]], dtype=float32)
+      >>> mode_gram(g, 1, 2)
+      Array([[ 1.,  2.],
+             [ 2., 13.]], dtype=float32)
+    """
+    if order == 2 and axis == 1:
+        return multiply(jnp.swapaxes(blocks, -1, -2), blocks)
+    unfolded = _unfold(blocks, axis, order)
+    return multiply(unfolded, jnp.swapaxes(unfolded, -1, -2))
+
+
+def mode_product(blocks: jax.Array, factor: jax.Array, axis: int, order: int) -> jax.Array:
+    """The blocks multiplied along one axis by a *symmetric or transposed* factor `[..., b, b]`.
+
+    Element j of that axis becomes the sum over i of ``factor[j, i]`` times element i.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ravine.optimizers.matrix.kronecker import mode_product
+      >>> mode_product(jnp.ones((1, 2)), jnp.array([[1.0, 2.0], [3.0, 4.0]]), axis=1, order=2)
+      Array([[3., 7.]], dtype=float32)
+    """
+    if order == 2 and axis == 1:
+        return multiply(blocks, jnp.swapaxes(factor, -1, -2))
+    unfolded = multiply(factor, _unfold(blocks, axis, order))
+    at = blocks.ndim - order + axis
+    rest = [size for i, size in enumerate(blocks.shape) if i >= blocks.ndim - order and i != at]
+    folded = unfolded.reshape(*unfolded.shape[:-1], *rest)
+    return jnp.moveaxis(folded, blocks.ndim - order, at)
+
+
+def rotate(
+    blocks: jax.Array, factors: Sequence[jax.Array | None], *, back: bool = False
+) -> jax.Array:
+    """Multiplies along every axis by its factor; None leaves the axis alone.
+
+    Args:
+      blocks: `[..., b1, ..., bk]`.
+      factors: k of `[..., b, b]`.
+      back: by the transposed factors, which undoes a rotation.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ravine.optimizers.matrix.kronecker import rotate
+      >>> rotate(jnp.ones((2, 1)), [jnp.array([[0.0, -1.0], [1.0, 0.0]]), None]).tolist()
+      [[-1.0], [1.0]]
+    """
+    for axis, factor in enumerate(factors):
+        if factor is not None:
+            factor = jnp.swapaxes(factor, -1, -2) if back else factor
+            blocks = mode_product(blocks, factor, axis, len(factors))
+    return blocks
+
+
+def _unfold(blocks: jax.Array, axis: int, order: int) -> jax.Array:
+    """`[..., b_axis, rest]`; for the first axis of a matrix nothing moves."""
+    batch = blocks.ndim - order
+    moved = jnp.moveaxis(blocks, batch + axis, batch)
+    return moved.reshape(*moved.shape[: batch + 1], -1) if order != 2 else moved

@@ -1,0 +1,323 @@
+r"""Shampoo: a preconditioner for every axis of every block.
+
+The pipeline of :func:`scale_by_shampoo`, block by block: ``statistics → (every T steps) roots →
+direction of the momentum → graft``; then decay and learning rate, each a transformation of its own.
+What can go wrong is kept in the block where it happens: a gradient that is not finite leaves the
+statistics alone, a root that fails its certificate leaves the previous root in place.
+"""
+
+from collections.abc import Collection
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ._arithmetic import cast_like, corrected_mean, ema, increment, wide_zeros_like
+from ._by_role import by_role
+from ._checks import check_decay_rates, check_non_negative
+from ._factors import Preconditioner, Storage, exponent_is_valid, grafted
+from ._matrices import Axes
+from ._tensors import Blocking, Sides, blockings_of, check_blocking, factors_like, ones_like_blocks
+from ._transformation import transformation
+from .decay import Mask
+from .graft import Graft, magnitude
+from .matrix.refresh import Refresh
+from .matrix.roots import Method
+from .roles import COMMON_RULES, Role, Rules, axes_of_path
+
+Statistics = Literal["gram", "kl"]
+SHAMPOO_ROLES: tuple[Role, ...] = ("matrix", "convolution", "embedding", "head")
+
+
+class ScaleByShampooState(NamedTuple):
+    """State of `scale_by_shampoo`."""
+
+    count: jax.Array  # int32 scalar, updates made so far
+    mu: optax.Updates  # like params, mu_dtype: mean of gradients
+    nu: Any  # like params, nu_dtype: second moments of the graft, if it has any
+    factors: (
+        Any  # like params: a tuple (tensors) of tuples (axes) of Factor, or None without a factor
+    )
+    graft_ratio: Any  # like params: a tuple of [L, *counts], by how much the graft scaled a block
+
+
+def scale_by_shampoo(
+    b1: float = 0.9,
+    b2: float = 0.99,
+    *,
+    nesterov: bool = False,
+    every: int = 10,
+    start: float | None = None,
+    staggered: bool = False,
+    block: int | None = 512,
+    limit: int = 8192,
+    sides: Sides = "both",
+    exponent: float | None = None,
+    statistics: Statistics = "gram",
+    method: Method | None = None,
+    ridge: float = 1e-5,
+    absolute_ridge: float = 0.0,
+    tolerance: float = 0.1,
+    patience: int = 3,
+    graft: Graft = "adam",
+    graft_b2: float | None = None,
+    graft_eps: float = 1e-8,
+    graft_per: Literal["block", "parameter"] = "block",
+    axes: Axes | None = None,
+    mu_dtype: Any = None,
+    nu_dtype: Any = None,
+    factor_dtype: Any = None,
+    packed: bool = False,
+    max_elements: int | None = None,
+) -> optax.GradientTransformation:
+    r"""Shampoo's direction: momentum, preconditioned along every axis, with a grafted size.
+
+    For every block :math:`G` of order k, with mode-i unfoldings :math:`G_{(i)}`,
+
+    .. math::
+        L_i &\leftarrow \beta_2 L_i + (1 - \beta_2)\, G_{(i)} G_{(i)}^\top, \qquad
+        P_i = \bigl(L_i / (1 - \beta_2^t) + \rho_i I\bigr)^{-1/(2k)} \quad \text{every } T
+            \text{ steps} \\
+        U &= \hat M \times_1 P_1 \cdots \times_k P_k, \qquad
+        u = \frac{\lVert D \rVert}{\lVert U \rVert} U
+
+    with the momentum :math:`\hat M` (mean of gradients, corrected for its start) and the step
+    :math:`D` of the graft; :math:`u = D` before the start step. For matrices, :math:`P_1 \hat M P_2`
+    with exponents of -1/4. The gradient is part of the statistics that precondition it.
+
+    A scalar has no factor, and so the graft's step; a vector has one, of all its elements, unless it is
+    longer than `limit`. :func:`shampoo` sends vectors to another optimizer.
+
+    Args:
+      b1: decay rate of the momentum, in [0, 1).
+      b2: decay rate of statistics, in [0, 1]; 1 sums them up.
+      nesterov: look-ahead momentum.
+      every: T, steps between roots.
+      start: the first step (counted from one) that is preconditioned, at least T; ``None`` takes T;
+        infinity leaves the graft alone.
+      staggered: every step finds the roots of a T-th of the matrices, so that no step is slow.
+      block: bound on the size of factors; longer axes are cut into blocks of equal size. ``None`` does
+        not cut.
+      limit: an axis longer than this gets no factor at all (an embedding is preconditioned on its other
+        side only), and is not cut.
+      sides: ``"both"`` (all axes), or one: ``"rows"``, ``"columns"`` or the ``"smaller"``.
+      exponent: of the roots, negative; ``None`` takes -1/(2k) for k factors.
+      statistics: ``"gram"`` as above, or ``"kl"``, where the gradient is first preconditioned along the
+        other axes by their present roots.
+      method: of :mod:`ravine.optimizers.matrix.roots`; ``Eigh()`` by default.
+      ridge: :math:`\rho / \lambda_{\max}`. In float32 singular statistics need 1e-5.
+      absolute_ridge: added to it.
+      tolerance: roots are refused if an element of :math:`A X^p - I` is larger.
+      patience: a block whose roots were refused more often in a row takes the graft's step, until one
+        is good again.
+      graft: ``"none"``, ``"sgd"``, ``"adagrad"``, ``"rmsprop"``, ``"adam"``, ``"adamw"`` or
+        ``"sign"``, see :func:`ravine.optimizers.graft.magnitude`.
+      graft_b2: decay rate of the graft's second moment; ``None`` takes `b2`.
+      graft_eps: the graft's epsilon.
+      graft_per: ``"block"`` or ``"parameter"``.
+      axes: which axes of a leaf are rows and columns; ``None`` gives every axis of a leaf a factor.
+      mu_dtype: dtype of the momentum; by default at least float32.
+      nu_dtype: dtype of the graft's second moment, likewise.
+      factor_dtype: dtype in which statistics and roots are kept, float32 by default. In bfloat16 the
+        statistics stop moving for b2 above 0.99.
+      packed: keep only one triangle of statistics and roots, half the memory.
+      max_elements: bound on the elements of the matrices whose roots are found at once.
+
+    Raises:
+      ValueError: for values out of range.
+
+    Source: Gupta et al., 2018, https://arxiv.org/abs/1802.09568; Shi et al., 2023,
+    https://arxiv.org/abs/2309.06497; facebookresearch/optimizers, ``distributed_shampoo``.
+
+    Example:
+      >>> import jax.numpy as jnp, ravine
+      >>> tx = ravine.scale_by_shampoo(0.0, 1.0, every=1, ridge=0.0, graft="none")
+      >>> updates, _ = tx.update(jnp.diag(jnp.array([3.0, 4.0])), tx.init(jnp.zeros((2, 2))))
+      >>> updates.round(4)  # the first step of Shampoo is the polar factor
+      Array([[1., 0.],
+             [0., 1.]], dtype=float32)
+    """
+    check_decay_rates(b1=b1)
+    if b2 != 1:
+        check_decay_rates(b2=b2)
+    check_blocking(block, limit, sides)
+    check_non_negative(ridge=ridge, absolute_ridge=absolute_ridge, tolerance=tolerance)
+    exponent_is_valid(exponent)
+    if statistics not in get_args(Statistics):
+        raise ValueError(f"statistics must be 'gram' or 'kl', got {statistics!r}.")
+    if graft_per not in ("block", "parameter"):
+        raise ValueError(f"graft_per must be 'block' or 'parameter', got {graft_per!r}.")
+    if type(patience) is not int or patience < 0:
+        raise ValueError(f"patience must be a whole number of at least 0, got {patience!r}.")
+    schedule = Refresh(every, start, staggered)
+    storage = Storage(factor_dtype, packed)
+    size = magnitude(graft, b2 if graft_b2 is None else graft_b2, graft_eps, nu_dtype)
+    preconditioner = Preconditioner(
+        b2=b2,
+        kl=statistics == "kl",
+        exponent=exponent,
+        method=method,
+        ridge=ridge,
+        absolute_ridge=absolute_ridge,
+        tolerance=tolerance,
+        patience=patience,
+        storage=storage,
+    )
+    per = "none" if graft == "none" else graft_per
+
+    def blockings(tree: Any) -> list[Blocking]:
+        return blockings_of(tree, axes, block, limit, sides)
+
+    def init(params: optax.Params) -> ScaleByShampooState:
+        found = blockings(params)
+        return ScaleByShampooState(
+            count=jnp.zeros([], jnp.int32),
+            mu=wide_zeros_like(params, mu_dtype),
+            nu=size.init(params),
+            factors=factors_like(params, found, storage.factor),
+            graft_ratio=ones_like_blocks(params, found),
+        )
+
+    def update(
+        updates: optax.Updates, state: ScaleByShampooState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, ScaleByShampooState]:
+        del params
+        count, found = increment(state.count), blockings(updates)
+        structure = jax.tree.structure(updates)
+        finite = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0), updates)
+        mu = ema(finite, state.mu, b1)
+        mean = corrected_mean(finite, mu, b1, count, nesterov=nesterov)
+        step, nu = size.update(finite, mean, state.nu, count)
+        gradients, old = jax.tree.leaves(updates), structure.flatten_up_to(state.factors)
+        factors = preconditioner.refresh(
+            [preconditioner.learn(*leaf) for leaf in zip(gradients, found, old, strict=True)],
+            found,
+            schedule,
+            count,
+            max_elements,
+        )
+        directions, ratios = [], []
+        for m, d, blocking, pieces in zip(
+            jax.tree.leaves(mean), jax.tree.leaves(step), found, factors, strict=True
+        ):
+            preconditioned, distrusted = preconditioner.apply(m, blocking, pieces)
+            direction, ratio = grafted(preconditioned, distrusted, d, blocking, per)
+            directions.append(jnp.where(schedule.started(count), direction.astype(d.dtype), d))
+            ratios.append(ratio)
+        state = ScaleByShampooState(
+            count,
+            cast_like(mu, state.mu),
+            cast_like(nu, state.nu),
+            jax.tree.unflatten(structure, factors),
+            jax.tree.unflatten(structure, ratios),
+        )
+        return cast_like(jax.tree.unflatten(structure, directions), updates), state
+
+    return transformation(init, update)
+
+
+def shampoo(
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    b1: float = 0.9,
+    b2: float = 0.99,
+    *,
+    nesterov: bool = False,
+    every: int = 10,
+    start: float | None = None,
+    staggered: bool = False,
+    block: int | None = 512,
+    limit: int = 8192,
+    sides: Sides = "both",
+    exponent: float | None = None,
+    statistics: Statistics = "gram",
+    method: Method | None = None,
+    ridge: float = 1e-5,
+    absolute_ridge: float = 0.0,
+    tolerance: float = 0.1,
+    patience: int = 3,
+    graft: Graft = "adam",
+    graft_b2: float | None = None,
+    graft_eps: float = 1e-8,
+    graft_per: Literal["block", "parameter"] = "block",
+    mu_dtype: Any = None,
+    nu_dtype: Any = None,
+    factor_dtype: Any = None,
+    packed: bool = False,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay_mask: Mask | None = None,
+    rules: Rules = COMMON_RULES,
+    shampoo_roles: Collection[Role] = SHAMPOO_ROLES,
+    fallback: optax.GradientTransformation | None = None,
+    max_elements: int | None = None,
+) -> optax.GradientTransformation:
+    r"""Shampoo for matrices, embeddings and heads, another optimizer for everything else.
+
+    .. math:: \theta_t = \theta_{t-1} - \eta_t \, (u_t + \lambda \theta_{t-1})
+
+    with :math:`u_t` of :func:`scale_by_shampoo`. Which parameter is what is decided by its role; a
+    parameter that no rule covers is refused, and ``role_table`` shows who gets what.
+
+    Args:
+      learning_rate: a number or a schedule. With a graft, one that suits the graft.
+      b1, b2, nesterov, every, start, staggered, block, limit, sides, exponent, statistics, method,
+        ridge, absolute_ridge, tolerance, patience, graft, graft_b2, graft_eps, graft_per, mu_dtype,
+        nu_dtype, factor_dtype, packed, max_elements: as for :func:`scale_by_shampoo`.
+      weight_decay: :math:`\lambda`, multiplied by the learning rate; also that of the default
+        fallback.
+      weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
+      rules: role rules; by default those for Ravine's, NNX's and Linen's names.
+      shampoo_roles: the roles that Shampoo takes; all need rows and columns.
+      fallback: the optimizer of all other parameters (norms, biases), complete with its learning rate;
+        by default AdamW at the same learning rate.
+
+    Raises:
+      ValueError: for values out of range, and at `init` for parameters that no rule covers or that are
+        no matrices but shall be.
+
+    Source: as :func:`scale_by_shampoo`.
+
+    Example:
+      >>> import jax.numpy as jnp, ravine
+      >>> params = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
+      >>> tx = ravine.shampoo(1e-3, every=5, weight_decay=0.1)
+      >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    direction = scale_by_shampoo(
+        b1,
+        b2,
+        nesterov=nesterov,
+        every=every,
+        start=start,
+        staggered=staggered,
+        block=block,
+        limit=limit,
+        sides=sides,
+        exponent=exponent,
+        statistics=statistics,
+        method=method,
+        ridge=ridge,
+        absolute_ridge=absolute_ridge,
+        tolerance=tolerance,
+        patience=patience,
+        graft=graft,
+        graft_b2=graft_b2,
+        graft_eps=graft_eps,
+        graft_per=graft_per,
+        axes=lambda path: axes_of_path(path, rules),
+        mu_dtype=mu_dtype,
+        nu_dtype=nu_dtype,
+        factor_dtype=factor_dtype,
+        packed=packed,
+        max_elements=max_elements,
+    )
+    return by_role(
+        "shampoo",
+        direction,
+        learning_rate,
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        rules=rules,
+        roles=shampoo_roles,
+        fallback=fallback,
+    )

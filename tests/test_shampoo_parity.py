@@ -1,0 +1,81 @@
+"""Shampoo, SOAP and KL-Shampoo step for step like their authors' own code."""
+
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import ravine
+from ravine.optimizers.matrix.roots import CoupledNewton
+
+from .golden import shampoo as golden
+
+# The authors' roots: absolute ridge, no certificate.
+META = {
+    "b1": 0.9,
+    "b2": 0.99,
+    "every": 2,
+    "start": 6,
+    "block": 4,
+    "ridge": 0.0,
+    "absolute_ridge": 1e-8,
+    "tolerance": 0.5,
+    "graft": "none",
+}
+
+
+def meta(weight_decay=0.0, **changes):
+    direction = ravine.scale_by_shampoo(**{**META, **changes})
+    return optax.chain(direction, ravine.add_decayed_weights(weight_decay))
+
+
+OURS = {
+    "meta_eigh": lambda: meta(),
+    "meta_newton": lambda: meta(method=CoupledNewton()),
+    "meta_adam_graft": lambda: meta(graft="adam"),
+    "meta_adamw": lambda: meta(graft="adamw", weight_decay=0.1),
+    "meta_kl": lambda: meta(statistics="kl", exponent=-1 / 2),
+    "meta_sum": lambda: meta(b2=1.0, graft="adagrad"),
+}
+
+
+@cache
+def goldens():
+    return json.loads(Path(golden.__file__).with_suffix(".json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("case", OURS)
+def test_trajectory_equals_the_authors(case):
+    """Every recorded parameter within 1e-4 of how far its leaf has moved."""
+    data = goldens()
+    record = data["cases"][case]
+    initial, gradients = golden.inputs(record["inputs"])
+    rates = jnp.asarray(data["learning_rates"], jnp.float32)
+    tx = optax.chain(OURS[case](), ravine.scale_by_learning_rate(lambda count: rates[count]))
+    params = jax.tree.map(jnp.asarray, initial)
+    state = tx.init(params)
+    step = jax.jit(tx.update)
+    found = []
+    for at in range(golden.STEPS):
+        grads = {name: jnp.asarray(values[at]) for name, values in gradients.items()}
+        updates, state = step(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        if at + 1 in golden.RECORDED:
+            found.append(jax.tree.map(np.asarray, params))
+    for name in record["parameters"]:
+        expected = golden.unpack(record["parameters"][name], initial[name])
+        moved = np.abs(expected - initial[name]).max()
+        for ours, theirs in zip(found, expected, strict=True):
+            assert np.abs(ours[name] - theirs).max() <= 1e-4 * moved, (name, case)
+
+
+def test_inputs_are_those_of_the_golden_run():
+    for name, digest in goldens()["sha256_of_inputs"].items():
+        leaves = [values for part in golden.inputs(name) for values in part.values()]
+        content = b"".join(values.astype("<f4").tobytes() for values in leaves)
+        assert hashlib.sha256(content).hexdigest() == digest
