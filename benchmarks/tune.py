@@ -33,6 +33,9 @@ CENTRES = {
     "adamw": 0.004,
     "lion": 0.0008,
     "muon": 0.02,
+    "shampoo": 0.004,
+    "soap": 0.004,
+    "soap_muon": 0.01,
     "sgd": 0.5,
     "rmsprop": 0.002,
     "adagrad": 0.04,
@@ -40,6 +43,9 @@ CENTRES = {
 }
 HYPERPARAMETERS = {
     "muon": {"scale": "moonlight"},
+    "shampoo": {"b1": 0.95, "b2": 0.95, "every": 5},
+    "soap": {"every": 5},
+    "soap_muon": {"every": 5},
     "sgd": {"momentum": 0.9},
     "rmsprop": {"b2": 0.95},
     "adam": {"b2": 0.95},

@@ -28,8 +28,22 @@ from .registry import OptimizerConfig, names, register
 from .rmsprop import ScaleByRmspropState, rmsprop, scale_by_rmsprop
 from .sgd import sgd
 from .shampoo import ScaleByShampooState, scale_by_shampoo, shampoo
+from .soap import ScaleBySoapState, scale_by_soap, soap, soap_muon
 
-for _builder in (sgd, adagrad, rmsprop, adam, adamw, lion, muon, normuon, adamuon, shampoo):
+for _builder in (
+    sgd,
+    adagrad,
+    rmsprop,
+    adam,
+    adamw,
+    lion,
+    muon,
+    normuon,
+    adamuon,
+    shampoo,
+    soap,
+    soap_muon,
+):
     register(_builder.__name__, _builder)
 
 __all__ = [
@@ -47,6 +61,7 @@ __all__ = [
     "ScaleByNeuronRmsState",
     "ScaleByRmspropState",
     "ScaleByShampooState",
+    "ScaleBySoapState",
     "adagrad",
     "adam",
     "adamuon",
@@ -77,6 +92,9 @@ __all__ = [
     "scale_by_parameter_norm",
     "scale_by_rmsprop",
     "scale_by_shampoo",
+    "scale_by_soap",
     "sgd",
     "shampoo",
+    "soap",
+    "soap_muon",
 ]

@@ -39,7 +39,13 @@ class Blocking:
 
 
 def blockings_of(
-    tree: Any, axes: Axes | None, block: int | None, limit: int, sides: Sides
+    tree: Any,
+    axes: Axes | None,
+    block: int | None,
+    limit: int,
+    sides: Sides,
+    *,
+    vectors: bool = True,
 ) -> list[Blocking]:
     """The blocking of every leaf, in the order of the leaves.
 
@@ -49,6 +55,7 @@ def blockings_of(
       block: bound on the size of a factor; longer axes are cut.
       limit: axes longer than this get no factor and are not cut.
       sides: which axes get a factor.
+      vectors: whether tensors of one axis get a factor.
     """
 
     def blocking(path: Any, leaf: Any) -> Blocking:
@@ -57,7 +64,9 @@ def blockings_of(
             chosen = axes if isinstance(axes, MatrixAxes) else axes(name)
             found = layout(leaf.shape, chosen, name)
         shapes = [piece[1:] for piece in found.pieces] if found else [tuple(leaf.shape)]
-        factored = tuple(_factored(shape, limit, sides) for shape in shapes)
+        factored = tuple(
+            _factored(shape, limit if len(shape) > 1 or vectors else 0, sides) for shape in shapes
+        )
         grids = tuple(
             block_grid(shape, block, [axis for axis, has in enumerate(marks) if not has])
             for shape, marks in zip(shapes, factored, strict=True)

@@ -44,6 +44,12 @@ OURS = {
 }
 
 
+SOAP = {
+    "soap": lambda: ravine.scale_by_soap(every=3),
+    "soap_one_sided": lambda: ravine.scale_by_soap(every=3, limit=4, precondition_vectors=True),
+}
+
+
 @cache
 def goldens():
     return json.loads(Path(golden.__file__).with_suffix(".json").read_text(encoding="utf-8"))
@@ -51,20 +57,30 @@ def goldens():
 
 @pytest.mark.parametrize("case", OURS)
 def test_trajectory_equals_the_authors(case):
+    check(case, OURS[case]())
+
+
+@pytest.mark.parametrize("case", SOAP)
+def test_soap_equals_the_authors(case):
+    # They decay what the step has made of the parameters, and not on the first step.
+    check(case, SOAP[case](), lambda params, rate, at: (1 - 0.01 * rate * (at > 0)) * params)
+
+
+def check(case, direction, afterwards=lambda params, rate, at: params):
     """Every recorded parameter within 1e-4 of how far its leaf has moved."""
     data = goldens()
     record = data["cases"][case]
     initial, gradients = golden.inputs(record["inputs"])
-    rates = jnp.asarray(data["learning_rates"], jnp.float32)
-    tx = optax.chain(OURS[case](), ravine.scale_by_learning_rate(lambda count: rates[count]))
+    rates = data["learning_rates"]
     params = jax.tree.map(jnp.asarray, initial)
-    state = tx.init(params)
-    step = jax.jit(tx.update)
+    state = direction.init(params)
+    step = jax.jit(direction.update)
     found = []
     for at in range(golden.STEPS):
         grads = {name: jnp.asarray(values[at]) for name, values in gradients.items()}
         updates, state = step(grads, state, params)
-        params = optax.apply_updates(params, updates)
+        moved = jax.tree.map(lambda p, u, rate=rates[at]: p - rate * u, params, updates)
+        params = jax.tree.map(lambda p, at=at: afterwards(p, rates[at], at), moved)
         if at + 1 in golden.RECORDED:
             found.append(jax.tree.map(np.asarray, params))
     for name in record["parameters"]:

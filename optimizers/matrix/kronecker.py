@@ -11,8 +11,6 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from .roots import multiply
-
 
 def mode_gram(blocks: jax.Array, axis: int, order: int) -> jax.Array:
     """`[..., b, b]`: the Gram matrix of the blocks along one of their last `order` axes.
@@ -28,14 +26,15 @@ def mode_gram(blocks: jax.Array, axis: int, order: int) -> jax.Array:
       Array([[ 1.,  2.],
              [ 2., 13.]], dtype=float32)
     """
-    if order == 2 and axis == 1:
-        return multiply(jnp.swapaxes(blocks, -1, -2), blocks)
-    unfolded = _unfold(blocks, axis, order)
-    return multiply(unfolded, jnp.swapaxes(unfolded, -1, -2))
+    letters = _LETTERS[:order]
+    other = letters.replace(letters[axis], "z")
+    return _einsum(f"...{letters},...{other}->...{letters[axis]}z", blocks, blocks)
 
 
-def mode_product(blocks: jax.Array, factor: jax.Array, axis: int, order: int) -> jax.Array:
-    """The blocks multiplied along one axis by a *symmetric or transposed* factor `[..., b, b]`.
+def mode_product(
+    blocks: jax.Array, factor: jax.Array, axis: int, order: int, *, transposed: bool = False
+) -> jax.Array:
+    """The blocks multiplied along one axis by a factor `[..., b, b]`, or by its transpose.
 
     Element j of that axis becomes the sum over i of ``factor[j, i]`` times element i.
 
@@ -45,13 +44,13 @@ def mode_product(blocks: jax.Array, factor: jax.Array, axis: int, order: int) ->
       >>> mode_product(jnp.ones((1, 2)), jnp.array([[1.0, 2.0], [3.0, 4.0]]), axis=1, order=2)
       Array([[3., 7.]], dtype=float32)
     """
-    if order == 2 and axis == 1:
-        return multiply(blocks, jnp.swapaxes(factor, -1, -2))
-    unfolded = multiply(factor, _unfold(blocks, axis, order))
-    at = blocks.ndim - order + axis
-    rest = [size for i, size in enumerate(blocks.shape) if i >= blocks.ndim - order and i != at]
-    folded = unfolded.reshape(*unfolded.shape[:-1], *rest)
-    return jnp.moveaxis(folded, blocks.ndim - order, at)
+    letters = _LETTERS[:order]
+    other = letters.replace(letters[axis], "z")
+    along = f"...{letters[axis]}z" if transposed else f"...z{letters[axis]}"
+    # The order of the operands decides whether XLA has to transpose the result.
+    if axis == 0:
+        return _einsum(f"{along},...{letters}->...{other}", factor, blocks)
+    return _einsum(f"...{letters},{along}->...{other}", blocks, factor)
 
 
 def rotate(
@@ -72,13 +71,12 @@ def rotate(
     """
     for axis, factor in enumerate(factors):
         if factor is not None:
-            factor = jnp.swapaxes(factor, -1, -2) if back else factor
-            blocks = mode_product(blocks, factor, axis, len(factors))
+            blocks = mode_product(blocks, factor, axis, len(factors), transposed=back)
     return blocks
 
 
-def _unfold(blocks: jax.Array, axis: int, order: int) -> jax.Array:
-    """`[..., b_axis, rest]`; for the first axis of a matrix nothing moves."""
-    batch = blocks.ndim - order
-    moved = jnp.moveaxis(blocks, batch + axis, batch)
-    return moved.reshape(*moved.shape[: batch + 1], -1) if order != 2 else moved
+_LETTERS = "abcdefghijklmnopqrstuvwxy"
+
+
+def _einsum(subscripts: str, left: jax.Array, right: jax.Array) -> jax.Array:
+    return jnp.einsum(subscripts, left, right, precision="highest")

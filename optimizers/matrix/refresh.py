@@ -103,6 +103,7 @@ def refreshed(
     carries = [unit.carry for unit in units]
     sizes = [math.prod(unit.source.shape[1:]) ** 1.5 for unit in units]
     dealt = deal([unit.source.shape[0] for unit in units], sizes, schedule.phases)
+    busy = jnp.zeros([], bool)
     for phase, parts in enumerate(dealt):
         involved = sorted({part.unit for part in parts})
         if not involved:
@@ -123,24 +124,27 @@ def refreshed(
                     start += part.length
             return current
 
-        found = once(schedule.due(step, phase), body, [carries[unit] for unit in involved])
+        # One after the other: LAPACK's threads do not bear to be called from two places at once (they
+        # hang, or spoil the heap: jax #39292), and XLA runs what is independent side by side.
+        due = schedule.due(step, phase) & ~busy
+        busy, found = once(due, body, [carries[unit] for unit in involved])
         for unit, carry in zip(involved, found, strict=True):
             carries[unit] = carry
     return carries
 
 
-def once(due: jax.Array, body: Callable[[Any], Any], carry: Any) -> Any:
-    """``body(carry)`` if `due`, else `carry`, without a copy of it.
+def once(due: jax.Array, body: Callable[[Any], Any], carry: Any) -> tuple[jax.Array, Any]:
+    """``body(carry)`` if `due`, else `carry`, without a copy of it; and False, when that is done.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from ravine.optimizers.matrix.refresh import once
-      >>> [int(once(jnp.array(due), lambda x: x + 1, jnp.int32(1))) for due in (True, False)]
+      >>> [int(once(jnp.array(due), lambda x: x + 1, jnp.int32(1))[1]) for due in (True, False)]
       [2, 1]
     """
     return jax.lax.while_loop(
         lambda state: state[0], lambda state: (jnp.zeros([], bool), body(state[1])), (due, carry)
-    )[1]
+    )
 
 
 class Part(NamedTuple):
@@ -180,6 +184,21 @@ def deal(counts: Sequence[int], costs: Sequence[float], phases: int) -> list[lis
                 if left > taken:
                     queue.insert(0, (at, start + taken, left - taken))
     return dealt
+
+
+def phases_of(costs: Sequence[float], phases: int) -> list[int]:
+    """A phase for every unit that stays whole, the largest units first to where there is least.
+
+    Example:
+      >>> from ravine.optimizers.matrix.refresh import phases_of
+      >>> phases_of([1.0, 3.0, 2.0], 2)
+      [1, 0, 1]
+    """
+    loads, found = [0.0] * phases, [0] * len(costs)
+    for at in sorted(range(len(costs)), key=lambda at: -costs[at]):
+        found[at] = min(range(phases), key=loads.__getitem__)
+        loads[found[at]] += costs[at]
+    return found
 
 
 def _by_kind(parts: Sequence[Part], units: Sequence[Unit]) -> dict[Any, list[Part]]:

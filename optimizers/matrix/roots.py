@@ -41,13 +41,22 @@ class InverseRoot(NamedTuple):
     condition: jax.Array  # [K]: estimate of the condition number, ridge included
 
 
+class Found(NamedTuple):
+    """What a method found."""
+
+    root: jax.Array  # [K, n, n]: X
+    ridged: jax.Array  # [K, n, n]: A, with its ridge
+    identity: jax.Array  # what A^q X^p should be
+    condition: jax.Array  # [K]
+
+
 class Method(Protocol):
-    """What finds roots."""
+    """What finds roots: of matrices whose largest diagonal element is near one."""
 
-    uses_ridge: bool
-
-    def __call__(self, matrices_KxNxN: jax.Array, q: int, p: int) -> tuple[jax.Array, jax.Array]:
-        """The roots X of matrices that carry their ridge, and what :math:`A^q X^p` should be."""
+    def __call__(
+        self, matrices_KxNxN: jax.Array, q: int, p: int, ridge: Any, absolute: Any
+    ) -> Found:
+        """Finds :math:`(A + rI)^{-q/p}`, r = ridge * largest eigenvalue + absolute `[K, 1, 1]`."""
         ...
 
 
@@ -115,31 +124,26 @@ def inverse_root(
     q, p = exponent_fraction(exponent)
     n = matrices_KxNxN.shape[-1]
     wide = jnp.float64 if matrices_KxNxN.dtype == jnp.float64 else jnp.float32
-    a = symmetrize(matrices_KxNxN.astype(wide))
-    largest = largest_eigenvalue(a)
-    inside = None
+    a, inside = matrices_KxNxN.astype(wide), None
     if size is not None:
         inside = jnp.arange(n)[None] < size[:, None]
         a = jnp.where(inside[:, :, None] & inside[:, None, :], a, 0)
-        largest = largest_eigenvalue(a)
+        largest = jnp.max(jnp.diagonal(a, axis1=1, axis2=2), axis=1, initial=0)
         filling = jnp.where(inside, 0, jnp.where(largest > 0, largest, 1)[:, None])
         a = a + filling[:, :, None] * jnp.eye(n, dtype=wide)[None]
-    # Divided by the largest eigenvalue, every matrix has the same scale: squares of tiny statistics
+    # Divided by its largest element, every matrix has the same scale: squares of tiny statistics
     # neither vanish nor overflow on the way.
+    largest = jnp.max(jnp.diagonal(a, axis1=1, axis2=2), axis=1, initial=0)
     scale = jnp.where(largest > 0, largest, 1)[:, None, None]
-    eye = jnp.eye(n, dtype=wide)[None]
-    a = a / scale
-    if chosen.uses_ridge:
-        a = a + (ridge + absolute_ridge / scale) * eye
-    root, identity = chosen(a, q, p)
-    residual = jnp.max(jnp.abs(multiply(power(a, q), power(root, p)) - identity), axis=(1, 2))
-    condition = largest_eigenvalue(a) * largest_eigenvalue(power(root, p)) ** (1 / q)
-    root = root * scale ** (-q / p)
+    found = chosen(a / scale, q, p, ridge, absolute_ridge / scale)
+    product = multiply(power(found.ridged, q), power(found.root, p))
+    residual = jnp.max(jnp.abs(product - found.identity), axis=(1, 2))
+    root = found.root * scale ** (-q / p)
     if inside is not None:
         root = jnp.where(inside[:, :, None] & inside[:, None, :], root, 0)
         residual = jnp.where(size == 0, 0, residual)
     finite = jnp.all(jnp.isfinite(root), axis=(1, 2)) & jnp.isfinite(residual)
-    return InverseRoot(root, jnp.where(finite, residual, jnp.inf), condition)
+    return InverseRoot(root, jnp.where(finite, residual, jnp.inf), found.condition)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,12 +156,17 @@ class Eigh:
       >>> tx = ravine.shampoo(1e-3, method=Eigh())
     """
 
-    uses_ridge = True
-
-    def __call__(self, matrices_KxNxN: jax.Array, q: int, p: int) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, matrices_KxNxN: jax.Array, q: int, p: int, ridge: Any, absolute: Any
+    ) -> Found:
+        """See `Method`."""
         values, vectors = jnp.linalg.eigh(matrices_KxNxN, symmetrize_input=False)
-        # A value that the ridge did not lift above zero gives NaN, and the root is refused.
-        return _recompose(vectors, values ** (-q / p)), _identity(matrices_KxNxN)
+        lift = ridge * jnp.maximum(values[:, -1:], 0) + jnp.reshape(absolute, (-1, 1))
+        ridged = matrices_KxNxN + lift[:, :, None] * _identity(matrices_KxNxN)
+        # A value that the ridge does not lift above zero gives NaN, and the root is refused.
+        values = values + lift
+        root = _recompose(vectors, values ** (-q / p))
+        return Found(root, ridged, _identity(root), values[:, -1] / values[:, 0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,19 +180,24 @@ class PseudoInverse:
     """
 
     rtol: float | None = None
-    uses_ridge = False
 
     def __post_init__(self) -> None:
         if self.rtol is not None and not 0 <= self.rtol < 1:
             raise ValueError(f"rtol must lie in [0, 1), got {self.rtol!r}.")
 
-    def __call__(self, matrices_KxNxN: jax.Array, q: int, p: int) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, matrices_KxNxN: jax.Array, q: int, p: int, ridge: Any, absolute: Any
+    ) -> Found:
+        """See `Method`; the ridge is not used."""
+        del ridge, absolute
         a = matrices_KxNxN
         values, vectors = jnp.linalg.eigh(a, symmetrize_input=False)
         rtol = a.shape[-1] * jnp.finfo(a.dtype).eps if self.rtol is None else self.rtol
         kept = values > rtol * values[:, -1:]
-        powers = jnp.where(kept, jnp.where(kept, values, 1) ** (-q / p), 0)
-        return _recompose(vectors, powers), _recompose(vectors, kept.astype(a.dtype))
+        safe = jnp.where(kept, values, 1)
+        root = _recompose(vectors, jnp.where(kept, safe ** (-q / p), 0))
+        condition = values[:, -1] / jnp.min(jnp.where(kept, values, values[:, -1:]), axis=1)
+        return Found(root, a, _recompose(vectors, kept.astype(a.dtype)), condition)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,15 +219,16 @@ class CoupledNewton:
     tolerance: float = 1e-6
     max_iterations: int = 100
     error_ratio: float = 1.2
-    uses_ridge = True
 
     def __post_init__(self) -> None:
         if self.tolerance < 0 or self.max_iterations < 1 or self.error_ratio < 1:
             raise ValueError(f"tolerance, max_iterations or error_ratio is out of range in {self}.")
 
-    def __call__(self, matrices_KxNxN: jax.Array, q: int, p: int) -> tuple[jax.Array, jax.Array]:
-        a = matrices_KxNxN
-        eye = jnp.eye(a.shape[-1], dtype=a.dtype)[None]
+    def __call__(
+        self, matrices_KxNxN: jax.Array, q: int, p: int, ridge: Any, absolute: Any
+    ) -> Found:
+        """See `Method`."""
+        a, eye = _ridged(matrices_KxNxN, ridge, absolute), _identity(matrices_KxNxN)
         norm = jnp.sqrt(jnp.sum(jnp.square(a), axis=(1, 2), keepdims=True))
         z = (1 + p) / (2 * norm)
         x, m = z ** (1 / p) * eye, z * a
@@ -235,7 +250,8 @@ class CoupledNewton:
             return (carry[0] < self.max_iterations) & jnp.any(carry[-1])
 
         start = (jnp.int32(0), x, m, error, going)
-        return power(jax.lax.while_loop(unfinished, body, start)[1], q), eye
+        root = jax.lax.while_loop(unfinished, body, start)[1]
+        return Found(power(root, q), a, eye, _condition(a, root, p))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,21 +273,24 @@ class CoupledNewtonSchulz:
 
     steps: int = 10
     lower: float = 1e-6
-    uses_ridge = True
 
     def __post_init__(self) -> None:
         if self.steps < 1 or not 0 < self.lower < 1:
             raise ValueError(f"steps must be at least 1 and lower in (0, 1), got {self}.")
 
-    def __call__(self, matrices_KxNxN: jax.Array, q: int, p: int) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, matrices_KxNxN: jax.Array, q: int, p: int, ridge: Any, absolute: Any
+    ) -> Found:
+        """See `Method`."""
         if (q, p) not in ((1, 2), (1, 4)):
             raise ValueError(
                 f"CoupledNewtonSchulz finds the exponents -1/2 and -1/4, not -{q}/{p}; take Eigh."
             )
-        square, inverse = self._pair(matrices_KxNxN, self.lower)
+        a = _ridged(matrices_KxNxN, ridge, absolute)
+        square, root = self._pair(a, self.lower)
         if p == 4:
-            _, inverse = self._pair(square, math.sqrt(self.lower))
-        return inverse, _identity(matrices_KxNxN)
+            _, root = self._pair(square, math.sqrt(self.lower))
+        return Found(root, a, _identity(a), _condition(a, root, p))
 
     def _pair(self, a: jax.Array, lower: float) -> tuple[jax.Array, jax.Array]:
         """The root and the inverse root."""
@@ -336,21 +355,20 @@ def largest_eigenvalue(matrices_KxNxN: jax.Array, iterations: int = 24) -> jax.A
     a = a / scale[:, None, None]
     signs = jax.random.rademacher(jax.random.key(1729), (n,), a.dtype)
     top = jax.nn.one_hot(jnp.argmax(jnp.diagonal(a, axis1=1, axis2=2), axis=1), n, dtype=a.dtype)
-    start = jnp.stack([jnp.broadcast_to(signs[None], top.shape), top], axis=-1)
 
-    def step(_: Any, vectors: jax.Array) -> jax.Array:
-        vectors = multiply(a, vectors)
-        size = jnp.sqrt(jnp.sum(jnp.square(vectors), axis=1, keepdims=True))
-        return vectors / jnp.where(size > 0, size, 1)
+    def step(_: Any, vectors: list[jax.Array]) -> list[jax.Array]:
+        vectors = [_apply(a, vector) for vector in vectors]
+        sizes = [jnp.sqrt(jnp.sum(jnp.square(v), axis=1, keepdims=True)) for v in vectors]
+        return [v / jnp.where(s > 0, s, 1) for v, s in zip(vectors, sizes, strict=True)]
 
+    start = [jnp.broadcast_to(signs[None], top.shape), top]
     vectors = jax.lax.fori_loop(0, iterations, step, start)
-    grown = jnp.sqrt(jnp.sum(jnp.square(multiply(a, vectors)), axis=1))
-    return jnp.max(grown, axis=1) * scale
+    grown = [jnp.sqrt(jnp.sum(jnp.square(_apply(a, vector)), axis=1)) for vector in vectors]
+    return jnp.maximum(*grown) * scale
 
 
-def symmetrize(a: jax.Array) -> jax.Array:
-    """The mean of matrices and their transposes."""
-    return (a + jnp.swapaxes(a, -1, -2)) / 2
+def _apply(a: jax.Array, vector: jax.Array) -> jax.Array:
+    return jnp.einsum("kij,kj->ki", a, vector, precision="highest")
 
 
 def multiply(left: jax.Array, right: jax.Array) -> jax.Array:
@@ -368,6 +386,15 @@ def power(a: jax.Array, exponent: int) -> jax.Array:
         a = multiply(a, a) if exponent else a
     assert result is not None
     return result
+
+
+def _ridged(a: jax.Array, ridge: Any, absolute: Any) -> jax.Array:
+    return a + (ridge * largest_eigenvalue(a)[:, None, None] + absolute) * _identity(a)
+
+
+def _condition(a: jax.Array, root: jax.Array, p: int) -> jax.Array:
+    """The condition number of A, from the inverse p-th root of it."""
+    return largest_eigenvalue(a) * largest_eigenvalue(root) ** p
 
 
 def _identity(a: jax.Array) -> jax.Array:

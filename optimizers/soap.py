@@ -1,0 +1,403 @@
+r"""SOAP: Adam in the eigenbasis of Shampoo's factors, and what follows from it.
+
+What the authors' code does, point by point, and so does this:
+
+- The first gradient only sets the factors and their bases; no parameter moves, no decay.
+- A gradient never preconditions itself: statistics take it in after the step.
+- Both moments live in the rotated basis. At a refresh the first is rotated into the new one; the second
+  is only *permuted* along with the columns of the basis, never rotated: squares cannot be.
+- The basis is refreshed by one QR step (`matrix/eigenbasis.py`), its columns sorted beforehand.
+- Epsilon is added to the root of the second moment as it is; both bias corrections count from the second
+  step on and scale the learning rate.
+
+One thing differs: the authors decay the parameters after the step, which multiplies the step by
+:math:`1 - \eta\lambda`; here decay is a link of its own, as in AdamW.
+"""
+
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ._arithmetic import bias_correction, cast, increment, lerp, wide
+from ._by_role import by_role
+from ._checks import check_decay_rates, check_non_negative
+from ._matrices import Axes
+from ._tensors import Blocking, Sides, blockings_of, check_blocking, factors_like
+from ._transformation import transformation
+from .decay import Mask
+from .matrix.eigenbasis import eigenbasis, followed
+from .matrix.kronecker import mode_gram, mode_product, rotate
+from .matrix.refresh import Refresh, once, phases_of
+from .matrix_scale import Scale, scale_by_matrix_shape
+from .orthogonal import orthogonalize
+from .roles import COMMON_RULES, MATRIX_ROLES, Role, Rules, axes_of_path
+from .shampoo import SHAMPOO_ROLES
+
+
+class Basis(NamedTuple):
+    """What is kept for one axis of the blocks of one tensor; the first axes are `[L, *counts]`."""
+
+    statistics: jax.Array  # [..., b, b]: mean of Gram matrices
+    vectors: jax.Array  # [..., b, b]: the eigenbasis, in columns
+
+
+class ScaleBySoapState(NamedTuple):
+    """State of `scale_by_soap`."""
+
+    count: jax.Array  # int32 scalar, updates made so far, the first without effect included
+    mu: Any  # like params: a tuple (tensors) of blocks, the mean of gradients in the eigenbasis
+    nu: Any  # likewise: the mean of their squares
+    bases: Any  # like params: a tuple (tensors) of tuples (axes) of Basis, or None without one
+
+
+def scale_by_soap(
+    b1: float = 0.95,
+    b2: float = 0.95,
+    eps: float = 1e-8,
+    *,
+    shampoo_b2: float | None = None,
+    every: int = 10,
+    staggered: bool = False,
+    block: int | None = None,
+    limit: int = 10_000,
+    sides: Sides = "both",
+    precondition_vectors: bool = False,
+    axes: Axes | None = None,
+    mu_dtype: Any = None,
+    nu_dtype: Any = None,
+) -> optax.GradientTransformation:
+    r"""The direction of SOAP.
+
+    With the bases :math:`Q_L, Q_R` of the last refresh and :math:`k = t - 1`,
+
+    .. math::
+        G' &= Q_L^\top G Q_R, \qquad M' \leftarrow \beta_1 M' + (1 - \beta_1) G', \qquad
+        V \leftarrow \beta_2 V + (1 - \beta_2) G'^2 \\
+        u &= \frac{\sqrt{1 - \beta_2^k}}{1 - \beta_1^k} \,
+            Q_L \frac{M'}{\sqrt{V} + \epsilon} Q_R^\top \\
+        L &\leftarrow \beta_s L + (1 - \beta_s) GG^\top, \qquad
+        Q_L \leftarrow \operatorname{qr}(L Q_L) \text{ every } T \text{ steps}
+
+    and likewise for the columns, or every axis of a tensor. The first update is zero.
+
+    Args:
+      b1: decay rate of the first moment, in [0, 1).
+      b2: decay rate of the second, in [0, 1).
+      eps: added to the root of the second moment.
+      shampoo_b2: decay rate of the factors' statistics; ``None`` takes `b2`.
+      every: T.
+      staggered: refresh the bases of different axes on different steps of the period.
+      block: bound on the size of bases; longer axes are cut. ``None`` does not cut.
+      limit: axes longer than this get no basis, and are not cut.
+      sides: ``"both"``, ``"rows"``, ``"columns"`` or ``"smaller"``.
+      precondition_vectors: whether leaves with one axis get a basis too.
+      axes: which axes of a leaf are rows and columns; ``None`` gives every axis of a leaf a basis.
+      mu_dtype: dtype of the first moment; by default at least float32.
+      nu_dtype: dtype of the second moment; likewise.
+
+    Raises:
+      ValueError: for values out of range.
+
+    Source: Vyas et al., 2024, https://arxiv.org/abs/2409.11321; nikhilvyas/SOAP, ``soap.py``.
+
+    Example:
+      >>> import jax.numpy as jnp, ravine
+      >>> tx, g = ravine.scale_by_soap(), jnp.diag(jnp.array([3.0, 4.0]))
+      >>> state = tx.init(jnp.zeros((2, 2)))
+      >>> _, state = tx.update(g, state)  # sets the bases only
+      >>> tx.update(g, state)[0].round(3)
+      Array([[1., 0.],
+             [0., 1.]], dtype=float32)
+    """
+    check_decay_rates(b1=b1, b2=b2)
+    check_non_negative(eps=eps)
+    if shampoo_b2 is not None:
+        check_decay_rates(shampoo_b2=shampoo_b2)
+    check_blocking(block, limit, sides)
+    schedule = Refresh(every, None, staggered)
+    statistics_b2 = b2 if shampoo_b2 is None else shampoo_b2
+
+    def blockings(tree: Any) -> list[Blocking]:
+        return blockings_of(tree, axes, block, limit, sides, vectors=precondition_vectors)
+
+    def init(params: optax.Params) -> ScaleBySoapState:
+        found = blockings(params)
+        return ScaleBySoapState(
+            count=jnp.zeros([], jnp.int32),
+            mu=_blocks_like(params, found, mu_dtype),
+            nu=_blocks_like(params, found, nu_dtype),
+            bases=factors_like(params, found, _basis),
+        )
+
+    def update(
+        updates: optax.Updates, state: ScaleBySoapState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, ScaleBySoapState]:
+        del params
+        structure, count = jax.tree.structure(updates), increment(state.count)
+        found, trees = blockings(updates), (state.mu, state.nu, state.bases)
+        k = jnp.maximum(count - 1, 1)
+        corrected = jnp.sqrt(bias_correction(b2, k)) / bias_correction(b1, k)
+        moves = count > 1
+        directions, leaves = [], []
+        for g, blocking, mus, nus, bases in zip(
+            jax.tree.leaves(updates),
+            found,
+            *(structure.flatten_up_to(tree) for tree in trees),
+            strict=True,
+        ):
+            direction, pieces = [], []
+            for blocks, mu, nu, axes_bases in zip(
+                blocking.to_blocks(g), mus, nus, bases, strict=True
+            ):
+                usable, seen = _usable(wide(blocks), len(axes_bases))
+                vectors = [None if basis is None else basis.vectors for basis in axes_bases]
+                rotated = rotate(seen, vectors, back=True)
+                new_mu = jnp.where(moves, lerp(rotated, mu, b1), wide(mu))
+                new_nu = jnp.where(moves, lerp(jnp.square(rotated), nu, b2), wide(nu))
+                adam = new_mu / (jnp.sqrt(new_nu) + jnp.asarray(eps, new_nu.dtype))
+                adam = jnp.where(moves, adam * corrected.astype(adam.dtype), 0)
+                direction.append(rotate(adam, vectors))
+                learned = tuple(
+                    None if basis is None else _learned(basis, seen, usable, axis, statistics_b2)
+                    for axis, basis in enumerate(axes_bases)
+                )
+                pieces.append((cast(new_mu, mu.dtype), cast(new_nu, nu.dtype), learned))
+            directions.append(cast(blocking.from_blocks(direction), g.dtype))
+            leaves.append(pieces)
+        leaves = _refreshed(leaves, schedule, count)
+        mu, nu, bases = (
+            jax.tree.unflatten(structure, [tuple(piece[at] for piece in leaf) for leaf in leaves])
+            for at in range(3)
+        )
+        state = ScaleBySoapState(count, mu, nu, bases)
+        return jax.tree.unflatten(structure, directions), state
+
+    return transformation(init, update)
+
+
+def _blocks_like(params: Any, blockings: list[Blocking], dtype: Any) -> Any:
+    leaves = [
+        tuple(jnp.zeros_like(x, dtype=dtype or wide(x).dtype) for x in blocking.to_blocks(leaf))
+        for leaf, blocking in zip(jax.tree.leaves(params), blockings, strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
+def _basis(scalars: jax.Array, size: int) -> Basis:
+    eye = jnp.eye(size, dtype=jnp.float32)
+    identity = scalars[..., None, None] + jnp.broadcast_to(eye, (1,) * scalars.ndim + eye.shape)
+    return Basis(jnp.zeros_like(identity), identity)
+
+
+def _usable(blocks: jax.Array, order: int) -> tuple[jax.Array, jax.Array]:
+    """Which blocks are finite, and the blocks with zeros for what is not."""
+    inside = tuple(range(blocks.ndim - order, blocks.ndim))
+    usable = jnp.isfinite(jnp.sum(jnp.square(blocks), axis=inside))
+    return usable, jnp.where(jnp.isfinite(blocks), blocks, 0)
+
+
+def _learned(basis: Basis, seen: jax.Array, usable: jax.Array, axis: int, b2: Any) -> Basis:
+    order = seen.ndim - usable.ndim
+    new = lerp(mode_gram(seen, axis, order), basis.statistics, b2)
+    return basis._replace(statistics=jnp.where(usable[..., None, None], new, basis.statistics))
+
+
+def _refreshed(leaves: list[Any], schedule: Refresh, count: jax.Array) -> list[Any]:
+    """The leaves with new bases where they are due, and the moments in them."""
+    units = [
+        (at, piece, axis)
+        for at, leaf in enumerate(leaves)
+        for piece, (_, _, bases) in enumerate(leaf)
+        for axis, basis in enumerate(bases)
+        if basis is not None
+    ]
+    costs = [leaves[at][piece][2][axis].vectors for at, piece, axis in units]
+    phases = phases_of([x.size * float(x.shape[-1]) for x in costs], schedule.phases)
+    busy, k = jnp.zeros([], bool), count - 1
+    for (at, piece, axis), phase in zip(units, phases, strict=True):
+        mu, nu, bases = leaves[at][piece]
+        basis = bases[axis]
+        statistics = basis.statistics
+
+        def first(carry: Any, statistics: Any = statistics) -> Any:
+            return _batched(eigenbasis, carry.shape[-1])(statistics)
+
+        def follow(carry: Any, statistics: Any = statistics, axis: int = axis) -> Any:
+            vectors, mu, nu = carry
+            return _followed(statistics, vectors, mu, nu, axis)
+
+        # In a row, see `refreshed`.
+        due = (k > 0) & ((k + phase) % schedule.every == 0)
+        busy, vectors = once((count == 1) & ~busy, first, basis.vectors)
+        busy, (vectors, mu, nu) = once(due & ~busy, follow, (vectors, mu, nu))
+        bases = tuple(
+            Basis(statistics, vectors) if i == axis else old for i, old in enumerate(bases)
+        )
+        leaves[at][piece] = (mu, nu, bases)
+    return leaves
+
+
+def _batched(function: Callable[..., Any], size: int) -> Callable[..., Any]:
+    """`function` of `[K, b, b]`, for `[..., b, b]`."""
+
+    def applied(*matrices: jax.Array) -> jax.Array:
+        flat = [x.reshape(-1, size, size) for x in matrices]
+        return function(*flat).reshape(matrices[0].shape)
+
+    return applied
+
+
+def _followed(
+    statistics: jax.Array, vectors: jax.Array, mu: jax.Array, nu: jax.Array, axis: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One axis' basis a QR step on: the first moment rotated into it, the second one permuted."""
+    size, grid = vectors.shape[-1], vectors.shape[:-2]
+    order = mu.ndim - len(grid)
+    new, columns = followed(
+        statistics.reshape(-1, size, size), vectors.reshape(-1, size, size), sort=True
+    )
+    new, columns = new.reshape(vectors.shape), columns.reshape(*grid, size)
+    original = mode_product(wide(mu), vectors, axis, order)
+    moved = mode_product(original, new, axis, order, transposed=True)
+    index = columns.reshape(*grid, *(size if i == axis else 1 for i in range(order)))
+    permuted = jnp.take_along_axis(nu, index, axis=len(grid) + axis)
+    return new, cast(moved, mu.dtype), permuted
+
+
+def soap(
+    learning_rate: optax.ScalarOrSchedule = 3e-3,
+    b1: float = 0.95,
+    b2: float = 0.95,
+    eps: float = 1e-8,
+    *,
+    shampoo_b2: float | None = None,
+    every: int = 10,
+    staggered: bool = False,
+    block: int | None = None,
+    limit: int = 10_000,
+    sides: Sides = "both",
+    mu_dtype: Any = None,
+    nu_dtype: Any = None,
+    weight_decay: optax.ScalarOrSchedule = 0.01,
+    weight_decay_mask: Mask | None = None,
+    rules: Rules = COMMON_RULES,
+    soap_roles: Collection[Role] = SHAMPOO_ROLES,
+    fallback: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformation:
+    r"""SOAP for matrices, embeddings and heads, another optimizer for everything else.
+
+    Args:
+      learning_rate: a number or a schedule.
+      b1, b2, eps, shampoo_b2, every, staggered, block, limit, sides, mu_dtype, nu_dtype: as for
+        :func:`scale_by_soap`.
+      weight_decay: multiplied by the learning rate; also that of the default fallback.
+      weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
+      rules: role rules; by default those for Ravine's, NNX's and Linen's names.
+      soap_roles: the roles that SOAP takes; all need rows and columns.
+      fallback: the optimizer of all other parameters, complete with its learning rate; by default
+        AdamW at the same learning rate.
+
+    Raises:
+      ValueError: for values out of range, and at `init` for parameters that no rule covers or that are
+        no matrices but shall be.
+
+    Source: as :func:`scale_by_soap`.
+
+    Example:
+      >>> import jax.numpy as jnp, ravine
+      >>> params = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
+      >>> tx = ravine.soap(3e-3, every=5)
+      >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    direction = scale_by_soap(
+        b1,
+        b2,
+        eps,
+        shampoo_b2=shampoo_b2,
+        every=every,
+        staggered=staggered,
+        block=block,
+        limit=limit,
+        sides=sides,
+        axes=lambda path: axes_of_path(path, rules),
+        mu_dtype=mu_dtype,
+        nu_dtype=nu_dtype,
+    )
+    return by_role(
+        "soap",
+        direction,
+        learning_rate,
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        rules=rules,
+        roles=soap_roles,
+        fallback=fallback,
+    )
+
+
+def soap_muon(
+    learning_rate: optax.ScalarOrSchedule = 0.01,
+    b1: float = 0.95,
+    b2: float = 0.95,
+    eps: float = 1e-8,
+    *,
+    shampoo_b2: float | None = None,
+    every: int = 10,
+    staggered: bool = False,
+    method: Callable[[jax.Array], jax.Array] | None = None,
+    scale: Scale = "moonlight",
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay_mask: Mask | None = None,
+    rules: Rules = COMMON_RULES,
+    matrix_roles: Collection[Role] = MATRIX_ROLES,
+    fallback: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformation:
+    r"""SOAP's direction, orthogonalized: ``scale_by_soap → orthogonalize → scale_by_matrix_shape``.
+
+    Args:
+      learning_rate: a number or a schedule; with ``"moonlight"`` one that suits Muon and AdamW.
+      b1, b2, eps, shampoo_b2, every, staggered: as for :func:`scale_by_soap`.
+      method: maps a batch of matrices to their polar factors; by default ``NewtonSchulz()``.
+      scale: the factor of a matrix's shape, as for :func:`muon`.
+      weight_decay: multiplied by the learning rate; also that of the default fallback.
+      weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
+      rules: role rules.
+      matrix_roles: the roles it takes.
+      fallback: the optimizer of all other parameters; by default AdamW at the same learning rate.
+
+    Source: the records of modded-nanogpt's optimizer track, 2026 (SOAP-Muon); marin #6082.
+
+    Example:
+      >>> import ravine
+      >>> tx = ravine.soap_muon(0.01, weight_decay=0.1)
+    """
+
+    def axes(path: str) -> Any:
+        return axes_of_path(path, rules)
+
+    direction = optax.chain(
+        scale_by_soap(
+            b1,
+            b2,
+            eps,
+            shampoo_b2=shampoo_b2,
+            every=every,
+            staggered=staggered,
+            axes=axes,
+        ),
+        orthogonalize(method, axes=axes),
+        scale_by_matrix_shape(scale, axes=axes),
+    )
+    return by_role(
+        "soap_muon",
+        direction,
+        learning_rate,
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        rules=rules,
+        roles=matrix_roles,
+        fallback=fallback,
+    )
