@@ -5,6 +5,7 @@ from .adam import ScaleByAdamState, adam, adamw, scale_by_adam
 from .decay import AddDecayedWeightsState, add_cautious_decay, add_decayed_weights
 from .fixed_norm import KeepParameterNormState, keep_parameter_norm, scale_by_parameter_norm
 from .graft import GraftState, graft
+from .kl_shampoo import ScaleByKLShampooState, kl_shampoo, scale_by_kl_shampoo
 from .learning_rate import ScaleByLearningRateState, scale_by_learning_rate
 from .lion import ScaleByLionState, lion, scale_by_lion
 from .matrix_scale import scale_by_matrix_shape
@@ -55,6 +56,7 @@ __all__ = [
     "ScaleByAdamState",
     "ScaleByElementRmsState",
     "ScaleByEmaMomentumState",
+    "ScaleByKLShampooState",
     "ScaleByLearningRateState",
     "ScaleByLionState",
     "ScaleByMomentumState",
@@ -71,6 +73,7 @@ __all__ = [
     "equilibrate",
     "graft",
     "keep_parameter_norm",
+    "kl_shampoo",
     "lion",
     "muon",
     "names",
@@ -83,6 +86,7 @@ __all__ = [
     "scale_by_adam",
     "scale_by_element_rms",
     "scale_by_ema_momentum",
+    "scale_by_kl_shampoo",
     "scale_by_learning_rate",
     "scale_by_lion",
     "scale_by_matrix_shape",

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ._arithmetic import bias_correction, lerp, wide
-from ._tensors import Blocking
+from ._tensors import Blocking, finite_blocks, identities
 from .graft import norm_ratio
 from .matrix.kronecker import mode_gram, rotate
 from .matrix.packing import pack, unpack
@@ -49,11 +49,11 @@ class Storage:
 
     def factor(self, scalars: jax.Array, size: int) -> Factor:
         """The factor at the start; `scalars` are zeros, one for each block."""
-        eye = jnp.eye(size, dtype=jnp.float32)
-        identity = scalars[..., None, None] + jnp.broadcast_to(eye, (1,) * scalars.ndim + eye.shape)
-        count = scalars.astype(jnp.int32)
-        kept = self.keep(identity)
-        return Factor(jnp.zeros_like(kept), kept, scalars, scalars, count, count)
+        kept = self.keep(identities(scalars, size))
+        # Every field a buffer of its own: the state is donated.
+        residual, condition = (jnp.zeros_like(scalars) for _ in range(2))
+        failures, refused = (jnp.zeros_like(scalars, dtype=jnp.int32) for _ in range(2))
+        return Factor(jnp.zeros_like(kept), kept, residual, condition, failures, refused)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +79,7 @@ class Preconditioner:
 
     def _learn(self, blocks: jax.Array, factors: tuple[Factor | None, ...]) -> Any:
         order = len(factors)
-        inside = tuple(range(blocks.ndim - order, blocks.ndim))
-        # Squares, so that what would overflow in the Gram matrix counts as not finite.
-        usable = jnp.isfinite(jnp.sum(jnp.square(blocks), axis=inside))[..., None, None]
-        blocks = jnp.where(jnp.isfinite(blocks), blocks, 0)
+        usable, blocks = finite_blocks(blocks, order)
         roots = self._roots(blocks, factors) if self.kl else []
 
         def learned(axis: int, factor: Factor) -> Factor:
@@ -92,7 +89,9 @@ class Preconditioner:
             old = self.storage.load(factor.statistics, blocks.shape[blocks.ndim - order + axis])
             gram = mode_gram(seen, axis, order)
             new = old + gram if _is_sum(self.b2) else lerp(gram, old, self.b2)
-            return factor._replace(statistics=self.storage.keep(jnp.where(usable, new, old)))
+            return factor._replace(
+                statistics=self.storage.keep(jnp.where(usable[..., None, None], new, old))
+            )
 
         return tuple(None if f is None else learned(axis, f) for axis, f in enumerate(factors))
 

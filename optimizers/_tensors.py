@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from ._arithmetic import wide
 from ._checks import check_real_leaves
 from ._matrices import Axes
 from .matrix.blocks import BlockGrid, block_grid
@@ -131,6 +132,31 @@ def ones_like_blocks(params: Any, blockings: Sequence[Blocking]) -> Any:
         for leaf, blocking in zip(jax.tree.leaves(params), blockings, strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
+def blocks_like(params: Any, blockings: Sequence[Blocking], dtype: Any = None) -> Any:
+    """A tree like `params` of tuples (tensors) of zero blocks, by default in at least float32."""
+    leaves = [
+        tuple(jnp.zeros_like(x, dtype=dtype or wide(x).dtype) for x in blocking.to_blocks(leaf))
+        for leaf, blocking in zip(jax.tree.leaves(params), blockings, strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
+def finite_blocks(blocks: jax.Array, order: int) -> tuple[jax.Array, jax.Array]:
+    """Which blocks are finite, `[L, *counts]`, and the blocks with zeros for what is not.
+
+    A block counts as finite if its squares can be summed: a Gram matrix would hold that sum.
+    """
+    inside = tuple(range(blocks.ndim - order, blocks.ndim))
+    usable = jnp.isfinite(jnp.sum(jnp.square(blocks), axis=inside))
+    return usable, jnp.where(jnp.isfinite(blocks), blocks, 0)
+
+
+def identities(scalars: jax.Array, size: int) -> jax.Array:
+    """An identity matrix for each of the zeros `[L, *counts]`."""
+    eye = jnp.eye(size, dtype=jnp.float32)
+    return scalars[..., None, None] + jnp.broadcast_to(eye, (1,) * scalars.ndim + eye.shape)
 
 
 def _scalars(blocks: jax.Array, grid: BlockGrid) -> jax.Array:

@@ -25,7 +25,16 @@ from ._arithmetic import bias_correction, cast, increment, lerp, wide
 from ._by_role import by_role
 from ._checks import check_decay_rates, check_non_negative
 from ._matrices import Axes
-from ._tensors import Blocking, Sides, blockings_of, check_blocking, factors_like
+from ._tensors import (
+    Blocking,
+    Sides,
+    blockings_of,
+    blocks_like,
+    check_blocking,
+    factors_like,
+    finite_blocks,
+    identities,
+)
 from ._transformation import transformation
 from .decay import Mask
 from .matrix.eigenbasis import eigenbasis, followed
@@ -127,8 +136,8 @@ def scale_by_soap(
         found = blockings(params)
         return ScaleBySoapState(
             count=jnp.zeros([], jnp.int32),
-            mu=_blocks_like(params, found, mu_dtype),
-            nu=_blocks_like(params, found, nu_dtype),
+            mu=blocks_like(params, found, mu_dtype),
+            nu=blocks_like(params, found, nu_dtype),
             bases=factors_like(params, found, _basis),
         )
 
@@ -152,7 +161,7 @@ def scale_by_soap(
             for blocks, mu, nu, axes_bases in zip(
                 blocking.to_blocks(g), mus, nus, bases, strict=True
             ):
-                usable, seen = _usable(wide(blocks), len(axes_bases))
+                usable, seen = finite_blocks(wide(blocks), len(axes_bases))
                 vectors = [None if basis is None else basis.vectors for basis in axes_bases]
                 rotated = rotate(seen, vectors, back=True)
                 new_mu = jnp.where(moves, lerp(rotated, mu, b1), wide(mu))
@@ -178,25 +187,9 @@ def scale_by_soap(
     return transformation(init, update)
 
 
-def _blocks_like(params: Any, blockings: list[Blocking], dtype: Any) -> Any:
-    leaves = [
-        tuple(jnp.zeros_like(x, dtype=dtype or wide(x).dtype) for x in blocking.to_blocks(leaf))
-        for leaf, blocking in zip(jax.tree.leaves(params), blockings, strict=True)
-    ]
-    return jax.tree.unflatten(jax.tree.structure(params), leaves)
-
-
 def _basis(scalars: jax.Array, size: int) -> Basis:
-    eye = jnp.eye(size, dtype=jnp.float32)
-    identity = scalars[..., None, None] + jnp.broadcast_to(eye, (1,) * scalars.ndim + eye.shape)
+    identity = identities(scalars, size)
     return Basis(jnp.zeros_like(identity), identity)
-
-
-def _usable(blocks: jax.Array, order: int) -> tuple[jax.Array, jax.Array]:
-    """Which blocks are finite, and the blocks with zeros for what is not."""
-    inside = tuple(range(blocks.ndim - order, blocks.ndim))
-    usable = jnp.isfinite(jnp.sum(jnp.square(blocks), axis=inside))
-    return usable, jnp.where(jnp.isfinite(blocks), blocks, 0)
 
 
 def _learned(basis: Basis, seen: jax.Array, usable: jax.Array, axis: int, b2: Any) -> Basis:

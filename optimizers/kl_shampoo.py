@@ -1,0 +1,336 @@
+r"""KL-Shampoo: factors that minimise a divergence, not a norm, with eigenvalues of their own.
+
+Each factor learns from the gradient whitened by the *other* one. The objective does not change when one
+factor is multiplied by c and the other divided by it, and a moving average drifts along that direction:
+without the division by the other side's size exponentially fast, with it still by
+:math:`\tfrac12 (1 - \beta_2)^2 (n/m - m/n)` a step where eigenvalues are read off the factors, until
+float32 overflows. Averages of the eigenvalues of their own slow the drift to
+:math:`(1 - \beta_2)^2 (1/m - 1/n)`, and at every refresh both factors are brought to one scale, which
+changes nothing in exact arithmetic.
+"""
+
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ._arithmetic import cast, cast_like, ema, increment, lerp, wide, wide_zeros_like
+from ._by_role import by_role
+from ._checks import check_decay_rates, check_non_negative
+from ._matrices import Axes
+from ._tensors import (
+    Blocking,
+    Sides,
+    blockings_of,
+    check_blocking,
+    factors_like,
+    finite_blocks,
+    identities,
+)
+from ._transformation import transformation
+from .decay import Mask
+from .matrix.eigenbasis import eigenbasis, followed
+from .matrix.kronecker import mode_gram, rotate
+from .matrix.refresh import Refresh, once
+from .roles import COMMON_RULES, Role, Rules, axes_of_path
+from .shampoo import SHAMPOO_ROLES
+
+
+class KLFactor(NamedTuple):
+    """What is kept for one axis of the blocks of one tensor; the first axes are `[L, *counts]`."""
+
+    statistics: jax.Array  # [..., b, b]
+    vectors: jax.Array  # [..., b, b]: the eigenbasis, in columns
+    eigenvalues: jax.Array  # [..., b]: their own moving averages
+
+
+class ScaleByKLShampooState(NamedTuple):
+    """State of `scale_by_kl_shampoo`."""
+
+    count: jax.Array  # int32 scalar, updates made so far, the first without effect included
+    mu: optax.Updates  # like params, mu_dtype: mean of gradients
+    factors: Any  # like params: a tuple (tensors) of tuples (axes) of KLFactor, or None without one
+
+
+def scale_by_kl_shampoo(
+    b1: float = 0.9,
+    b2: float = 0.98,
+    eps: float = 1e-8,
+    *,
+    every: int = 10,
+    initial_eigenvalue: float = 0.1,
+    max_inverse_root: float = 4000.0,
+    balance: bool = True,
+    block: int | None = None,
+    limit: int = 10_000,
+    sides: Sides = "both",
+    axes: Axes | None = None,
+    mu_dtype: Any = None,
+) -> optax.GradientTransformation:
+    r"""The direction of KL-Shampoo: :math:`S_a^{-1/2} M S_b^{-1/2}`, with no second moment beside them.
+
+    With bases :math:`Q`, eigenvalues :math:`\lambda` (both of the step before), and
+    :math:`P = Q_a^\top G Q_b` of a matrix `[m, n]`,
+
+    .. math::
+        u &= Q_a \frac{Q_a^\top M Q_b}{\sqrt{\lambda_a \lambda_b^\top} + \epsilon} Q_b^\top \\
+        S_a &\leftarrow \beta_2 S_a + \tfrac{1 - \beta_2}{n} \, G Q_b \Lambda_b^{-1} Q_b^\top G^\top,
+        \qquad \lambda_{a,i} \leftarrow \beta_2 \lambda_{a,i} + (1 - \beta_2)
+            \operatorname{mean}_j P_{ij}^2 / \lambda_{b,j}
+
+    likewise for b, and :math:`Q \leftarrow \operatorname{qr}(SQ)`, unsorted, every T steps. Nothing is
+    corrected for its start. The first update is zero. Tensors of higher order whiten by all other axes,
+    each with the values of the step before (the authors' code for three axes mixes old and new ones).
+
+    Args:
+      b1: decay rate of the momentum, in [0, 1).
+      b2: decay rate of factors and eigenvalues.
+      eps: added to the root of the product of eigenvalues.
+      every: T.
+      initial_eigenvalue: of all eigenvalues.
+      max_inverse_root: bound on :math:`\lambda^{-1/2}`; for n eigenvalues max(10, min(n, this)).
+      balance: bring both factors to the same mean eigenvalue at every refresh.
+      block: bound on the size of factors; longer axes are cut. ``None`` does not cut.
+      limit: axes longer than this get no factor, and are not cut.
+      sides: ``"both"``, ``"rows"``, ``"columns"`` or ``"smaller"``.
+      axes: which axes of a leaf are rows and columns; ``None`` gives every axis of a leaf a factor.
+      mu_dtype: dtype of the momentum; by default at least float32.
+
+    Raises:
+      ValueError: for values out of range.
+
+    Source: Lin et al., 2025, https://arxiv.org/abs/2509.03378; yorkerlin/KL-Methods, ``kl_opt.py``.
+
+    Example:
+      >>> import jax.numpy as jnp, ravine
+      >>> tx = ravine.scale_by_kl_shampoo()
+      >>> _, state = tx.update(jnp.eye(2), tx.init(jnp.zeros((2, 2))))  # sets the bases only
+      >>> updates, state = tx.update(jnp.eye(2), state)
+      >>> updates.round(3)
+      Array([[1., 0.],
+             [0., 1.]], dtype=float32)
+    """
+    check_decay_rates(b1=b1, b2=b2)
+    check_non_negative(eps=eps)
+    if not initial_eigenvalue > 0 or not max_inverse_root > 0:
+        raise ValueError(
+            "initial_eigenvalue and max_inverse_root must be positive, got "
+            f"{initial_eigenvalue!r} and {max_inverse_root!r}."
+        )
+    check_blocking(block, limit, sides)
+    schedule = Refresh(every)
+
+    def floor(size: int) -> float:
+        return max(10.0, min(float(size), max_inverse_root)) ** -2
+
+    def blockings(tree: Any) -> list[Blocking]:
+        return blockings_of(tree, axes, block, limit, sides)
+
+    def factor(scalars: jax.Array, size: int) -> KLFactor:
+        identity = identities(scalars, size)
+        values = jnp.zeros_like(identity[..., 0]) + initial_eigenvalue
+        return KLFactor(jnp.zeros_like(identity), identity, values)
+
+    def init(params: optax.Params) -> ScaleByKLShampooState:
+        return ScaleByKLShampooState(
+            count=jnp.zeros([], jnp.int32),
+            mu=wide_zeros_like(params, mu_dtype),
+            factors=factors_like(params, blockings(params), factor),
+        )
+
+    def learned(blocks: jax.Array, factors: Any, is_first: jax.Array) -> Any:
+        """The factors with the gradient in them; every axis sees the others as they were."""
+        order = len(factors)
+        usable, seen = finite_blocks(wide(blocks), order)
+        sizes = blocks.shape[blocks.ndim - order :]
+
+        def one(axis: int, own: KLFactor) -> KLFactor:
+            rotated = rotate(seen, [None if f is None else f.vectors for f in factors], back=True)
+            others = [None if at == axis or f is None else f for at, f in enumerate(factors)]
+            weights = _outer([None if f is None else f.eigenvalues**-0.5 for f in others], blocks)
+            back = [None if at != axis or f is None else f.vectors for at, f in enumerate(factors)]
+            whitened = rotate(rotated * weights, back)
+            plain = jnp.where(is_first, seen, whitened)
+            count = blocks[(0,) * (blocks.ndim - order)].size / sizes[axis]
+            gram = mode_gram(plain, axis, order) / count
+            squares = jnp.square(rotated * weights)
+            away = tuple(usable.ndim + at for at in range(order) if at != axis)
+            values = lerp(jnp.mean(squares, axis=away), own.eigenvalues, b2)
+            values = jnp.maximum(values, floor(sizes[axis]))
+            return KLFactor(
+                jnp.where(usable[..., None, None], lerp(gram, own.statistics, b2), own.statistics),
+                own.vectors,
+                jnp.where(usable[..., None] & ~is_first, values, own.eigenvalues),
+            )
+
+        return tuple(None if f is None else one(axis, f) for axis, f in enumerate(factors))
+
+    def update(
+        updates: optax.Updates, state: ScaleByKLShampooState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, ScaleByKLShampooState]:
+        del params
+        structure, count = jax.tree.structure(updates), increment(state.count)
+        is_first = count == 1
+        finite = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0), updates)
+        averaged = cast_like(ema(finite, state.mu, b1), state.mu)
+        mu = jax.tree.map(lambda m, old: jnp.where(is_first, old, m), averaged, state.mu)
+        directions, leaves, busy = [], [], jnp.zeros([], bool)
+        for g, m, blocking, pieces in zip(
+            jax.tree.leaves(updates),
+            jax.tree.leaves(mu),
+            blockings(updates),
+            structure.flatten_up_to(state.factors),
+            strict=True,
+        ):
+            direction, new_pieces = [], []
+            for blocks, mean, factors in zip(
+                blocking.to_blocks(g), blocking.to_blocks(wide(m)), pieces, strict=True
+            ):
+                direction.append(_whitened(mean, factors, eps))
+                new = learned(blocks, factors, is_first)
+                busy, new = _refreshed(new, schedule, count, busy, balance=balance)
+                new_pieces.append(new)
+            moved = blocking.from_blocks(direction)
+            directions.append(cast(jnp.where(is_first, 0, moved), g.dtype))
+            leaves.append(tuple(new_pieces))
+        state = ScaleByKLShampooState(count, mu, jax.tree.unflatten(structure, leaves))
+        return jax.tree.unflatten(structure, directions), state
+
+    return transformation(init, update)
+
+
+def _outer(vectors: list[jax.Array | None], blocks: jax.Array) -> jax.Array:
+    """The product of one vector an axis, as `[..., b1, ..., bk]` with ones where there is none."""
+    order = len(vectors)
+    product = jnp.ones((1,) * blocks.ndim, jnp.float32)
+    for axis, vector in enumerate(vectors):
+        if vector is not None:
+            inside = [vector.shape[-1] if at == axis else 1 for at in range(order)]
+            product = product * vector.reshape(*vector.shape[:-1], *inside)
+    return product
+
+
+def _whitened(mean: jax.Array, factors: Any, eps: Any) -> jax.Array:
+    vectors = [None if f is None else f.vectors for f in factors]
+    roots = _outer([None if f is None else jnp.sqrt(f.eigenvalues) for f in factors], mean)
+    return rotate(rotate(mean, vectors, back=True) / (roots + eps), vectors)
+
+
+def _refreshed(
+    factors: Any, schedule: Refresh, count: jax.Array, busy: jax.Array, *, balance: bool
+) -> tuple[jax.Array, Any]:
+    k = count - 1
+    due, is_first = (k > 0) & (k % schedule.every == 0), count == 1
+    new = []
+    for factor in factors:
+        if factor is None:
+            new.append(None)
+            continue
+        size, shape = factor.vectors.shape[-1], factor.vectors.shape
+        statistics = factor.statistics.reshape(-1, size, size)
+
+        def follow(vectors: jax.Array, s: Any = statistics, shape: Any = shape) -> jax.Array:
+            return followed(s, vectors.reshape(s.shape), sort=False)[0].reshape(shape)
+
+        def first(vectors: jax.Array, s: Any = statistics) -> jax.Array:
+            return eigenbasis(s).reshape(vectors.shape)
+
+        # In a row, see `matrix/refresh.py`.
+        busy, vectors = once(is_first & ~busy, first, factor.vectors)
+        busy, vectors = once(due & ~busy, follow, vectors)
+        new.append(factor._replace(vectors=vectors))
+    return busy, _balanced(new, due) if balance else tuple(new)
+
+
+def _balanced(factors: list[KLFactor | None], due: jax.Array) -> tuple[KLFactor | None, ...]:
+    """The factors with one mean eigenvalue, their product unchanged, where that is due."""
+    present = [factor for factor in factors if factor is not None]
+    if len(present) < 2:
+        return tuple(factors)
+    means = [jnp.mean(factor.eigenvalues, axis=-1) for factor in present]
+    logs = [jnp.log(mean) for mean in means]
+    common = sum(logs[1:], logs[0]) / len(logs)
+
+    def scaled(factor: KLFactor | None) -> KLFactor | None:
+        if factor is None:
+            return None
+        by = jnp.exp(common - jnp.log(jnp.mean(factor.eigenvalues, axis=-1)))
+        by = jnp.where(due, by, 1)
+        return KLFactor(
+            factor.statistics * by[..., None, None],
+            factor.vectors,
+            factor.eigenvalues * by[..., None],
+        )
+
+    return tuple(scaled(factor) for factor in factors)
+
+
+def kl_shampoo(
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    b1: float = 0.9,
+    b2: float = 0.98,
+    eps: float = 1e-8,
+    *,
+    every: int = 10,
+    initial_eigenvalue: float = 0.1,
+    balance: bool = True,
+    block: int | None = None,
+    limit: int = 10_000,
+    sides: Sides = "both",
+    mu_dtype: Any = None,
+    weight_decay: optax.ScalarOrSchedule = 0.01,
+    weight_decay_mask: Mask | None = None,
+    rules: Rules = COMMON_RULES,
+    shampoo_roles: Collection[Role] = SHAMPOO_ROLES,
+    fallback: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformation:
+    r"""KL-Shampoo for matrices, embeddings and heads, another optimizer for everything else.
+
+    Args:
+      learning_rate: a number or a schedule.
+      b1, b2, eps, every, initial_eigenvalue, balance, block, limit, sides, mu_dtype: as for
+        :func:`scale_by_kl_shampoo`.
+      weight_decay: multiplied by the learning rate; also that of the default fallback.
+      weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
+      rules: role rules; by default those for Ravine's, NNX's and Linen's names.
+      shampoo_roles: the roles that it takes; all need rows and columns.
+      fallback: the optimizer of all other parameters, complete with its learning rate; by default
+        AdamW at the same learning rate.
+
+    Raises:
+      ValueError: for values out of range, and at `init` for parameters that no rule covers or that are
+        no matrices but shall be.
+
+    Source: as :func:`scale_by_kl_shampoo`.
+
+    Example:
+      >>> import jax.numpy as jnp, ravine
+      >>> params = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
+      >>> tx = ravine.kl_shampoo(1e-3, every=5)
+      >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    direction = scale_by_kl_shampoo(
+        b1,
+        b2,
+        eps,
+        every=every,
+        initial_eigenvalue=initial_eigenvalue,
+        balance=balance,
+        block=block,
+        limit=limit,
+        sides=sides,
+        axes=lambda path: axes_of_path(path, rules),
+        mu_dtype=mu_dtype,
+    )
+    return by_role(
+        "kl_shampoo",
+        direction,
+        learning_rate,
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        rules=rules,
+        roles=shampoo_roles,
+        fallback=fallback,
+    )
