@@ -44,6 +44,7 @@ for _builder in (
     shampoo,
     soap,
     soap_muon,
+    kl_shampoo,
 ):
     register(_builder.__name__, _builder)
 

@@ -1,6 +1,7 @@
 """Shampoo's factors: how they are kept, learn from gradients, get their roots, and precondition."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from .matrix.kronecker import mode_gram, rotate
 from .matrix.packing import pack, unpack
 from .matrix.refresh import Refresh, Unit, refreshed
 from .matrix.roots import Method, exponent_fraction, inverse_root
+from .matrix.shards import reshape
 
 
 class Factor(NamedTuple):
@@ -88,7 +90,7 @@ class Preconditioner:
                 seen = rotate(blocks, [None if at == axis else r for at, r in enumerate(roots)])
             old = self.storage.load(factor.statistics, blocks.shape[blocks.ndim - order + axis])
             gram = mode_gram(seen, axis, order)
-            new = old + gram if _is_sum(self.b2) else lerp(gram, old, self.b2)
+            new = _accumulated(gram, old, self.b2)
             return factor._replace(
                 statistics=self.storage.keep(jnp.where(usable[..., None, None], new, old))
             )
@@ -121,7 +123,7 @@ class Preconditioner:
                         flat = [_flat(x, factor.residual.ndim) for x in factor]
                         units.append(Unit((exponent, size), flat[0], tuple(flat[1:])))
                         shapes.append(factor)
-        weight = None if _is_sum(self.b2) else bias_correction(self.b2, step)
+        weight = _weight(self.b2, step)
 
         def new_roots(kind: Any, carry: Any, kept: jax.Array) -> Any:
             return self._refreshed(kind, kept, carry, weight)
@@ -130,7 +132,7 @@ class Preconditioner:
         done = iter(
             old._replace(
                 **{
-                    name: value.reshape(getattr(old, name).shape)
+                    name: reshape(value, getattr(old, name).shape)
                     for name, value in zip(Factor._fields[1:], carry, strict=True)
                 }
             )
@@ -194,12 +196,12 @@ def grafted(
     ratio = jnp.ones([], jnp.float32)
     if per == "parameter":
         whole = blocking.from_blocks(directions)
-        ratio = norm_ratio(step, whole, tuple(range(whole.ndim))).reshape(())
+        ratio = norm_ratio(step, whole, tuple(range(whole.ndim)), keep=False)
     blocks, ratios = [], []
     for direction, failed, other in zip(directions, distrusted, steps, strict=True):
         if per == "block":
             inside = tuple(range(failed.ndim, direction.ndim))
-            ratio = norm_ratio(other, direction, inside).reshape(failed.shape)
+            ratio = norm_ratio(other, direction, inside, keep=False)
         ratios.append(jnp.broadcast_to(ratio, failed.shape).astype(jnp.float32))
         wider = (...,) + (None,) * (direction.ndim - failed.ndim)
         sized = direction * ratios[-1][wider].astype(direction.dtype)
@@ -213,10 +215,25 @@ def exponent_is_valid(exponent: float | None) -> None:
         exponent_fraction(exponent)
 
 
-def _is_sum(b2: Any) -> bool:
-    return isinstance(b2, (int, float)) and b2 == 1
+def _is_number(b2: Any) -> bool:
+    return isinstance(b2, (int, float))
+
+
+def _accumulated(new: jax.Array, old: jax.Array, b2: Any) -> jax.Array:
+    """The moving average, or with a b2 of one the sum."""
+    if _is_number(b2):
+        return old + new if b2 == 1 else lerp(new, old, b2)
+    take = jnp.where(b2 == 1, jnp.ones_like(b2), 1 - b2)
+    return b2.astype(old.dtype) * old + take.astype(old.dtype) * new
+
+
+def _weight(b2: Any, step: jax.Array) -> jax.Array | None:
+    """What the statistics are divided by, for their start from zero."""
+    if _is_number(b2):
+        return None if b2 == 1 else bias_correction(b2, step)
+    return jnp.where(b2 == 1, 1, bias_correction(jnp.where(b2 == 1, 0.5, b2), step))
 
 
 def _flat(x: jax.Array, batch: int) -> jax.Array:
     """All batch axes as one."""
-    return x.reshape(-1, *x.shape[batch:])
+    return reshape(x, (math.prod(x.shape[:batch]), *x.shape[batch:]))

@@ -136,6 +136,7 @@ def ones_like_blocks(params: Any, blockings: Sequence[Blocking]) -> Any:
 
 def blocks_like(params: Any, blockings: Sequence[Blocking], dtype: Any = None) -> Any:
     """A tree like `params` of tuples (tensors) of zero blocks, by default in at least float32."""
+    check_real_leaves(params)
     leaves = [
         tuple(jnp.zeros_like(x, dtype=dtype or wide(x).dtype) for x in blocking.to_blocks(leaf))
         for leaf, blocking in zip(jax.tree.leaves(params), blockings, strict=True)

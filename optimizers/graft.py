@@ -26,16 +26,24 @@ from ._transformation import transformation
 Graft = Literal["none", "sgd", "adagrad", "rmsprop", "adam", "adamw", "sign"]
 
 
-def norm_ratio(magnitude: jax.Array, direction: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """`|magnitude| / |direction|` over some axes, kept as ones; where the direction is zero, one.
+def norm_ratio(
+    magnitude: jax.Array, direction: jax.Array, axes: tuple[int, ...], *, keep: bool = True
+) -> jax.Array:
+    """`|magnitude| / |direction|` over some axes; where the direction is zero, one.
+
+    Args:
+      magnitude: an array.
+      direction: one of the same shape.
+      axes: those summed over.
+      keep: keep them as axes of size one.
 
     Both are divided by their largest element first, so that squares neither overflow nor vanish.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from ravine.optimizers.graft import norm_ratio
-      >>> norm_ratio(jnp.array([3e-30, 4e-30]), jnp.array([1e-30, 0.0]), (0,))
-      Array([5.], dtype=float32)
+      >>> norm_ratio(jnp.array([3e-30, 4e-30]), jnp.array([1e-30, 0.0]), (0,), keep=False)
+      Array(5., dtype=float32)
     """
     sizes = []
     for x in (wide(magnitude), wide(direction)):
@@ -45,7 +53,8 @@ def norm_ratio(magnitude: jax.Array, direction: jax.Array, axes: tuple[int, ...]
     (above, over), (below, under) = sizes
     nothing = below == 0
     ratio = above / jnp.where(nothing, 1, below) * (over / jnp.where(nothing, 1, under))
-    return jnp.where(nothing, 1, ratio)
+    ratio = jnp.where(nothing, 1, ratio)
+    return ratio if keep else jnp.squeeze(ratio, axes)
 
 
 class Magnitude(NamedTuple):

@@ -9,6 +9,7 @@ float32 overflows. Averages of the eigenvalues of their own slow the drift to
 changes nothing in exact arithmetic.
 """
 
+import math
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ from .decay import Mask
 from .matrix.eigenbasis import eigenbasis, followed
 from .matrix.kronecker import mode_gram, rotate
 from .matrix.refresh import Refresh, once
+from .matrix.shards import flat_batch, reshape
 from .roles import COMMON_RULES, Role, Rules, axes_of_path
 from .shampoo import SHAMPOO_ROLES
 
@@ -153,11 +155,12 @@ def scale_by_kl_shampoo(
             back = [None if at != axis or f is None else f.vectors for at, f in enumerate(factors)]
             whitened = rotate(rotated * weights, back)
             plain = jnp.where(is_first, seen, whitened)
-            count = blocks[(0,) * (blocks.ndim - order)].size / sizes[axis]
-            gram = mode_gram(plain, axis, order) / count
+            others_size = max(1, math.prod(sizes[:axis] + sizes[axis + 1 :]))
+            gram = mode_gram(plain, axis, order) / others_size
             squares = jnp.square(rotated * weights)
             away = tuple(usable.ndim + at for at in range(order) if at != axis)
-            values = lerp(jnp.mean(squares, axis=away), own.eigenvalues, b2)
+            mean = jnp.sum(squares, axis=away) / others_size
+            values = lerp(mean, own.eigenvalues, b2)
             values = jnp.maximum(values, floor(sizes[axis]))
             return KLFactor(
                 jnp.where(usable[..., None, None], lerp(gram, own.statistics, b2), own.statistics),
@@ -208,7 +211,7 @@ def _outer(vectors: list[jax.Array | None], blocks: jax.Array) -> jax.Array:
     for axis, vector in enumerate(vectors):
         if vector is not None:
             inside = [vector.shape[-1] if at == axis else 1 for at in range(order)]
-            product = product * vector.reshape(*vector.shape[:-1], *inside)
+            product = product * reshape(vector, (*vector.shape[:-1], *inside))
     return product
 
 
@@ -229,13 +232,13 @@ def _refreshed(
             new.append(None)
             continue
         size, shape = factor.vectors.shape[-1], factor.vectors.shape
-        statistics = factor.statistics.reshape(-1, size, size)
+        statistics = flat_batch(factor.statistics, size)
 
         def follow(vectors: jax.Array, s: Any = statistics, shape: Any = shape) -> jax.Array:
-            return followed(s, vectors.reshape(s.shape), sort=False)[0].reshape(shape)
+            return reshape(followed(s, reshape(vectors, s.shape), sort=False)[0], shape)
 
         def first(vectors: jax.Array, s: Any = statistics) -> jax.Array:
-            return eigenbasis(s).reshape(vectors.shape)
+            return reshape(eigenbasis(s), vectors.shape)
 
         # In a row, see `matrix/refresh.py`.
         busy, vectors = once(is_first & ~busy, first, factor.vectors)

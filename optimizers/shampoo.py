@@ -139,7 +139,7 @@ def scale_by_shampoo(
              [0., 1.]], dtype=float32)
     """
     check_decay_rates(b1=b1)
-    if b2 != 1:
+    if not (isinstance(b2, (int, float)) and b2 == 1):
         check_decay_rates(b2=b2)
     check_blocking(block, limit, sides)
     check_non_negative(ridge=ridge, absolute_ridge=absolute_ridge, tolerance=tolerance)

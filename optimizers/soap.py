@@ -40,6 +40,7 @@ from .decay import Mask
 from .matrix.eigenbasis import eigenbasis, followed
 from .matrix.kronecker import mode_gram, mode_product, rotate
 from .matrix.refresh import Refresh, once, phases_of
+from .matrix.shards import flat_batch, reshape
 from .matrix_scale import Scale, scale_by_matrix_shape
 from .orthogonal import orthogonalize
 from .roles import COMMON_RULES, MATRIX_ROLES, Role, Rules, axes_of_path
@@ -237,8 +238,8 @@ def _batched(function: Callable[..., Any], size: int) -> Callable[..., Any]:
     """`function` of `[K, b, b]`, for `[..., b, b]`."""
 
     def applied(*matrices: jax.Array) -> jax.Array:
-        flat = [x.reshape(-1, size, size) for x in matrices]
-        return function(*flat).reshape(matrices[0].shape)
+        flat = [flat_batch(x, size) for x in matrices]
+        return reshape(function(*flat), matrices[0].shape)
 
     return applied
 
@@ -249,13 +250,11 @@ def _followed(
     """One axis' basis a QR step on: the first moment rotated into it, the second one permuted."""
     size, grid = vectors.shape[-1], vectors.shape[:-2]
     order = mu.ndim - len(grid)
-    new, columns = followed(
-        statistics.reshape(-1, size, size), vectors.reshape(-1, size, size), sort=True
-    )
-    new, columns = new.reshape(vectors.shape), columns.reshape(*grid, size)
+    new, columns = followed(flat_batch(statistics, size), flat_batch(vectors, size), sort=True)
+    new, columns = reshape(new, vectors.shape), reshape(columns, (*grid, size))
     original = mode_product(wide(mu), vectors, axis, order)
     moved = mode_product(original, new, axis, order, transposed=True)
-    index = columns.reshape(*grid, *(size if i == axis else 1 for i in range(order)))
+    index = reshape(columns, (*grid, *(size if i == axis else 1 for i in range(order))))
     permuted = jnp.take_along_axis(nu, index, axis=len(grid) + axis)
     return new, cast(moved, mu.dtype), permuted
 

@@ -30,6 +30,8 @@ class Row:
     # Relative to each leaf's largest value. The same arithmetic on a shard may still contract into
     # fused multiply-adds elsewhere, which moves the last bit (JAX 0.12, CPU; JAX 0.10 is bitwise).
     sharded_tolerance: float = 1e-6
+    # Puts zeros in the place of gradients that are not finite, block by block.
+    survives_nan: bool = False
     # Hyperparameters that optax.inject_hyperparams must not turn into arrays.
     static_args: tuple[str, ...] = ()
 
@@ -57,8 +59,11 @@ class Row:
         shapes = {"first": (4, 8), "second": (8, 4)}
         if not self.needs_matrices:
             shapes |= {"vector": (8,), "scalar": ()}
+        if self.survives_nan:
+            # Square: where gradients have no part, the basis is anybody's choice.
+            shapes = {"first": (4, 4), "second": (5, 5)}
         if self.whole_matrices:
-            shapes |= {"stack": (4, 3, 5)}
+            shapes |= {"stack": (4, 3, 3) if self.survives_nan else (4, 3, 5)}
         rng = np.random.default_rng(seed)
         return {k: jnp.asarray(rng.normal(size=shape), dtype) for k, shape in shapes.items()}
 
@@ -72,6 +77,20 @@ def matrices(name: str, learning_rate: float, hyperparameters: Any = (), **field
         needs_matrices=True,
         whole_matrices=True,
         sharded_tolerance=1e-5,
+        **fields,
+    )
+
+
+def preconditioned(name: str, learning_rate: float, hyperparameters: Any, **fields: Any) -> Row:
+    """A row for an optimizer with Kronecker factors, with all parameters its matrices."""
+    sizes = ("every", "start", "block", "limit", "patience", "initial_eigenvalue")
+    accepted = inspect.signature(getattr(ravine, name)).parameters
+    return matrices(
+        name,
+        learning_rate,
+        hyperparameters,
+        survives_nan=True,
+        static_args=tuple(size for size in sizes if size in accepted),
         **fields,
     )
 
@@ -95,4 +114,32 @@ TABLE = (
     matrices("muon", 0.2, {"scale": "moonlight", "nesterov": False}, steps=1000),
     matrices("normuon", 0.1),
     matrices("adamuon", 0.3),
+    # A b2 that float32 holds exactly, as `optax.inject_hyperparams` makes it an array.
+    preconditioned("shampoo", 0.1, {"every": 2, "b2": 0.96875}),
+    preconditioned(
+        "shampoo",
+        0.1,
+        {"every": 3, "block": 3, "staggered": True, "b2": 1.0, "graft": "adagrad"},
+    ),
+    preconditioned("shampoo", 0.1, {"every": 2, "statistics": "kl", "packed": True, "b2": 0.96875}),
+    # Decay rates that float32 holds exactly, again. One gradient for ever is diagonal in its eigenbasis
+    # up to rounding, which a tiny eps would let SOAP divide by its own size.
+    preconditioned("soap", 0.1, {"every": 2, "eps": 1e-2, "b1": 0.9375, "b2": 0.9375}),
+    preconditioned(
+        "soap",
+        0.1,
+        {
+            "every": 3,
+            "block": 3,
+            "sides": "smaller",
+            "staggered": True,
+            "eps": 1e-2,
+            "b1": 0.9375,
+            "b2": 0.9375,
+        },
+    ),
+    preconditioned(
+        "soap_muon", 0.1, {"every": 2, "eps": 1e-2, "b1": 0.9375, "b2": 0.9375}, steps=1000
+    ),
+    preconditioned("kl_shampoo", 0.1, {"every": 2}),
 )

@@ -13,6 +13,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from .shards import reshape
+
 
 @dataclasses.dataclass(frozen=True)
 class BlockGrid:
@@ -39,7 +41,7 @@ class BlockGrid:
             library = np if isinstance(tensors, np.ndarray) else jnp
             tensors = library.pad(tensors, [(0, 0), *((0, more) for more in beyond)])
         order = len(self.sides)
-        split = tensors.reshape(length, *(size for cell in cells for size in cell))
+        split = reshape(tensors, (length, *(size for cell in cells for size in cell)))
         grid, inside = range(1, 2 * order, 2), range(2, 2 * order + 1, 2)
         return split.transpose(0, *grid, *inside)
 
@@ -53,7 +55,7 @@ class BlockGrid:
         order = len(self.sides)
         pairs = [axis for at in range(1, order + 1) for axis in (at, at + order)]
         padded = [n * b for n, b in zip(self.counts, self.sizes, strict=True)]
-        tensors = blocks.transpose(0, *pairs).reshape(length, *padded)
+        tensors = reshape(blocks.transpose(0, *pairs), (length, *padded))
         return tensors[(slice(None), *(slice(side) for side in self.sides))]
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from .roots import multiply
+from .shards import on_shards
 
 
 def eigenbasis(statistics_KxNxN: jax.Array) -> jax.Array:
@@ -21,7 +22,8 @@ def eigenbasis(statistics_KxNxN: jax.Array) -> jax.Array:
       [[[0.0, 1.0], [1.0, 0.0]]]
     """
     tiny = 1e-30 * jnp.eye(statistics_KxNxN.shape[-1], dtype=statistics_KxNxN.dtype)[None]
-    _, vectors = jnp.linalg.eigh(statistics_KxNxN + tiny, symmetrize_input=False)
+    lifted = statistics_KxNxN + tiny
+    vectors = on_shards(lambda x: jnp.linalg.eigh(x, symmetrize_input=False)[1], lifted)
     return _or_identity(vectors[..., ::-1])
 
 
@@ -47,7 +49,7 @@ def followed(
     if sort:
         order = jnp.argsort(jnp.sum(basis_KxNxN * moved, axis=1), axis=1, descending=True)
         moved = jnp.take_along_axis(moved, order[:, None, :], axis=2)
-    found, _ = jnp.linalg.qr(moved)
+    found = on_shards(lambda x: jnp.linalg.qr(x)[0], moved)
     usable = jnp.all(jnp.isfinite(found), axis=(1, 2))
     identity = jnp.arange(moved.shape[-1])[None]
     return (

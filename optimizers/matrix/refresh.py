@@ -8,6 +8,7 @@ in place, where a conditional would copy every buffer on the steps on which noth
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
@@ -47,7 +48,9 @@ class Refresh:
             raise ValueError(
                 f"every must be a whole number of steps, at least 1, got {self.every!r}."
             )
-        if self.first < self.every or not (math.isinf(self.first) or self.first == int(self.first)):
+        if not self.first >= self.every or not (
+            math.isinf(self.first) or self.first == int(self.first)
+        ):
             raise ValueError(
                 f"start must be a step from {self.every} (the refresh period) on, got {self.start!r}; "
                 "None starts there."
@@ -97,40 +100,51 @@ def refreshed(
 ) -> list[Any]:
     """The units' carries, those that are due replaced by ``function(kind, carry, source)``.
 
-    This is the one place where factors of different leaves come together, and so the place to
-    distribute them over a mesh.
+    Units stay whole, so that what is refreshed when does not depend on how a mesh cuts them. This is the
+    one place where factors of different leaves come together, and so the place to distribute them.
     """
     carries = [unit.carry for unit in units]
-    sizes = [math.prod(unit.source.shape[1:]) ** 1.5 for unit in units]
-    dealt = deal([unit.source.shape[0] for unit in units], sizes, schedule.phases)
+    costs = [unit.source.size * math.prod(unit.source.shape[1:]) ** 0.5 for unit in units]
+    groups: dict[Any, list[int]] = {}
+    for at, phase in enumerate(phases_of(costs, schedule.phases)):
+        groups.setdefault((phase, *_likeness(units[at])), []).append(at)
     busy = jnp.zeros([], bool)
-    for phase, parts in enumerate(dealt):
-        involved = sorted({part.unit for part in parts})
-        if not involved:
-            continue
-
-        def body(current: list[Any], parts: Any = parts, involved: Any = involved) -> list[Any]:
-            place = {unit: at for at, unit in enumerate(involved)}
-            for kind, members in _by_kind(parts, units).items():
-                sources = _joined([_cut(units[part.unit].source, part) for part in members])
-                old = _joined([_cut(current[place[part.unit]], part) for part in members])
-                most = largest_chunk(sources.shape[1:], max_elements)
-                new = in_chunks(functools.partial(function, kind[0]), old, most, beside=sources)
-                start = 0
-                for part in members:
-                    piece = jax.tree.map(lambda x, s=start, n=part.length: x[s : s + n], new)
-                    at = place[part.unit]
-                    current[at] = _put(current[at], piece, part)
-                    start += part.length
-            return current
-
-        # One after the other: LAPACK's threads do not bear to be called from two places at once (they
-        # hang, or spoil the heap: jax #39292), and XLA runs what is independent side by side.
+    for (phase, kind, *_), members in groups.items():
+        sources = [units[at].source for at in members]
+        refresh = functools.partial(
+            _together, functools.partial(function, kind), sources, max_elements
+        )
+        # One group after the other, as XLA would run side by side what does not depend on each other,
+        # and LAPACK's threads do not bear it (jax #39292).
         due = schedule.due(step, phase) & ~busy
-        busy, found = once(due, body, [carries[unit] for unit in involved])
-        for unit, carry in zip(involved, found, strict=True):
-            carries[unit] = carry
+        busy, found = once(due, refresh, [carries[at] for at in members])
+        for at, carry in zip(members, found, strict=True):
+            carries[at] = carry
     return carries
+
+
+def _likeness(unit: Unit) -> tuple[Any, ...]:
+    """What units must share to be worked on as one batch; first their kind."""
+    shapes = tuple((x.shape[1:], str(x.dtype)) for x in jax.tree.leaves((unit.source, unit.carry)))
+    return unit.kind, shapes, jax.typeof(unit.source).sharding.spec[:1]
+
+
+def _together(
+    function: Callable[[Any, jax.Array], Any],
+    sources: Sequence[jax.Array],
+    max_elements: int | None,
+    carries: Sequence[Any],
+) -> list[Any]:
+    """The carries of some units, refreshed as one batch."""
+    most = largest_chunk(sources[0].shape[1:], max_elements)
+    joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *carries)
+    new = in_chunks(function, joined, most, beside=jnp.concatenate(sources))
+    ends = list(itertools.accumulate(source.shape[0] for source in sources))
+    starts = [0, *ends[:-1]]
+    return [
+        jax.tree.map(lambda x, start=start, end=end: x[start:end], new)
+        for start, end in zip(starts, ends, strict=True)
+    ]
 
 
 def once(due: jax.Array, body: Callable[[Any], Any], carry: Any) -> tuple[jax.Array, Any]:
@@ -147,45 +161,6 @@ def once(due: jax.Array, body: Callable[[Any], Any], carry: Any) -> tuple[jax.Ar
     )
 
 
-class Part(NamedTuple):
-    """Some neighbouring matrices of a unit."""
-
-    unit: int
-    start: int
-    length: int
-
-
-def deal(counts: Sequence[int], costs: Sequence[float], phases: int) -> list[list[Part]]:
-    """Deals `counts[i]` matrices of `costs[i]` each to phases of nearly equal cost.
-
-    Matrices of one cost are dealt in their order, so that few units are cut; what does not divide goes
-    to the phases that have least.
-
-    Example:
-      >>> from ravine.optimizers.matrix.refresh import deal
-      >>> [[tuple(part) for part in phase] for phase in deal([3, 2], [1.0, 1.0], 2)]
-      [[(0, 0, 3)], [(1, 0, 2)]]
-    """
-    dealt: list[list[Part]] = [[] for _ in range(phases)]
-    loads = [0.0] * phases
-    for cost in sorted(set(costs), reverse=True):
-        members = [at for at, own in enumerate(costs) if own == cost]
-        total = sum(counts[at] for at in members)
-        order = sorted(range(phases), key=loads.__getitem__)
-        shares = [total // phases + (rank < total % phases) for rank in range(phases)]
-        queue = [(at, 0, counts[at]) for at in members if counts[at]]
-        for phase, share in zip(order, shares, strict=True):
-            loads[phase] += share * cost
-            while share:
-                at, start, left = queue.pop(0)
-                taken = min(share, left)
-                dealt[phase].append(Part(at, start, taken))
-                share -= taken
-                if left > taken:
-                    queue.insert(0, (at, start + taken, left - taken))
-    return dealt
-
-
 def phases_of(costs: Sequence[float], phases: int) -> list[int]:
     """A phase for every unit that stays whole, the largest units first to where there is least.
 
@@ -199,33 +174,3 @@ def phases_of(costs: Sequence[float], phases: int) -> list[int]:
         found[at] = min(range(phases), key=loads.__getitem__)
         loads[found[at]] += costs[at]
     return found
-
-
-def _by_kind(parts: Sequence[Part], units: Sequence[Unit]) -> dict[Any, list[Part]]:
-    groups: dict[Any, list[Part]] = {}
-    for part in parts:
-        unit = units[part.unit]
-        shapes = tuple((x.shape[1:], str(x.dtype)) for x in jax.tree.leaves(unit.carry))
-        key = (unit.kind, unit.source.shape[1:], str(unit.source.dtype), shapes)
-        groups.setdefault(key, []).append(part)
-    return groups
-
-
-def _cut(tree: Any, part: Part) -> Any:
-    def cut(x: jax.Array) -> jax.Array:
-        whole = part.length == x.shape[0]
-        return x if whole else jax.lax.slice_in_dim(x, part.start, part.start + part.length)
-
-    return jax.tree.map(cut, tree)
-
-
-def _put(tree: Any, piece: Any, part: Part) -> Any:
-    def put(x: jax.Array, new: jax.Array) -> jax.Array:
-        whole = part.length == x.shape[0]
-        return new if whole else jax.lax.dynamic_update_slice_in_dim(x, new, part.start, 0)
-
-    return jax.tree.map(put, tree, piece)
-
-
-def _joined(trees: list[Any]) -> Any:
-    return trees[0] if len(trees) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *trees)

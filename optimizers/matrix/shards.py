@@ -1,0 +1,79 @@
+"""Linear algebra on the shards of a batch.
+
+Outside `jax.shard_map` the compiler gathers what LAPACK and its kin work on onto every device, and
+under an `Explicit` mesh they raise (jax #33230). Inside, every device works on what it holds.
+
+On CPU the matrices go to LAPACK one by one. Given a batch, jaxlib (0.10 to 0.12) deals it to XLA's
+thread pool and waits inside that same pool: as many such calls at once as there are threads, from two
+independent places of a program or from two devices, wait for each other for ever.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import PartitionSpec
+
+
+def on_shards(function: Callable[[jax.Array], Any], batch: jax.Array) -> Any:
+    """``function(batch)``, on each device's part of the first axis where that is sharded by type.
+
+    Args:
+      function: of `[K, n, m]`, matrix by matrix, to arrays `[K, ...]`.
+      batch: under an `Explicit` mesh its type says how it is sharded; otherwise the compiler decides.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ravine.optimizers.matrix.shards import on_shards
+      >>> on_shards(jnp.linalg.eigvalsh, jnp.eye(2)[None])
+      Array([[1., 1.]], dtype=float32)
+    """
+
+    def one_by_one(batch: jax.Array) -> Any:
+        found = jax.lax.map(lambda matrix: function(matrix[None]), batch)
+        return jax.tree.map(lambda x: x.reshape(x.shape[0], *x.shape[2:]), found)
+
+    def local(batch: jax.Array) -> Any:
+        return jax.lax.platform_dependent(batch, cpu=one_by_one, default=function)
+
+    sharding = jax.typeof(batch).sharding
+    if sharding.mesh.empty or not any(axis is not None for axis in sharding.spec):
+        return local(batch)
+    if any(axis is not None for axis in sharding.spec[1:]):
+        raise ValueError(
+            f"matrices of a batch must be whole on every device, but are sharded as {sharding.spec}; "
+            "choose blocks that do not cross shards."
+        )
+    spec = PartitionSpec(sharding.spec[0])
+    return jax.shard_map(local, in_specs=spec, out_specs=spec)(batch)
+
+
+def reshape(x: Any, shape: tuple[int, ...]) -> Any:
+    """``x.reshape(shape)``, where the first axis keeps how it is sharded by type.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ravine.optimizers.matrix.shards import reshape
+      >>> reshape(jnp.ones((2, 6)), (2, 2, 3)).shape
+      (2, 2, 3)
+    """
+    if isinstance(x, np.ndarray) or jax.typeof(x).sharding.mesh.empty:
+        return x.reshape(shape)
+    spec = jax.typeof(x).sharding.spec
+    if not any(axis is not None for axis in spec):
+        return x.reshape(shape)
+    if any(axis is not None for axis in spec[1:]):
+        raise ValueError(
+            f"an array of shape {x.shape} is sharded as {spec}, and only its batch axis may be here; "
+            "keep rows and columns of matrices whole."
+        )
+    return jax.lax.reshape(
+        x, shape, out_sharding=PartitionSpec(spec[0], *(None,) * (len(shape) - 1))
+    )
+
+
+def flat_batch(matrices: jax.Array, size: int) -> jax.Array:
+    """`[..., size, size]` as `[K, size, size]`."""
+    return reshape(matrices, (math.prod(matrices.shape[:-2]), size, size))

@@ -1,0 +1,712 @@
+"""Shampoo: what it must equal, what it does when things go wrong, and what it keeps."""
+
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import ravine
+from ravine.optimizers.matrix.roots import PseudoInverse
+
+RATE = 0.01
+
+
+def single(x):
+    return jnp.asarray(x, jnp.float32)
+
+
+def normal(shape, seed=0, count=None, scale=1.0) -> Any:
+    """A standard normal array, or a list of them."""
+    rng = np.random.default_rng(seed)
+    made = [single(scale * rng.normal(size=shape)) for _ in range(count or 1)]
+    return made if count else made[0]
+
+
+def conditioned(n, seed, low=0.5, high=2.0):
+    """A square matrix with singular values between these."""
+    rng = np.random.default_rng(seed)
+    left, right = (np.linalg.qr(rng.normal(size=(n, n)))[0] for _ in range(2))
+    return (left * np.geomspace(low, high, n)) @ right
+
+
+def run(tx, gradients, params=None):
+    """All updates, and the state after each; parameters move if there are any."""
+    given = params is not None
+    params = params if given else jax.tree.map(jnp.zeros_like, gradients[0])
+    state, step = tx.init(params), jax.jit(tx.update)
+    updates, states = [], []
+    for gradient in gradients:
+        update, state = step(gradient, state, params)
+        if given:
+            params = optax.apply_updates(params, update)
+        updates.append(update)
+        states.append(state)
+    return updates, states
+
+
+def factors(state):
+    """All factors, in the order of leaves."""
+    leaves = jax.tree.leaves(state.factors, is_leaf=lambda x: hasattr(x, "residual"))
+    return [leaf for leaf in leaves if hasattr(leaf, "residual")]
+
+
+def all_finite(tree):
+    return all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(tree))
+
+
+def assert_trees_close(found, expected, tolerance):
+    """Relative to each leaf's largest element."""
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        difference = jnp.max(jnp.abs(a - b))
+        assert difference <= tolerance * jnp.max(jnp.abs(b)), float(difference)
+
+
+def direction(weight_decay=0.0, **options):
+    return optax.chain(
+        ravine.scale_by_shampoo(block=10, start=math.inf, **options),
+        ravine.add_decayed_weights(weight_decay),
+        ravine.scale_by_learning_rate(RATE),
+    )
+
+
+GRAFTED = {
+    "sgd": (lambda decay: ravine.sgd(RATE, weight_decay=decay), {"b1": 0.0}),
+    "adagrad": (
+        lambda decay: ravine.adagrad(RATE, weight_decay=decay),
+        {"b1": 0.0, "graft_eps": 1e-10},
+    ),
+    "rmsprop": (
+        lambda decay: ravine.rmsprop(RATE, weight_decay=decay),
+        {"b1": 0.0, "graft_b2": 0.99},
+    ),
+    "adam": (
+        lambda decay: optax.chain(
+            ravine.scale_by_adam(),
+            ravine.add_decayed_weights(decay),
+            ravine.scale_by_learning_rate(RATE),
+        ),
+        {"graft_b2": 0.999},
+    ),
+    "adamw": (lambda decay: ravine.adamw(RATE, weight_decay=decay), {"graft_b2": 0.999}),
+}
+
+
+def graft_problem():
+    shapes = {"matrix": (16, 24), "tensor": (3, 4, 12), "vector": (11,), "scalar": ()}
+    params = {name: normal(shape, at) for at, (name, shape) in enumerate(shapes.items())}
+    gradients = [
+        {name: normal(shape, 10 * at + seed + 7) for at, (name, shape) in enumerate(shapes.items())}
+        for seed in range(10)
+    ]
+    return params, gradients
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+@pytest.mark.parametrize("graft", GRAFTED)
+def test_graft_before_the_start_is_the_plain_optimizer(graft, weight_decay):
+    """To the last bit."""
+    build, options = GRAFTED[graft]
+    params, gradients = graft_problem()
+    found, _ = run(direction(weight_decay, graft=graft, **options), gradients, params)
+    expected, _ = run(build(weight_decay), gradients, params)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_adam_without_decay_is_adam():
+    params, gradients = graft_problem()
+    found, _ = run(direction(graft="adam", graft_b2=0.999), gradients, params)
+    ours, _ = run(ravine.adam(RATE), gradients, params)
+    with jax.numpy_dtype_promotion("standard"):
+        optaxs, _ = run(optax.adam(RATE), gradients, params)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(ours), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(optaxs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+
+
+def one_step(gradient, **options):
+    options = {"every": 1, "ridge": 0.0, "graft": "none", **options}
+    tx = ravine.scale_by_shampoo(0.0, 1.0, **options)
+    return run(tx, [single(gradient)])[0][0]
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-9])
+def test_first_step_is_the_polar_factor(ridge):
+    gradient = 3 * conditioned(6, 0)
+    left, _, right = np.linalg.svd(gradient)
+    np.testing.assert_allclose(one_step(gradient, ridge=ridge), left @ right, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sides", "shape"), [("rows", (4, 7)), ("columns", (7, 4)), ("smaller", (4, 7))]
+)
+def test_first_one_sided_step_is_the_polar_factor(sides, shape):
+    gradient = normal(shape)
+    left, _, right = np.linalg.svd(np.asarray(gradient, np.float64), full_matrices=False)
+    np.testing.assert_allclose(one_step(gradient, sides=sides), left @ right, atol=1e-4)
+
+
+def test_first_step_of_a_vector_is_its_unit_vector():
+    gradient = 5 * normal((9,))
+    found = one_step(gradient, method=PseudoInverse())
+    np.testing.assert_allclose(found, gradient / jnp.linalg.norm(gradient), atol=1e-5)
+
+
+def test_one_by_one_block_and_scalar():
+    """A matrix of one element becomes its sign; a scalar has no factor, and stays."""
+    assert one_step([[-7.0]])[0, 0] == pytest.approx(-1)
+    assert one_step(-7.0) == -7
+
+
+@pytest.mark.parametrize("graft", ["none", "sgd"])
+def test_rotated_gradients_have_rotated_updates(graft):
+    left, right = (np.linalg.qr(np.random.default_rng(s).normal(size=(8, 8)))[0] for s in (1, 2))
+    gradients = [conditioned(8, seed) for seed in range(6)]
+    rotated = [single(left @ g @ right.T) for g in gradients]
+    tx = ravine.scale_by_shampoo(every=2, graft=graft)
+    plain, turned = (run(tx, grads)[0] for grads in ([single(g) for g in gradients], rotated))
+    for a, b in zip(plain, turned, strict=True):
+        assert_trees_close(b, single(left @ np.asarray(a, np.float64) @ right.T), 1e-5)
+
+
+def reference(gradients, b1, b2, ridge, factored=None):
+    """Shampoo without graft, a root every step, in float64."""
+    order = gradients[0].ndim
+    factored = range(order) if factored is None else factored
+    statistics: dict[int, Any] = dict.fromkeys(factored, 0.0)
+    mu, updates = 0.0, []
+    for step, gradient in enumerate(gradients, 1):
+        g = np.asarray(gradient, np.float64)
+        mu = b1 * mu + (1 - b1) * g
+        update = mu / (1 - b1**step)
+        for axis in factored:
+            others = [other for other in range(order) if other != axis]
+            gram = np.tensordot(g, g, (others, others))
+            weight = 1 if b2 == 1 else 1 - b2
+            statistics[axis] = b2 * statistics[axis] + weight * gram
+            corrected = statistics[axis] / (1 if b2 == 1 else 1 - b2**step)
+            values, vectors = np.linalg.eigh(corrected)
+            values = values + ridge * values[-1]
+            root = (vectors * values ** (-1 / (2 * len(factored)))) @ vectors.T
+            update = np.moveaxis(np.tensordot(root, update, (1, axis)), 0, axis)
+        updates.append(update)
+    return updates
+
+
+@pytest.mark.parametrize("b2", [0.9, 1.0])
+@pytest.mark.parametrize("shape", [(5,), (4, 6), (3, 4, 2), (2, 3, 2, 3)], ids=str)
+def test_three_steps_in_double_precision(shape, b2):
+    gradients = normal(shape, count=3)
+    tx = ravine.scale_by_shampoo(0.8, b2, every=1, graft="none")
+    updates, states = run(tx, gradients)
+    assert len(factors(states[-1])) == len(shape)
+    for found, expected in zip(updates, reference(gradients, 0.8, b2, 1e-5), strict=True):
+        assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("shape", [(6,), (4, 4), (3, 4, 2)], ids=str)
+def test_grafted_update_has_the_direction_of_one_and_the_size_of_the_other(shape):
+    gradients = normal(shape, count=3)
+    options = {"b1": 0.8, "b2": 0.9, "every": 1}
+    found, states = run(ravine.scale_by_shampoo(**options, graft="adam"), gradients)
+    pointing, _ = run(ravine.scale_by_shampoo(**options, graft="none"), gradients)
+    sized, _ = run(ravine.scale_by_adam(0.8, 0.9), gradients)
+    for u, p, d, state in zip(found, pointing, sized, states, strict=True):
+        ratio = jnp.linalg.norm(d) / jnp.linalg.norm(p)
+        assert_trees_close(u, p * ratio, 1e-5)
+        assert float(state.graft_ratio[0].reshape(())) == pytest.approx(float(ratio), rel=1e-4)
+
+
+@pytest.mark.parametrize("graft", ["none", "adam"])
+def test_blocks_are_parameters_of_their_own(graft):
+    gradients = normal((8, 12), count=5)
+    tx = ravine.scale_by_shampoo(every=2, block=4, graft=graft)
+
+    def cut(x):
+        return {
+            f"{i}{j}": x[4 * i : 4 * i + 4, 4 * j : 4 * j + 4] for i in range(2) for j in range(3)
+        }
+
+    whole, states = run(tx, gradients)
+    assert factors(states[-1])[0].statistics.shape == (1, 2, 3, 4, 4)
+    apart, _ = run(tx, [cut(g) for g in gradients])
+    for a, b in zip(whole, apart, strict=True):
+        assert_trees_close(cut(a), b, 1e-5)
+
+
+def test_uneven_blocks_are_padded_without_trace():
+    """A 7 x 5 leaf in blocks of at most 4: padding rows and columns neither move nor harm."""
+    gradients = normal((7, 5), count=5)
+    updates, states = run(ravine.scale_by_shampoo(every=2, block=4), gradients)
+    padded = [jnp.pad(g, ((0, 1), (0, 1))) for g in gradients]
+    wider, _ = run(ravine.scale_by_shampoo(every=2, block=4), padded)
+    assert all(not np.any(f.refused) for f in factors(states[-1]))
+    for a, b in zip(updates, wider, strict=True):
+        assert_trees_close(a, b[:7, :5], 1e-5)
+        assert not np.any(b[7:])
+
+
+def test_graft_per_parameter_or_per_block():
+    gradients = normal((8, 8), count=3)
+    gradients = [g.at[:4].multiply(100) for g in gradients]
+    sized = run(ravine.scale_by_adam(0.9, 0.99), gradients)[0][-1]
+
+    def norms(x):
+        blocks = x.reshape(2, 4, 2, 4).transpose(0, 2, 1, 3).reshape(4, 16)
+        return jnp.linalg.norm(blocks, axis=1)
+
+    options = {"every": 1, "block": 4}
+    for per in ("block", "parameter"):
+        update = run(ravine.scale_by_shampoo(**options, graft_per=per), gradients)[0][-1]
+        assert jnp.linalg.norm(update) == pytest.approx(float(jnp.linalg.norm(sized)), rel=1e-5)
+        agree = np.allclose(norms(update), norms(sized), rtol=1e-4)
+        assert agree == (per == "block")
+
+
+def test_axis_over_the_limit_has_no_factor():
+    gradients = normal((40, 4), count=3)
+    tx = ravine.scale_by_shampoo(0.8, 0.9, every=1, block=16, limit=16, graft="none")
+    updates, states = run(tx, gradients)
+    rows, columns = states[-1].factors[0]
+    assert rows is None
+    assert columns.root.shape == (1, 1, 1, 4, 4)
+    expected = reference(gradients, 0.8, 0.9, 1e-5, factored=[1])
+    for a, b in zip(updates, expected, strict=True):
+        assert np.abs(a - b).max() <= 1e-4 * np.abs(b).max()
+
+
+@pytest.mark.parametrize(("sides", "factored"), [("rows", [0]), ("columns", [1]), ("smaller", [1])])
+def test_one_sided(sides, factored):
+    gradients = normal((6, 4), count=3)
+    tx = ravine.scale_by_shampoo(0.8, 0.9, every=1, sides=sides, graft="none")
+    updates, states = run(tx, gradients)
+    present = [at for at, factor in enumerate(states[-1].factors[0]) if factor is not None]
+    assert present == factored
+    expected = reference(gradients, 0.8, 0.9, 1e-5, factored=factored)
+    for a, b in zip(updates, expected, strict=True):
+        assert np.abs(a - b).max() <= 1e-4 * np.abs(b).max()
+
+
+def test_exponent_is_taken():
+    gradient = conditioned(5, 0)
+    left, sizes, right = np.linalg.svd(gradient)
+    found = one_step(gradient, exponent=-1 / 8)
+    np.testing.assert_allclose(found, (left * sizes**0.5) @ right, atol=1e-5)
+
+
+def refreshed_roots(before, after):
+    """Which roots differ, one flag each."""
+    return np.concatenate(
+        [
+            np.any(np.asarray(a.root != b.root), axis=(-1, -2)).ravel()
+            for a, b in zip(factors(before), factors(after), strict=True)
+        ]
+    )
+
+
+@pytest.mark.parametrize(("every", "start"), [(4, 4), (4, 10), (3, 7)])
+def test_staggered_refresh_visits_every_root_once_a_period(every, start):
+    gradients = [{"a": normal((8, 8), s), "b": normal((5, 3), 50 + s)} for s in range(20)]
+    options = {"every": every, "start": start, "block": 4}
+    tx = ravine.scale_by_shampoo(**options, staggered=True)
+    first = tx.init(gradients[0])
+    updates, states = run(tx, gradients)
+    changed = [refreshed_roots(a, b) for a, b in zip([first, *states[:-1]], states, strict=True)]
+    assert len(changed[0]) == 8 + 4
+    begin = start - every
+    assert not np.any(changed[:begin])
+    for at in range(begin, 20 - every + 1):
+        np.testing.assert_array_equal(np.sum(changed[at : at + every], axis=0), 1)
+    assert all(1 <= flags.sum() <= 12 / every + 1 for flags in changed[begin:])
+    plain, _ = run(ravine.scale_by_shampoo(every=every, start=math.inf, block=4), gradients)
+    for at in range(start - 1):
+        np.testing.assert_array_equal(updates[at]["a"], plain[at]["a"])
+    assert jnp.any(updates[start - 1]["a"] != plain[start - 1]["a"])
+
+
+def test_synchronous_refresh_visits_all_at_once():
+    gradients = normal((8, 8), count=12)
+    tx = ravine.scale_by_shampoo(every=4, start=6, block=4)
+    _, states = run(tx, gradients)
+    changed = [refreshed_roots(a, b) for a, b in itertools.pairwise(states)]
+    assert [int(flags.sum()) for flags in changed] == [0, 0, 0, 0, 8, 0, 8, 0, 0, 0, 8]
+
+
+def test_staggered_agrees_with_synchronous_on_a_constant_gradient():
+    gradients = [{"a": single(conditioned(8, 0)), "b": single(conditioned(4, 1))}] * 30
+    options = {"every": 5, "block": 4}
+    found, expected = (
+        run(ravine.scale_by_shampoo(**options, staggered=staggered), gradients)[0][-1]
+        for staggered in (True, False)
+    )
+    assert_trees_close(found, expected, 1e-2)
+
+
+@pytest.mark.parametrize("max_elements", [16, 40])
+def test_roots_found_in_chunks(max_elements):
+    gradients = [{"a": normal((8, 12), s), "b": normal((4, 4), 50 + s)} for s in range(4)]
+    options = {"every": 2, "block": 4}
+    found, _ = run(ravine.scale_by_shampoo(**options, max_elements=max_elements), gradients)
+    expected, _ = run(ravine.scale_by_shampoo(**options), gradients)
+    assert_trees_close(found, expected, 1e-6)
+
+
+BLOCK = (slice(0, 4), slice(4, 8))  # block (0, 1) of an 8 x 8 leaf
+AT = (0, 0, 1)  # and where its factors are
+
+
+def others(x):
+    """A stack `[1, 2, 2, ...]` without that block."""
+    return jnp.concatenate([x[0, 0, :1], x[0, 1]])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
+@pytest.mark.parametrize("b2", [1.0, 0.9])
+def test_gradient_that_is_not_finite_stays_in_its_block(b2, bad):
+    """Also one whose squares are not finite.
+
+    Statistics stay to the last bit. So do sums' roots; means' are rescaled, because the weight that
+    they are divided by counts the step.
+    """
+    clean = normal((8, 8), count=8)
+    spoiled = [*clean[:4], clean[4].at[1, 6].set(bad), *clean[5:]]
+    params = jnp.ones((8, 8))
+    tx = optax.chain(
+        ravine.scale_by_shampoo(0.9, b2, every=1, block=4, graft_b2=0.99),
+        ravine.scale_by_learning_rate(RATE),
+    )
+    updates, states = run(tx, spoiled, params)
+    assert all_finite(updates)
+    # In float32 the second moments of a gradient of 1e30 are infinite, here as in Adam itself.
+    assert all_finite([state[0].factors for state in states] if bad == 1e30 else states)
+    expected = run(tx, clean, params)[1]
+    for before, after, should in zip(
+        *(factors(s) for s in (states[3][0], states[4][0], expected[4][0])), strict=True
+    ):
+        np.testing.assert_array_equal(after.statistics[AT], before.statistics[AT])
+        old, new = before.root[AT], after.root[AT]
+        if b2 == 1:
+            np.testing.assert_array_equal(new, old)
+        else:
+            assert_trees_close(new / jnp.linalg.norm(new), old / jnp.linalg.norm(old), 1e-5)
+        np.testing.assert_array_equal(others(after.root), others(should.root))
+        np.testing.assert_array_equal(others(after.statistics), others(should.statistics))
+        assert not np.any(after.refused)
+    for last, before in zip(factors(states[-1][0]), factors(states[4][0]), strict=True):
+        assert jnp.any(last.root[AT] != before.root[AT])
+
+
+def spoil(state, value=math.nan):
+    """NaN in the statistics of the rows' factor of that block."""
+    (rows, columns) = state.factors[0]
+    statistics = rows.statistics.at[(*AT, 2, 2)].set(value)
+    return state._replace(factors=((rows._replace(statistics=statistics), columns),))
+
+
+@pytest.mark.parametrize("patience", [0, 2])
+def test_spoiled_statistics_fall_back_to_the_graft_and_recover(patience):
+    gradients = normal((8, 8), count=9)
+    options = {"block": 4, "every": 1}
+    tx = ravine.scale_by_shampoo(**options, patience=patience)
+    plain, _ = run(ravine.scale_by_shampoo(**{**options, "start": math.inf}), gradients)
+    healthy, _ = run(tx, gradients)
+    step, state = jax.jit(tx.update), tx.init(gradients[0])
+    for gradient in gradients[:3]:
+        _, state = step(gradient, state)
+    trusted = factors(state)[0].root[AT]
+    state = spoil(state)
+    for at in range(3, 7):
+        update, new = step(gradients[at], state)
+        assert all_finite(update)
+        rows, columns = factors(new)
+        refusals = at - 2
+        np.testing.assert_array_equal(rows.root[AT], trusted)
+        assert rows.residual[AT] == jnp.inf
+        assert rows.failures[AT] == rows.refused[AT] == refusals
+        assert jnp.sum(rows.refused) == refusals
+        assert not np.any(columns.refused)
+        assert jnp.all(refreshed_roots(state, new) == (np.arange(8) != 1))
+        agrees = np.array_equal(update[BLOCK], plain[at][BLOCK])
+        assert agrees == (refusals > patience)
+        np.testing.assert_array_equal(update[4:], healthy[at][4:])
+        state = new
+    # Sound statistics again: the next root is good, and the block trusted.
+    rows, columns = state.factors[0]
+    rows = rows._replace(statistics=rows.statistics.at[AT].set(jnp.eye(4)))
+    update, state = step(gradients[7], state._replace(factors=((rows, columns),)))
+    assert factors(state)[0].failures[AT] == 0
+    assert factors(state)[0].refused[AT] == 4
+    assert jnp.any(factors(state)[0].root[AT] != trusted)
+    assert not np.array_equal(update[BLOCK], plain[7][BLOCK])
+
+
+@pytest.mark.parametrize("statistics", ["gram", "kl"])
+@pytest.mark.parametrize("graft", ["none", "sgd", "adagrad", "rmsprop", "adam", "sign"])
+def test_zero_gradients_then_normal_ones(graft, statistics):
+    gradients = [jnp.zeros((8, 8))] * 50 + normal((8, 8), count=8)
+    tx = ravine.scale_by_shampoo(every=2, block=4, graft=graft, statistics=statistics)
+    updates, states = run(tx, gradients)
+    assert not np.any(jnp.stack(updates[:50]))
+    assert all_finite(updates)
+    assert all_finite(states)
+    assert all(not np.any(f.refused) for f in factors(states[-1]))
+    assert all(jnp.any(update != 0) for update in updates[50:])
+
+
+@pytest.mark.parametrize("statistics", ["gram", "kl"])
+@pytest.mark.parametrize("graft", ["none", "adam"])
+def test_rank_one_gradients_for_ever(graft, statistics):
+    vectors = normal((8, 1)), normal((1, 8), 1)
+    gradients = [scale * vectors[0] * vectors[1] for scale in np.linspace(0.5, 1.5, 60)]
+    tx = ravine.scale_by_shampoo(every=5, graft=graft, statistics=statistics)
+    updates, states = run(tx, gradients)
+    assert all_finite(updates)
+    assert all_finite(states)
+    assert all(not np.any(f.refused) for f in factors(states[-1]))
+    assert float(jnp.max(jnp.abs(updates[-1]))) < 10
+
+
+@pytest.mark.parametrize("statistics", ["gram", "kl"])
+@pytest.mark.parametrize("graft", ["none", "adam"])
+def test_spike(graft, statistics):
+    gradients = normal((8, 8), count=60)
+    gradients[20] = 1e6 * gradients[20]
+    tx = ravine.scale_by_shampoo(every=1, graft=graft, statistics=statistics)
+    updates, states = run(tx, gradients)
+    assert all_finite(updates)
+    assert all_finite(states)
+    assert all(not np.any(f.failures) for f in factors(states[-1]))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+@pytest.mark.parametrize("graft", ["none", "adam"])
+def test_scale_of_gradients(graft, scale, dtype):
+    gradients = [g.astype(dtype) for g in normal((8, 12), count=60, scale=scale)]
+    updates, states = run(ravine.scale_by_shampoo(every=5, block=6, graft=graft), gradients)
+    assert all(update.dtype == dtype for update in updates)
+    assert all_finite(updates)
+    assert all_finite(states)
+    for factor in factors(states[-1]):
+        assert not np.any(factor.failures)
+        assert not np.any(factor.refused)
+    if graft == "none":
+        # From the start step on, the exponents add up to minus one: scale falls out.
+        assert 1e-3 < float(jnp.max(jnp.abs(updates[-1]))) < 10
+
+
+@pytest.mark.parametrize(
+    ("shape", "tolerance"),
+    [((8, 12), 1e-6), ((7, 5), 1e-6), ((3, 4, 2), 1e-6), ((6,), 2e-5)],
+    ids=str,
+)
+def test_packed_makes_no_difference(shape, tolerance):
+    """To rounding; that of a vector's singular statistics is multiplied by the ridge's root, 316."""
+    gradients = normal(shape, count=6)
+    found, states = run(ravine.scale_by_shampoo(every=2, block=6, packed=True), gradients)
+    expected, _ = run(ravine.scale_by_shampoo(every=2, block=6), gradients)
+    assert_trees_close(found, expected, tolerance)
+    assert all_finite(states)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("staggered", [False, True])
+def test_dtypes_are_kept(staggered, packed):
+    dtypes = {"factor_dtype": jnp.bfloat16, "mu_dtype": jnp.bfloat16, "nu_dtype": jnp.bfloat16}
+    gradients = normal((8, 12), count=6)
+    tx = ravine.scale_by_shampoo(every=3, block=4, staggered=staggered, packed=packed, **dtypes)
+    updates, states = run(tx, gradients)
+    first = tx.init(gradients[0])
+    for state in states:
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(
+            lambda x: (x.shape, x.dtype), first
+        )
+    for factor in factors(states[-1]):
+        assert factor.statistics.dtype == factor.root.dtype == jnp.bfloat16
+        assert factor.residual.dtype == jnp.float32
+        assert factor.refused.dtype == jnp.int32
+        assert not np.any(factor.refused)
+    assert states[-1].mu.dtype == states[-1].nu.dtype == jnp.bfloat16
+    assert updates[-1].dtype == jnp.float32
+    exact, _ = run(ravine.scale_by_shampoo(every=3, block=4, staggered=staggered), gradients)
+    assert_trees_close(updates[-1], exact[-1], 0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "times"),
+    [
+        ({}, 6.1),
+        ({"packed": True, "factor_dtype": jnp.bfloat16, "mu_dtype": jnp.bfloat16}, 3.0),
+    ],
+    ids=["default", "small"],
+)
+def test_bytes_of_the_state(options, times):
+    params = {"square": jnp.zeros((64, 64)), "wide": jnp.zeros((64, 256))}
+    state = jax.eval_shape(ravine.scale_by_shampoo(block=64, **options).init, params)
+    size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
+    assert size <= times * 4 * (64 * 64 + 64 * 256)
+
+
+def test_kl_statistics():
+    """Other than the Gram matrices' once there are roots, and of the same first step."""
+    gradients = normal((6, 8), count=12)
+    gram, kl = (
+        run(ravine.scale_by_shampoo(every=2, statistics=name), gradients) for name in ("gram", "kl")
+    )
+    assert all_finite(kl)
+    assert_trees_close(kl[0][2], gram[0][2], 1e-6)
+    assert jnp.max(jnp.abs(kl[0][-1] - gram[0][-1])) > 1e-2
+    assert all(not np.any(f.refused) for f in factors(kl[1][-1]))
+
+
+def test_kl_statistics_of_the_second_step():
+    gradients = normal((3, 4), count=2)
+    tx = ravine.scale_by_shampoo(0.0, 0.9, every=1, statistics="kl", graft="none")
+    _, states = run(tx, gradients)
+    first, second = (factors(state) for state in states)
+    g = np.asarray(gradients[1], np.float64)
+    rows, columns = (np.asarray(f.root[0, 0, 0], np.float64) for f in first)
+    expected = [g @ columns @ columns @ g.T, g.T @ rows @ rows @ g]
+    for old, new, gram in zip(first, second, expected, strict=True):
+        mixed = 0.9 * np.asarray(old.statistics[0, 0, 0]) + 0.1 * gram
+        np.testing.assert_allclose(new.statistics[0, 0, 0], mixed, rtol=1e-4, atol=1e-4)
+
+
+def test_nesterov_looks_ahead():
+    gradients = normal((4, 4), count=3)
+    options = {"start": math.inf, "graft_b2": 0.999}
+    found, _ = run(ravine.scale_by_shampoo(nesterov=True, **options), gradients)
+    expected, _ = run(ravine.scale_by_adam(nesterov=True), gradients)
+    assert_trees_close(found, expected, 1e-6)
+
+
+def test_shampoo_leaves_vectors_to_the_fallback():
+    params = {"dense": {"kernel": normal((6, 4)), "bias": normal((4,), 1)}}
+    gradients = [jax.tree.map(lambda x, s=s: jnp.cos(s * x), params) for s in range(1, 6)]
+    found, _ = run(ravine.shampoo(RATE, every=2, weight_decay=0.1), gradients, params)
+    kernels = [g["dense"]["kernel"] for g in gradients]
+    tx = optax.chain(
+        ravine.scale_by_shampoo(every=2),
+        ravine.add_decayed_weights(0.1),
+        ravine.scale_by_learning_rate(RATE),
+    )
+    expected, _ = run(tx, kernels, params["dense"]["kernel"])
+    for ours, kernel in zip(found, expected, strict=True):
+        assert_trees_close(ours["dense"]["kernel"], kernel, 1e-5)
+    biases = [g["dense"]["bias"] for g in gradients]
+    adamw, _ = run(ravine.adamw(RATE, b2=0.95, weight_decay=0.1), biases, params["dense"]["bias"])
+    for ours, bias in zip(found, adamw, strict=True):
+        assert_trees_close(ours["dense"]["bias"], bias, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "pointing",
+    [optax.identity(), ravine.scale_by_muon(), ravine.scale_by_shampoo(every=2, graft="none")],
+    ids=["identity", "muon", "shampoo"],
+)
+def test_graft_takes_one_ones_direction_and_anothers_norm(pointing):
+    gradients = [{"a": normal((4, 6), s), "b": normal((5, 5), 9 + s)} for s in range(4)]
+    found, states = run(ravine.graft(pointing, ravine.scale_by_adam()), gradients)
+    directions, _ = run(pointing, gradients)
+    sizes, _ = run(ravine.scale_by_adam(), gradients)
+    assert states[-1].count == 4
+    for update, p, d in zip(found, directions, sizes, strict=True):
+        for name, u in update.items():
+            norm = jnp.linalg.norm(u)
+            assert norm == pytest.approx(float(jnp.linalg.norm(d[name])), rel=1e-5)
+            unit = p[name] / jnp.linalg.norm(p[name])
+            np.testing.assert_allclose(u / norm, unit, atol=1e-6)
+
+
+@pytest.mark.parametrize("start", [1, 3, math.inf])
+def test_start_of_graft(start):
+    gradients = normal((4, 6), count=5)
+    tx = ravine.graft(ravine.scale_by_muon(), ravine.scale_by_adam(), start=start)
+    found, _ = run(tx, gradients)
+    plain, _ = run(ravine.scale_by_adam(), gradients)
+    for step, (a, b) in enumerate(zip(found, plain, strict=True), 1):
+        assert np.array_equal(a, b) == (step < start)
+
+
+def test_graft_of_zero_is_zero():
+    gradients = [jnp.zeros((4, 4))] * 2
+    updates, _ = run(ravine.graft(ravine.scale_by_muon(), ravine.scale_by_adam()), gradients)
+    assert not np.any(jnp.stack(updates))
+
+
+@pytest.mark.parametrize("start", [0, 0.5, -math.inf, math.nan])
+def test_bad_start_of_graft(start):
+    with pytest.raises(ValueError, match="start must be a step"):
+        ravine.graft(optax.identity(), optax.identity(), start=start)
+
+
+BAD = [
+    ({"block": 0}, "block"),
+    ({"block": 2.5}, "block"),
+    ({"every": 0}, "every"),
+    ({"every": 1.5}, "every"),
+    ({"exponent": 0.25}, "exponent"),
+    ({"exponent": 0.0}, "exponent"),
+    ({"every": 10, "start": 9}, "start"),
+    ({"start": 12.5}, "start"),
+    ({"graft": "adamax"}, "adamax"),
+    ({"b2": 1.0, "graft": "adam"}, "graft_b2"),
+    ({"b2": 1.0, "graft": "rmsprop"}, "graft_b2"),
+    ({"graft_b2": 1.5}, "graft_b2"),
+    ({"graft_eps": -1.0}, "graft_eps"),
+    ({"graft_per": "row"}, "graft_per"),
+    ({"sides": "left"}, "sides"),
+    ({"statistics": "hessian"}, "statistics"),
+    ({"limit": 0}, "limit"),
+    ({"patience": -1}, "patience"),
+    ({"patience": 1.5}, "patience"),
+    ({"b1": 1.0}, "b1"),
+    ({"b2": 1.1}, "b2"),
+    ({"ridge": -1e-5}, "ridge"),
+    ({"absolute_ridge": math.nan}, "absolute_ridge"),
+    ({"tolerance": -0.1}, "tolerance"),
+]
+
+
+@pytest.mark.parametrize(("options", "culprit"), BAD, ids=str)
+@pytest.mark.parametrize("build", [ravine.scale_by_shampoo, ravine.shampoo])
+def test_bad_option(build, options, culprit):
+    with pytest.raises(ValueError, match=culprit):
+        build(**options)
+
+
+def test_sums_with_a_graft_of_their_own():
+    ravine.scale_by_shampoo(b2=1.0, graft="adam", graft_b2=0.99)
+    ravine.scale_by_shampoo(b2=1.0, graft="adagrad")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("staggered", [False, True])
+@pytest.mark.parametrize("statistics", ["gram", "kl"])
+def test_shampoo_solves_a_badly_conditioned_least_squares_problem(statistics, staggered):
+    """min |A (W - W*) B|^2, both factors of condition 100, where Adam is far behind."""
+    a, b = (single(conditioned(16, seed, 0.1, 10.0)) for seed in (1, 2))
+    target = normal((16, 16), 3)
+
+    def loss(w):
+        return jnp.mean(jnp.square(a @ (w - target) @ b))
+
+    def final(tx):
+        def step(carry, _):
+            w, state = carry
+            updates, state = tx.update(jax.grad(loss)(w), state, w)
+            return (optax.apply_updates(w, updates), state), None
+
+        w = jnp.zeros((16, 16))
+        (w, _), _ = jax.lax.scan(step, (w, tx.init(w)), None, length=2000)
+        return float(loss(w))
+
+    rate = optax.linear_schedule(0.03, 0.0, 2000)
+    options = {"every": 5, "statistics": statistics, "staggered": staggered}
+    ours = optax.chain(ravine.scale_by_shampoo(**options), ravine.scale_by_learning_rate(rate))
+    assert final(ours) < 0.2 * final(ravine.adam(rate, 0.9, 0.99))
