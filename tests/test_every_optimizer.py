@@ -281,6 +281,8 @@ BAD = {
 def test_bad_hyperparameters_are_named(row):
     for argument, values in BAD.items():
         for value in values if row.accepts(argument) else ():
+            if row.hyperparameters.get(argument) == value:
+                continue  # good for this row: sums have a decay rate of one
             with pytest.raises(ValueError, match=rf"\b{argument}\b"):
                 row.build(**{argument: value})
     if row.accepts("eps") and row.accepts("eps_root"):

@@ -1,0 +1,135 @@
+"""SOAP, KL-Shampoo and SOAP-Muon: reductions, equivariance, gauge, faults."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import ravine
+
+
+def run(tx, gradients, params=None):
+    """The updates of every step, and the last state."""
+    params = jax.tree.map(jnp.zeros_like, gradients[0]) if params is None else params
+    state, step, updates = tx.init(params), jax.jit(tx.update), []
+    for g in gradients:
+        u, state = step(g, state, params)
+        updates.append(u)
+    return updates, state
+
+
+def normal(shape, steps, seed=0):
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(steps)]
+
+
+def test_without_bases_it_is_adam_a_step_late():
+    """Axes beyond the limit have no basis, and then Q is the identity."""
+    gradients = normal((6, 4), 8)
+    (first, *ours), _ = run(ravine.scale_by_soap(0.9, 0.99, 1e-30, limit=1), gradients)
+    adam, _ = run(ravine.scale_by_adam(0.9, 0.99, 1e-30), gradients[1:])
+    assert not np.any(first)
+    for a, b in zip(ours, adam, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_one_step_is_adam_in_the_basis():
+    gradients = normal((5, 5), 2)
+    updates, _ = run(ravine.scale_by_soap(every=100), gradients)
+    first, second = (np.asarray(g, np.float64) for g in gradients)
+    left, right = (np.linalg.eigh(s)[1] for s in (first @ first.T, first.T @ first))
+    rotated = left.T @ second @ right
+    expected = left @ (rotated / (np.abs(rotated) + 1e-8 / np.sqrt(0.05))) @ right.T
+    np.testing.assert_allclose(updates[1], expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("make", [ravine.scale_by_soap, ravine.scale_by_kl_shampoo])
+def test_updates_turn_with_the_space(make):
+    gradients, rng = normal((6, 6), 5), np.random.default_rng(1)
+    p, r = (jnp.asarray(np.linalg.qr(rng.normal(size=(6, 6)))[0], jnp.float32) for _ in range(2))
+    turned = [p @ g @ r.T for g in gradients]
+    tx = make(every=2)
+    for u, v in zip(run(tx, gradients)[0], run(tx, turned)[0], strict=True):
+        size = float(jnp.max(jnp.abs(u))) or 1.0
+        np.testing.assert_allclose(p @ u @ r.T, v, atol=5e-4 * size)
+
+
+def gauge(balance, steps=2000):
+    """log(tr S_a / m) - log(tr S_b / n) of KL-Shampoo, after every step."""
+    tx = ravine.scale_by_kl_shampoo(0.9, 0.95, every=1, balance=balance)
+
+    def step(state, key):
+        _, state = tx.update(jax.random.normal(key, (16, 64)), state)
+        (a, b), *_ = state.factors
+        traces = [jnp.trace(f.statistics[0, 0, 0]) / f.statistics.shape[-1] for f in (a, b)]
+        return state, jnp.log(traces[0]) - jnp.log(traces[1])
+
+    keys = jax.random.split(jax.random.key(0), steps)
+    return jax.jit(lambda s: jax.lax.scan(step, s, keys))(tx.init(jnp.zeros((16, 64))))[1]
+
+
+def test_balanced_factors_keep_their_scale():
+    assert np.abs(gauge(balance=True)[20:]).max() < 1
+
+
+def test_unbalanced_factors_drift_as_slowly_as_the_official_ones():
+    """By (1 - b2)^2 (1/m - 1/n) a step: the sign of the division by d and of the inverse being right."""
+    ratios = np.asarray(gauge(balance=False), np.float64)
+    slope = np.polyfit(np.arange(500, 2000), ratios[500:], 1)[0]
+    assert abs(slope) == pytest.approx(0.05**2 * (1 / 16 - 1 / 64), rel=0.5)
+
+
+@pytest.mark.parametrize(
+    "make", [ravine.scale_by_soap, ravine.scale_by_kl_shampoo], ids=lambda make: make.__name__
+)
+def test_faults_leave_everything_finite(make):
+    """NaN, infinity, zeros for long, one direction for ever, and a spike."""
+    gradients = normal((6, 4), 30)
+    gradients[3] = gradients[3].at[0, 0].set(jnp.nan)
+    gradients[5] = gradients[5].at[1, 1].set(jnp.inf)
+    gradients[7] = gradients[7] * 1e6
+    gradients[10:20] = [jnp.zeros((6, 4))] * 10
+    gradients[20:] = [jnp.outer(g[:, 0], jnp.ones(4)) for g in gradients[20:]]
+    updates, state = run(make(every=2), gradients)
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((updates, state)))
+    zeros, _ = run(make(every=2), [jnp.zeros((6, 4))] * 5)
+    assert not any(np.any(u) for u in zeros)
+
+
+def test_soap_muon_is_a_chain_of_its_pieces():
+    params = {"w": jnp.zeros((6, 4))}
+    gradients = [{"w": g} for g in normal((6, 4), 4)]
+    rules = [(".*", "matrix")]
+    whole, _ = run(ravine.soap_muon(1.0, every=2, rules=rules), gradients, params)
+    pieces = optax.chain(
+        ravine.scale_by_soap(every=2),
+        ravine.orthogonalize(),
+        ravine.scale_by_matrix_shape("moonlight"),
+        ravine.scale_by_learning_rate(1.0),
+    )
+    for u, v in zip(whole, run(pieces, gradients, params)[0], strict=True):
+        np.testing.assert_allclose(u["w"], v["w"], atol=1e-5)
+
+
+def test_one_sided_bases_and_blocks():
+    state = ravine.scale_by_soap(sides="smaller").init(jnp.zeros((8, 3)))
+    assert state.bases[0][0] is None
+    assert state.bases[0][1].vectors.shape == (1, 1, 1, 3, 3)
+    state = ravine.scale_by_soap(block=4).init(jnp.zeros((8, 3)))
+    assert state.mu[0].shape == (1, 2, 1, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("make", "culprit"),
+    [
+        (lambda: ravine.scale_by_soap(every=0), "every"),
+        (lambda: ravine.scale_by_soap(block=0), "block"),
+        (lambda: ravine.scale_by_soap(shampoo_b2=1.0), "shampoo_b2"),
+        (lambda: ravine.scale_by_soap(sides="left"), "sides"),
+        (lambda: ravine.scale_by_kl_shampoo(initial_eigenvalue=0.0), "initial_eigenvalue"),
+        (lambda: ravine.scale_by_kl_shampoo(limit=0), "limit"),
+    ],
+)
+def test_bad_input_is_named(make, culprit):
+    with pytest.raises(ValueError, match=culprit):
+        make()
