@@ -710,3 +710,46 @@ def test_shampoo_solves_a_badly_conditioned_least_squares_problem(statistics, st
     options = {"every": 5, "statistics": statistics, "staggered": staggered}
     ours = optax.chain(ravine.scale_by_shampoo(**options), ravine.scale_by_learning_rate(rate))
     assert final(ours) < 0.2 * final(ravine.adam(rate, 0.9, 0.99))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+def test_two_thousand_steps_at_any_scale(scale, dtype):
+    """Least squares through a hidden layer, gradients scaled: nothing breaks, nothing stays refused."""
+    tx = optax.chain(
+        ravine.scale_by_shampoo(0.9, 0.99, block=8, every=10, graft_eps=1e-30),
+        ravine.scale_by_learning_rate(1e-2),
+    )
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {
+        "first": 0.3 * jax.random.normal(keys[0], (12, 16)),
+        "second": 0.3 * jax.random.normal(keys[1], (16, 4)),
+        "bias": jnp.zeros(4),
+    }
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    hidden = jax.random.normal(keys[2], (12, 4))
+
+    def loss(params, x):
+        params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+        out = jnp.tanh(x @ params["first"]) @ params["second"] + params["bias"][None]
+        return jnp.mean(jnp.square(out - x @ hidden))
+
+    def step(carry, key):
+        params, state = carry
+        value, grads = jax.value_and_grad(loss)(params, jax.random.normal(key, (32, 12)))
+        grads = jax.tree.map(lambda g: (scale * g.astype(jnp.float32)).astype(dtype), grads)
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), value
+
+    run = jax.jit(lambda carry, keys: jax.lax.scan(step, carry, keys))
+    (params, state), losses = run((params, tx.init(params)), jax.random.split(keys[3], 2000))
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((params, state, losses)))
+    failures = [
+        x
+        for path, x in jax.tree_util.tree_leaves_with_path(state)
+        if getattr(path[-1], "name", "") == "failures"
+    ]
+    assert len(failures) == 5
+    assert not any(np.any(x) for x in failures)
+    assert losses[-100:].mean() < 0.5 * losses[:10].mean()

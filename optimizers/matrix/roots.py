@@ -315,7 +315,7 @@ def cubic_steps(lower: float, steps: int) -> list[tuple[float, float]]:
     Example:
       >>> from ravine.optimizers.matrix.roots import cubic_steps
       >>> [tuple(round(c, 3) for c in step) for step in cubic_steps(0.01, 8)][::7]
-      [(5.144, -5.092), (1.5, -0.5)]
+      [(5.04, -4.989), (1.5, -0.5)]
     """
     a, b, table = lower, 1.0, []
     for _ in range(steps):
