@@ -11,29 +11,13 @@ lowering and compilation without any cache.
 """
 
 import argparse
-import datetime
-import platform
 import statistics
-import time
-from pathlib import Path
 
 import jax
-import numpy as np
 import optax
 import ravine
-
-PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
-MARKS = ("<!-- muon -->", "<!-- /muon -->")
-
-
-def gpt_tree() -> dict:
-    """37 leaves: the model of the field's published timings."""
-    shapes = {"embed": (2048, 512)}
-    for layer in range(6):
-        for name in ("query", "key", "value", "output"):
-            shapes[f"{layer}/{name}"] = (512, 512)
-        shapes |= {f"{layer}/up": (512, 2048), f"{layer}/down": (2048, 512)}
-    return fill(shapes)
+from measure import Contender, heading, write
+from peers.gpt_tree import fill, gpt_tree
 
 
 def many_leaves() -> dict:
@@ -45,48 +29,12 @@ def many_leaves() -> dict:
     return fill(shapes)
 
 
-def fill(shapes: dict) -> dict:
-    rng = np.random.default_rng(0)
-    return {k: (0.02 * rng.standard_normal(s)).astype(np.float32) for k, s in shapes.items()}
-
-
 def ours() -> optax.GradientTransformation:
     return ravine.muon(0.02, rules=[(".*", "matrix")], weight_decay=0.0)
 
 
 def theirs() -> optax.GradientTransformation:
     return optax.contrib.muon(0.02)
-
-
-class Contender:
-    """One optimizer on one tree: compiled once more at every `compile`, stepped by `step`."""
-
-    def __init__(self, tx: optax.GradientTransformation, tree: dict):
-        def update(grads, state, params):
-            updates, state = tx.update(grads, state, params)
-            return state, optax.apply_updates(params, updates)
-
-        self._update = update
-        self._grads = jax.tree.map(jax.numpy.asarray, tree)
-        self._params = jax.tree.map(lambda x: jax.numpy.asarray(x[::-1].copy()), tree)
-        self._state = jax.jit(tx.init)(self._params)
-
-    def compile(self) -> float:
-        jax.clear_caches()
-        started = time.perf_counter()
-        jitted = jax.jit(self._update, donate_argnums=(1, 2))
-        self.compiled = jitted.lower(self._grads, self._state, self._params).compile()
-        return time.perf_counter() - started
-
-    def step(self) -> float:
-        started = time.perf_counter()
-        self._state, self._params = self.compiled(self._grads, self._state, self._params)
-        jax.block_until_ready(self._params)
-        return time.perf_counter() - started
-
-    @property
-    def temporary_megabytes(self) -> float:
-        return self.compiled.memory_analysis().temp_size_in_bytes / 1e6
 
 
 def paired(tree: dict, repeats: int, compiles: int) -> dict[str, tuple[float, float, float]]:
@@ -116,9 +64,7 @@ def main() -> None:
     arguments = parser.parse_args()
     jax.config.update("jax_enable_compilation_cache", False)
     lines = [
-        f"`python benchmarks/muon.py`, {datetime.date.today()}, JAX {jax.__version__}, "
-        f"{platform.machine()}, {jax.device_count()} {jax.default_backend()} device(s).",
-        "",
+        *heading("python benchmarks/muon.py"),
         "| tree | what | ravine | optax | ratio |",
         "|---|---|---|---|---|",
     ]
@@ -130,11 +76,7 @@ def main() -> None:
             lines.append(f"| {name} | {what} | {mine:.3g} | {other:.3g} | {ratio:.3f} |")
             print(lines[-1], flush=True)
     if not arguments.no_write:
-        page = PAGE.read_text(encoding="utf-8")
-        before, rest = page.split(MARKS[0])
-        _, after = rest.split(MARKS[1])
-        page = before + MARKS[0] + "\n" + "\n".join(lines) + "\n" + MARKS[1] + after
-        PAGE.write_text(page, encoding="utf-8")
+        write("muon", lines)
 
 
 if __name__ == "__main__":

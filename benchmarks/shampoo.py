@@ -11,23 +11,18 @@ takes longer for one matrix of 512 on two cores, and spins afterwards.
 """
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
 import subprocess
-import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import optax
 import ravine
+from measure import Contender, heading, write
 from peers.gpt_tree import gpt_tree
 
 HERE = Path(__file__).parent
-PAGE = HERE.parent / "docs" / "benchmarks.md"
-MARKS = ("<!-- shampoo -->", "<!-- /shampoo -->")
 RULES = ((".*", "matrix"),)
 OURS = {
     "ravine.shampoo": lambda: ravine.shampoo(1e-3, rules=RULES),
@@ -39,29 +34,15 @@ OURS = {
 
 def measure(tx: optax.GradientTransformation, steps: int) -> dict:
     """What the peers' scripts print: seconds to compile and of every step, and bytes."""
-
-    def update(grads, state, params):
-        updates, state = tx.update(grads, state, params)
-        return state, optax.apply_updates(params, updates)
-
-    params = jax.tree.map(jnp.asarray, gpt_tree())
-    grads = jax.tree.map(lambda x: jnp.asarray(x[::-1].copy()), gpt_tree())
-    state = jax.jit(tx.init)(params)
-    started = time.perf_counter()
-    jitted = jax.jit(update, donate_argnums=(1, 2))
-    compiled = jitted.lower(grads, state, params).compile()
-    compile_seconds = time.perf_counter() - started
-    seconds = []
-    for _ in range(steps):
-        started = time.perf_counter()
-        state, params = jax.block_until_ready(compiled(grads, state, params))
-        seconds.append(time.perf_counter() - started)
-    size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
+    contender = Contender(tx, gpt_tree())
+    compile_seconds = contender.compile()
+    seconds = [contender.step() for _ in range(steps)]
+    state, params = contender.bytes
     return {
         "compile_s": compile_seconds,
         "step_s": seconds[-20:],
-        "state_bytes": size(state),
-        "parameter_bytes": size(params),
+        "state_bytes": state,
+        "parameter_bytes": params,
     }
 
 
@@ -88,9 +69,7 @@ def main() -> None:
     arguments = parser.parse_args()
     jax.config.update("jax_enable_compilation_cache", False)
     lines = [
-        f"`python benchmarks/shampoo.py`, {datetime.date.today()}, JAX {jax.__version__}, "
-        f"{platform.machine()}, {jax.device_count()} {jax.default_backend()} device(s).",
-        "",
+        *heading("python benchmarks/shampoo.py"),
         "| optimizer | compile, s | median step, s | mean step, s | slowest, s | state / parameters |",
         "|---|---|---|---|---|---|",
     ]
@@ -114,12 +93,7 @@ def main() -> None:
     if arguments.google:
         add("Google, JAX", peer(arguments.google, "-W", "ignore", f"{peers}/google_shampoo.py"))
     if not arguments.no_write:
-        page = PAGE.read_text(encoding="utf-8")
-        before, rest = page.split(MARKS[0])
-        _, after = rest.split(MARKS[1])
-        PAGE.write_text(
-            before + MARKS[0] + "\n" + "\n".join(lines) + "\n" + MARKS[1] + after, encoding="utf-8"
-        )
+        write("shampoo", lines)
 
 
 if __name__ == "__main__":

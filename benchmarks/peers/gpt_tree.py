@@ -1,7 +1,6 @@
-"""The tree of benchmarks/muon.py and one set of gradients for it, with numpy alone.
+"""The tree all benchmarks share and one set of gradients for it, with numpy alone.
 
-The peers' scripts run in environments that hold their own library and numpy, and no ravine, so
-they import this file instead of `gpt_tree` of benchmarks/muon.py; the arrays are the same.
+The peers' scripts run in environments that hold their own library and numpy, and no ravine.
 """
 
 import numpy as np
@@ -14,14 +13,15 @@ def gpt_tree() -> dict[str, np.ndarray]:
         for name in ("query", "key", "value", "output"):
             shapes[f"{layer}/{name}"] = (512, 512)
         shapes |= {f"{layer}/up": (512, 2048), f"{layer}/down": (2048, 512)}
-    return _fill(shapes, seed=0)
+    return fill(shapes, seed=0)
 
 
 def gradients(tree: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Normal of deviation 0.02, the same at every step."""
-    return _fill({name: array.shape for name, array in tree.items()}, seed=1)
+    return fill({name: array.shape for name, array in tree.items()}, seed=1)
 
 
-def _fill(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
+def fill(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, np.ndarray]:
+    """Normal arrays of deviation 0.02."""
     rng = np.random.default_rng(seed)
     return {k: (0.02 * rng.standard_normal(s)).astype(np.float32) for k, s in shapes.items()}

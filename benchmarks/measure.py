@@ -1,0 +1,68 @@
+"""What the benchmarks share: an optimizer that is compiled and stepped, and the page of tables."""
+
+import datetime
+import platform
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+
+
+class Contender:
+    """One optimizer on one tree: compiled once more at every `compile`, stepped by `step`."""
+
+    def __init__(self, tx: optax.GradientTransformation, tree: dict):
+        def update(grads, state, params):
+            updates, state = tx.update(grads, state, params)
+            return state, optax.apply_updates(params, updates)
+
+        self._update = update
+        self._grads = jax.tree.map(jnp.asarray, tree)
+        self._params = jax.tree.map(lambda x: jnp.asarray(x[::-1].copy()), tree)
+        self._state = jax.jit(tx.init)(self._params)
+
+    def compile(self) -> float:
+        jax.clear_caches()
+        started = time.perf_counter()
+        jitted = jax.jit(self._update, donate_argnums=(1, 2))
+        self.compiled = jitted.lower(self._grads, self._state, self._params).compile()
+        return time.perf_counter() - started
+
+    def step(self) -> float:
+        started = time.perf_counter()
+        self._state, self._params = self.compiled(self._grads, self._state, self._params)
+        jax.block_until_ready(self._params)
+        return time.perf_counter() - started
+
+    @property
+    def temporary_megabytes(self) -> float:
+        return self.compiled.memory_analysis().temp_size_in_bytes / 1e6
+
+    @property
+    def bytes(self) -> tuple[int, int]:
+        """Of the state, and of the parameters."""
+        state, params = (
+            sum(x.nbytes for x in jax.tree.leaves(tree)) for tree in (self._state, self._params)
+        )
+        return state, params
+
+
+def heading(command: str) -> list[str]:
+    """Where and when a table was measured."""
+    return [
+        f"`{command}`, {datetime.date.today()}, JAX {jax.__version__}, {platform.machine()}, "
+        f"{jax.device_count()} {jax.default_backend()} device(s).",
+        "",
+    ]
+
+
+def write(mark: str, lines: list[str]) -> None:
+    """Puts lines between the marks ``<!-- mark -->`` and ``<!-- /mark -->`` of docs/benchmarks.md."""
+    start, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
+    before, rest = PAGE.read_text(encoding="utf-8").split(start)
+    _, after = rest.split(end)
+    PAGE.write_text("\n".join([before + start, *lines, end + after]), encoding="utf-8")
