@@ -14,7 +14,7 @@ from .graft import norm_ratio
 from .matrix.kronecker import mode_gram, rotate
 from .matrix.packing import pack, unpack
 from .matrix.refresh import Refresh, Unit, refreshed
-from .matrix.roots import Method, exponent_fraction, inverse_root
+from .matrix.roots import Method, inverse_root
 from .matrix.shards import reshape
 
 
@@ -193,7 +193,7 @@ def grafted(
     ``per`` is "block", "parameter" or "none" for directions as they are. Distrusted blocks take `step`.
     """
     steps = [wide(blocks) for blocks in blocking.to_blocks(step)]
-    ratio = jnp.ones([], jnp.float32)
+    ratio = jnp.ones([], steps[0].dtype)
     if per == "parameter":
         whole = blocking.from_blocks(directions)
         ratio = norm_ratio(step, whole, tuple(range(whole.ndim)), keep=False)
@@ -202,17 +202,11 @@ def grafted(
         if per == "block":
             inside = tuple(range(failed.ndim, direction.ndim))
             ratio = norm_ratio(other, direction, inside, keep=False)
-        ratios.append(jnp.broadcast_to(ratio, failed.shape).astype(jnp.float32))
+        ratios.append(jnp.broadcast_to(ratio, failed.shape).astype(direction.dtype))
         wider = (...,) + (None,) * (direction.ndim - failed.ndim)
         sized = direction * ratios[-1][wider].astype(direction.dtype)
         blocks.append(jnp.where(failed[wider], other.astype(direction.dtype), sized))
     return blocking.from_blocks(blocks), tuple(ratios)
-
-
-def exponent_is_valid(exponent: float | None) -> None:
-    """Raises for an exponent that no method could take."""
-    if exponent is not None:
-        exponent_fraction(exponent)
 
 
 def _is_number(b2: Any) -> bool:

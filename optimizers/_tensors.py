@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from ._arithmetic import wide
+from ._arithmetic import wide_dtype
 from ._checks import check_real_leaves
 from ._matrices import Axes
 from .matrix.blocks import BlockGrid, block_grid
@@ -95,25 +95,17 @@ def check_blocking(block: int | None, limit: int, sides: Sides) -> None:
         raise ValueError(f"sides must be one of {', '.join(get_args(Sides))}, got {sides!r}.")
 
 
-def factors_like(
+def map_blocks(
     params: Any,
     blockings: Sequence[Blocking],
-    make: Callable[[jax.Array, int], Any],
+    function: Callable[[jax.Array, BlockGrid, tuple[bool, ...]], Any],
 ) -> Any:
-    """A tree like `params` of tuples (tensors) of tuples (axes): ``make(scalars, size)`` or None.
-
-    `scalars` is a zero `[L, *counts]` for every block, which has the sharding of the parameter.
-    """
+    """A tree like `params` of tuples, one entry a tensor: ``function(blocks, grid, factored)``."""
     check_real_leaves(params)
-
-    def made(scalars: jax.Array, grid: BlockGrid, marks: tuple[bool, ...]) -> Any:
-        sizes = zip(grid.sizes, marks, strict=True)
-        return tuple(make(scalars, size) if has else None for size, has in sizes)
-
     leaves = [
         tuple(
-            made(_scalars(blocks, grid), grid, marks)
-            for blocks, grid, marks in zip(
+            function(*tensor)
+            for tensor in zip(
                 blocking.to_blocks(leaf), blocking.grids, blocking.factored, strict=True
             )
         )
@@ -122,26 +114,27 @@ def factors_like(
     return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
-def ones_like_blocks(params: Any, blockings: Sequence[Blocking]) -> Any:
-    """A tree like `params` of tuples (tensors) of ones, `[L, *counts]`."""
-    leaves = [
-        tuple(
-            _scalars(blocks, grid) + 1
-            for blocks, grid in zip(blocking.to_blocks(leaf), blocking.grids, strict=True)
-        )
-        for leaf, blocking in zip(jax.tree.leaves(params), blockings, strict=True)
-    ]
-    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+def factors_like(
+    params: Any,
+    blockings: Sequence[Blocking],
+    make: Callable[[jax.Array, int], Any],
+) -> Any:
+    """A tree like `params` of tuples (tensors) of tuples (axes): ``make(scalars, size)`` or None."""
+
+    def factors(blocks: jax.Array, grid: BlockGrid, marks: tuple[bool, ...]) -> Any:
+        sizes = zip(grid.sizes, marks, strict=True)
+        return tuple(make(scalars_of(blocks, grid), size) if has else None for size, has in sizes)
+
+    return map_blocks(params, blockings, factors)
 
 
 def blocks_like(params: Any, blockings: Sequence[Blocking], dtype: Any = None) -> Any:
     """A tree like `params` of tuples (tensors) of zero blocks, by default in at least float32."""
-    check_real_leaves(params)
-    leaves = [
-        tuple(jnp.zeros_like(x, dtype=dtype or wide(x).dtype) for x in blocking.to_blocks(leaf))
-        for leaf, blocking in zip(jax.tree.leaves(params), blockings, strict=True)
-    ]
-    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+    def zeros(blocks: jax.Array, *_: Any) -> jax.Array:
+        return jnp.zeros_like(blocks, dtype=dtype or wide_dtype(blocks.dtype))
+
+    return map_blocks(params, blockings, zeros)
 
 
 def finite_blocks(blocks: jax.Array, order: int) -> tuple[jax.Array, jax.Array]:
@@ -154,12 +147,13 @@ def finite_blocks(blocks: jax.Array, order: int) -> tuple[jax.Array, jax.Array]:
     return usable, jnp.where(jnp.isfinite(blocks), blocks, 0)
 
 
+def scalars_of(blocks: jax.Array, grid: BlockGrid) -> jax.Array:
+    """A zero for every block, `[L, *counts]`, sharded as the blocks are."""
+    inside = tuple(range(blocks.ndim - len(grid.sizes), blocks.ndim))
+    return jnp.zeros_like(blocks, dtype=wide_dtype(blocks.dtype)).sum(axis=inside)
+
+
 def identities(scalars: jax.Array, size: int) -> jax.Array:
     """An identity matrix for each of the zeros `[L, *counts]`."""
-    eye = jnp.eye(size, dtype=jnp.float32)
+    eye = jnp.eye(size, dtype=scalars.dtype)
     return scalars[..., None, None] + jnp.broadcast_to(eye, (1,) * scalars.ndim + eye.shape)
-
-
-def _scalars(blocks: jax.Array, grid: BlockGrid) -> jax.Array:
-    inside = tuple(range(blocks.ndim - len(grid.sizes), blocks.ndim))
-    return jnp.zeros_like(blocks, dtype=jnp.float32).sum(axis=inside)

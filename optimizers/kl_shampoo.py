@@ -33,7 +33,7 @@ from ._tensors import (
 from ._transformation import transformation
 from .decay import Mask
 from .matrix.eigenbasis import eigenbasis, followed
-from .matrix.kronecker import mode_gram, rotate
+from .matrix.kronecker import mode_gram, mode_product, rotate
 from .matrix.refresh import Refresh, once
 from .matrix.shards import flat_batch, reshape
 from .roles import COMMON_RULES, Role, Rules, axes_of_path
@@ -147,21 +147,19 @@ def scale_by_kl_shampoo(
         order = len(factors)
         usable, seen = finite_blocks(wide(blocks), order)
         sizes = blocks.shape[blocks.ndim - order :]
+        vectors = [None if f is None else f.vectors for f in factors]
+        roots = [None if f is None else f.eigenvalues**-0.5 for f in factors]
+        rotated = rotate(seen, vectors, back=True)
 
         def one(axis: int, own: KLFactor) -> KLFactor:
-            rotated = rotate(seen, [None if f is None else f.vectors for f in factors], back=True)
-            others = [None if at == axis or f is None else f for at, f in enumerate(factors)]
-            weights = _outer([None if f is None else f.eigenvalues**-0.5 for f in others], blocks)
-            back = [None if at != axis or f is None else f.vectors for at, f in enumerate(factors)]
-            whitened = rotate(rotated * weights, back)
-            plain = jnp.where(is_first, seen, whitened)
-            others_size = max(1, math.prod(sizes[:axis] + sizes[axis + 1 :]))
-            gram = mode_gram(plain, axis, order) / others_size
-            squares = jnp.square(rotated * weights)
+            others = [None if at == axis else root for at, root in enumerate(roots)]
+            whitened = rotated * _outer(others, blocks)
             away = tuple(usable.ndim + at for at in range(order) if at != axis)
-            mean = jnp.sum(squares, axis=away) / others_size
-            values = lerp(mean, own.eigenvalues, b2)
-            values = jnp.maximum(values, floor(sizes[axis]))
+            count = max(1, math.prod(sizes[:axis] + sizes[axis + 1 :]))
+            mean = jnp.sum(jnp.square(whitened), axis=away) / count
+            values = jnp.maximum(lerp(mean, own.eigenvalues, b2), floor(sizes[axis]))
+            plain = jnp.where(is_first, seen, mode_product(whitened, own.vectors, axis, order))
+            gram = mode_gram(plain, axis, order) / count
             return KLFactor(
                 jnp.where(usable[..., None, None], lerp(gram, own.statistics, b2), own.statistics),
                 own.vectors,
@@ -207,7 +205,7 @@ def scale_by_kl_shampoo(
 def _outer(vectors: list[jax.Array | None], blocks: jax.Array) -> jax.Array:
     """The product of one vector an axis, as `[..., b1, ..., bk]` with ones where there is none."""
     order = len(vectors)
-    product = jnp.ones((1,) * blocks.ndim, jnp.float32)
+    product = jnp.ones((1,) * blocks.ndim, wide(blocks).dtype)
     for axis, vector in enumerate(vectors):
         if vector is not None:
             inside = [vector.shape[-1] if at == axis else 1 for at in range(order)]

@@ -16,14 +16,22 @@ import optax
 from ._arithmetic import cast_like, corrected_mean, ema, increment, wide_zeros_like
 from ._by_role import by_role
 from ._checks import check_decay_rates, check_non_negative
-from ._factors import Preconditioner, Storage, exponent_is_valid, grafted
+from ._factors import Preconditioner, Storage, grafted
 from ._matrices import Axes
-from ._tensors import Blocking, Sides, blockings_of, check_blocking, factors_like, ones_like_blocks
+from ._tensors import (
+    Blocking,
+    Sides,
+    blockings_of,
+    check_blocking,
+    factors_like,
+    map_blocks,
+    scalars_of,
+)
 from ._transformation import transformation
 from .decay import Mask
 from .graft import Graft, magnitude
 from .matrix.refresh import Refresh
-from .matrix.roots import Method
+from .matrix.roots import Method, exponent_fraction
 from .roles import COMMON_RULES, Role, Rules, axes_of_path
 
 Statistics = Literal["gram", "kl"]
@@ -143,7 +151,8 @@ def scale_by_shampoo(
         check_decay_rates(b2=b2)
     check_blocking(block, limit, sides)
     check_non_negative(ridge=ridge, absolute_ridge=absolute_ridge, tolerance=tolerance)
-    exponent_is_valid(exponent)
+    if exponent is not None:
+        exponent_fraction(exponent)
     if statistics not in get_args(Statistics):
         raise ValueError(f"statistics must be 'gram' or 'kl', got {statistics!r}.")
     if graft_per not in ("block", "parameter"):
@@ -176,7 +185,9 @@ def scale_by_shampoo(
             mu=wide_zeros_like(params, mu_dtype),
             nu=size.init(params),
             factors=factors_like(params, found, storage.factor),
-            graft_ratio=ones_like_blocks(params, found),
+            graft_ratio=map_blocks(
+                params, found, lambda blocks, grid, _: scalars_of(blocks, grid) + 1
+            ),
         )
 
     def update(

@@ -217,7 +217,7 @@ def _refreshed(leaves: list[Any], schedule: Refresh, count: jax.Array) -> list[A
         statistics = basis.statistics
 
         def first(carry: Any, statistics: Any = statistics) -> Any:
-            return _batched(eigenbasis, carry.shape[-1])(statistics)
+            return reshape(eigenbasis(flat_batch(statistics, carry.shape[-1])), carry.shape)
 
         def follow(carry: Any, statistics: Any = statistics, axis: int = axis) -> Any:
             vectors, mu, nu = carry
@@ -232,16 +232,6 @@ def _refreshed(leaves: list[Any], schedule: Refresh, count: jax.Array) -> list[A
         )
         leaves[at][piece] = (mu, nu, bases)
     return leaves
-
-
-def _batched(function: Callable[..., Any], size: int) -> Callable[..., Any]:
-    """`function` of `[K, b, b]`, for `[..., b, b]`."""
-
-    def applied(*matrices: jax.Array) -> jax.Array:
-        flat = [flat_batch(x, size) for x in matrices]
-        return reshape(function(*flat), matrices[0].shape)
-
-    return applied
 
 
 def _followed(

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from .shards import on_shards
 
@@ -331,10 +332,8 @@ def cubic_steps(lower: float, steps: int) -> list[tuple[float, float]]:
 def largest_eigenvalue(matrices_KxNxN: jax.Array, iterations: int = 24) -> jax.Array:
     """`[K]`: the largest eigenvalues of symmetric positive semi-definite matrices, to a few percent.
 
-    Power iteration, on two vectors at once: one of random signs, and the column of the largest diagonal
-    element, which is exact for a diagonal matrix. The matrix is divided by its largest element first
-    and the count of iterations is fixed, so the estimate is as good at 1e-12 as at 1; it is never above
-    the true value.
+    `optax.power_iteration`, of matrices divided by their largest element and for a fixed number of
+    steps: so the estimate is as good at 1e-12 as at 1. It is never above the true value.
 
     Example:
       >>> import jax.numpy as jnp
@@ -342,29 +341,17 @@ def largest_eigenvalue(matrices_KxNxN: jax.Array, iterations: int = 24) -> jax.A
       >>> largest_eigenvalue(1e-12 * jnp.diag(jnp.array([1.0, 3.0]))[None])
       Array([3.e-12], dtype=float32)
     """
-    a = matrices_KxNxN
-    n = a.shape[-1]
-    if n == 0:
-        return jnp.zeros(a.shape[0], a.dtype)
-    largest = jnp.max(jnp.abs(a), axis=(1, 2))
-    scale = jnp.where(largest > 0, largest, 1)
-    a = a / scale[:, None, None]
-    signs = jax.random.rademacher(jax.random.key(1729), (n,), a.dtype)
-    top = jax.nn.one_hot(jnp.argmax(jnp.diagonal(a, axis1=1, axis2=2), axis=1), n, dtype=a.dtype)
+    if 0 in matrices_KxNxN.shape:
+        return jnp.zeros(matrices_KxNxN.shape[0], matrices_KxNxN.dtype)
+    largest = jnp.max(jnp.abs(matrices_KxNxN), axis=(1, 2))
+    scaled = matrices_KxNxN / jnp.where(largest > 0, largest, 1)[:, None, None]
 
-    def step(_: Any, vectors: list[jax.Array]) -> list[jax.Array]:
-        vectors = [_apply(a, vector) for vector in vectors]
-        sizes = [jnp.sqrt(jnp.sum(jnp.square(v), axis=1, keepdims=True)) for v in vectors]
-        return [v / jnp.where(s > 0, s, 1) for v, s in zip(vectors, sizes, strict=True)]
+    def estimate(matrix: jax.Array) -> jax.Array:
+        value, _ = optax.power_iteration(matrix, num_iters=iterations, error_tolerance=0.0)
+        return jnp.asarray(value)
 
-    start = [jnp.broadcast_to(signs[None], top.shape), top]
-    vectors = jax.lax.fori_loop(0, iterations, step, start)
-    grown = [jnp.sqrt(jnp.sum(jnp.square(_apply(a, vector)), axis=1)) for vector in vectors]
-    return jnp.maximum(*grown) * scale
-
-
-def _apply(a: jax.Array, vector: jax.Array) -> jax.Array:
-    return jnp.einsum("kij,kj->ki", a, vector, precision="highest")
+    found = jax.vmap(estimate)(scaled).astype(largest.dtype)
+    return jnp.where(largest > 0, found * largest, largest)
 
 
 def multiply(left: jax.Array, right: jax.Array) -> jax.Array:
@@ -373,15 +360,9 @@ def multiply(left: jax.Array, right: jax.Array) -> jax.Array:
 
 
 def power(a: jax.Array, exponent: int) -> jax.Array:
-    """A positive integer power, by repeated squaring."""
-    result = None
-    while exponent:
-        if exponent & 1:
-            result = a if result is None else multiply(result, a)
-        exponent >>= 1
-        a = multiply(a, a) if exponent else a
-    assert result is not None
-    return result
+    """A positive integer power, in full float32."""
+    with jax.default_matmul_precision("highest"):
+        return jnp.linalg.matrix_power(a, exponent)
 
 
 def _ridged(a: jax.Array, ridge: Any, absolute: Any) -> jax.Array:
