@@ -138,8 +138,8 @@ TABLE = (
             "b2": 0.9375,
         },
     ),
-    # Ten steps nearer the target, rounding of what gradients are left is divided by their size, and
-    # orthogonalized: 8e-5 of the parameters, measured.
+    # Newton-Schulz enlarges the smallest singular values, and their rounding, up to 485 times: 8e-5 of
+    # the parameters after ten steps, measured.
     preconditioned(
         "soap_muon",
         0.1,

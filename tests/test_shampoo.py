@@ -12,57 +12,18 @@ import pytest
 import ravine
 from ravine.optimizers.matrix.roots import PseudoInverse
 
+from .preconditioned import (
+    all_finite,
+    assert_trees_close,
+    conditioned,
+    factors,
+    normal,
+    refreshed_roots,
+    run,
+    single,
+)
+
 RATE = 0.01
-
-
-def single(x):
-    return jnp.asarray(x, jnp.float32)
-
-
-def normal(shape, seed=0, count=None, scale=1.0) -> Any:
-    """A standard normal array, or a list of them."""
-    rng = np.random.default_rng(seed)
-    made = [single(scale * rng.normal(size=shape)) for _ in range(count or 1)]
-    return made if count else made[0]
-
-
-def conditioned(n, seed, low=0.5, high=2.0):
-    """A square matrix with singular values between these."""
-    rng = np.random.default_rng(seed)
-    left, right = (np.linalg.qr(rng.normal(size=(n, n)))[0] for _ in range(2))
-    return (left * np.geomspace(low, high, n)) @ right
-
-
-def run(tx, gradients, params=None):
-    """All updates, and the state after each; parameters move if there are any."""
-    given = params is not None
-    params = params if given else jax.tree.map(jnp.zeros_like, gradients[0])
-    state, step = tx.init(params), jax.jit(tx.update)
-    updates, states = [], []
-    for gradient in gradients:
-        update, state = step(gradient, state, params)
-        if given:
-            params = optax.apply_updates(params, update)
-        updates.append(update)
-        states.append(state)
-    return updates, states
-
-
-def factors(state):
-    """All factors, in the order of leaves."""
-    leaves = jax.tree.leaves(state.factors, is_leaf=lambda x: hasattr(x, "residual"))
-    return [leaf for leaf in leaves if hasattr(leaf, "residual")]
-
-
-def all_finite(tree):
-    return all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(tree))
-
-
-def assert_trees_close(found, expected, tolerance):
-    """Relative to each leaf's largest element."""
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        difference = jnp.max(jnp.abs(a - b))
-        assert difference <= tolerance * jnp.max(jnp.abs(b)), float(difference)
 
 
 def direction(weight_decay=0.0, **options):
@@ -299,16 +260,6 @@ def test_exponent_is_taken():
     np.testing.assert_allclose(found, (left * sizes**0.5) @ right, atol=1e-5)
 
 
-def refreshed_roots(before, after):
-    """Which roots differ, one flag each."""
-    return np.concatenate(
-        [
-            np.any(np.asarray(a.root != b.root), axis=(-1, -2)).ravel()
-            for a, b in zip(factors(before), factors(after), strict=True)
-        ]
-    )
-
-
 @pytest.mark.parametrize(("every", "start"), [(4, 4), (4, 10), (3, 7)])
 def test_staggered_refresh_visits_every_root_once_a_period(every, start):
     gradients = [{"a": normal((8, 8), s), "b": normal((5, 3), 50 + s)} for s in range(20)]
@@ -354,150 +305,6 @@ def test_roots_found_in_chunks(max_elements):
     found, _ = run(ravine.scale_by_shampoo(**options, max_elements=max_elements), gradients)
     expected, _ = run(ravine.scale_by_shampoo(**options), gradients)
     assert_trees_close(found, expected, 1e-6)
-
-
-BLOCK = (slice(0, 4), slice(4, 8))  # block (0, 1) of an 8 x 8 leaf
-AT = (0, 0, 1)  # and where its factors are
-
-
-def others(x):
-    """A stack `[1, 2, 2, ...]` without that block."""
-    return jnp.concatenate([x[0, 0, :1], x[0, 1]])
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
-@pytest.mark.parametrize("b2", [1.0, 0.9])
-def test_gradient_that_is_not_finite_stays_in_its_block(b2, bad):
-    """Also one whose squares are not finite.
-
-    Statistics stay to the last bit. So do sums' roots; means' are rescaled, because the weight that
-    they are divided by counts the step.
-    """
-    clean = normal((8, 8), count=8)
-    spoiled = [*clean[:4], clean[4].at[1, 6].set(bad), *clean[5:]]
-    params = jnp.ones((8, 8))
-    tx = optax.chain(
-        ravine.scale_by_shampoo(0.9, b2, every=1, block=4, graft_b2=0.99),
-        ravine.scale_by_learning_rate(RATE),
-    )
-    updates, states = run(tx, spoiled, params)
-    assert all_finite(updates)
-    # In float32 the second moments of a gradient of 1e30 are infinite, here as in Adam itself.
-    assert all_finite([state[0].factors for state in states] if bad == 1e30 else states)
-    expected = run(tx, clean, params)[1]
-    for before, after, should in zip(
-        *(factors(s) for s in (states[3][0], states[4][0], expected[4][0])), strict=True
-    ):
-        np.testing.assert_array_equal(after.statistics[AT], before.statistics[AT])
-        old, new = before.root[AT], after.root[AT]
-        if b2 == 1:
-            np.testing.assert_array_equal(new, old)
-        else:
-            assert_trees_close(new / jnp.linalg.norm(new), old / jnp.linalg.norm(old), 1e-5)
-        np.testing.assert_array_equal(others(after.root), others(should.root))
-        np.testing.assert_array_equal(others(after.statistics), others(should.statistics))
-        assert not np.any(after.refused)
-    for last, before in zip(factors(states[-1][0]), factors(states[4][0]), strict=True):
-        assert jnp.any(last.root[AT] != before.root[AT])
-
-
-def spoil(state, value=math.nan):
-    """NaN in the statistics of the rows' factor of that block."""
-    (rows, columns) = state.factors[0]
-    statistics = rows.statistics.at[(*AT, 2, 2)].set(value)
-    return state._replace(factors=((rows._replace(statistics=statistics), columns),))
-
-
-@pytest.mark.parametrize("patience", [0, 2])
-def test_spoiled_statistics_fall_back_to_the_graft_and_recover(patience):
-    gradients = normal((8, 8), count=9)
-    options = {"block": 4, "every": 1}
-    tx = ravine.scale_by_shampoo(**options, patience=patience)
-    plain, _ = run(ravine.scale_by_shampoo(**{**options, "start": math.inf}), gradients)
-    healthy, _ = run(tx, gradients)
-    step, state = jax.jit(tx.update), tx.init(gradients[0])
-    for gradient in gradients[:3]:
-        _, state = step(gradient, state)
-    trusted = factors(state)[0].root[AT]
-    state = spoil(state)
-    for at in range(3, 7):
-        update, new = step(gradients[at], state)
-        assert all_finite(update)
-        rows, columns = factors(new)
-        refusals = at - 2
-        np.testing.assert_array_equal(rows.root[AT], trusted)
-        assert rows.residual[AT] == jnp.inf
-        assert rows.failures[AT] == rows.refused[AT] == refusals
-        assert jnp.sum(rows.refused) == refusals
-        assert not np.any(columns.refused)
-        assert jnp.all(refreshed_roots(state, new) == (np.arange(8) != 1))
-        agrees = np.array_equal(update[BLOCK], plain[at][BLOCK])
-        assert agrees == (refusals > patience)
-        np.testing.assert_array_equal(update[4:], healthy[at][4:])
-        state = new
-    # Sound statistics again: the next root is good, and the block trusted.
-    rows, columns = state.factors[0]
-    rows = rows._replace(statistics=rows.statistics.at[AT].set(jnp.eye(4)))
-    update, state = step(gradients[7], state._replace(factors=((rows, columns),)))
-    assert factors(state)[0].failures[AT] == 0
-    assert factors(state)[0].refused[AT] == 4
-    assert jnp.any(factors(state)[0].root[AT] != trusted)
-    assert not np.array_equal(update[BLOCK], plain[7][BLOCK])
-
-
-@pytest.mark.parametrize("statistics", ["gram", "kl"])
-@pytest.mark.parametrize("graft", ["none", "sgd", "adagrad", "rmsprop", "adam", "sign"])
-def test_zero_gradients_then_normal_ones(graft, statistics):
-    gradients = [jnp.zeros((8, 8))] * 50 + normal((8, 8), count=8)
-    tx = ravine.scale_by_shampoo(every=2, block=4, graft=graft, statistics=statistics)
-    updates, states = run(tx, gradients)
-    assert not np.any(jnp.stack(updates[:50]))
-    assert all_finite(updates)
-    assert all_finite(states)
-    assert all(not np.any(f.refused) for f in factors(states[-1]))
-    assert all(jnp.any(update != 0) for update in updates[50:])
-
-
-@pytest.mark.parametrize("statistics", ["gram", "kl"])
-@pytest.mark.parametrize("graft", ["none", "adam"])
-def test_rank_one_gradients_for_ever(graft, statistics):
-    vectors = normal((8, 1)), normal((1, 8), 1)
-    gradients = [scale * vectors[0] * vectors[1] for scale in np.linspace(0.5, 1.5, 60)]
-    tx = ravine.scale_by_shampoo(every=5, graft=graft, statistics=statistics)
-    updates, states = run(tx, gradients)
-    assert all_finite(updates)
-    assert all_finite(states)
-    assert all(not np.any(f.refused) for f in factors(states[-1]))
-    assert float(jnp.max(jnp.abs(updates[-1]))) < 10
-
-
-@pytest.mark.parametrize("statistics", ["gram", "kl"])
-@pytest.mark.parametrize("graft", ["none", "adam"])
-def test_spike(graft, statistics):
-    gradients = normal((8, 8), count=60)
-    gradients[20] = 1e6 * gradients[20]
-    tx = ravine.scale_by_shampoo(every=1, graft=graft, statistics=statistics)
-    updates, states = run(tx, gradients)
-    assert all_finite(updates)
-    assert all_finite(states)
-    assert all(not np.any(f.failures) for f in factors(states[-1]))
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
-@pytest.mark.parametrize("graft", ["none", "adam"])
-def test_scale_of_gradients(graft, scale, dtype):
-    gradients = [g.astype(dtype) for g in normal((8, 12), count=60, scale=scale)]
-    updates, states = run(ravine.scale_by_shampoo(every=5, block=6, graft=graft), gradients)
-    assert all(update.dtype == dtype for update in updates)
-    assert all_finite(updates)
-    assert all_finite(states)
-    for factor in factors(states[-1]):
-        assert not np.any(factor.failures)
-        assert not np.any(factor.refused)
-    if graft == "none":
-        # From the start step on, the exponents add up to minus one: scale falls out.
-        assert 1e-3 < float(jnp.max(jnp.abs(updates[-1]))) < 10
 
 
 @pytest.mark.parametrize(
@@ -604,47 +411,6 @@ def test_shampoo_leaves_vectors_to_the_fallback():
         assert_trees_close(ours["dense"]["bias"], bias, 1e-5)
 
 
-@pytest.mark.parametrize(
-    "pointing",
-    [optax.identity(), ravine.scale_by_muon(), ravine.scale_by_shampoo(every=2, graft="none")],
-    ids=["identity", "muon", "shampoo"],
-)
-def test_graft_takes_one_ones_direction_and_anothers_norm(pointing):
-    gradients = [{"a": normal((4, 6), s), "b": normal((5, 5), 9 + s)} for s in range(4)]
-    found, states = run(ravine.graft(pointing, ravine.scale_by_adam()), gradients)
-    directions, _ = run(pointing, gradients)
-    sizes, _ = run(ravine.scale_by_adam(), gradients)
-    assert states[-1].count == 4
-    for update, p, d in zip(found, directions, sizes, strict=True):
-        for name, u in update.items():
-            norm = jnp.linalg.norm(u)
-            assert norm == pytest.approx(float(jnp.linalg.norm(d[name])), rel=1e-5)
-            unit = p[name] / jnp.linalg.norm(p[name])
-            np.testing.assert_allclose(u / norm, unit, atol=1e-6)
-
-
-@pytest.mark.parametrize("start", [1, 3, math.inf])
-def test_start_of_graft(start):
-    gradients = normal((4, 6), count=5)
-    tx = ravine.graft(ravine.scale_by_muon(), ravine.scale_by_adam(), start=start)
-    found, _ = run(tx, gradients)
-    plain, _ = run(ravine.scale_by_adam(), gradients)
-    for step, (a, b) in enumerate(zip(found, plain, strict=True), 1):
-        assert np.array_equal(a, b) == (step < start)
-
-
-def test_graft_of_zero_is_zero():
-    gradients = [jnp.zeros((4, 4))] * 2
-    updates, _ = run(ravine.graft(ravine.scale_by_muon(), ravine.scale_by_adam()), gradients)
-    assert not np.any(jnp.stack(updates))
-
-
-@pytest.mark.parametrize("start", [0, 0.5, -math.inf, math.nan])
-def test_bad_start_of_graft(start):
-    with pytest.raises(ValueError, match="start must be a step"):
-        ravine.graft(optax.identity(), optax.identity(), start=start)
-
-
 BAD = [
     ({"block": 0}, "block"),
     ({"block": 2.5}, "block"),
@@ -710,46 +476,3 @@ def test_shampoo_solves_a_badly_conditioned_least_squares_problem(statistics, st
     options = {"every": 5, "statistics": statistics, "staggered": staggered}
     ours = optax.chain(ravine.scale_by_shampoo(**options), ravine.scale_by_learning_rate(rate))
     assert final(ours) < 0.2 * final(ravine.adam(rate, 0.9, 0.99))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
-def test_two_thousand_steps_at_any_scale(scale, dtype):
-    """Least squares through a hidden layer, gradients scaled: nothing breaks, nothing stays refused."""
-    tx = optax.chain(
-        ravine.scale_by_shampoo(0.9, 0.99, block=8, every=10, graft_eps=1e-30),
-        ravine.scale_by_learning_rate(1e-2),
-    )
-    keys = jax.random.split(jax.random.key(0), 4)
-    params = {
-        "first": 0.3 * jax.random.normal(keys[0], (12, 16)),
-        "second": 0.3 * jax.random.normal(keys[1], (16, 4)),
-        "bias": jnp.zeros(4),
-    }
-    params = jax.tree.map(lambda x: x.astype(dtype), params)
-    hidden = jax.random.normal(keys[2], (12, 4))
-
-    def loss(params, x):
-        params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
-        out = jnp.tanh(x @ params["first"]) @ params["second"] + params["bias"][None]
-        return jnp.mean(jnp.square(out - x @ hidden))
-
-    def step(carry, key):
-        params, state = carry
-        value, grads = jax.value_and_grad(loss)(params, jax.random.normal(key, (32, 12)))
-        grads = jax.tree.map(lambda g: (scale * g.astype(jnp.float32)).astype(dtype), grads)
-        updates, state = tx.update(grads, state, params)
-        return (optax.apply_updates(params, updates), state), value
-
-    run = jax.jit(lambda carry, keys: jax.lax.scan(step, carry, keys))
-    (params, state), losses = run((params, tx.init(params)), jax.random.split(keys[3], 2000))
-    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((params, state, losses)))
-    failures = [
-        x
-        for path, x in jax.tree_util.tree_leaves_with_path(state)
-        if getattr(path[-1], "name", "") == "failures"
-    ]
-    assert len(failures) == 5
-    assert not any(np.any(x) for x in failures)
-    assert losses[-100:].mean() < 0.5 * losses[:10].mean()

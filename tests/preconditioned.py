@@ -1,0 +1,68 @@
+"""What the tests of optimizers with Kronecker factors share."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+
+def single(x):
+    return jnp.asarray(x, jnp.float32)
+
+
+def normal(shape, seed=0, count=None, scale=1.0) -> Any:
+    """A standard normal array, or a list of them."""
+    rng = np.random.default_rng(seed)
+    made = [single(scale * rng.normal(size=shape)) for _ in range(count or 1)]
+    return made if count else made[0]
+
+
+def conditioned(n, seed, low=0.5, high=2.0):
+    """A square matrix with singular values between these."""
+    rng = np.random.default_rng(seed)
+    left, right = (np.linalg.qr(rng.normal(size=(n, n)))[0] for _ in range(2))
+    return (left * np.geomspace(low, high, n)) @ right
+
+
+def run(tx, gradients, params=None):
+    """All updates, and the state after each; parameters move if there are any."""
+    given = params is not None
+    params = params if given else jax.tree.map(jnp.zeros_like, gradients[0])
+    state, step = tx.init(params), jax.jit(tx.update)
+    updates, states = [], []
+    for gradient in gradients:
+        update, state = step(gradient, state, params)
+        if given:
+            params = optax.apply_updates(params, update)
+        updates.append(update)
+        states.append(state)
+    return updates, states
+
+
+def factors(state):
+    """All factors, in the order of leaves."""
+    leaves = jax.tree.leaves(state.factors, is_leaf=lambda x: hasattr(x, "residual"))
+    return [leaf for leaf in leaves if hasattr(leaf, "residual")]
+
+
+def all_finite(tree):
+    return all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(tree))
+
+
+def assert_trees_close(found, expected, tolerance):
+    """Relative to each leaf's largest element."""
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        difference = jnp.max(jnp.abs(a - b))
+        assert difference <= tolerance * jnp.max(jnp.abs(b)), float(difference)
+
+
+def refreshed_roots(before, after):
+    """Which roots differ, one flag each."""
+    return np.concatenate(
+        [
+            np.any(np.asarray(a.root != b.root), axis=(-1, -2)).ravel()
+            for a, b in zip(factors(before), factors(after), strict=True)
+        ]
+    )

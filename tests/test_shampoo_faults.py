@@ -1,0 +1,198 @@
+"""Shampoo when things go wrong: what is not finite, singular, huge or tiny, and for long."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import ravine
+
+from .preconditioned import all_finite, assert_trees_close, factors, normal, refreshed_roots, run
+
+BLOCK = (slice(0, 4), slice(4, 8))  # block (0, 1) of an 8 x 8 leaf
+AT = (0, 0, 1)  # and where its factors are
+
+
+def others(x):
+    """A stack `[1, 2, 2, ...]` without that block."""
+    return jnp.concatenate([x[0, 0, :1], x[0, 1]])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
+@pytest.mark.parametrize("b2", [1.0, 0.9])
+def test_gradient_that_is_not_finite_stays_in_its_block(b2, bad):
+    """Also one whose squares are not finite.
+
+    Statistics stay to the last bit. So do sums' roots; means' are rescaled, because the weight that
+    they are divided by counts the step.
+    """
+    clean = normal((8, 8), count=8)
+    spoiled = [*clean[:4], clean[4].at[1, 6].set(bad), *clean[5:]]
+    params = jnp.ones((8, 8))
+    tx = optax.chain(
+        ravine.scale_by_shampoo(0.9, b2, every=1, block=4, graft_b2=0.99),
+        ravine.scale_by_learning_rate(0.01),
+    )
+    updates, states = run(tx, spoiled, params)
+    assert all_finite(updates)
+    # In float32 the second moments of a gradient of 1e30 are infinite, here as in Adam itself.
+    assert all_finite([state[0].factors for state in states] if bad == 1e30 else states)
+    expected = run(tx, clean, params)[1]
+    for before, after, should in zip(
+        *(factors(s) for s in (states[3][0], states[4][0], expected[4][0])), strict=True
+    ):
+        np.testing.assert_array_equal(after.statistics[AT], before.statistics[AT])
+        old, new = before.root[AT], after.root[AT]
+        if b2 == 1:
+            np.testing.assert_array_equal(new, old)
+        else:
+            assert_trees_close(new / jnp.linalg.norm(new), old / jnp.linalg.norm(old), 1e-5)
+        np.testing.assert_array_equal(others(after.root), others(should.root))
+        np.testing.assert_array_equal(others(after.statistics), others(should.statistics))
+        assert not np.any(after.refused)
+    for last, before in zip(factors(states[-1][0]), factors(states[4][0]), strict=True):
+        assert jnp.any(last.root[AT] != before.root[AT])
+
+
+def spoil(state, value=math.nan):
+    """NaN in the statistics of the rows' factor of that block."""
+    (rows, columns) = state.factors[0]
+    statistics = rows.statistics.at[(*AT, 2, 2)].set(value)
+    return state._replace(factors=((rows._replace(statistics=statistics), columns),))
+
+
+@pytest.mark.parametrize("patience", [0, 2])
+def test_spoiled_statistics_fall_back_to_the_graft_and_recover(patience):
+    gradients = normal((8, 8), count=9)
+    options = {"block": 4, "every": 1}
+    tx = ravine.scale_by_shampoo(**options, patience=patience)
+    plain, _ = run(ravine.scale_by_shampoo(**{**options, "start": math.inf}), gradients)
+    healthy, _ = run(tx, gradients)
+    step, state = jax.jit(tx.update), tx.init(gradients[0])
+    for gradient in gradients[:3]:
+        _, state = step(gradient, state)
+    trusted = factors(state)[0].root[AT]
+    state = spoil(state)
+    for at in range(3, 7):
+        update, new = step(gradients[at], state)
+        assert all_finite(update)
+        rows, columns = factors(new)
+        refusals = at - 2
+        np.testing.assert_array_equal(rows.root[AT], trusted)
+        assert rows.residual[AT] == jnp.inf
+        assert rows.failures[AT] == rows.refused[AT] == refusals
+        assert jnp.sum(rows.refused) == refusals
+        assert not np.any(columns.refused)
+        assert jnp.all(refreshed_roots(state, new) == (np.arange(8) != 1))
+        agrees = np.array_equal(update[BLOCK], plain[at][BLOCK])
+        assert agrees == (refusals > patience)
+        np.testing.assert_array_equal(update[4:], healthy[at][4:])
+        state = new
+    # Sound statistics again: the next root is good, and the block trusted.
+    rows, columns = state.factors[0]
+    rows = rows._replace(statistics=rows.statistics.at[AT].set(jnp.eye(4)))
+    update, state = step(gradients[7], state._replace(factors=((rows, columns),)))
+    assert factors(state)[0].failures[AT] == 0
+    assert factors(state)[0].refused[AT] == 4
+    assert jnp.any(factors(state)[0].root[AT] != trusted)
+    assert not np.array_equal(update[BLOCK], plain[7][BLOCK])
+
+
+@pytest.mark.parametrize("statistics", ["gram", "kl"])
+@pytest.mark.parametrize("graft", ["none", "sgd", "adagrad", "rmsprop", "adam", "sign"])
+def test_zero_gradients_then_normal_ones(graft, statistics):
+    gradients = [jnp.zeros((8, 8))] * 50 + normal((8, 8), count=8)
+    tx = ravine.scale_by_shampoo(every=2, block=4, graft=graft, statistics=statistics)
+    updates, states = run(tx, gradients)
+    assert not np.any(jnp.stack(updates[:50]))
+    assert all_finite(updates)
+    assert all_finite(states)
+    assert all(not np.any(f.refused) for f in factors(states[-1]))
+    assert all(jnp.any(update != 0) for update in updates[50:])
+
+
+@pytest.mark.parametrize("statistics", ["gram", "kl"])
+@pytest.mark.parametrize("graft", ["none", "adam"])
+def test_rank_one_gradients_for_ever(graft, statistics):
+    vectors = normal((8, 1)), normal((1, 8), 1)
+    gradients = [scale * vectors[0] * vectors[1] for scale in np.linspace(0.5, 1.5, 60)]
+    tx = ravine.scale_by_shampoo(every=5, graft=graft, statistics=statistics)
+    updates, states = run(tx, gradients)
+    assert all_finite(updates)
+    assert all_finite(states)
+    assert all(not np.any(f.refused) for f in factors(states[-1]))
+    assert float(jnp.max(jnp.abs(updates[-1]))) < 10
+
+
+@pytest.mark.parametrize("statistics", ["gram", "kl"])
+@pytest.mark.parametrize("graft", ["none", "adam"])
+def test_spike(graft, statistics):
+    gradients = normal((8, 8), count=60)
+    gradients[20] = 1e6 * gradients[20]
+    tx = ravine.scale_by_shampoo(every=1, graft=graft, statistics=statistics)
+    updates, states = run(tx, gradients)
+    assert all_finite(updates)
+    assert all_finite(states)
+    assert all(not np.any(f.failures) for f in factors(states[-1]))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+@pytest.mark.parametrize("graft", ["none", "adam"])
+def test_scale_of_gradients(graft, scale, dtype):
+    gradients = [g.astype(dtype) for g in normal((8, 12), count=60, scale=scale)]
+    updates, states = run(ravine.scale_by_shampoo(every=5, block=6, graft=graft), gradients)
+    assert all(update.dtype == dtype for update in updates)
+    assert all_finite(updates)
+    assert all_finite(states)
+    for factor in factors(states[-1]):
+        assert not np.any(factor.failures)
+        assert not np.any(factor.refused)
+    if graft == "none":
+        # From the start step on, the exponents add up to minus one: scale falls out.
+        assert 1e-3 < float(jnp.max(jnp.abs(updates[-1]))) < 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+def test_two_thousand_steps_at_any_scale(scale, dtype):
+    """Least squares through a hidden layer, gradients scaled: nothing breaks, nothing stays refused."""
+    tx = optax.chain(
+        ravine.scale_by_shampoo(0.9, 0.99, block=8, every=10, graft_eps=1e-30),
+        ravine.scale_by_learning_rate(1e-2),
+    )
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {
+        "first": 0.3 * jax.random.normal(keys[0], (12, 16)),
+        "second": 0.3 * jax.random.normal(keys[1], (16, 4)),
+        "bias": jnp.zeros(4),
+    }
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    hidden = jax.random.normal(keys[2], (12, 4))
+
+    def loss(params, x):
+        params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+        out = jnp.tanh(x @ params["first"]) @ params["second"] + params["bias"][None]
+        return jnp.mean(jnp.square(out - x @ hidden))
+
+    def step(carry, key):
+        params, state = carry
+        value, grads = jax.value_and_grad(loss)(params, jax.random.normal(key, (32, 12)))
+        grads = jax.tree.map(lambda g: (scale * g.astype(jnp.float32)).astype(dtype), grads)
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), value
+
+    run = jax.jit(lambda carry, keys: jax.lax.scan(step, carry, keys))
+    (params, state), losses = run((params, tx.init(params)), jax.random.split(keys[3], 2000))
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((params, state, losses)))
+    failures = [
+        x
+        for path, x in jax.tree_util.tree_leaves_with_path(state)
+        if getattr(path[-1], "name", "") == "failures"
+    ]
+    assert len(failures) == 5
+    assert not any(np.any(x) for x in failures)
+    assert losses[-100:].mean() < 0.5 * losses[:10].mean()
