@@ -139,7 +139,7 @@ def inverse_root(
     largest = jnp.max(jnp.diagonal(a, axis1=1, axis2=2), axis=1, initial=0)
     scale = jnp.where(largest > 0, largest, 1)[:, None, None]
     found = chosen(a / scale, p, ridge, absolute_ridge / scale)
-    product = multiply(found.ridged, power(found.root, p))
+    product = _materialized(multiply(found.ridged, power(found.root, p)))
     residual = jnp.max(jnp.abs(product - found.identity), axis=(1, 2))
     root = power(found.root, q) * scale ** (-q / p)
     if inside is not None:
@@ -363,6 +363,13 @@ def power(a: jax.Array, exponent: int) -> jax.Array:
     """A positive integer power, in full float32."""
     with jax.default_matmul_precision("highest"):
         return jnp.linalg.matrix_power(a, exponent)
+
+
+def _materialized(x: jax.Array) -> jax.Array:
+    """`x`, out of reach of fusion: XLA for CPU (JAX 0.10) makes one kernel of a chain of products and a
+    maximum, four times slower than the two; it drops an optimization barrier before it does."""
+    numbers = jnp.finfo(x.dtype)
+    return jax.lax.reduce_precision(x, numbers.nexp, numbers.nmant)
 
 
 def _ridged(a: jax.Array, ridge: Any, absolute: Any) -> jax.Array:
