@@ -9,6 +9,7 @@ from .kl_shampoo import ScaleByKLShampooState, kl_shampoo, scale_by_kl_shampoo
 from .learning_rate import ScaleByLearningRateState, scale_by_learning_rate
 from .lion import ScaleByLionState, lion, scale_by_lion
 from .matrix_scale import scale_by_matrix_shape
+from .mesh import on_mesh, split_state, state_shardings
 from .momentum import (
     ScaleByEmaMomentumState,
     ScaleByMomentumState,
@@ -79,6 +80,7 @@ __all__ = [
     "muon",
     "names",
     "normuon",
+    "on_mesh",
     "orthogonalize",
     "register",
     "renormalize",
@@ -102,4 +104,6 @@ __all__ = [
     "shampoo",
     "soap",
     "soap_muon",
+    "split_state",
+    "state_shardings",
 ]

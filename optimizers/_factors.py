@@ -11,8 +11,10 @@ import jax.numpy as jnp
 from ._arithmetic import bias_correction, lerp, wide
 from ._tensors import Blocking, finite_blocks, identities
 from .graft import norm_ratio
+from .matrix.distribute import total
 from .matrix.kronecker import mode_gram, rotate
 from .matrix.packing import pack, unpack
+from .matrix.placement import Names
 from .matrix.refresh import Refresh, Unit, refreshed
 from .matrix.roots import Method, inverse_root
 from .matrix.shards import reshape
@@ -75,13 +77,13 @@ class Preconditioner:
     def learn(self, gradient: jax.Array, blocking: Blocking, pieces: Pieces) -> Pieces:
         """Factors whose statistics contain the gradient, but of blocks where it is not finite."""
         return tuple(
-            self._learn(wide(blocks), factors)
+            self._learn(wide(blocks), factors, blocking.summed)
             for blocks, factors in zip(blocking.to_blocks(gradient), pieces, strict=True)
         )
 
-    def _learn(self, blocks: jax.Array, factors: tuple[Factor | None, ...]) -> Any:
+    def _learn(self, blocks: jax.Array, factors: tuple[Factor | None, ...], summed: Names) -> Any:
         order = len(factors)
-        usable, blocks = finite_blocks(blocks, order)
+        usable, blocks = finite_blocks(blocks, order, summed)
         roots = self._roots(blocks, factors) if self.kl else []
 
         def learned(axis: int, factor: Factor) -> Factor:
@@ -89,7 +91,7 @@ class Preconditioner:
             if self.kl:
                 seen = rotate(blocks, [None if at == axis else r for at, r in enumerate(roots)])
             old = self.storage.load(factor.statistics, blocks.shape[blocks.ndim - order + axis])
-            gram = mode_gram(seen, axis, order)
+            gram = total(mode_gram(seen, axis, order), summed)
             new = _accumulated(gram, old, self.b2)
             return factor._replace(
                 statistics=self.storage.keep(jnp.where(usable[..., None, None], new, old))
@@ -121,7 +123,9 @@ class Preconditioner:
                     if factor is not None:
                         exponent = -1 / (2 * axes) if self.exponent is None else self.exponent
                         flat = [_flat(x, factor.residual.ndim) for x in factor]
-                        units.append(Unit((exponent, size), flat[0], tuple(flat[1:])))
+                        units.append(
+                            Unit((exponent, size), flat[0], tuple(flat[1:]), blocking.shards)
+                        )
                         shapes.append(factor)
         weight = _weight(self.b2, step)
 
@@ -196,12 +200,13 @@ def grafted(
     ratio = jnp.ones([], steps[0].dtype)
     if per == "parameter":
         whole = blocking.from_blocks(directions)
-        ratio = norm_ratio(step, whole, tuple(range(whole.ndim)), keep=False)
+        axes = tuple(range(whole.ndim))
+        ratio = norm_ratio(step, whole, axes, keep=False, summed=blocking.leaf_names)
     blocks, ratios = [], []
     for direction, failed, other in zip(directions, distrusted, steps, strict=True):
         if per == "block":
             inside = tuple(range(failed.ndim, direction.ndim))
-            ratio = norm_ratio(other, direction, inside, keep=False)
+            ratio = norm_ratio(other, direction, inside, keep=False, summed=blocking.summed)
         ratios.append(jnp.broadcast_to(ratio, failed.shape).astype(direction.dtype))
         wider = (...,) + (None,) * (direction.ndim - failed.ndim)
         sized = direction * ratios[-1][wider].astype(direction.dtype)

@@ -9,6 +9,7 @@ import optax
 
 from ._arithmetic import wide
 from ._transformation import transformation
+from .matrix.distribute import resharded
 from .matrix.layout import DEFAULT, Layout, MatrixAxes, layout
 from .roles import path_string
 
@@ -36,7 +37,7 @@ def split(tree: Any, layouts: Sequence[Layout]) -> list[tuple[jax.Array, ...]]:
 def joined(pieces: Sequence[Sequence[jax.Array]], like: Any, layouts: Sequence[Layout]) -> Any:
     """The inverse of `split`: a tree shaped like `like`."""
     leaves = [layout.from_matrices(p) for p, layout in zip(pieces, layouts, strict=True)]
-    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+    return jax.tree.map(resharded, jax.tree.unflatten(jax.tree.structure(like), leaves), like)
 
 
 def map_pieces(function: Callable[..., jax.Array], layouts: Sequence[Layout], *trees: Any) -> Any:

@@ -1,6 +1,7 @@
 """Between trees of leaves and the blocks that Kronecker factors belong to."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -11,7 +12,9 @@ from ._arithmetic import wide_dtype
 from ._checks import check_real_leaves
 from ._matrices import Axes
 from .matrix.blocks import BlockGrid, block_grid
+from .matrix.distribute import move_in, move_out, total, zeros
 from .matrix.layout import Layout, MatrixAxes, layout
+from .matrix.placement import WHOLE, Names, Placement, explicit_sizes, mesh_of, names_of, place
 from .roles import path_string
 
 Sides = Literal["both", "rows", "columns", "smaller"]
@@ -27,16 +30,117 @@ class Blocking:
     """One for each tensor of the leaf."""
     factored: tuple[tuple[bool, ...], ...]
     """Of each tensor, which axes have a factor."""
+    placement: Placement = WHOLE
+    """On the mesh that the leaf is sharded over."""
+    is_local: bool = False
+    """Whether all this is about the part of the leaf that one device has."""
+
+    @property
+    def summed(self) -> Names:
+        """Mesh axes over which a block's sums are to be added up."""
+        return self.placement.summed if self.is_local else ()
+
+    @property
+    def leaf_names(self) -> Names:
+        """Mesh axes over which a leaf's sums are to be added up."""
+        outside = self.placement.outside if self.is_local else ()
+        return tuple(name for names in outside for name in names)
+
+    @property
+    def shards(self) -> int:
+        """How many devices share the blocks of the leaf, each with those that this describes."""
+        return self.placement.shards if self.is_local else 1
 
     def to_blocks(self, leaf: jax.Array) -> list[jax.Array]:
         """One array `[L, *counts, *sizes]` for each tensor of the leaf."""
+        if self.is_local:
+            leaf = move_in(leaf, self.placement)
         pieces = (leaf[None],) if self.layout is None else self.layout.to_matrices(leaf)
         return [grid.to_blocks(piece) for grid, piece in zip(self.grids, pieces, strict=True)]
 
     def from_blocks(self, blocks: Sequence[jax.Array]) -> jax.Array:
         """The leaf of these blocks."""
         pieces = [grid.from_blocks(block) for grid, block in zip(self.grids, blocks, strict=True)]
-        return pieces[0][0] if self.layout is None else self.layout.from_matrices(pieces)
+        leaf = pieces[0][0] if self.layout is None else self.layout.from_matrices(pieces)
+        return move_out(leaf, self.placement) if self.is_local else leaf
+
+    def placed(self, leaf: Any, *, sums: bool) -> "Blocking":
+        """The same, placed on the mesh in the leaf's type.
+
+        With `sums`, axes without a factor may be cut anywhere.
+        """
+        mesh = mesh_of(leaf)
+        if mesh is None:
+            return self
+        cuts, free = [1] * len(leaf.shape), []
+        for axis, at in self._grid_axes().items():
+            if at is None:
+                cuts[axis] = leaf.shape[axis]
+            elif self._is_one_piece:
+                grid, has_factor = self.grids[0], self.factored[0][at]
+                even = grid.counts[at] * grid.sizes[at] == grid.sides[at]
+                if has_factor and even:
+                    cuts[axis] = math.gcd(grid.counts[at], leaf.shape[axis])
+                elif not has_factor and sums:
+                    free.append(axis)
+        found = place(names_of(leaf), cuts, explicit_sizes(mesh), free)
+        return dataclasses.replace(self, placement=found)
+
+    def local(self) -> "Blocking":
+        """The blocking of the part of the leaf that one device works on."""
+        parts = [self.placement.parts(names) for names in self.placement.inside]
+        grids = list(self.grids)
+        for axis, at in self._grid_axes().items():
+            if at is not None and parts[axis] > 1:
+                grids[0] = _shrunk(grids[0], at, parts[axis], self.factored[0][at])
+        shrunk = None if self.layout is None else self.layout.shrunk(parts)
+        return dataclasses.replace(self, layout=shrunk, grids=tuple(grids), is_local=True)
+
+    def zeros(self, leaf: Any, dtype: Any, *, inside: bool) -> list[jax.Array]:
+        """For each tensor zeros `[L, *counts]`, in place; with the blocks' own axes if `inside`."""
+        lengths = [1] if self.layout is None else [piece[0] for piece in self.layout.pieces]
+        made = []
+        for length, grid, marks in zip(lengths, self.grids, self.factored, strict=True):
+            names: list[Names] = [()] * (1 + 2 * len(grid.sizes))
+            for axis, at in self._grid_axes().items() if self.placement.inside else ():
+                behind = 0 if at is None or marks[at] else len(grid.sizes)
+                names[0 if at is None else 1 + at + behind] = self.placement.inside[axis]
+            shape = (length, *grid.counts, *grid.sizes)
+            ndim = len(shape) if inside else 1 + len(grid.counts)
+            made.append(zeros(shape[:ndim], dtype, leaf, names[:ndim]))
+        return made
+
+    def _grid_axes(self) -> dict[int, int | None]:
+        """The axes of the leaf that can be cut, and the tensors' axis each cuts; None: batch."""
+        if self.layout is None:
+            return {axis: axis for axis in range(len(self.grids[0].sides))}
+        found: dict[int, int | None] = {
+            self.layout.row_axes[0]: 0,
+            self.layout.column_axes[0]: 1,
+        }
+        if self.layout.batch_axes:
+            found[self.layout.batch_axes[0]] = None
+        return found
+
+    @property
+    def _is_one_piece(self) -> bool:
+        layout = self.layout
+        return layout is None or all(
+            len(side) == 1 and side[0][1] == 1 for side in (layout.row_pieces, layout.column_pieces)
+        )
+
+
+def _shrunk(grid: BlockGrid, axis: int, parts: int, has_factor: bool) -> BlockGrid:
+    """The grid of one of so many parts."""
+
+    def divided(values: tuple[int, ...], by: int) -> tuple[int, ...]:
+        return tuple(v // by if at == axis else v for at, v in enumerate(values))
+
+    return BlockGrid(
+        divided(grid.sides, parts),
+        divided(grid.counts, parts if has_factor else 1),
+        divided(grid.sizes, 1 if has_factor else parts),
+    )
 
 
 def blockings_of(
@@ -47,6 +151,7 @@ def blockings_of(
     sides: Sides,
     *,
     vectors: bool = True,
+    sums: bool = True,
 ) -> list[Blocking]:
     """The blocking of every leaf, in the order of the leaves.
 
@@ -57,6 +162,7 @@ def blockings_of(
       limit: axes longer than this get no factor and are not cut.
       sides: which axes get a factor.
       vectors: whether tensors of one axis get a factor.
+      sums: whether devices may share the axes of a block that have no factor.
     """
 
     def blocking(path: Any, leaf: Any) -> Blocking:
@@ -72,7 +178,7 @@ def blockings_of(
             block_grid(shape, block, [axis for axis, has in enumerate(marks) if not has])
             for shape, marks in zip(shapes, factored, strict=True)
         )
-        return Blocking(found, grids, factored)
+        return Blocking(found, grids, factored).placed(leaf, sums=sums)
 
     return [blocking(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
@@ -95,25 +201,6 @@ def check_blocking(block: int | None, limit: int, sides: Sides) -> None:
         raise ValueError(f"sides must be one of {', '.join(get_args(Sides))}, got {sides!r}.")
 
 
-def map_blocks(
-    params: Any,
-    blockings: Sequence[Blocking],
-    function: Callable[[jax.Array, BlockGrid, tuple[bool, ...]], Any],
-) -> Any:
-    """A tree like `params` of tuples, one entry a tensor: ``function(blocks, grid, factored)``."""
-    check_real_leaves(params)
-    leaves = [
-        tuple(
-            function(*tensor)
-            for tensor in zip(
-                blocking.to_blocks(leaf), blocking.grids, blocking.factored, strict=True
-            )
-        )
-        for leaf, blocking in zip(jax.tree.leaves(params), blockings, strict=True)
-    ]
-    return jax.tree.unflatten(jax.tree.structure(params), leaves)
-
-
 def factors_like(
     params: Any,
     blockings: Sequence[Blocking],
@@ -121,36 +208,53 @@ def factors_like(
 ) -> Any:
     """A tree like `params` of tuples (tensors) of tuples (axes): ``make(scalars, size)`` or None."""
 
-    def factors(blocks: jax.Array, grid: BlockGrid, marks: tuple[bool, ...]) -> Any:
-        sizes = zip(grid.sizes, marks, strict=True)
-        return tuple(make(scalars_of(blocks, grid), size) if has else None for size, has in sizes)
+    def factors(leaf: Any, blocking: Blocking) -> Any:
+        scalars = blocking.zeros(leaf, wide_dtype(leaf.dtype), inside=False)
+        return tuple(
+            tuple(
+                make(zero, size) if has else None
+                for size, has in zip(grid.sizes, marks, strict=True)
+            )
+            for zero, grid, marks in zip(scalars, blocking.grids, blocking.factored, strict=True)
+        )
 
-    return map_blocks(params, blockings, factors)
+    return _map_leaves(factors, params, blockings)
+
+
+def ones_like_scalars(params: Any, blockings: Sequence[Blocking]) -> Any:
+    """A tree like `params` of tuples (tensors) of ones, one for each block."""
+
+    def ones(leaf: Any, blocking: Blocking) -> Any:
+        return tuple(x + 1 for x in blocking.zeros(leaf, wide_dtype(leaf.dtype), inside=False))
+
+    return _map_leaves(ones, params, blockings)
 
 
 def blocks_like(params: Any, blockings: Sequence[Blocking], dtype: Any = None) -> Any:
     """A tree like `params` of tuples (tensors) of zero blocks, by default in at least float32."""
 
-    def zeros(blocks: jax.Array, *_: Any) -> jax.Array:
-        return jnp.zeros_like(blocks, dtype=dtype or wide_dtype(blocks.dtype))
+    def blocks(leaf: Any, blocking: Blocking) -> Any:
+        return tuple(blocking.zeros(leaf, dtype or wide_dtype(leaf.dtype), inside=True))
 
-    return map_blocks(params, blockings, zeros)
+    return _map_leaves(blocks, params, blockings)
 
 
-def finite_blocks(blocks: jax.Array, order: int) -> tuple[jax.Array, jax.Array]:
+def _map_leaves(
+    function: Callable[[Any, Blocking], Any], params: Any, blockings: Sequence[Blocking]
+) -> Any:
+    check_real_leaves(params)
+    leaves, structure = jax.tree.flatten(params)
+    return jax.tree.unflatten(structure, list(map(function, leaves, blockings)))
+
+
+def finite_blocks(blocks: jax.Array, order: int, summed: Names = ()) -> tuple[jax.Array, jax.Array]:
     """Which blocks are finite, `[L, *counts]`, and the blocks with zeros for what is not.
 
     A block counts as finite if its squares can be summed: a Gram matrix would hold that sum.
     """
     inside = tuple(range(blocks.ndim - order, blocks.ndim))
-    usable = jnp.isfinite(jnp.sum(jnp.square(blocks), axis=inside))
+    usable = jnp.isfinite(total(jnp.sum(jnp.square(blocks), axis=inside), summed))
     return usable, jnp.where(jnp.isfinite(blocks), blocks, 0)
-
-
-def scalars_of(blocks: jax.Array, grid: BlockGrid) -> jax.Array:
-    """A zero for every block, `[L, *counts]`, sharded as the blocks are."""
-    inside = tuple(range(blocks.ndim - len(grid.sizes), blocks.ndim))
-    return jnp.zeros_like(blocks, dtype=wide_dtype(blocks.dtype)).sum(axis=inside)
 
 
 def identities(scalars: jax.Array, size: int) -> jax.Array:

@@ -22,12 +22,19 @@ import optax
 from ._arithmetic import bias_correction, ema, increment, root, scalar, wide, wide_zeros_like
 from ._checks import check_decay_rates, check_non_negative
 from ._transformation import transformation
+from .matrix.distribute import largest, total
+from .matrix.placement import Names
 
 Graft = Literal["none", "sgd", "adagrad", "rmsprop", "adam", "adamw", "sign"]
 
 
 def norm_ratio(
-    magnitude: jax.Array, direction: jax.Array, axes: tuple[int, ...], *, keep: bool = True
+    magnitude: jax.Array,
+    direction: jax.Array,
+    axes: tuple[int, ...],
+    *,
+    keep: bool = True,
+    summed: Names = (),
 ) -> jax.Array:
     """`|magnitude| / |direction|` over some axes; where the direction is zero, one.
 
@@ -36,6 +43,7 @@ def norm_ratio(
       direction: one of the same shape.
       axes: those summed over.
       keep: keep them as axes of size one.
+      summed: mesh axes that cut the arrays along these, inside `jax.shard_map`.
 
     Both are divided by their largest element first, so that squares neither overflow nor vanish.
 
@@ -47,9 +55,10 @@ def norm_ratio(
     """
     sizes = []
     for x in (wide(magnitude), wide(direction)):
-        largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0)
-        scaled = x / jnp.where(largest > 0, largest, 1)
-        sizes.append((largest, jnp.sqrt(jnp.sum(jnp.square(scaled), axis=axes, keepdims=True))))
+        most = largest(jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0), summed)
+        scaled = x / jnp.where(most > 0, most, 1)
+        squares = total(jnp.sum(jnp.square(scaled), axis=axes, keepdims=True), summed)
+        sizes.append((most, jnp.sqrt(squares)))
     (above, over), (below, under) = sizes
     nothing = below == 0
     ratio = above / jnp.where(nothing, 1, below) * (over / jnp.where(nothing, 1, under))

@@ -10,7 +10,7 @@ changes nothing in exact arithmetic.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +32,7 @@ from ._tensors import (
 )
 from ._transformation import transformation
 from .decay import Mask
+from .matrix.distribute import per_shard
 from .matrix.eigenbasis import eigenbasis, followed
 from .matrix.kronecker import mode_gram, mode_product, rotate
 from .matrix.refresh import Refresh, once
@@ -128,7 +129,7 @@ def scale_by_kl_shampoo(
         return max(10.0, min(float(size), max_inverse_root)) ** -2
 
     def blockings(tree: Any) -> list[Blocking]:
-        return blockings_of(tree, axes, block, limit, sides)
+        return blockings_of(tree, axes, block, limit, sides, sums=False)
 
     def factor(scalars: jax.Array, size: int) -> KLFactor:
         identity = identities(scalars, size)
@@ -168,10 +169,9 @@ def scale_by_kl_shampoo(
 
         return tuple(None if f is None else one(axis, f) for axis, f in enumerate(factors))
 
-    def update(
-        updates: optax.Updates, state: ScaleByKLShampooState, params: optax.Params | None = None
+    def body(
+        updates: optax.Updates, state: ScaleByKLShampooState, found: Sequence[Blocking]
     ) -> tuple[optax.Updates, ScaleByKLShampooState]:
-        del params
         structure, count = jax.tree.structure(updates), increment(state.count)
         is_first = count == 1
         finite = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0), updates)
@@ -181,7 +181,7 @@ def scale_by_kl_shampoo(
         for g, m, blocking, pieces in zip(
             jax.tree.leaves(updates),
             jax.tree.leaves(mu),
-            blockings(updates),
+            found,
             structure.flatten_up_to(state.factors),
             strict=True,
         ):
@@ -198,6 +198,14 @@ def scale_by_kl_shampoo(
             leaves.append(tuple(new_pieces))
         state = ScaleByKLShampooState(count, mu, jax.tree.unflatten(structure, leaves))
         return jax.tree.unflatten(structure, directions), state
+
+    on_mesh = per_shard(body, init)
+
+    def update(
+        updates: optax.Updates, state: ScaleByKLShampooState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, ScaleByKLShampooState]:
+        del params
+        return on_mesh(updates, state, blockings(updates))
 
     return transformation(init, update)
 

@@ -6,7 +6,7 @@ What can go wrong is kept in the block where it happens: a gradient that is not 
 statistics alone, a root that fails its certificate leaves the previous root in place.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -24,12 +24,12 @@ from ._tensors import (
     blockings_of,
     check_blocking,
     factors_like,
-    map_blocks,
-    scalars_of,
+    ones_like_scalars,
 )
 from ._transformation import transformation
 from .decay import Mask
 from .graft import Graft, magnitude
+from .matrix.distribute import per_shard
 from .matrix.refresh import Refresh
 from .matrix.roots import Method, exponent_fraction
 from .roles import COMMON_RULES, Role, Rules, axes_of_path
@@ -176,7 +176,8 @@ def scale_by_shampoo(
     per = "none" if graft == "none" else graft_per
 
     def blockings(tree: Any) -> list[Blocking]:
-        return blockings_of(tree, axes, block, limit, sides)
+        # KL statistics need whole blocks: they are sums over products of both factors.
+        return blockings_of(tree, axes, block, limit, sides, sums=not preconditioner.kl)
 
     def init(params: optax.Params) -> ScaleByShampooState:
         found = blockings(params)
@@ -185,16 +186,13 @@ def scale_by_shampoo(
             mu=wide_zeros_like(params, mu_dtype),
             nu=size.init(params),
             factors=factors_like(params, found, storage.factor),
-            graft_ratio=map_blocks(
-                params, found, lambda blocks, grid, _: scalars_of(blocks, grid) + 1
-            ),
+            graft_ratio=ones_like_scalars(params, found),
         )
 
-    def update(
-        updates: optax.Updates, state: ScaleByShampooState, params: optax.Params | None = None
+    def body(
+        updates: optax.Updates, state: ScaleByShampooState, found: Sequence[Blocking]
     ) -> tuple[optax.Updates, ScaleByShampooState]:
-        del params
-        count, found = increment(state.count), blockings(updates)
+        count = increment(state.count)
         structure = jax.tree.structure(updates)
         finite = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0), updates)
         mu = ema(finite, state.mu, b1)
@@ -224,6 +222,14 @@ def scale_by_shampoo(
             jax.tree.unflatten(structure, ratios),
         )
         return cast_like(jax.tree.unflatten(structure, directions), updates), state
+
+    on_mesh = per_shard(body, init)
+
+    def update(
+        updates: optax.Updates, state: ScaleByShampooState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, ScaleByShampooState]:
+        del params
+        return on_mesh(updates, state, blockings(updates))
 
     return transformation(init, update)
 

@@ -14,7 +14,7 @@ One thing differs: the authors decay the parameters after the step, which multip
 :math:`1 - \eta\lambda`; here decay is a link of its own, as in AdamW.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,8 +37,10 @@ from ._tensors import (
 )
 from ._transformation import transformation
 from .decay import Mask
+from .matrix.distribute import per_shard, total
 from .matrix.eigenbasis import eigenbasis, followed
 from .matrix.kronecker import mode_gram, mode_product, rotate
+from .matrix.placement import Names
 from .matrix.refresh import Refresh, once, phases_of
 from .matrix.shards import flat_batch, reshape
 from .matrix_scale import Scale, scale_by_matrix_shape
@@ -142,12 +144,11 @@ def scale_by_soap(
             bases=factors_like(params, found, _basis),
         )
 
-    def update(
-        updates: optax.Updates, state: ScaleBySoapState, params: optax.Params | None = None
+    def body(
+        updates: optax.Updates, state: ScaleBySoapState, found: Sequence[Blocking]
     ) -> tuple[optax.Updates, ScaleBySoapState]:
-        del params
         structure, count = jax.tree.structure(updates), increment(state.count)
-        found, trees = blockings(updates), (state.mu, state.nu, state.bases)
+        trees = (state.mu, state.nu, state.bases)
         k = jnp.maximum(count - 1, 1)
         corrected = jnp.sqrt(bias_correction(b2, k)) / bias_correction(b1, k)
         moves = count > 1
@@ -162,7 +163,7 @@ def scale_by_soap(
             for blocks, mu, nu, axes_bases in zip(
                 blocking.to_blocks(g), mus, nus, bases, strict=True
             ):
-                usable, seen = finite_blocks(wide(blocks), len(axes_bases))
+                usable, seen = finite_blocks(wide(blocks), len(axes_bases), blocking.summed)
                 vectors = [None if basis is None else basis.vectors for basis in axes_bases]
                 rotated = rotate(seen, vectors, back=True)
                 new_mu = jnp.where(moves, lerp(rotated, mu, b1), wide(mu))
@@ -171,19 +172,29 @@ def scale_by_soap(
                 adam = jnp.where(moves, adam * corrected.astype(adam.dtype), 0)
                 direction.append(rotate(adam, vectors))
                 learned = tuple(
-                    None if basis is None else _learned(basis, seen, usable, axis, statistics_b2)
+                    None
+                    if basis is None
+                    else _learned(basis, seen, usable, axis, statistics_b2, blocking.summed)
                     for axis, basis in enumerate(axes_bases)
                 )
                 pieces.append((cast(new_mu, mu.dtype), cast(new_nu, nu.dtype), learned))
             directions.append(cast(blocking.from_blocks(direction), g.dtype))
             leaves.append(pieces)
-        leaves = _refreshed(leaves, schedule, count)
+        leaves = _refreshed(leaves, [blocking.shards for blocking in found], schedule, count)
         mu, nu, bases = (
             jax.tree.unflatten(structure, [tuple(piece[at] for piece in leaf) for leaf in leaves])
             for at in range(3)
         )
         state = ScaleBySoapState(count, mu, nu, bases)
         return jax.tree.unflatten(structure, directions), state
+
+    on_mesh = per_shard(body, init)
+
+    def update(
+        updates: optax.Updates, state: ScaleBySoapState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, ScaleBySoapState]:
+        del params
+        return on_mesh(updates, state, blockings(updates))
 
     return transformation(init, update)
 
@@ -193,13 +204,17 @@ def _basis(scalars: jax.Array, size: int) -> Basis:
     return Basis(jnp.zeros_like(identity), identity)
 
 
-def _learned(basis: Basis, seen: jax.Array, usable: jax.Array, axis: int, b2: Any) -> Basis:
+def _learned(
+    basis: Basis, seen: jax.Array, usable: jax.Array, axis: int, b2: Any, summed: Names
+) -> Basis:
     order = seen.ndim - usable.ndim
-    new = lerp(mode_gram(seen, axis, order), basis.statistics, b2)
+    new = lerp(total(mode_gram(seen, axis, order), summed), basis.statistics, b2)
     return basis._replace(statistics=jnp.where(usable[..., None, None], new, basis.statistics))
 
 
-def _refreshed(leaves: list[Any], schedule: Refresh, count: jax.Array) -> list[Any]:
+def _refreshed(
+    leaves: list[Any], shards: Sequence[int], schedule: Refresh, count: jax.Array
+) -> list[Any]:
     """The leaves with new bases where they are due, and the moments in them."""
     units = [
         (at, piece, axis)
@@ -208,8 +223,11 @@ def _refreshed(leaves: list[Any], schedule: Refresh, count: jax.Array) -> list[A
         for axis, basis in enumerate(bases)
         if basis is not None
     ]
-    costs = [leaves[at][piece][2][axis].vectors for at, piece, axis in units]
-    phases = phases_of([x.size * float(x.shape[-1]) for x in costs], schedule.phases)
+    costs = []
+    for at, piece, axis in units:
+        vectors = leaves[at][piece][2][axis].vectors
+        costs.append(float(shards[at] * vectors.size * vectors.shape[-1]))
+    phases = phases_of(costs, schedule.phases)
     busy, k = jnp.zeros([], bool), count - 1
     for (at, piece, axis), phase in zip(units, phases, strict=True):
         mu, nu, bases = leaves[at][piece]

@@ -25,8 +25,6 @@ class Row:
     constant_learning_rate: float = 1e-2
     # Takes leaves of two axes or more only: the tests leave out vectors and scalars.
     needs_matrices: bool = False
-    # Works on whole matrices: shards may cut the batch axes of leaves, not rows and columns.
-    whole_matrices: bool = False
     # Relative to each leaf's largest value. The same arithmetic on a shard may still contract into
     # fused multiply-adds elsewhere, which moves the last bit (JAX 0.12, CPU; JAX 0.10 is bitwise).
     sharded_tolerance: float = 1e-6
@@ -62,7 +60,7 @@ class Row:
         if self.survives_nan:
             # Square: where gradients have no part, the basis is anybody's choice.
             shapes = {"first": (4, 4), "second": (5, 5)}
-        if self.whole_matrices:
+        if self.needs_matrices:
             shapes |= {"stack": (4, 3, 3) if self.survives_nan else (4, 3, 5)}
         rng = np.random.default_rng(seed)
         return {k: jnp.asarray(rng.normal(size=shape), dtype) for k, shape in shapes.items()}
@@ -75,7 +73,6 @@ def matrices(name: str, learning_rate: float, hyperparameters: Any = (), **field
         learning_rate,
         {"rules": ((".*", "matrix"),), **dict(hyperparameters)},
         needs_matrices=True,
-        whole_matrices=True,
         **{"sharded_tolerance": 1e-5, **fields},
     )
 

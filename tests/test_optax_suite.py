@@ -69,8 +69,7 @@ ALIAS = [options(row) for row in ANY_SHAPE]
 CONTRIB = [options(row, **NO_WRAPPER) for row in ANY_SHAPE]
 INJECTED = [options(row, present(row), **NO_WRAPPER) for row in ANY_SHAPE]
 MATRIX = [options(row, **NO_WRAPPER) for row in TABLE]
-# Optax shards the rows and columns of a matrix.
-INSTANCES = [(str(i), row.build()) for i, row in enumerate(TABLE) if not row.whole_matrices]
+INSTANCES = [(str(i), row.build()) for i, row in enumerate(TABLE)]
 DTYPES = ("bfloat16", "float32")
 
 

@@ -6,11 +6,14 @@ are joined, and the joint batch is cut where its temporary memory would pass a b
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from .distribute import whole_matrices
+from .placement import Names, explicit_sizes, mesh_of, names_of, spec
 
 MAX_ELEMENTS = {"cpu": 2**21}
 """Elements worked on at once, by platform; `MAX_ELEMENTS_ELSEWHERE` on all others. A CPU gains nothing
@@ -26,8 +29,8 @@ def map_matrices(
     """Applies `function` to all matrices, those of equal shape together.
 
     The function must commute with transposition, as orthogonalization does: tall matrices are handed
-    to it transposed. This is the one place through which every batch of whole matrices passes, and so
-    the place to distribute them over a mesh.
+    to it transposed. This is the one place through which every batch of whole matrices passes. On a
+    mesh, each matrix is worked on by one device, see `whole_matrices`.
 
     Args:
       function: maps a batch `[K, m, n]`, m <= n, to one of the same shape, matrix by matrix.
@@ -50,19 +53,59 @@ def map_matrices(
       >>> shapes, [result.shape for result in results]
       ([(3, 3, 4), (1, 2, 2)], [(2, 3, 4), (1, 4, 3), (1, 2, 2)])
     """
-    groups: dict[tuple[int, int, str], list[int]] = {}
-    for index, piece in enumerate(pieces):
-        rows, columns = sorted(piece.shape[1:])
-        groups.setdefault((rows, columns, str(piece.dtype)), []).append(index)
+    cuts = [names_of(piece) for piece in pieces]
+    meshes = [mesh for piece in pieces if (mesh := mesh_of(piece)) is not None]
+    if not meshes:
+        return _map_local(function, pieces, cuts, {}, max_elements)
+    sizes, specs = explicit_sizes(meshes[0]), tuple(map(spec, cuts))
+    local = jax.shard_map(
+        lambda *pieces: _map_local(function, pieces, cuts, sizes, max_elements),
+        mesh=meshes[0],
+        in_specs=specs,
+        out_specs=list(specs),
+        axis_names=set(sizes),
+        check_vma=False,
+    )
+    return local(*pieces)
+
+
+def _map_local(
+    function: Callable[[jax.Array], jax.Array],
+    pieces: Pieces,
+    cuts: Sequence[tuple[Names, ...]],
+    sizes: Mapping[str, int],
+    max_elements: int | None,
+) -> list[jax.Array]:
+    """`map_matrices` on one device's parts of pieces that mesh axes of these sizes cut."""
+    parts = lambda names: math.prod(sizes[name] for name in names)
+    groups: dict[Any, list[tuple[int, bool]]] = {}
+    for index, (piece, (batch, *sides)) in enumerate(zip(pieces, cuts, strict=True)):
+        whole = [n * parts(names) for n, names in zip(piece.shape[1:], sides, strict=True)]
+        is_wide = whole[0] <= whole[1]
+        order = (0, 1) if is_wide else (1, 0)
+        key = (batch, *((whole[at], sides[at]) for at in order), str(piece.dtype))
+        groups.setdefault(key, []).append((index, is_wide))
     results: list[jax.Array] = list(pieces)
-    for (rows, columns, _), members in groups.items():
+    for (batch_names, (rows, row_names), (columns, column_names), _), members in groups.items():
         if rows * columns == 0:
             continue
-        batch = _join([_wide(pieces[index]) for index in members])
-        done = in_chunks(function, batch, largest_chunk((rows, columns), max_elements))
-        lengths = [pieces[index].shape[0] for index in members]
-        for index, part in zip(members, _unjoin(done, lengths), strict=True):
-            results[index] = part if _is_wide(pieces[index]) else jnp.swapaxes(part, 1, 2)
+        batch = _join(
+            [
+                pieces[index] if wide else jnp.swapaxes(pieces[index], 1, 2)
+                for index, wide in members
+            ]
+        )
+        most = largest_chunk((rows, columns), max_elements)
+        done = whole_matrices(
+            lambda batch, most=most: in_chunks(function, batch, most),
+            batch,
+            row_names,
+            column_names,
+            {name: size for name, size in sizes.items() if name not in batch_names},
+        )
+        lengths = [pieces[index].shape[0] for index, _ in members]
+        for (index, wide), part in zip(members, _unjoin(done, lengths), strict=True):
+            results[index] = part if wide else jnp.swapaxes(part, 1, 2)
     return results
 
 
@@ -116,14 +159,6 @@ def in_chunks(
 
 def _part(x: jax.Array, start: Any, length: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(x, start, length)
-
-
-def _is_wide(piece: jax.Array) -> bool:
-    return piece.shape[1] <= piece.shape[2]
-
-
-def _wide(piece: jax.Array) -> jax.Array:
-    return piece if _is_wide(piece) else jnp.swapaxes(piece, 1, 2)
 
 
 def _join(parts: list[jax.Array]) -> jax.Array:

@@ -11,8 +11,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+
+from .placement import Names, names_of, spec
+from .shards import reshape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +72,9 @@ class Layout:
         if leaf.shape != self.shape:
             raise ValueError(f"expected an array of shape {self.shape}, got {leaf.shape}.")
         rows, columns = (sum(n for n, _ in side) for side in (self.row_pieces, self.column_pieces))
+        leaf, names = self._divisible(leaf)
         # JAX leaves out a transposition or a reshape that changes nothing.
-        flat = leaf.transpose(self._order).reshape(self._batch, rows, columns)
+        flat = reshape(leaf.transpose(self._order), (self._batch, rows, columns), names)
         return tuple(
             _fold(block, p, q)
             for strip, p in _split(flat, self.row_pieces, axis=1)
@@ -85,8 +90,49 @@ class Layout:
             _join([_unfold(next(remaining), p, q) for _, q in self.column_pieces], axis=2)
             for _, p in self.row_pieces
         ]
-        ordered = _join(strips, axis=1).reshape([self.shape[axis] for axis in self._order])
+        flat = _join(strips, axis=1)
+        names: list[Names] = [()] * len(self.shape)
+        for side, axes in zip(names_of(flat), self._sides, strict=True):
+            for axis in axes[:1]:
+                names[self._order.index(axis)] = side
+        ordered = reshape(flat, [self.shape[axis] for axis in self._order], names)
         return ordered.transpose([self._order.index(axis) for axis in range(len(self.shape))])
+
+    def shrunk(self, parts: Sequence[int]) -> "Layout":
+        """Of one of so many equal parts along every axis, sides cut only where in one piece."""
+
+        def side(
+            axes: tuple[int, ...], pieces: tuple[tuple[int, int], ...]
+        ) -> tuple[tuple[int, int], ...]:
+            cut = math.prod(parts[axis] for axis in axes)
+            return pieces if cut == 1 else tuple((size // cut, equal) for size, equal in pieces)
+
+        return dataclasses.replace(
+            self,
+            shape=tuple(size // part for size, part in zip(self.shape, parts, strict=True)),
+            row_pieces=side(self.row_axes, self.row_pieces),
+            column_pieces=side(self.column_axes, self.column_pieces),
+        )
+
+    def _divisible(self, leaf: Any) -> tuple[Any, tuple[Names, ...]]:
+        """The leaf, gathered along axes that shards cannot cut once it is matrices, and what cuts these.
+
+        They can cut the slowest axis of the batch, and of rows and columns that are one piece.
+        """
+        names, kept, sides = names_of(leaf), [()] * leaf.ndim, []
+        pieces = (((1, 1),), self.row_pieces, self.column_pieces)
+        for axes, side in zip(self._sides, pieces, strict=True):
+            able = bool(axes) and len(side) == 1 and side[0][1] == 1
+            sides.append(names[axes[0]] if able else ())
+            if able:
+                kept[axes[0]] = names[axes[0]]
+        if tuple(kept) != names:
+            leaf = jax.reshard(leaf, spec(kept))
+        return leaf, tuple(sides)
+
+    @property
+    def _sides(self) -> tuple[tuple[int, ...], ...]:
+        return self.batch_axes, self.row_axes, self.column_axes
 
     @property
     def _order(self) -> tuple[int, ...]:
@@ -176,14 +222,16 @@ def _fold(x: Any, p: int, q: int) -> Any:
     batch, m, n = x.shape[0], x.shape[1] // p, x.shape[2] // q
     if p * q == 1:
         return x
-    return x.reshape(batch, p, m, q, n).transpose(0, 1, 3, 2, 4).reshape(batch * p * q, m, n)
+    parts = reshape(x, (batch, p, m, q, n)).transpose(0, 1, 3, 2, 4)
+    return reshape(parts, (batch * p * q, m, n))
 
 
 def _unfold(x: Any, p: int, q: int) -> Any:
     batch, m, n = x.shape[0] // (p * q), *x.shape[1:]
     if p * q == 1:
         return x
-    return x.reshape(batch, p, q, m, n).transpose(0, 1, 3, 2, 4).reshape(batch, p * m, q * n)
+    parts = reshape(x, (batch, p, q, m, n)).transpose(0, 1, 3, 2, 4)
+    return reshape(parts, (batch, p * m, q * n))
 
 
 def _library(x: Any) -> Any:

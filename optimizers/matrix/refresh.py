@@ -89,6 +89,13 @@ class Unit(NamedTuple):
     """`[B, n, m]`, read only."""
     carry: Any
     """A tree of arrays `[B, ...]`: what is refreshed."""
+    shards: int = 1
+    """How many devices have as many of the leaf's matrices each."""
+
+    @property
+    def cost(self) -> float:
+        """Proportional to the work on all the leaf's matrices, however they are sharded."""
+        return self.shards * self.source.size * math.prod(self.source.shape[1:]) ** 0.5
 
 
 def refreshed(
@@ -104,7 +111,7 @@ def refreshed(
     one place where factors of different leaves come together, and so the place to distribute them.
     """
     carries = [unit.carry for unit in units]
-    costs = [unit.source.size * math.prod(unit.source.shape[1:]) ** 0.5 for unit in units]
+    costs = [unit.cost for unit in units]
     groups: dict[Any, list[int]] = {}
     for at, phase in enumerate(phases_of(costs, schedule.phases)):
         groups.setdefault((phase, *_likeness(units[at])), []).append(at)

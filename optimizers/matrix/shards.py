@@ -9,12 +9,13 @@ independent places of a program or from two devices, wait for each other for eve
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import PartitionSpec
+
+from .placement import Names, names_of, spec
 
 
 def on_shards(function: Callable[[jax.Array], Any], batch: jax.Array) -> Any:
@@ -50,8 +51,14 @@ def on_shards(function: Callable[[jax.Array], Any], batch: jax.Array) -> Any:
     return jax.shard_map(local, in_specs=spec, out_specs=spec)(batch)
 
 
-def reshape(x: Any, shape: tuple[int, ...]) -> Any:
-    """``x.reshape(shape)``, where the first axis keeps how it is sharded by type.
+def reshape(x: Any, shape: Sequence[int], names: Sequence[Names] | None = None) -> Any:
+    """``x.reshape(shape)``, cut by mesh axes as it was.
+
+    Args:
+      x: a NumPy or JAX array.
+      shape: of the result.
+      names: by axis of the result, the mesh axes that cut it; by default those that cut the first axis
+        still do, and no other axis may be cut.
 
     Example:
       >>> import jax.numpy as jnp
@@ -59,19 +66,18 @@ def reshape(x: Any, shape: tuple[int, ...]) -> Any:
       >>> reshape(jnp.ones((2, 6)), (2, 2, 3)).shape
       (2, 2, 3)
     """
-    if isinstance(x, np.ndarray) or jax.typeof(x).sharding.mesh.empty:
+    shape = tuple(shape)
+    before = names_of(x)
+    if x.shape == shape or not any(before):
         return x.reshape(shape)
-    spec = jax.typeof(x).sharding.spec
-    if not any(axis is not None for axis in spec):
-        return x.reshape(shape)
-    if any(axis is not None for axis in spec[1:]):
-        raise ValueError(
-            f"an array of shape {x.shape} is sharded as {spec}, and only its batch axis may be here; "
-            "keep rows and columns of matrices whole."
-        )
-    return jax.lax.reshape(
-        x, shape, out_sharding=PartitionSpec(spec[0], *(None,) * (len(shape) - 1))
-    )
+    if names is None:
+        if any(before[1:]):
+            raise ValueError(
+                f"an array of shape {x.shape} is cut by the mesh axes {before}, and only its batch axis "
+                "may be here; keep rows and columns of matrices whole."
+            )
+        names = (before[0], *((),) * (len(shape) - 1))
+    return jax.lax.reshape(x, shape, out_sharding=spec(names))
 
 
 def flat_batch(matrices: jax.Array, size: int) -> jax.Array:

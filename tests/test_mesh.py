@@ -1,0 +1,238 @@
+"""Optimizers on meshes: blocks, whole matrices, sums over shards, and what is communicated for them."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import ravine
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+RULES = ((".*", "matrix"),)
+SHAPES = {"a": (8, 16), "b": (16, 8), "stack": (4, 8, 8), "odd": (6, 10), "tall": (24, 4)}
+COMMON = {"rules": RULES, "every": 2}
+# Decay rates that float32 holds exactly.
+MOMENTS = {"b1": 0.9375, "b2": 0.9375, "eps": 1e-2}
+SHAMPOO = {**COMMON, "b2": 0.96875}
+# By name: what builds it, and how near it has to be to one device. Blocks that no shard crosses are
+# worked on as there; where sums run over shards, roots magnify what rounding makes of their order.
+OPTIMIZERS = {
+    "shampoo": (lambda: ravine.shampoo(0.1, block=4, **SHAMPOO), 1e-6),
+    "per-parameter": (lambda: ravine.shampoo(0.1, block=4, graft_per="parameter", **SHAMPOO), 1e-5),
+    "staggered": (lambda: ravine.shampoo(0.1, block=4, staggered=True, **SHAMPOO), 1e-6),
+    "one-sided": (lambda: ravine.shampoo(0.1, block=4, limit=8, **SHAMPOO), 1e-5),
+    "unblocked": (lambda: ravine.shampoo(0.1, **SHAMPOO), 1e-5),
+    "kl": (lambda: ravine.shampoo(0.1, block=4, limit=8, statistics="kl", **SHAMPOO), 1e-5),
+    "soap": (lambda: ravine.soap(0.1, block=4, **MOMENTS, **COMMON), 1e-6),
+    "soap-one-sided": (lambda: ravine.soap(0.1, block=4, limit=8, **MOMENTS, **COMMON), 1e-5),
+    "kl_shampoo": (lambda: ravine.kl_shampoo(0.1, block=4, **COMMON), 1e-5),
+    "muon": (lambda: ravine.muon(0.1, rules=RULES), 1e-5),
+    "normuon": (lambda: ravine.normuon(0.1, rules=RULES), 1e-5),
+    "hyperball": (
+        lambda: optax.chain(
+            ravine.scale_by_muon(),
+            ravine.scale_by_parameter_norm(),
+            ravine.scale_by_learning_rate(0.01),
+            ravine.keep_parameter_norm(),
+        ),
+        1e-5,
+    ),
+    "split-adamw": (lambda: ravine.split_state(ravine.adamw(0.1)), 1e-6),
+}
+MESHES = {
+    "fsdp": ({"x": 8}, {"a": P("x"), "b": P("x"), "stack": P(None, "x"), "tall": P("x")}),
+    "mixed": (
+        {"x": 4, "y": 2},
+        {"a": P("x", "y"), "b": P("y"), "stack": P(None, "x", "y"), "odd": P(None, "y")},
+    ),
+    "data": ({"data": 2, "x": 2, "y": 2}, {"a": P(("x", "y")), "b": P("y", "x"), "stack": P("x")}),
+}
+
+
+def tree(seed):
+    rng = np.random.default_rng(seed)
+    return {k: jnp.asarray(rng.normal(size=shape), jnp.float32) for k, shape in SHAPES.items()}
+
+
+def train(tx, params, target):
+    """Parameters and state after ten steps, the state before, and the step."""
+    first = state = jax.jit(tx.init)(params)
+
+    @jax.jit
+    def step(params, state):
+        grads = jax.tree.map(lambda p, t: p - t, params, target)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(10):
+        params, state = step(params, state)
+    return params, state, first, step
+
+
+ALONE = {}
+
+
+# Under Auto axes the program inside is the Explicit one; `on_mesh` is the same for every layout.
+CASES = [*((layout, AxisType.Explicit) for layout in MESHES), ("mixed", AxisType.Auto)]
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind"), CASES, ids=[f"{layout}-{kind.name}" for layout, kind in CASES]
+)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_ten_steps_equal_those_of_one_device(name, layout, kind):
+    build, tolerance = OPTIMIZERS[name]
+    if layout == "data":
+        # Some device has a single block there, which XLA for CPU multiplies by another kernel than a
+        # batch of blocks: 5e-6 of the parameters after ten steps, measured.
+        tolerance = max(tolerance, 1e-5)
+    if name not in ALONE:
+        ALONE[name] = train(build(), tree(0), tree(1))[0]
+    sizes, specs = MESHES[layout]
+    specs = {k: specs.get(k, P()) for k in SHAPES}
+    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(kind,) * len(sizes))
+    shardings = {k: NamedSharding(mesh, s) for k, s in specs.items()}
+    tx = ravine.on_mesh(build(), specs) if kind == AxisType.Auto else build()
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(tree(seed), shardings) for seed in (0, 1)]
+        params, state, first, step = train(tx, *placed)
+    for k, expected in ALONE[name].items():
+        error = jnp.max(jnp.abs(np.asarray(params[k]) - expected))
+        assert error <= tolerance * jnp.max(jnp.abs(expected)), k
+    same = lambda a, b: a.is_equivalent_to(b, len(a.spec))
+    assert all(same(x.sharding, shardings[k]) for k, x in params.items())
+    for after, before in zip(jax.tree.leaves(state), jax.tree.leaves(first), strict=True):
+        assert after.sharding.is_equivalent_to(before.sharding, after.ndim)
+    # Once for arguments as `device_put` made them, once for those of its own.
+    assert step._cache_size() <= 2
+
+
+COLLECTIVE = re.compile(
+    r"= .* (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+)
+
+
+def collectives(tx, specs, sizes):
+    """Names of the collectives in the compiled update, and of those in loops."""
+    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes))
+    with jax.set_mesh(mesh):
+        params = {
+            k: jax.ShapeDtypeStruct(SHAPES[k], jnp.float32, sharding=NamedSharding(mesh, s))
+            for k, s in specs.items()
+        }
+        state = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            jax.eval_shape(tx.init, params),
+            ravine.state_shardings(tx, params),
+        )
+        text = jax.jit(tx.update).lower(params, state).compile().as_text()
+    bodies = set(re.findall(r"body=%?([\w.]+)", text))
+    found, inside, current = [], [], ""
+    for line in text.splitlines():
+        if header := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(", line):
+            current = header.group(1)
+        if match := COLLECTIVE.search(line):
+            found.append(match.group(1))
+            inside += [match.group(1)] * (current in bodies)
+    return found, inside
+
+
+ALIGNED = {"a": P("x", "y"), "b": P("y", "x"), "stack": P(None, "x", "y")}
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        ravine.scale_by_shampoo(block=4, every=2),
+        ravine.scale_by_shampoo(block=4, every=2, staggered=True),
+        ravine.scale_by_soap(block=4, every=2),
+        ravine.scale_by_kl_shampoo(block=4, every=2),
+    ],
+    ids=["shampoo", "staggered", "soap", "kl_shampoo"],
+)
+def test_aligned_blocks_need_no_communication(tx):
+    assert collectives(tx, ALIGNED, {"x": 2, "y": 2}) == ([], [])
+
+
+def test_blocks_that_shards_cross_are_seen_by_the_test_above():
+    found, inside = collectives(ravine.scale_by_shampoo(every=2), ALIGNED, {"x": 2, "y": 2})
+    assert found
+    assert not inside
+
+
+def test_muon_exchanges_once_in_and_once_out_for_every_shape():
+    found, inside = collectives(ravine.scale_by_muon(), ALIGNED, {"x": 4, "y": 2})
+    # a and b, transposed, are one batch; the stack is another.
+    assert found == ["all-to-all"] * 4
+    assert not inside
+
+
+def test_state_is_split_over_mesh_axes_that_parameters_do_not_use():
+    mesh = jax.make_mesh((4, 2), ("data", "x"))
+    params = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=NamedSharding(mesh, P("x")))
+    shampoo = ravine.state_shardings(ravine.scale_by_shampoo(block=4), params)
+    assert shampoo.factors[0][0].statistics.spec == P(None, "x", "data", None, None)
+    assert shampoo.mu.spec == P("x", None)
+    adam = ravine.state_shardings(ravine.split_state(ravine.scale_by_adam()), params)
+    assert adam.mu.spec == P("x", "data")
+
+
+def test_state_shardings_of_other_transformations():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    params = {"w": jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=NamedSharding(mesh, P("x")))}
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.masked(optax.adam(1e-3), {"w": True}), optax.ema(0.9)
+    )
+    found = ravine.state_shardings(tx, params)
+    assert jax.tree.structure(found) == jax.tree.structure(jax.eval_shape(tx.init, params))
+    specs = {s.spec for s in jax.tree.leaves(found)}
+    assert specs == {P(), P("x", None)}
+    assert all(s.mesh == mesh for s in jax.tree.leaves(found))
+
+
+def test_init_and_pjit_take_state_shardings():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    params = jax.device_put(tree(0)["a"], NamedSharding(mesh, P("x")))
+    tx = ravine.on_mesh(ravine.scale_by_shampoo(block=4, every=2), P("x"), mesh)
+    shardings = ravine.state_shardings(tx, params)
+    state = jax.jit(tx.init, out_shardings=shardings)(params)
+    update = jax.jit(
+        tx.update,
+        in_shardings=(params.sharding, shardings),
+        out_shardings=(params.sharding, shardings),
+    )
+    updates, state = update(params, state)
+    assert updates.sharding == params.sharding
+    assert jax.tree.map(lambda x: x.sharding, state) == shardings
+    if hasattr(jax.experimental, "pjit"):
+        from jax.experimental.pjit import pjit
+
+        again, _ = pjit(tx.update)(params, tx.init(params))
+        np.testing.assert_allclose(again, updates, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("specs", "message"),
+    [
+        ({"w": P("y")}, r"'w' of shape \(6, 4\): the mesh has no axis 'y', only 'x'"),
+        ({"w": P("x")}, r"'w' of shape \(6, 4\): axis 0 of 6 does not divide by the 4 devices"),
+        ({"w": P(None, None, "x")}, r"'w' of shape \(6, 4\) has fewer axes"),
+    ],
+)
+def test_bad_specifications(specs, message):
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
+    tx = ravine.on_mesh(ravine.scale_by_adam(), specs, mesh)
+    with pytest.raises(ValueError, match=message):
+        tx.init({"w": jnp.ones((6, 4))})
+
+
+def test_missing_mesh_and_missing_shardings():
+    with pytest.raises(ValueError, match="there is no mesh"):
+        ravine.on_mesh(ravine.scale_by_adam(), P()).init(jnp.ones(2))
+    with pytest.raises(ValueError, match="'w' has no NamedSharding"):
+        ravine.state_shardings(ravine.scale_by_adam(), {"w": jnp.ones(2)})
+    with pytest.raises(ValueError, match="no leaf"):
+        ravine.state_shardings(ravine.scale_by_adam(), {})
