@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest
 # More flags for the race: make race RACE="--steps 20"
 RACE ?=
 
-.PHONY: race test test-slow lint format golden clean
+.PHONY: race test test-slow test-pods lint format golden clean
 
 race: $(STAMP)
 	@echo "==> race: optimizers train the same language model on this Python's own source text"
@@ -18,11 +18,24 @@ race: $(STAMP)
 
 test: $(STAMP)
 	@echo "==> test: all tests, on 8 virtual CPU devices, 2 processes"
-	$(PYTEST) -n 2 --dist loadgroup -m "not slow"
+	$(PYTEST) -n 2 --dist loadgroup -m "not slow and not pods"
 
 test-slow: $(STAMP)
 	@echo "==> test-slow: the long sweeps"
 	$(PYTEST) -m slow
+
+# The TPU's compiler in a folder of its own: in .venv, JAX would look for a TPU at every start.
+TPU := .cache/tpu
+LIBTPU = $(shell $(BIN)/python -c 'import importlib.metadata as m; print(next(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))')
+
+$(TPU)/.installed: $(STAMP)
+	@echo "==> setup: installing the TPU's compiler into $(TPU)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(TPU) '$(LIBTPU)'
+	@touch $@
+
+test-pods: $(TPU)/.installed
+	@echo "==> test-pods: optimizers compiled for TPU pods, without a TPU"
+	PYTHONPATH=$(TPU) $(PYTEST) -m pods
 
 lint: $(STAMP)
 	@echo "==> lint: ruff and basedpyright"

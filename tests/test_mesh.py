@@ -1,7 +1,5 @@
 """Optimizers on meshes: blocks, whole matrices, sums over shards, and what is communicated for them."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +8,7 @@ import pytest
 import ravine
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from ravine.training.hlo import collectives
 
 RULES = ((".*", "matrix"),)
 SHAPES = {"a": (8, 16), "b": (16, 8), "stack": (4, 8, 8), "odd": (6, 10), "tall": (24, 4)}
@@ -110,12 +109,7 @@ def test_ten_steps_equal_those_of_one_device(name, layout, kind):
     assert step._cache_size() <= 2
 
 
-COLLECTIVE = re.compile(
-    r"= .* (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
-)
-
-
-def collectives(tx, specs, sizes):
+def communicated(tx, specs, sizes):
     """Names of the collectives in the compiled update, and of those in loops."""
     mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes))
     with jax.set_mesh(mesh):
@@ -129,15 +123,8 @@ def collectives(tx, specs, sizes):
             ravine.state_shardings(tx, params),
         )
         text = jax.jit(tx.update).lower(params, state).compile().as_text()
-    bodies = set(re.findall(r"body=%?([\w.]+)", text))
-    found, inside, current = [], [], ""
-    for line in text.splitlines():
-        if header := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(", line):
-            current = header.group(1)
-        if match := COLLECTIVE.search(line):
-            found.append(match.group(1))
-            inside += [match.group(1)] * (current in bodies)
-    return found, inside
+    found = collectives(text)
+    return [c.kind for c in found], [c.kind for c in found if c.in_loop]
 
 
 ALIGNED = {"a": P("x", "y"), "b": P("y", "x"), "stack": P(None, "x", "y")}
@@ -154,17 +141,17 @@ ALIGNED = {"a": P("x", "y"), "b": P("y", "x"), "stack": P(None, "x", "y")}
     ids=["shampoo", "staggered", "soap", "kl_shampoo"],
 )
 def test_aligned_blocks_need_no_communication(tx):
-    assert collectives(tx, ALIGNED, {"x": 2, "y": 2}) == ([], [])
+    assert communicated(tx, ALIGNED, {"x": 2, "y": 2}) == ([], [])
 
 
 def test_blocks_that_shards_cross_are_seen_by_the_test_above():
-    found, inside = collectives(ravine.scale_by_shampoo(every=2), ALIGNED, {"x": 2, "y": 2})
+    found, inside = communicated(ravine.scale_by_shampoo(every=2), ALIGNED, {"x": 2, "y": 2})
     assert found
     assert not inside
 
 
 def test_muon_exchanges_once_in_and_once_out_for_every_shape():
-    found, inside = collectives(ravine.scale_by_muon(), ALIGNED, {"x": 4, "y": 2})
+    found, inside = communicated(ravine.scale_by_muon(), ALIGNED, {"x": 4, "y": 2})
     # a and b, transposed, are one batch; the stack is another.
     assert found == ["all-to-all"] * 4
     assert not inside

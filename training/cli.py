@@ -1,16 +1,19 @@
-"""The command line: `python -m ravine race ...`."""
+"""The command line: `python -m ravine race ...` and `python -m ravine plan ...`."""
 
 import contextlib
 import io
 import sys
 from collections.abc import Sequence
+from typing import Any
 
+import jax
 import tyro
 from rich.console import Console
 
+from .plan import PlanConfig, plan
 from .race import RaceConfig, race
 
-COMMANDS = {"race": RaceConfig}
+COMMANDS = {"race": RaceConfig, "plan": PlanConfig}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,13 +25,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(__doc__.strip().splitlines()[0] if __doc__ else "")
-        print("commands: race (give `python -m ravine race --help` for its flags)")
+        print("commands: race, plan (give `python -m ravine race --help` for its flags)")
         return 0 if words else 2
     if words[0] not in COMMANDS:
         return _refuse(f"unknown command {words[0]!r}; commands: {', '.join(COMMANDS)}.")
     try:
         config = _parse(words[0], words[1:])
-        race(config, Console())
+        if isinstance(config, PlanConfig):
+            # The TPU's compiler is here, but no TPU: JAX shall not look for one.
+            jax.config.update("jax_platforms", "cpu")
+            plan(config, Console(width=None if sys.stdout.isatty() else 110))
+        else:
+            race(config, Console())
     except ValueError as error:
         return _refuse(str(error))
     except KeyboardInterrupt:
@@ -37,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse(command: str, words: list[str]) -> RaceConfig:
+def _parse(command: str, words: list[str]) -> Any:
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):

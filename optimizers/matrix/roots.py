@@ -338,8 +338,9 @@ def largest_eigenvalue(matrices_KxNxN: jax.Array, iterations: int = 24) -> jax.A
     Example:
       >>> import jax.numpy as jnp
       >>> from ravine.optimizers.matrix.roots import largest_eigenvalue
-      >>> largest_eigenvalue(1e-12 * jnp.diag(jnp.array([1.0, 3.0]))[None])
-      Array([3.e-12], dtype=float32)
+      >>> found = largest_eigenvalue(1e-12 * jnp.diag(jnp.array([1.0, 3.0]))[None])
+      >>> round(1e12 * float(found[0]), 3)
+      3.0
     """
     if 0 in matrices_KxNxN.shape:
         return jnp.zeros(matrices_KxNxN.shape[0], matrices_KxNxN.dtype)

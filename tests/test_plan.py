@@ -1,0 +1,115 @@
+"""The planner's parts that need no TPU compiler: presets, shardings, reading programs, bad input."""
+
+import importlib.util
+import json
+
+import jax
+import pytest
+from jax.sharding import Mesh
+from ravine.training.cli import main
+from ravine.training.config import RunConfig
+from ravine.training.hlo import Collective, collectives
+from ravine.training.plan import compiled, mesh_sizes, parameter_spec, sharded_parameters
+from ravine.training.presets import PRESETS
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_recomputed_counts_are_the_published_ones(name):
+    shape = PRESETS[name]
+    # GPT-3's paper rounds to 175; it has 174.6 with its biases.
+    assert shape.count / 1e9 == pytest.approx(shape.published, rel=3e-3)
+    assert shape.source
+
+
+def test_the_trainers_own_model_is_what_the_trainer_has():
+    model, shape = RunConfig().model, PRESETS["ravine"]
+    assert (model.layers, model.width, model.vocabulary) == (
+        shape.layers,
+        shape.width,
+        shape.vocabulary,
+    )
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_axis_that_is_sharded_divides(name):
+    sizes = {"data": 2, "fsdp": 8, "tensor": 4}
+    for path, x in PRESETS[name].parameters().items():
+        spec = parameter_spec(path, x.shape, sizes)
+        for size, axis in zip(x.shape, spec, strict=False):
+            assert axis is None or size % sizes[axis] == 0
+        if path.startswith("layers/") and path.endswith("kernel"):
+            assert sorted(filter(None, spec)) == ["fsdp", "tensor"]
+
+
+TEXT = """
+%body (p: (f32[4])) -> (f32[4]) {
+  %c = f32[4]{0} fusion(%p), calls=%inner
+}
+%inner (p: f32[4]) -> f32[4] {
+  %r = (f32[2,3]{1,0:T(8,128)}, bf16[4]{0}) all-reduce(%a, %b), to_apply=%add
+}
+%branch (p: f32[4]) -> f32[4] {
+  %s = (bf16[4]{0}, bf16[32]{0}) all-gather-start(%p), dimensions={0}
+}
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %w = (f32[4]) while(%x), condition=%cond, body=%body
+  %k = f32[4]{0} conditional(%i, %x), branch_computations={%branch, %other}
+  ROOT %y = s8[8]{0} all-to-all(%x), dimensions={0}
+}
+"""
+
+
+def test_collectives_of_a_program():
+    assert collectives(TEXT) == [
+        Collective("all-reduce", 32, in_loop=True),
+        Collective("all-gather", 64, in_loop=False),
+        Collective("all-to-all", 8, in_loop=False),
+    ]
+
+
+def test_a_plan_of_what_is_compiled_here():
+    import ravine
+
+    devices = jax.devices()[:4]
+    explicit = jax.sharding.AxisType.Explicit
+    mesh = Mesh([devices[:2], devices[2:]], ("fsdp", "tensor"), axis_types=(explicit,) * 2)
+    params = sharded_parameters(PRESETS["ravine"], mesh, layers_only=True)
+    found = compiled("adam", ravine.scale_by_adam(), params, mesh)
+    assert found.parameters == sum(x.size for x in params.values()) * 2 // 4
+    assert found.state == 4 * found.parameters + 4
+    assert found.collectives == ()
+    assert not found.repeated
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--model", "llama2-71b"], "unknown model 'llama2-71b'"),
+        (["--optimizer", "shampo"], "shampo"),
+        (["--mesh", "fsdq=8"], "the mesh has no axis 'fsdq'"),
+        (["--mesh", "fsdp=8,fsdp=8"], "give every mesh axis one size"),
+        (["--mesh", "fsdp=0"], "give every mesh axis one size"),
+        (["--topology", "v9:2x2"], "unknown topology 'v9:2x2'; known: v4:8x8x8"),
+        (["--options", "[1]"], "options must be a JSON object"),
+        (["--options", "{"], "options must be a JSON object"),
+        (["--options", json.dumps({"blok": 3})], "blok"),
+    ],
+)
+def test_bad_input(words, complaint, capsys):
+    assert main(["plan", *words]) == 2
+    error = capsys.readouterr().err
+    assert complaint in error
+    assert error.count("\n") == 1
+
+
+def test_a_missing_compiler_is_one_clear_line(monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name)
+    )
+    assert main(["plan"]) == 2
+    assert "pip install 'ravine[pods]'" in capsys.readouterr().err
+
+
+def test_sizes_of_a_mesh():
+    assert mesh_sizes("data=2, fsdp=4") == {"data": 2, "fsdp": 4}

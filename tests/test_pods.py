@@ -1,0 +1,59 @@
+"""The optimizers compiled by the TPU's own compiler, for pods that are not there: `make test-pods`."""
+
+import jax
+import pytest
+from ravine.training.plan import PlanConfig, plan
+from rich.console import Console
+
+pytestmark = [
+    pytest.mark.pods,
+    # libtpu says at import that there is no TPU to be found.
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+LLAMA = {"model": "llama2-70b", "topology": "v5p:8x8x8", "mesh": "fsdp=64,tensor=8"}
+
+
+@pytest.fixture(autouse=True)
+def promotion():
+    """As users have it."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def planned(optimizer, **overrides):
+    config = PlanConfig(**{**LLAMA, "optimizer": optimizer, "layers_only": True, **overrides})
+    return plan(config, Console(quiet=True))[0]
+
+
+@pytest.mark.parametrize("optimizer", ["shampoo", "adamw"])
+def test_aligned_blocks_are_not_communicated_on_a_pod(optimizer):
+    found = planned(optimizer)
+    assert found.collectives == ()
+    assert not found.repeated
+    # In float32, of parameters in bfloat16: two means, and for each of two sides statistics and roots.
+    arrays = 6 if optimizer == "shampoo" else 2
+    assert found.state == pytest.approx(2 * arrays * found.parameters, rel=1e-2)
+
+
+def test_muon_exchanges_whole_matrices_outside_of_loops():
+    found = planned("muon")
+    assert {c.kind for c in found.collectives} == {"all-to-all"}
+    assert not any(c.in_loop for c in found.collectives)
+    # Every chip holds a part of every matrix.
+    assert not found.repeated
+
+
+@pytest.mark.parametrize(("topology", "mesh"), [("v5e:16x16", "fsdp=32,tensor=8")])
+def test_other_generations(topology, mesh):
+    assert planned("adamw", model="llama2-7b", topology=topology, mesh=mesh).collectives == ()
+
+
+def test_mesh_that_does_not_match():
+    with pytest.raises(ValueError, match=r"v5e:4x4 has 16 devices, and the mesh 8"):
+        planned("adamw", topology="v5e:4x4", mesh="fsdp=8")
+
+
+def test_unknown_chips():
+    with pytest.raises(ValueError, match=r"unknown topology 'v5e:3x5x7' .*known: v4:8x8x8"):
+        planned("adamw", topology="v5e:3x5x7")

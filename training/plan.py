@@ -1,0 +1,320 @@
+"""What an optimizer costs on a TPU pod, found by the TPU's own compiler without a TPU.
+
+The update is compiled for every chip of the topology, with the shapes and shardings of a published
+model; nothing is allocated or run. What the compiler says is printed: memory a chip, collectives and
+whether any of them sits in a loop, arithmetic, and what is held more than once.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ..optimizers.matrix.orthogonalize import NewtonSchulz
+from ..optimizers.mesh import state_shardings
+from ..optimizers.registry import OptimizerConfig, near
+from .hlo import Collective, collectives
+from .presets import PRESETS, ModelShape
+
+HBM = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 192}
+"""Gigabytes a chip, by generation (https://cloud.google.com/tpu/docs/system-architecture-tpu-vm)."""
+TOPOLOGIES = (
+    "v4:8x8x8",
+    "v5e:4x4",
+    "v5e:16x16",
+    "v5p:8x8x8",
+    "v5p:16x16x24",
+    "v6e:16x16",
+    "tpu7x:4x4x4",
+)
+"""Those that were tried; others of the same generations may work."""
+AXES = ("data", "fsdp", "tensor")
+ALIGNED = {"block": 128, "limit": 65_536}
+POLAR = {"method": NewtonSchulz(dtype="bfloat16", halvings=0)}
+OPTIONS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("shampoo", "soap", "kl_shampoo"), ALIGNED),
+    **dict.fromkeys(("muon", "normuon", "adamuon"), POLAR),
+}
+"""What differs from the defaults: blocks that shards of large matrices do not cross, and products in
+bfloat16 for orthogonalization, as it is run on accelerators."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanConfig:
+    """Compile an optimizer for a TPU pod, without one, and print what it costs a chip."""
+
+    model: str = "llama2-70b"
+    """A model of `ravine.training.presets`."""
+    optimizer: str = "shampoo"
+    """A registered name."""
+    compare: str = ""
+    """Names, separated by commas: one table of all of them instead."""
+    options: str = "{}"
+    """Hyperparameters of the optimizer, as JSON; by default those of `OPTIONS`."""
+    topology: str = "v5p:8x8x8"
+    """Generation and chips, as v5p:8x8x8."""
+    mesh: str = "fsdp=64,tensor=8"
+    """Sizes of the mesh's axes: data, fsdp and tensor."""
+    batch: int = 0
+    """Tokens a step over all chips, to compare the optimizer's arithmetic with the model's."""
+    layers_only: bool = False
+    """Leave out embedding, head and norms."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The optimizers to plan."""
+        words = self.compare.split(",") if self.compare else [self.optimizer]
+        return tuple(word.strip() for word in words)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one optimizer costs; bytes and arithmetic are of one chip."""
+
+    optimizer: str
+    parameters: int
+    state: int
+    temporary: int
+    flops: float
+    collectives: tuple[Collective, ...]
+    repeated: dict[str, int]
+    """By path in the state: how many chips hold the same, where more than one do."""
+    seconds: float
+    """To trace and compile."""
+
+
+def plan(config: PlanConfig, console: Console | None = None) -> list[Plan]:
+    """Plans every optimizer and prints what was found.
+
+    Raises:
+      ValueError: for unknown names, a mesh that does not match the topology, options that are no JSON
+        object, or without the TPU compiler.
+    """
+    console = console or Console()
+    shape = _known("model", config.model, PRESETS)
+    sizes = mesh_sizes(config.mesh)
+    optimizers = {name: _build(name, config.options) for name in config.names}
+    mesh = Mesh(
+        _devices(config.topology, math.prod(sizes.values())).reshape(tuple(sizes.values())),
+        tuple(sizes),
+        axis_types=(AxisType.Explicit,) * len(sizes),
+    )
+    params = sharded_parameters(shape, mesh, layers_only=config.layers_only)
+    plans = []
+    for name, tx in optimizers.items():
+        with console.status(f"compiling {name} for {config.topology}"):
+            plans.append(compiled(name, tx, params, mesh))
+    _show(config, shape, params, plans, console)
+    return plans
+
+
+def mesh_sizes(text: str) -> dict[str, int]:
+    """``{"fsdp": 64, "tensor": 8}`` from ``fsdp=64,tensor=8``.
+
+    Example:
+      >>> from ravine.training.plan import mesh_sizes
+      >>> mesh_sizes("data=2,fsdp=4")
+      {'data': 2, 'fsdp': 4}
+    """
+    sizes: dict[str, int] = {}
+    for pair in text.split(","):
+        name, _, size = pair.strip().partition("=")
+        if name not in AXES:
+            raise ValueError(f"the mesh has no axis {name!r}; {near(name, AXES)}")
+        if name in sizes or not size.isdigit() or int(size) < 1:
+            raise ValueError(f"give every mesh axis one size, as fsdp=64,tensor=8; got {text!r}.")
+        sizes[name] = int(size)
+    return sizes
+
+
+def parameter_spec(name: str, shape: tuple[int, ...], sizes: dict[str, int]) -> PartitionSpec:
+    """How a parameter is sharded: by columns into a block, by rows out of it, and by FSDP.
+
+    Axes that a size does not divide stay whole.
+
+    Example:
+      >>> from ravine.training.plan import parameter_spec
+      >>> mesh = {"fsdp": 4, "tensor": 2}
+      >>> parameter_spec("layers/attention/output/kernel", (2, 8, 8), mesh)
+      P(None, 'tensor', 'fsdp')
+      >>> parameter_spec("embed/embedding", (257, 8), mesh)  # 257 is odd
+      P(None, 'fsdp')
+    """
+    if name.endswith(("scale", "bias")):
+        return PartitionSpec()
+    out = name.endswith(("output/kernel", "down/kernel", "embedding"))
+    wanted = ("tensor", "fsdp") if out else ("fsdp", "tensor")
+    fits = [
+        axis if axis in sizes and size % sizes[axis] == 0 else None
+        for axis, size in zip(wanted, shape[-2:], strict=True)
+    ]
+    return PartitionSpec(*[None] * (len(shape) - 2), *fits)
+
+
+def sharded_parameters(shape: ModelShape, mesh: Mesh, *, layers_only: bool = False) -> Any:
+    """A model's parameters as shapes with shardings."""
+    sizes = dict(mesh.shape)
+    return {
+        name: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=NamedSharding(mesh, parameter_spec(name, x.shape, sizes))
+        )
+        for name, x in shape.parameters().items()
+        if not layers_only or (name.startswith("layers/") and name.endswith("kernel"))
+    }
+
+
+def compiled(name: str, tx: optax.GradientTransformation, params: Any, mesh: Mesh) -> Plan:
+    """The plan of a transformation for these parameters, from its compiled update."""
+    started = time.perf_counter()
+    with jax.set_mesh(mesh):
+        shardings = state_shardings(tx, params)
+        state = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            jax.eval_shape(tx.init, params),
+            shardings,
+        )
+
+        def update(grads: Any, state: Any, params: Any) -> Any:
+            updates, state = tx.update(grads, state, params)
+            return jax.tree.map(lambda p, u: p + u.astype(p.dtype), params, updates), state
+
+        jitted = jax.jit(update, donate_argnums=(1, 2))
+        program = jitted.lower(params, state, params).compile()
+    seconds = time.perf_counter() - started
+    memory, cost = program.memory_analysis(), program.cost_analysis() or {}
+    assert memory is not None, "the TPU's compiler always says"
+    return Plan(
+        name,
+        parameters=_bytes(params),
+        state=_bytes(state),
+        temporary=memory.temp_size_in_bytes,
+        flops=float(cost.get("flops", 0.0)),
+        collectives=tuple(collectives(program.as_text() or "")),
+        repeated=_repeated(state, mesh),
+        seconds=seconds,
+    )
+
+
+def _bytes(tree: Any) -> int:
+    """On one chip."""
+    shards = [(x.sharding.shard_shape(x.shape), x.dtype) for x in jax.tree.leaves(tree)]
+    return sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in shards)
+
+
+def _repeated(state: Any, mesh: Mesh) -> dict[str, int]:
+    found = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(state):
+        shard = math.prod(x.sharding.shard_shape(x.shape))
+        copies = mesh.size * shard // max(1, math.prod(x.shape))
+        if x.ndim > 1 and copies > 1:
+            found[jax.tree_util.keystr(path, simple=True, separator="/")] = copies
+    return found
+
+
+def _build(name: str, options: str) -> optax.GradientTransformation:
+    try:
+        given = json.loads(options)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"options must be a JSON object, got {options!r}: {error}.") from None
+    if not isinstance(given, dict):
+        raise ValueError(f"options must be a JSON object, got {options!r}.")
+    defaults = {k: v for k, v in OPTIONS.get(name, {}).items() if k not in given}
+    return OptimizerConfig(name, given).build(1e-3, **defaults)
+
+
+def _known(what: str, name: str, table: Any) -> Any:
+    if name not in table:
+        raise ValueError(f"unknown {what} {name!r}; {near(name, table)}")
+    return table[name]
+
+
+def _devices(topology: str, count: int) -> np.ndarray:
+    """The chips of a topology that is not there."""
+    known = f"known: {', '.join(TOPOLOGIES)}"
+    generation = topology.partition(":")[0]
+    if generation not in HBM or ":" not in topology:
+        raise ValueError(f"unknown topology {topology!r}; {known}.")
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError(
+            "planning needs the TPU's compiler, though no TPU: pip install 'ravine[pods]'."
+        )
+    from jax.experimental import topologies
+
+    # The compiler asks where it runs; it runs nowhere.
+    for name, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }.items():
+        os.environ.setdefault(name, value)
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"unknown topology {topology!r} ({reason}); {known}.") from None
+    if len(devices) != count:
+        raise ValueError(
+            f"{topology} has {len(devices)} devices, and the mesh {count}; make the sizes' product "
+            f"{len(devices)}."
+        )
+    return np.array(devices)
+
+
+def _readable(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+
+
+def _show(
+    config: PlanConfig, shape: ModelShape, params: Any, plans: list[Plan], console: Console
+) -> None:
+    count = sum(x.size for x in jax.tree.leaves(params))
+    chips = math.prod(mesh_sizes(config.mesh).values())
+    console.print(
+        f"{config.model}: {count / 1e9:.2f} billion parameters in bfloat16 on {config.topology} "
+        f"({config.mesh}), one update; numbers are of one chip with "
+        f"{HBM[config.topology.partition(':')[0]]} GB"
+    )
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("optimizer")
+    for heading in ("params", "state", "temp.", "GFLOP", "collectives", "moved", "in loops", "s"):
+        table.add_column(heading, justify="right")
+    for found in plans:
+        table.add_row(
+            found.optimizer,
+            *map(_readable, (found.parameters, found.state, found.temporary)),
+            f"{found.flops / 1e9:,.1f}",
+            str(len(found.collectives)),
+            _readable(sum(c.bytes for c in found.collectives)),
+            str(sum(c.in_loop for c in found.collectives)),
+            f"{found.seconds:.0f}",
+        )
+    console.print(table)
+    for found in plans:
+        kinds = [c.kind for c in found.collectives]
+        said = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
+        console.print(f"{found.optimizer}: {said or 'no collective'}")
+    if config.batch:
+        model = 6 * count * config.batch / chips
+        for found in plans:
+            share = found.flops / model
+            console.print(f"{found.optimizer}: {share:.2%} of the model's {model / 1e9:,.0f} GFLOP")
+    for found in plans:
+        for copies in sorted(set(found.repeated.values()), reverse=True):
+            paths = [path for path, n in found.repeated.items() if n == copies]
+            console.print(
+                f"{found.optimizer}: {len(paths)} arrays of the state are on {copies} chips each, "
+                f"as {paths[0]}"
+            )
