@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._arithmetic import between, half_cosine, raised, rounded, select, times
+from ._arithmetic import between, raised, rounded, select, times
 from ._checks import check_finite, check_fits, check_name, check_positive, check_ratio, check_whole
 from ._schedule import Schedule
 from .piecewise import piecewise
-
 
 MOST_SELECTS = 64  # longer chains are slower than a remainder and a power
 
@@ -119,8 +118,8 @@ def sgdr(
 
     def function(count: jax.Array) -> jax.Array:
         since, over, peaks = cycle(jnp.minimum(count, steps))
-        x = jnp.minimum(rounded(since.astype(jnp.float32) * over), 1.0)
-        left = times(half_cosine(x), 1.0 - end_ratio) + np.float32(end_ratio)
+        angle = rounded(times(since.astype(jnp.float32), np.pi) * over)
+        left = times(0.5 * (1.0 + jnp.cos(angle)), 1.0 - end_ratio) + np.float32(end_ratio)
         return rounded(rounded(left) * peaks)
 
     words = f"cosine with {len(bounds)} warm restarts"
