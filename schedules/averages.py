@@ -106,7 +106,8 @@ def lawa(window: int, every: int = 1) -> ParameterAverage:
 
     def init(params: Any) -> AverageState:
         kept = jax.tree.map(
-            lambda p: jnp.zeros((window, *jnp.shape(p)), jnp.float32).at[0].set(p), params
+            lambda p: jnp.zeros((window, *p.shape), jnp.float32).at[0].set(p.astype(jnp.float32)),
+            params,
         )
         return AverageState(jnp.zeros([], jnp.int32), kept)
 
