@@ -1,6 +1,8 @@
 """What schedules drive besides the learning rate, the averages that replace them, and scaling."""
 
 import math
+import runpy
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import pytest
 import ravine
 from ravine import schedules as s
 from ravine.schedules import BatchSizes, Run, examples, fraction, steps, tokens
+from ravine.schedules.shapes import DECAYS
 
 COUNTS = jnp.arange(200)
 
@@ -295,6 +298,14 @@ def test_a_description_tells_phases_boundaries_and_values():
     )
     assert s.describe(s.sgdr(1.0, 1000, first_period=50, period_factor=1)).count("...") == 1
     assert s.describe(optax.constant_schedule(0.5)).endswith(": 0.5 at 0")
+
+
+def test_the_gallery_shows_every_shape():
+    path = Path(__file__).parents[1] / "docs" / "schedules_gallery.py"
+    gallery = runpy.run_path(str(path))
+    titles = [axes.get_title() for axes in gallery["gallery"]().axes]
+    assert set(s.schedule_names()) <= set(titles)
+    assert {f"wsd, {shape}" for shape in DECAYS} <= set(titles)
 
 
 def test_a_plot_has_a_line_a_label_and_units():
