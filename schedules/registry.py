@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ._checks import check_name
+from ._checks import check_fits, check_name, check_whole
 from ._schedule import Schedule
 from .cycles import cyclic, one_cycle, sgdr
 from .horizonless import inverse_sqrt, noam, power_law, t5
@@ -135,6 +135,8 @@ def for_run(
       'linear warm-up, then constant, then 1 - sqrt: 0.1 at 0, 1 at 9, 1 at 10, 1 at 80, 0 at 100'
     """
     check_name("schedule", name, _BUILDERS)
+    check_whole(0, warmup_steps=warmup_steps)
+    check_fits({"warmup_steps": warmup_steps, "at least one update of the body": 1}, steps)
     builder = _BUILDERS[name]
     accepted = inspect.signature(builder).parameters
     own = "warmup_steps" in accepted or name in _RISE_BY_THEMSELVES

@@ -244,7 +244,7 @@ def test_the_table_of_the_cs336_assignment():
     np.testing.assert_allclose(schedule(jnp.arange(25)), by_hand, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("first", [7, 10, 16])
+@pytest.mark.parametrize("first", [1, 7, 10])
 @pytest.mark.parametrize("factor", [1, 2, 3, 1.5])
 def test_restarts_are_on_their_boundaries_over_twenty_of_them(factor, first):
     numerator, denominator = {1.5: (3, 2)}.get(factor, (factor, 1))
@@ -252,8 +252,9 @@ def test_restarts_are_on_their_boundaries_over_twenty_of_them(factor, first):
         first * sum(numerator**i * denominator ** (19 - i) for i in range(k)) // denominator**19
         for k in range(1, 21)
     ]
-    if bounds[-1] > 2**31 - 1:  # counts are int32
-        bounds = [bound for bound in bounds if bound < 2**31 - 2]
+    assert s.restarts(first, factor, bounds[-1] + 1) == tuple(bounds)
+    # Counts are int32, which holds the last restarts of factor 3 for a first period of 1 only.
+    bounds = [bound for bound in bounds if bound < 2**31 - 2]
     steps = bounds[-1] + 1
     schedule = s.sgdr(PEAK, steps, 0.1, first_period=first, period_factor=factor)
     assert s.restarts(first, factor, steps) == tuple(bounds)
@@ -261,7 +262,8 @@ def test_restarts_are_on_their_boundaries_over_twenty_of_them(factor, first):
     at = np.asarray(schedule(jnp.asarray(bounds)))
     np.testing.assert_array_equal(at, np.full(len(bounds), np.float32(PEAK)))
     before = np.asarray(schedule(jnp.asarray(bounds) - 1))
-    assert (before < PEAK).all()
+    longer = np.diff((0, *bounds)) > 1  # a period of one count has no count but its restart
+    assert (before[longer] < 0.98 * PEAK).all()
     assert (np.diff(before.astype(np.float64)) <= 1e-9).all()  # longer periods end deeper
 
 

@@ -192,6 +192,15 @@ def test_operators_know_no_schedule_but_call_any():
         assert "schedule" in schedule.words
 
 
+@pytest.mark.parametrize("name", ["linear", "cosine", "sgdr", "wsd", "piecewise", "repeat"])
+def test_counts_of_64_bits_change_nothing(name):
+    expected = values(name)
+    with jax.enable_x64(True):
+        wide = built(name)(jnp.arange(len(COUNTS), dtype=jnp.int64))
+    assert wide.dtype == jnp.float32
+    np.testing.assert_array_equal(np.asarray(wide), expected)
+
+
 def test_schedules_can_be_built_while_tracing():
     def step(count):
         return s.warmup(s.anneal_from(s.cosine(1.0, 100), 50, 10), 5)(count)

@@ -150,6 +150,17 @@ def test_weight_decay_shrinks_weights_as_each_form_says(rate):
     )
 
 
+def test_momentum_and_second_moment_follow_their_schedules():
+    b1 = s.momentum(0.5, 0.9, 2, 10, end=0.8, cooldown_steps=2)
+    b2 = s.half_life_in_tokens(64, BatchSizes((4, 8), (2,)), context=4)
+    tx = optax.inject_hyperparams(ravine.adam)(learning_rate=0.1, b1=b1, b2=b2)
+    state = tx.init(jnp.ones(1))
+    for count in range(10):
+        _, state = tx.update(jnp.ones(1), state, jnp.ones(1))
+        np.testing.assert_allclose(state.hyperparams["b1"], b1(count))
+        np.testing.assert_allclose(state.hyperparams["b2"], b2(count))
+
+
 def trajectory(n, seed=0):
     walk = np.random.default_rng(seed).normal(size=(n + 1, 3)).cumsum(axis=0)
     return [{"w": jnp.asarray(row, jnp.float32)} for row in walk]
@@ -262,6 +273,7 @@ REFUSED = {
     "the SDE rule takes beta": lambda: s.scale_beta(0.5, 4, "sde"),
     "batch_ratio must be positive": lambda: s.scale_eps(1e-8, 0),
     "unknown schedule 'cosin'; did you mean cosine": lambda: s.for_run("cosin", 1.0, 10),
+    "warmup_steps 10 + at least one update": lambda: s.for_run("cosine", 1.0, 10, warmup_steps=10),
     "unknown option of wsd 'decay_step'; did you mean decay_steps": lambda: s.parse_options(
         "wsd", "decay_step=4"
     ),
