@@ -3,9 +3,13 @@
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from ravine import schedules
 from ravine.training import race as race_module
 from ravine.training.cli import main
+from ravine.training.config import RunConfig
 from ravine.training.loop import Outcome
 
 SMALL = ["--width", "16", "--layers", "1", "--heads", "2", "--context", "16", "--batch-size", "4"]
@@ -46,6 +50,31 @@ def test_a_race_leaves_metrics_meta_and_a_self_contained_report(tmp_path, text, 
     assert "<script" not in page
 
 
+def test_the_schedule_and_its_options_reach_the_run(tmp_path, text):
+    words = ["--schedule", "wsd", "--schedule-options", "decay_steps=2, shape=linear"]
+    assert run("--optimizers", "sgd", *words, text=text, out=tmp_path / "race") == 0
+    rows = [r for r in records(tmp_path / "race" / "sgd") if "loss" in r]
+    rates = [row["learning_rate"] / rows[0]["learning_rate"] for row in rows]
+    assert rates == pytest.approx([1, 1, 1, 1, 1, 0.5])
+
+
+@pytest.mark.parametrize("name", schedules.schedule_names())
+def test_every_schedule_is_reached_by_its_name(name):
+    config = RunConfig(steps=100, schedule=name, warmup_steps=10)
+    values = config.learning_rate(0.1)(jnp.arange(100))
+    assert float(values.max()) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+def test_the_first_schedules_keep_their_values(name):
+    """As they were before there were others: a peak, a share of it at the end, a warm-up."""
+    values = RunConfig(steps=100, schedule=name, warmup_steps=10, end_ratio=0.1).learning_rate(0.1)
+    x = np.clip((np.arange(105) - 10) / 90, 0, 1)
+    fall = {"cosine": 0.5 * (1 + np.cos(np.pi * x)), "linear": 1 - x, "constant": 1 + 0 * x}[name]
+    ramp = np.minimum(1, (np.arange(105) + 1) / 10)
+    np.testing.assert_allclose(values(jnp.arange(105)), 0.1 * ramp * (0.1 + 0.9 * fall), rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -56,6 +85,11 @@ def test_a_race_leaves_metrics_meta_and_a_self_contained_report(tmp_path, text, 
         (["--steps", "many"], "--steps"),
         (["--steps", "0"], "steps must be at least 1"),
         (["--schedule-steps", "5"], "schedule"),
+        (["--schedule", "cosin"], "did you mean cosine"),
+        (["--schedule", "wsd", "--schedule-options", "decay=3"], "unknown option of wsd"),
+        (["--schedule", "wsd", "--schedule-options", "decay_steps=9"], "longer than the run"),
+        (["--schedule", "wsd", "--schedule-options", "decay_steps=1.5"], "whole number"),
+        (["--schedule", "exponential", "--end-ratio", "0"], "never reaches zero"),
         (["--learning-rates", "adamw=0"], "positive and finite"),
         (["--learning-rates", "adamw=nan"], "positive and finite"),
         (["--learning-rates", "adamw=-1"], "positive and finite"),

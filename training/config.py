@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import optax
 
@@ -20,13 +20,18 @@ class RunConfig:
     """Updates made."""
     batch_size: int = 16
     """Sequences a step, over all hosts."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: str = "cosine"
+    """Name of the schedule, any of ravine.schedules.schedule_names()."""
+    schedule_options: str = ""
+    """Arguments of the schedule: name=value, separated by commas, such as
+    decay_steps=60, shape=1-sqrt."""
     schedule_steps: int = 0
     """Updates the schedule covers, warm-up included; 0 means as many as steps."""
     warmup_steps: int = 20
     """Updates of linear warm-up."""
-    end_ratio: float = 0.0
-    """Learning rate at the end of the schedule, relative to its peak."""
+    end_ratio: float | None = None
+    """Learning rate at the end of the schedule, relative to its peak; by default the schedule's
+    own, which is 0 where it can be."""
     clip_norm: float = 1.0
     """Global norm to which gradients are clipped; 0 switches clipping off."""
     weight_decay: float = 3e-4
@@ -54,7 +59,8 @@ class RunConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be finite and not negative, got {value}.")
-        if not 0 <= self.end_ratio <= 1:
+        schedules.parse_options(self.schedule, self.schedule_options)
+        if self.end_ratio is not None and not 0 <= self.end_ratio <= 1:
             raise ValueError(f"end_ratio must lie in [0, 1], got {self.end_ratio}.")
         if self.schedule_steps and self.steps > self.schedule_steps:
             raise ValueError(
@@ -74,14 +80,16 @@ class RunConfig:
 
     def learning_rate(self, peak: float) -> optax.Schedule:
         """The schedule with the given peak."""
-        body_steps = self.horizon - self.warmup
-        if self.schedule == "constant":
-            body = schedules.constant(peak)
-        elif self.schedule == "linear":
-            body = schedules.linear(peak, body_steps, self.end_ratio)
-        else:
-            body = schedules.cosine(peak, body_steps, self.end_ratio)
-        return schedules.warmup(body, self.warmup)
+        return schedules.for_run(
+            self.schedule,
+            peak,
+            self.horizon,
+            warmup_steps=self.warmup,
+            end_ratio=self.end_ratio,
+            batch_size=self.batch_size,
+            context=self.model.context,
+            options=schedules.parse_options(self.schedule, self.schedule_options),
+        )
 
 
 def check_learning_rate(name: str, value: float) -> float:

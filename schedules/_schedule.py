@@ -1,0 +1,79 @@
+"""What every builder returns: a pure function of the count that can say what it is."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """A pure function `count -> value`, with words and boundaries for people.
+
+    It goes wherever Optax takes a schedule, and whatever Optax calls a schedule goes wherever this
+    library takes one.
+
+    Attributes:
+      function: an array of whole counts, none negative, to float32 values of the same shape.
+      words: what it is, in plain words.
+      boundaries: the counts at which a phase begins or ends, rising.
+
+    Raises:
+      ValueError: when called with counts that are not whole numbers.
+
+    Example:
+      >>> import ravine
+      >>> schedule = ravine.schedules.linear(1.0, 4)
+      >>> schedule(jnp.arange(6))
+      Array([1.  , 0.75, 0.5 , 0.25, 0.  , 0.  ], dtype=float32)
+      >>> schedule.boundaries
+      (0, 4)
+    """
+
+    function: Callable[[jax.Array], jax.Array]
+    words: str
+    boundaries: tuple[int, ...] = (0,)
+
+    def __call__(self, count: Any) -> jax.Array:
+        """The value after `count` updates: a Python integer, a scalar or an array of counts."""
+        return self.function(as_count(count))
+
+
+def as_count(count: Any) -> jax.Array:
+    """Counts as an integer array, none negative."""
+    count = jnp.asarray(count)
+    if not jnp.issubdtype(count.dtype, jnp.integer):
+        raise ValueError(
+            f"a schedule counts updates in whole numbers, got {count.dtype}; "
+            "give an integer or an integer array."
+        )
+    if count.dtype != jnp.int64:
+        count = count.astype(jnp.int32)
+    return jnp.maximum(count, 0)
+
+
+def evaluate(schedule: optax.Schedule, count: jax.Array) -> jax.Array:
+    """Any schedule's values, float32 and of the counts' shape, whatever it returns by itself."""
+    return jnp.broadcast_to(jnp.asarray(schedule(count), jnp.float32), count.shape)
+
+
+def words_of(schedule: optax.Schedule) -> str:
+    """What a schedule says of itself; one that cannot speak is called by its name."""
+    if isinstance(schedule, Schedule):
+        return schedule.words
+    return getattr(schedule, "__name__", type(schedule).__name__)
+
+
+def boundaries_of(schedule: optax.Schedule) -> tuple[int, ...]:
+    """The boundaries that a schedule tells."""
+    return schedule.boundaries if isinstance(schedule, Schedule) else (0,)
+
+
+def value_at(schedule: optax.Schedule, count: int) -> float:
+    """The value at a Python integer, a Python number even while JAX is tracing."""
+    with jax.ensure_compile_time_eval():
+        return float(np.asarray(schedule(count)))

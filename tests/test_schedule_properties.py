@@ -1,0 +1,100 @@
+"""Properties that hold for any lengths, drawn by hypothesis."""
+
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ravine import schedules as s
+
+FEW = settings(max_examples=15, deadline=None, derandomize=True)
+lengths = st.integers(1, 300)
+ratios = st.floats(0.01, 1.0)
+shapes = st.sampled_from(
+    ["linear", "1-sqrt", "cosine", "square", "mirror-cosine", "inverse", "exponential"]
+)
+EPS = float(np.finfo(np.float32).eps)
+
+
+def values(schedule, steps):
+    # One shape for all, so that operations are compiled once.
+    return np.asarray(schedule(jnp.arange(1024)), np.float64)[:steps]
+
+
+@FEW
+@given(shapes, lengths, ratios, st.floats(1e-4, 10.0))
+def test_decays_fall_within_their_bounds_to_their_end(shape, steps, end_ratio, peak):
+    v = values(s.decay(peak, steps, shape, end_ratio), steps + 2)
+    slack = 2 * EPS * peak
+    assert v.max() <= peak + slack
+    assert v.min() >= peak * end_ratio - slack
+    assert np.diff(v).max() <= slack
+    np.testing.assert_allclose(
+        v[[0, -2, -1]], [peak, peak * end_ratio, peak * end_ratio], rtol=3e-7
+    )
+
+
+@FEW
+@given(shapes, st.integers(2, 300), lengths, lengths)
+def test_joins_are_continuous(shape, steps, duration, warm):
+    """A jump at a join is no larger than the steps next to it."""
+    body = s.anneal_from(s.cosine(1.0, 300), steps, duration, shape, 0.5)
+    branch = values(body, 700)
+    before = values(s.cosine(1.0, 300), 700)
+    np.testing.assert_array_equal(branch[: steps + 1], before[: steps + 1])
+
+    warmed = values(s.warmup(body, warm), 1000)
+    assert abs(warmed[warm] - warmed[warm - 1]) <= EPS  # the last of the ramp is the level
+    np.testing.assert_array_equal(warmed[warm:], values(body, 1000 - warm))
+
+    again = values(s.rewarm(body, steps, duration, s.linear(0.7, 100)), 1000)
+    inner = again[steps : steps + duration + 1]
+    np.testing.assert_allclose(inner[0], branch[steps], rtol=1e-6)
+    np.testing.assert_allclose(inner[-1], 0.7, rtol=1e-6)
+    np.testing.assert_allclose(np.diff(inner), (0.7 - inner[0]) / duration, atol=2e-6)
+
+
+@FEW
+@given(shapes, st.integers(1, 100), st.integers(1, 10))
+def test_repeat_preserves_the_integral(shape, period, times):
+    body = s.decay(1.0, period, shape, 0.1)
+    again = values(s.repeat(body, period, times), period * times)
+    one = values(body, period)
+    np.testing.assert_array_equal(again, np.tile(one, times))
+    np.testing.assert_allclose(again.sum(), times * one.sum(), rtol=1e-12)
+
+
+@FEW
+@given(lengths, st.integers(-100, 100))
+def test_shift_only_moves(steps, by):
+    body = values(s.linear(1.0, steps), 400)
+    moved = values(s.shift(s.linear(1.0, steps), by), 300)
+    expected = body[np.maximum(np.arange(300) - by, 0)]
+    np.testing.assert_array_equal(moved, expected)
+
+
+@FEW
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=5),
+    st.lists(st.integers(1, 40), min_size=4, max_size=4),
+)
+def test_batch_sizes_count_every_example(sizes, gaps):
+    bounds = tuple(int(b) for b in np.cumsum(gaps)[: len(sizes) - 1])
+    batch = s.BatchSizes(tuple(sizes), bounds)
+    each = np.asarray(batch(jnp.arange(1024)))
+    seen = np.concatenate([[0], np.cumsum(each)])
+    for count in (0, 1, *bounds, *(b - 1 for b in bounds), 200):
+        assert batch.data_offset(count) == seen[count]
+        assert batch.count_at(int(seen[count])) == count
+        assert batch.count_at(int(seen[count]) + 1) == count + 1
+    ticks = np.asarray(batch.ticks_at(jnp.arange(1024)))
+    np.testing.assert_array_equal(ticks * batch.tick, seen[:-1])
+
+
+@FEW
+@given(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=30))
+def test_merge_weights_and_decay_are_each_others_inverse(decay):
+    decay = sorted(decay, reverse=True)
+    weights = s.merge_weights(decay)
+    assert weights.min() >= 0
+    np.testing.assert_allclose(weights.sum(), 1.0)
+    np.testing.assert_allclose(s.decay_of_merge(weights), decay, atol=1e-12)
