@@ -29,6 +29,11 @@ def wide_dtype(*dtypes: Any) -> Any:
     return jnp.dtype(jnp.float64 if is_double else jnp.float32)
 
 
+def widest() -> Any:
+    """The dtype of scalars: float64 where it is enabled, else float32."""
+    return jax.dtypes.canonicalize_dtype(jnp.float64)
+
+
 def cast(x: jax.Array, dtype: Any) -> jax.Array:
     """`x` in `dtype`; what has it already is not even traced, of which trees of leaves are full."""
     return x if x.dtype == dtype else x.astype(dtype)
@@ -79,7 +84,7 @@ def bias_correction(decay: Any, count: jax.Array) -> jax.Array:
 
     Written as :math:`-\operatorname{expm1}(t \log\beta)`, which loses no digits to the subtraction.
     """
-    dtype = jax.dtypes.canonicalize_dtype(jnp.float64)
+    dtype = widest()
     if isinstance(decay, (int, float)) and decay == 0:
         return jnp.ones([], dtype)
 

@@ -17,8 +17,7 @@ from ._arithmetic import (
 )
 from ._checks import check_decay_rates, check_some_eps
 from ._transformation import transformation
-from .decay import Mask, decay_or_identity
-from .learning_rate import scale_by_learning_rate
+from .decay import DecayForm, Mask, with_decay
 
 
 class ScaleByAdamState(NamedTuple):
@@ -161,6 +160,7 @@ def adamw(
     nu_dtype: Any = None,
     weight_decay: optax.ScalarOrSchedule = 1e-2,
     weight_decay_mask: Mask | None = None,
+    weight_decay_form: DecayForm = "coupled",
 ) -> optax.GradientTransformation:
     r"""Adam with decoupled weight decay.
 
@@ -178,6 +178,7 @@ def adamw(
       weight_decay: :math:`\lambda`, multiplied by the learning rate. PyTorch's default, 1e-2;
         Optax has 1e-4, language models commonly take 0.1.
       weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
+      weight_decay_form: how, see :func:`add_decayed_weights`.
 
     Raises:
       ValueError: for hyperparameters out of range.
@@ -191,10 +192,12 @@ def adamw(
       >>> tx.update(jnp.array([3.0]), tx.init(params), params)[0]
       Array([-0.12], dtype=float32)
     """
-    return optax.chain(
+    return with_decay(
         scale_by_adam(
             b1, b2, eps, eps_root, nesterov=nesterov, mu_dtype=mu_dtype, nu_dtype=nu_dtype
         ),
-        decay_or_identity(weight_decay, weight_decay_mask),
-        scale_by_learning_rate(learning_rate),
+        learning_rate,
+        weight_decay,
+        weight_decay_mask,
+        form=weight_decay_form,
     )

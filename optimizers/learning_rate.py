@@ -15,6 +15,7 @@ class ScaleByLearningRateState(NamedTuple):
     """State of `scale_by_learning_rate`."""
 
     count: jax.Array  # int32 scalar, updates made so far
+    learning_rate: jax.Array  # float32 scalar, that of the last update (before it, of the first)
 
 
 def evaluate(value: Any, count: jax.Array) -> Any:
@@ -26,7 +27,8 @@ def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.Gradi
     r"""Multiplies updates by :math:`-\eta_t`, in float32 even where the updates are bfloat16.
 
     ``optax.scale_by_learning_rate`` rounds the rate itself to the updates' dtype first, which for
-    bfloat16 changes it by up to 0.4 %.
+    bfloat16 changes it by up to 0.4 %. The rate stays in the state, where `with_telemetry` and
+    ``optax.tree.get(state, "learning_rate")`` find it.
 
     Args:
       learning_rate: a non-negative number, or a schedule called with the number of updates made.
@@ -42,9 +44,13 @@ def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.Gradi
     """
     check_non_negative(learning_rate=learning_rate)
 
+    def kept(rate: Any) -> jax.Array:
+        return jnp.asarray(rate, jnp.float32)
+
     def init(params: optax.Params) -> ScaleByLearningRateState:
         check_real_leaves(params)
-        return ScaleByLearningRateState(count=jnp.zeros([], jnp.int32))
+        count = jnp.zeros([], jnp.int32)
+        return ScaleByLearningRateState(count, kept(evaluate(learning_rate, count)))
 
     def update(
         updates: optax.Updates, state: ScaleByLearningRateState, params: optax.Params | None = None
@@ -54,6 +60,6 @@ def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.Gradi
         scaled = jax.tree.map(
             lambda u: cast(wide(u) * scalar(-rate, wide_dtype(u.dtype)), u.dtype), updates
         )
-        return scaled, ScaleByLearningRateState(increment(state.count))
+        return scaled, ScaleByLearningRateState(increment(state.count), kept(rate))
 
     return transformation(init, update)

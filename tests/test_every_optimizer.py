@@ -124,7 +124,8 @@ def test_learning_rate_may_be_a_schedule_of_updates_made(row):
     for steps in (1, 2):
         updates = run(twice, params, grads, steps, update)[1]
         assert_close(updates, run_plain(row, params, grads, steps)[1], 1e-6)
-    assert_equal(run(twice, params, grads, 3, update)[1], jax.tree.map(jnp.zeros_like, grads))
+    if not row.averages:
+        assert_equal(run(twice, params, grads, 3, update)[1], jax.tree.map(jnp.zeros_like, grads))
 
 
 @every_optimizer
@@ -316,7 +317,7 @@ def test_leaves_that_are_not_real_floats_are_named(row, dtype):
 @pytest.mark.parametrize("row", DECAYING, ids=[row.label for row in DECAYING])
 def test_missing_parameters_are_named(row):
     tx = row.build(weight_decay=0.1)
-    with pytest.raises(ValueError, match="weight decay needs the parameters"):
+    with pytest.raises(ValueError, match="needs the parameters"):
         jax.eval_shape(lambda p, g: tx.update(g, tx.init(p)), row.tree(0), row.tree(1))
 
 

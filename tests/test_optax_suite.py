@@ -24,10 +24,9 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import pytest
-import ravine
 from absl.testing import parameterized
 
-from .optimizers_table import TABLE
+from .optimizers_table import TABLE, builder
 
 with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
     # sharding_test makes a noisy_sgd in a way that Optax itself deprecates.
@@ -43,8 +42,8 @@ with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
     from optax.contrib import _common_test as contrib_test
 
 # The tables of Optax's tests name an optimizer; its modules look the name up here.
-alias_test._get_opt = lambda self, name: getattr(ravine, name)
-contrib_test._get_opt_factory = lambda name: getattr(ravine, name)
+alias_test._get_opt = lambda self, name: builder(name)
+contrib_test._get_opt_factory = builder
 
 
 def options(row, defaults=(), **arguments):

@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 
 from ..stability import next_token_loss
+from .gradients import micro_batch_value_and_grad
 from .model import ModelConfig, Transformer
 
 Batch = Any  # int32 [B, T + 1]: inputs are [:, :-1], targets [:, 1:]
@@ -57,10 +58,10 @@ def mean_loss(graphdef: nnx.GraphDef, params: Any, batches_NxBxT1: jax.Array) ->
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef, tx: optax.GradientTransformation
+    graphdef: nnx.GraphDef, tx: optax.GradientTransformation, micro_batches: int = 1
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """`step(state, batch) -> state, metrics`: jit it with ``donate_argnums=0``."""
-    loss_and_grads = jax.value_and_grad(make_loss(graphdef))
+    loss_and_grads = micro_batch_value_and_grad(make_loss(graphdef), micro_batches)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         loss, grads = loss_and_grads(state.params, batch)
