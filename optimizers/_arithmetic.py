@@ -104,19 +104,19 @@ def corrected_mean(
       count: t, from one on.
       nesterov: :math:`\beta_1 m_t / (1 - \beta_1^{t+1}) + (1 - \beta_1) g_t / (1 - \beta_1^t)`.
     """
-    weight, ahead = bias_correction(b1, count), bias_correction(b1, increment(count))
+    weight = bias_correction(b1, count)
+    if not nesterov:
+        return jax.tree.map(lambda m: m / cast(weight, m.dtype), mu)
+    ahead = bias_correction(b1, increment(count))
 
     def mean(g: jax.Array, m: jax.Array) -> jax.Array:
-        if nesterov:
-            return lerp(wide(g) / weight.astype(wide(g).dtype), m / ahead.astype(m.dtype), b1)
-        return m / weight.astype(m.dtype)
+        g = wide(g)
+        return lerp(g / cast(weight, g.dtype), m / cast(ahead, m.dtype), b1)
 
     return jax.tree.map(mean, updates, mu)
 
 
 def root(x: jax.Array, eps: Any, eps_root: Any) -> jax.Array:
     r""":math:`\sqrt{x + \epsilon_\mathrm{root}} + \epsilon`, what second moments divide by."""
-    inside = (
-        x if isinstance(eps_root, float) and eps_root == 0 else x + jnp.asarray(eps_root, x.dtype)
-    )
-    return jnp.sqrt(inside) + jnp.asarray(eps, x.dtype)
+    inside = x if isinstance(eps_root, float) and eps_root == 0 else x + scalar(eps_root, x.dtype)
+    return jax.lax.sqrt(inside) + scalar(eps, x.dtype)

@@ -67,7 +67,7 @@ def scale_by_adagrad(
 
         def add_square(g: jax.Array, a: jax.Array) -> jax.Array:
             dtype = wide_dtype(g.dtype, a.dtype)
-            return a.astype(dtype) + jnp.square(g.astype(dtype))
+            return a.astype(dtype) + jax.lax.square(g.astype(dtype))
 
         nu = jax.tree.map(add_square, updates, state.nu)
         direction = jax.tree.map(

@@ -8,6 +8,7 @@ import optax
 
 from ._arithmetic import (
     bias_correction,
+    cast,
     cast_like,
     corrected_mean,
     ema,
@@ -87,13 +88,13 @@ def scale_by_adam(
         del params
         count = increment(state.count)
         mu = ema(updates, state.mu, b1)
-        nu = ema(updates, state.nu, b2, jnp.square)
+        nu = ema(updates, state.nu, b2, jax.lax.square)
         weight = bias_correction(b2, count)
         mean = corrected_mean(updates, mu, b1, count, nesterov=nesterov)
 
         def direction(g: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
-            below = root(v / weight.astype(v.dtype), eps, eps_root)
-            return (m / below.astype(m.dtype)).astype(g.dtype)
+            below = root(v / cast(weight, v.dtype), eps, eps_root)
+            return cast(m / cast(below, m.dtype), g.dtype)
 
         state = ScaleByAdamState(count, cast_like(mu, state.mu), cast_like(nu, state.nu))
         return jax.tree.map(direction, updates, mean, nu), state

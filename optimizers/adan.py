@@ -116,7 +116,7 @@ def scale_by_adan(
             return jnp.where(state.count == 0, 0, cast(g, dtype) - cast(last, dtype))
 
         def square(g: jax.Array, d: jax.Array, n: jax.Array) -> jax.Array:
-            return lerp(jnp.square(cast(g, d.dtype) + scalar(b2, d.dtype) * d), n, b3)
+            return lerp(jax.lax.square(cast(g, d.dtype) + scalar(b2, d.dtype) * d), n, b3)
 
         differences = jax.tree.map(difference, updates, state.previous)
         mu = ema(updates, state.mu, b1)

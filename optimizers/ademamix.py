@@ -102,7 +102,7 @@ def scale_by_ademamix(
         del params
         count = increment(state.count)
         mu = ema(updates, state.mu, b1)
-        nu = ema(updates, state.nu, b2, jnp.square)
+        nu = ema(updates, state.nu, b2, jax.lax.square)
         keep, take = _slow_decay(b1, b3, b3_warmup, count)
         weight = _warmed_up(alpha, alpha_warmup, count)
         of_m, of_v = bias_correction(b1, count), bias_correction(b2, count)
@@ -112,8 +112,8 @@ def scale_by_ademamix(
             return scalar(keep, dtype) * cast(s, dtype) + scalar(take, dtype) * cast(g, dtype)
 
         def direction(g: jax.Array, m: jax.Array, s: jax.Array, v: jax.Array) -> jax.Array:
-            mixed = m / of_m.astype(m.dtype) + scalar(weight, m.dtype) * cast(s, m.dtype)
-            below = root(v / of_v.astype(v.dtype), eps, eps_root)
+            mixed = m / cast(of_m, m.dtype) + scalar(weight, m.dtype) * cast(s, m.dtype)
+            below = root(v / cast(of_v, v.dtype), eps, eps_root)
             return cast(mixed / cast(below, m.dtype), g.dtype)
 
         slow = jax.tree.map(slower, updates, state.slow)

@@ -14,7 +14,7 @@ from ._transformation import transformation
 class ScaleByLearningRateState(NamedTuple):
     """State of `scale_by_learning_rate`."""
 
-    count: jax.Array  # int32 scalar, updates made so far
+    count: jax.Array  # int32 scalar, updates made so far under a schedule; 0 without one
     learning_rate: jax.Array  # float32 scalar, that of the last update (before it, of the first)
 
 
@@ -60,6 +60,11 @@ def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.Gradi
         scaled = jax.tree.map(
             lambda u: cast(wide(u) * scalar(-rate, wide_dtype(u.dtype)), u.dtype), updates
         )
-        return scaled, ScaleByLearningRateState(increment(state.count), kept(rate))
+        if callable(learning_rate):
+            return scaled, ScaleByLearningRateState(increment(state.count), kept(rate))
+        # Of a constant nothing changes, and what passes through needs no kernel. An array may be another
+        # at every update (optax.inject_hyperparams).
+        is_number = isinstance(learning_rate, (int, float))
+        return scaled, state if is_number else state._replace(learning_rate=kept(rate))
 
     return transformation(init, update)

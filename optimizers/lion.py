@@ -3,7 +3,6 @@
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from ._arithmetic import cast_like, ema, wide_zeros_like
@@ -54,7 +53,7 @@ def scale_by_lion(
         updates: optax.Updates, state: ScaleByLionState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, ScaleByLionState]:
         del params
-        direction = jax.tree.map(jnp.sign, ema(updates, state.mu, b1))
+        direction = jax.tree.map(jax.lax.sign, ema(updates, state.mu, b1))
         mu = ema(updates, state.mu, b2)
         return cast_like(direction, updates), ScaleByLionState(cast_like(mu, state.mu))
 

@@ -71,7 +71,7 @@ def scale_by_rmsprop(
         updates: optax.Updates, state: ScaleByRmspropState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, ScaleByRmspropState]:
         del params
-        nu = ema(updates, state.nu, b2, jnp.square)
+        nu = ema(updates, state.nu, b2, jax.lax.square)
         spread, mu = nu, None
         if centered:
             mean = ema(updates, state.mu, b2)

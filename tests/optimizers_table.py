@@ -146,14 +146,14 @@ TABLE = (
     Row(
         "sophia_g",
         0.1,
-        {"start": 0, "rho": 1.0, "b2": 0.875},
+        {"start": 0, "rho": 1.0, "b2": 0.875, "weight_decay": 1e-3},
         steps=1000,
         constant_learning_rate=1e-3,
     ),
     Row(
         "sophia_h",
         0.1,
-        {"rho": 1.0, "b2": 0.875, "correct_bias": True},
+        {"rho": 1.0, "b2": 0.875, "correct_bias": True, "weight_decay": 1e-3},
         steps=1000,
         constant_learning_rate=1e-3,
     ),

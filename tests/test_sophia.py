@@ -12,6 +12,8 @@ from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from ravine.training.curvature import of_parameters
+from ravine.training.model import ModelConfig
+from ravine.training.step import init_params, init_state, make_train_step
 
 INPUTS = jax.random.normal(jax.random.key(1), (8, 4))
 WEIGHTS = 0.5 * jax.random.normal(jax.random.key(2), (4, 3))
@@ -199,3 +201,15 @@ def test_faults():
     for bad in ({"every": 0}, {"start": -1}, {"eps": 0.0}, {"rho": -1.0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             ravine.scale_by_sophia(**bad)
+
+
+def test_in_the_trainers_step():
+    config = ModelConfig(width=16, layers=1)
+    graphdef, params = init_params(config, seed=0)
+    state = init_state(params, ravine.sophia_g(1e-3, start=0, every=2))
+    step = jax.jit(make_train_step(graphdef, ravine.sophia_g(1e-3, start=0, every=2), 2))
+    batch = jnp.arange(4 * 9).reshape(4, 9) % 50
+    for _ in range(2):
+        state, metrics = step(state, batch)
+    assert jnp.isfinite(metrics["loss"])
+    assert float(optax.tree.get(state.opt_state, "win_rate")) > 0
