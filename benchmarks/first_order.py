@@ -1,6 +1,6 @@
 """First-order optimizers against Optax's own, paired in one run; writes its parts of docs/benchmarks.md.
 
-    python benchmarks/first_order.py                 # about ten minutes on 2 cores
+    python benchmarks/first_order.py                 # about six minutes on 2 cores
     python benchmarks/first_order.py --only adamw    # one pair, only printed
 
 Two trees in float32: a GPT of 19.9 M parameters in 37 leaves, and as many in 300 leaves of six shapes.
@@ -99,8 +99,8 @@ def _medians(times: list[list[float]]) -> tuple[float, float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=41)
-    parser.add_argument("--compiles", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument("--compiles", type=int, default=3)
     parser.add_argument("--only", nargs="*", help="these pairs, without writing")
     arguments = parser.parse_args()
     unknown = set(arguments.only or ()).difference(PAIRS)

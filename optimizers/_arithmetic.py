@@ -74,6 +74,11 @@ def ema(
     return jax.tree.map(lambda v, m: lerp(power(wide(v)), m, decay), values, moments)
 
 
+def sign(x: jax.Array) -> jax.Array:
+    """The sign, but infinity stays infinite: an overflow shall not pass for a step like any other."""
+    return jnp.where(jnp.isfinite(x), jax.lax.sign(x), x)
+
+
 def increment(count: jax.Array) -> jax.Array:
     """`count + 1`, staying at the largest int32."""
     return jnp.asarray(optax.safe_increment(count))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._arithmetic import cast, increment, wide, wide_dtype, wide_zeros_like
+from ._arithmetic import cast, cast_like, increment, wide_dtype, wide_zeros_like
 from ._transformation import with_extra_args
 
 
@@ -17,7 +17,7 @@ class AccumulateState(NamedTuple):
     count: jax.Array  # int32 scalar, updates emitted so far
     waiting: jax.Array  # int32 scalar, gradients in the buffer
     tokens: jax.Array  # float32 scalar, their weights' sum
-    buffer: optax.Updates  # like params, at least float32: their weighted sum
+    buffer: optax.Updates  # like params, at least float32: their weighted sum, or the last update
     inner: Any  # the inner optimizer's
 
 
@@ -28,9 +28,9 @@ def accumulate(
 
     .. math:: \bar g = \sum_i w_i g_i \Big/ \sum_i w_i
 
-    Between emissions updates are zero and `tx` does not run at all (``lax.cond``), where
-    ``optax.MultiSteps`` runs it at every call and throws the result away. So schedules, bias
-    corrections and refreshes count emitted updates. The sum is kept in float32.
+    Between emissions updates are zero and `tx` does not run at all, where ``optax.MultiSteps`` runs
+    it at every call and throws the result away. So schedules, bias corrections and refreshes count
+    emitted updates. The sum is kept in float32. It cannot be differentiated in reverse mode.
 
     Where all micro-batches are at hand at once, ``ravine.training.gradients`` accumulates inside
     one step and needs no buffer in the state.
@@ -82,28 +82,31 @@ def accumulate(
 
         def add(g: jax.Array, held: jax.Array) -> jax.Array:
             dtype = wide_dtype(g.dtype, held.dtype)
-            return cast(held + cast(g, dtype) * cast(weight, dtype), held.dtype)
+            so_far = jnp.where(state.waiting == 0, 0, cast(held, dtype))
+            return cast(so_far + cast(g, dtype) * cast(weight, dtype), held.dtype)
 
         buffer = jax.tree.map(add, updates, state.buffer)
+        emits = waiting >= (every(state.count) if callable(every) else every)
 
-        def emit(buffer: optax.Updates, inner_state: Any) -> tuple[optax.Updates, AccumulateState]:
+        def run(carry: tuple[jax.Array, Any, Any]) -> tuple[jax.Array, Any, Any]:
+            _, buffer, inner_state = carry
             by = jnp.where(total > 0, total, 1)
             mean = jax.tree.map(lambda b: b / cast(by, b.dtype), buffer)
             found, inner_state = inner.update(mean, inner_state, params, **extra)
-            found = jax.tree.map(lambda u, g: cast(wide(u), g.dtype), found, updates)
-            return found, AccumulateState(
-                count=increment(state.count),
-                waiting=jnp.zeros_like(waiting),
-                tokens=jnp.zeros_like(total),
-                buffer=jax.tree.map(jnp.zeros_like, buffer),
-                inner=inner_state,
-            )
+            return jnp.zeros_like(emits), cast_like(found, buffer), inner_state
 
-        def wait(buffer: optax.Updates, inner_state: Any) -> tuple[optax.Updates, AccumulateState]:
-            zeros = jax.tree.map(jnp.zeros_like, updates)
-            return zeros, AccumulateState(state.count, waiting, total, buffer, inner_state)
-
-        steps = every(state.count) if callable(every) else every
-        return jax.lax.cond(waiting >= steps, emit, wait, buffer, state.inner)
+        # A condition, written as a loop of at most one round: XLA leaves a loop's state where it is, but
+        # copies what passes through the untaken branch of a conditional. One buffer holds the sum
+        # before and the update after, so that nothing of the parameters' size is made at other calls.
+        carry = (emits, buffer, state.inner)
+        _, buffer, inner_state = jax.lax.while_loop(lambda carry: carry[0], run, carry)
+        emitted = jax.tree.map(lambda b, g: cast(jnp.where(emits, b, 0), g.dtype), buffer, updates)
+        return emitted, AccumulateState(
+            count=jnp.where(emits, increment(state.count), state.count),
+            waiting=jnp.where(emits, 0, waiting),
+            tokens=jnp.where(emits, 0, total),
+            buffer=buffer,
+            inner=inner_state,
+        )
 
     return with_extra_args(init, update)

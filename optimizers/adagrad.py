@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._arithmetic import cast_like, root, wide_dtype, wide_zeros_like
+from ._arithmetic import cast, cast_like, root, wide_dtype, wide_zeros_like
 from ._checks import check_non_negative, check_some_eps
 from ._transformation import transformation
 from .decay import DecayForm, Mask, with_decay
@@ -67,11 +67,11 @@ def scale_by_adagrad(
 
         def add_square(g: jax.Array, a: jax.Array) -> jax.Array:
             dtype = wide_dtype(g.dtype, a.dtype)
-            return a.astype(dtype) + jax.lax.square(g.astype(dtype))
+            return cast(a, dtype) + jax.lax.square(cast(g, dtype))
 
         nu = jax.tree.map(add_square, updates, state.nu)
         direction = jax.tree.map(
-            lambda g, a: g.astype(a.dtype) / root(a, eps, eps_root), updates, nu
+            lambda g, a: cast(g, a.dtype) / root(a, eps, eps_root), updates, nu
         )
         return cast_like(direction, updates), ScaleByAdagradState(cast_like(nu, state.nu))
 

@@ -14,6 +14,7 @@ from ._arithmetic import (
     ema,
     increment,
     root,
+    wide,
     wide_zeros_like,
 )
 from ._checks import check_decay_rates, check_some_eps
@@ -25,7 +26,7 @@ class ScaleByAdamState(NamedTuple):
     """State of `scale_by_adam`."""
 
     count: jax.Array  # int32 scalar, updates made so far
-    mu: optax.Updates  # like params, mu_dtype: mean of gradients
+    mu: optax.Updates | None  # like params, mu_dtype: mean of gradients; None where b1 is 0
     nu: optax.Updates  # like params, nu_dtype: mean of squared gradients
 
 
@@ -51,7 +52,7 @@ def scale_by_adam(
     (1 - \beta_1) g_t / (1 - \beta_1^t)` (NAdam without its momentum schedule).
 
     Args:
-      b1: :math:`\beta_1` in [0, 1).
+      b1: :math:`\beta_1` in [0, 1); 0 keeps no first moment.
       b2: :math:`\beta_2` in [0, 1).
       eps: added outside the root.
       eps_root: added inside the root; give it when differentiating through the optimizer.
@@ -74,11 +75,12 @@ def scale_by_adam(
     """
     check_decay_rates(b1=b1, b2=b2)
     check_some_eps(eps, eps_root)
+    has_momentum = not (isinstance(b1, (int, float)) and b1 == 0)
 
     def init(params: optax.Params) -> ScaleByAdamState:
         return ScaleByAdamState(
             count=jnp.zeros([], jnp.int32),
-            mu=wide_zeros_like(params, mu_dtype),
+            mu=wide_zeros_like(params, mu_dtype) if has_momentum else None,
             nu=wide_zeros_like(params, nu_dtype),
         )
 
@@ -87,16 +89,20 @@ def scale_by_adam(
     ) -> tuple[optax.Updates, ScaleByAdamState]:
         del params
         count = increment(state.count)
-        mu = ema(updates, state.mu, b1)
         nu = ema(updates, state.nu, b2, jax.lax.square)
         weight = bias_correction(b2, count)
-        mean = corrected_mean(updates, mu, b1, count, nesterov=nesterov)
+        if has_momentum:
+            mu = ema(updates, state.mu, b1)
+            mean = corrected_mean(updates, mu, b1, count, nesterov=nesterov)
+            mu = cast_like(mu, state.mu)
+        else:
+            mu, mean = None, jax.tree.map(wide, updates)
 
         def direction(g: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
             below = root(v / cast(weight, v.dtype), eps, eps_root)
             return cast(m / cast(below, m.dtype), g.dtype)
 
-        state = ScaleByAdamState(count, cast_like(mu, state.mu), cast_like(nu, state.nu))
+        state = ScaleByAdamState(count, mu, cast_like(nu, state.nu))
         return jax.tree.map(direction, updates, mean, nu), state
 
     return transformation(init, update)

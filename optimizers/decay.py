@@ -143,7 +143,7 @@ def _check_form(form: str, learning_rate: Any, peak_learning_rate: Any) -> None:
     if needs_peak and not peak_learning_rate:
         raise ValueError(
             "weight decay of form 'adamc' cannot see the peak of a schedule; "
-            "give peak_learning_rate > 0."
+            "give with_decay(direction, learning_rate, ...) peak_learning_rate > 0."
         )
     if not needs_peak and peak_learning_rate is not None:
         raise ValueError("peak_learning_rate is for form 'adamc' under a schedule only; drop it.")

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from ._arithmetic import cast_like, ema, wide_zeros_like
+from ._arithmetic import cast_like, ema, sign, wide_zeros_like
 from ._checks import check_decay_rates
 from ._transformation import transformation
 from .decay import DecayForm, Mask, with_decay
@@ -53,7 +53,7 @@ def scale_by_lion(
         updates: optax.Updates, state: ScaleByLionState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, ScaleByLionState]:
         del params
-        direction = jax.tree.map(jax.lax.sign, ema(updates, state.mu, b1))
+        direction = jax.tree.map(sign, ema(updates, state.mu, b1))
         mu = ema(updates, state.mu, b2)
         return cast_like(direction, updates), ScaleByLionState(cast_like(mu, state.mu))
 

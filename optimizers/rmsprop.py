@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._arithmetic import cast_like, ema, root, wide_zeros_like
+from ._arithmetic import cast, cast_like, ema, root, wide_zeros_like
 from ._checks import check_decay_rates, check_some_eps
 from ._transformation import transformation
 from .decay import DecayForm, Mask, with_decay
@@ -78,7 +78,7 @@ def scale_by_rmsprop(
             spread = jax.tree.map(lambda v, c: jnp.maximum(v - jnp.square(c), 0), nu, mean)
             mu = cast_like(mean, state.mu)
         direction = jax.tree.map(
-            lambda g, v: g.astype(v.dtype) / root(v, eps, eps_root), updates, spread
+            lambda g, v: cast(g, v.dtype) / root(v, eps, eps_root), updates, spread
         )
         return cast_like(direction, updates), ScaleByRmspropState(cast_like(nu, state.nu), mu)
 

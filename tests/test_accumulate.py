@@ -6,6 +6,8 @@ import numpy as np
 import optax
 import pytest
 import ravine
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from ravine.training.gradients import micro_batch_value_and_grad
 
 
@@ -153,3 +155,28 @@ def test_micro_batches_that_do_not_divide_are_named():
         micro_batch_value_and_grad(regression, 3)({"w": jnp.ones(3)}, regression_batch(8))
     with pytest.raises(ValueError, match="micro_batches must be at least 1"):
         micro_batch_value_and_grad(regression, 0)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=["explicit", "auto"])
+def test_sharded_parameters_keep_their_sharding(kind):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    rules = [("", "matrix")]
+    tx = ravine.with_telemetry(ravine.accumulate(ravine.adamw(0.1), 2), rules)
+    value = jnp.arange(32.0).reshape(8, 4) + 1
+
+    def run(params, grads):
+        state, step = jax.jit(tx.init)(params), jax.jit(tx.update)
+        for _ in range(2):
+            updates, state = step(grads, state, params)
+        return updates, state
+
+    with jax.set_mesh(mesh):
+        params, grads = jax.device_put((value, value / 7), NamedSharding(mesh, P("data")))
+        updates, state = run(params, grads)
+    assert updates.sharding.is_equivalent_to(params.sharding, 2)
+    if kind == AxisType.Explicit:  # where `init` knows the shardings
+        assert state.inner.buffer.sharding.is_equivalent_to(params.sharding, 2)
+    expected, plain = run(value, value / 7)
+    np.testing.assert_allclose(updates, expected, rtol=1e-6)
+    for name, metric in ravine.telemetry(plain).items():
+        np.testing.assert_allclose(ravine.telemetry(state)[name], metric, rtol=1e-6)

@@ -66,7 +66,7 @@ def present(row):
     A momentum or decay of zero leaves its link out; injected as an array, it cannot be seen to be
     zero, and the states would differ in structure.
     """
-    values = {"momentum": 0.9, "weight_decay": 0.01}
+    values = {"momentum": 0.9, "inner_momentum": 0.9, "weight_decay": 0.01}
     return {name: value for name, value in values.items() if row.accepts(name)}
 
 

@@ -58,19 +58,14 @@ def test_a_state_without_schedule_free_is_refused():
         ravine.schedule_free_eval_params(ravine.adam(1e-3).init(jnp.zeros(1)), jnp.zeros(1))
 
 
-def test_the_average_of_bfloat16_parameters_goes_on_where_optaxs_stops():
-    """After t equal weights the next one is 1/t; a bfloat16 sum stops growing after 256 of them."""
+def test_the_average_of_bfloat16_parameters_goes_on():
+    """A sum of equal weights in bfloat16, as in optax 0.2.8, stops growing after 256 of them."""
     steps = 600
     grads = jnp.array([1.0], jnp.bfloat16)
     params = jnp.zeros(1, jnp.bfloat16)
     _, state = run(ravine.schedule_free_sgd(1.0, b1=0.0), params, grads, steps)
     assert state.weight_sum == steps
     np.testing.assert_allclose(state.x, -(steps + 1) / 2, rtol=1e-4)
-
-    theirs = optax.contrib.schedule_free_sgd(1.0)
-    with jax.numpy_dtype_promotion("standard"):
-        _, stuck = run(theirs, params, grads, steps)
-    assert float(stuck.weight_sum) <= 256
 
 
 def test_polynomial_weights_and_a_learning_rate_of_zero():
