@@ -83,7 +83,9 @@ def accumulate(
         def add(g: jax.Array, held: jax.Array) -> jax.Array:
             dtype = wide_dtype(g.dtype, held.dtype)
             so_far = jnp.where(state.waiting == 0, 0, cast(held, dtype))
-            return cast(so_far + cast(g, dtype) * cast(weight, dtype), held.dtype)
+            # The mean over no tokens is often not a number.
+            added = jnp.where(weight == 0, 0, cast(g, dtype) * cast(weight, dtype))
+            return cast(so_far + added, held.dtype)
 
         buffer = jax.tree.map(add, updates, state.buffer)
         emits = waiting >= (every(state.count) if callable(every) else every)

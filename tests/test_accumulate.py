@@ -41,12 +41,22 @@ def test_the_mean_is_weighted_by_tokens_and_kept_in_float32():
     assert state.buffer.dtype == jnp.float32
     # In bfloat16 256 + 1 is 256.
     for grads, tokens in ((256.0, 1), (1.0, 2), (-256.0, 1)):
+        assert float(state.count) == 0
         updates, state = tx.update(jnp.array([grads], jnp.bfloat16), state, params, tokens=tokens)
     assert updates.dtype == jnp.bfloat16
     np.testing.assert_allclose(updates.astype(jnp.float32), [-0.5])
     assert float(state.tokens) == 0
-    updates, state = tx.update(jnp.ones(1, jnp.bfloat16), state, params, tokens=jnp.int32(0))
-    assert jnp.isfinite(updates[0])
+
+
+def test_what_has_no_tokens_counts_for_nothing_even_if_it_is_not_a_number():
+    tx = ravine.accumulate(ravine.sgd(1.0), 2)
+    state = tx.init(jnp.zeros(1))
+    _, state = tx.update(jnp.full(1, jnp.nan), state, tokens=jnp.int32(0))
+    updates, state = tx.update(jnp.full(1, 3.0), state, tokens=jnp.int32(5))
+    np.testing.assert_array_equal(updates, [-3.0])
+    for _ in range(2):  # no tokens at all
+        updates, state = tx.update(jnp.full(1, jnp.nan), state, tokens=jnp.int32(0))
+    np.testing.assert_array_equal(updates, [0.0])
 
 
 def test_equals_one_large_batch_for_an_optimizer_with_state():
@@ -135,9 +145,10 @@ def test_scanned_gradients_weigh_micro_batches_by_tokens():
         values, mask = batch
         return jnp.sum(params * values * mask) / jnp.sum(mask)
 
-    values, mask = jnp.arange(6.0), jnp.array([1.0, 1, 1, 0, 1, 0])
+    # The third micro-batch has no token: its mean is 0/0.
+    values, mask = jnp.arange(6.0), jnp.array([1.0, 1, 0, 0, 1, 0])
     tokens = lambda batch: jnp.sum(batch[1])
-    found = micro_batch_value_and_grad(masked_mean, 2, tokens)(jnp.float32(1.0), (values, mask))
+    found = micro_batch_value_and_grad(masked_mean, 3, tokens)(jnp.float32(1.0), (values, mask))
     expected = jax.value_and_grad(masked_mean)(jnp.float32(1.0), (values, mask))
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 

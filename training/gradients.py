@@ -59,8 +59,12 @@ def micro_batch_value_and_grad(
         def add(sums: Any, micro_batch: Any) -> tuple[Any, None]:
             weight = jnp.asarray(tokens(micro_batch)).astype(jnp.float32)
             found = (*value_and_grad(params, micro_batch), jnp.ones([], jnp.float32))
-            weighted = jax.tree.map(lambda s, x: s + weight * x.astype(jnp.float32), sums, found)
-            return weighted, None
+
+            def weighted(x: jax.Array) -> jax.Array:
+                # The mean over no tokens is often not a number.
+                return jnp.where(weight == 0, 0, weight * x.astype(jnp.float32))
+
+            return jax.tree.map(lambda s, x: s + weighted(x), sums, found), None
 
         zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.float32), params)
         start = (jnp.zeros([], jnp.float32), zeros, jnp.zeros([], jnp.float32))
