@@ -1,6 +1,6 @@
 """First-order optimizers against Optax's own, paired in one run; writes its parts of docs/benchmarks.md.
 
-    python benchmarks/first_order.py                 # about six minutes on 2 cores
+    python benchmarks/first_order.py                 # about nine minutes on 2 cores
     python benchmarks/first_order.py --only adamw    # one pair, only printed
 
 Two trees in float32: a GPT of 19.9 M parameters in 37 leaves, and as many in 300 leaves of six shapes.
@@ -84,7 +84,11 @@ def accumulation(repeats: int) -> tuple[float, float, float]:
 def paired(pair: tuple, tree: dict, repeats: int, compiles: int) -> dict[str, tuple]:
     """Median of ours, of theirs, and of the ratio, for compilation and step."""
     contenders = [Contender(make(), tree) for make in pair]
-    compile_times = [[c.compile() for c in contenders] for _ in range(compiles)]
+    compile_times = []
+    for at in range(compiles):  # each is first in turn
+        order = contenders if at % 2 == 0 else contenders[::-1]
+        times = {id(c): c.compile() for c in order}
+        compile_times.append([times[id(c)] for c in contenders])
     for contender in contenders:
         contender.step()
     step_times = [[c.step() for c in contenders] for _ in range(repeats)]
@@ -100,7 +104,7 @@ def _medians(times: list[list[float]]) -> tuple[float, float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=21)
-    parser.add_argument("--compiles", type=int, default=3)
+    parser.add_argument("--compiles", type=int, default=6)
     parser.add_argument("--only", nargs="*", help="these pairs, without writing")
     arguments = parser.parse_args()
     unknown = set(arguments.only or ()).difference(PAIRS)
