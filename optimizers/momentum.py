@@ -14,7 +14,7 @@ from ._transformation import transformation
 class ScaleByMomentumState(NamedTuple):
     """State of `scale_by_momentum`."""
 
-    count: jax.Array  # int32 scalar, updates made so far; 0 without dampening, which alone needs it
+    count: jax.Array  # int32 scalar, updates made so far
     mu: optax.Updates  # like params, mu_dtype: the velocity
 
 
@@ -82,8 +82,7 @@ def scale_by_momentum(
 
         mu = jax.tree.map(accumulate, updates, state.mu)
         direction = jax.tree.map(look_ahead, updates, mu) if nesterov else mu
-        count = increment(state.count) if has_dampening else state.count
-        state = ScaleByMomentumState(count, cast_like(mu, state.mu))
+        state = ScaleByMomentumState(increment(state.count), cast_like(mu, state.mu))
         return cast_like(direction, updates), state
 
     return transformation(init, update)

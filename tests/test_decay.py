@@ -87,7 +87,7 @@ def test_bfloat16_updates_of_float32_parameters_keep_their_dtype(form):
         ({"form": "decoupled"}, "unknown form.*coupled, independent"),
         ({"form": "proximal"}, "needs a learning_rate"),
         ({"form": "coupled", "learning_rate": 0.1}, "does not take a learning_rate"),
-        ({"form": "adamc", "learning_rate": lambda c: 0.1}, "give peak_learning_rate"),
+        ({"form": "adamc", "learning_rate": lambda c: 0.1}, r"with_decay.*peak_learning_rate"),
         ({"form": "coupled", "peak_learning_rate": 0.1}, "drop it"),
         ({"weight_decay": -0.1}, "weight_decay must be finite and not negative"),
     ],
