@@ -1,13 +1,26 @@
 """One algorithm a file: `scale_by_x` is the direction, `x` the full chain."""
 
+from .accumulate import AccumulateState, accumulate
 from .adagrad import ScaleByAdagradState, adagrad, scale_by_adagrad
 from .adam import ScaleByAdamState, adam, adamw, scale_by_adam
-from .decay import AddDecayedWeightsState, add_cautious_decay, add_decayed_weights
+from .adan import (
+    ScaleByAdanState,
+    adan,
+    adan_restart_condition,
+    restart_adan,
+    scale_by_adan,
+)
+from .ademamix import ScaleByAdemamixState, ademamix, scale_by_ademamix
+from .cautious import cautious, cautious_adamw, cautious_lion
+from .combine import combine_by_role
+from .curvature import gauss_newton_bartlett, hutchinson
+from .decay import AddDecayedWeightsState, add_cautious_decay, add_decayed_weights, with_decay
 from .fixed_norm import KeepParameterNormState, keep_parameter_norm, scale_by_parameter_norm
 from .graft import GraftState, graft
 from .kl_shampoo import ScaleByKLShampooState, kl_shampoo, scale_by_kl_shampoo
 from .learning_rate import ScaleByLearningRateState, scale_by_learning_rate
 from .lion import ScaleByLionState, lion, scale_by_lion
+from .mars import ReduceVarianceState, mars, reduce_variance
 from .matrix_scale import scale_by_matrix_shape
 from .mesh import on_mesh, split_state, state_shardings
 from .momentum import (
@@ -17,6 +30,7 @@ from .momentum import (
     scale_by_momentum,
 )
 from .muon import adamuon, muon, normuon, scale_by_muon
+from .nadam import nadam, nadamw
 from .neuron_norm import (
     ScaleByElementRmsState,
     ScaleByNeuronRmsState,
@@ -28,9 +42,18 @@ from .neuron_norm import (
 from .orthogonal import orthogonalize
 from .registry import OptimizerConfig, names, register
 from .rmsprop import ScaleByRmspropState, rmsprop, scale_by_rmsprop
+from .schedule_free import (
+    ScheduleFreeState,
+    schedule_free,
+    schedule_free_adamw,
+    schedule_free_eval_params,
+    schedule_free_sgd,
+)
 from .sgd import sgd
 from .shampoo import ScaleByShampooState, scale_by_shampoo, shampoo
 from .soap import ScaleBySoapState, scale_by_soap, soap, soap_muon
+from .sophia import ScaleBySophiaState, scale_by_sophia, sophia_g, sophia_h
+from .telemetry import TelemetryState, telemetry, with_telemetry
 
 for _builder in (
     sgd,
@@ -38,7 +61,18 @@ for _builder in (
     rmsprop,
     adam,
     adamw,
+    nadam,
+    nadamw,
     lion,
+    adan,
+    ademamix,
+    mars,
+    sophia_g,
+    sophia_h,
+    cautious_adamw,
+    cautious_lion,
+    schedule_free_sgd,
+    schedule_free_adamw,
     muon,
     normuon,
     adamuon,
@@ -50,12 +84,16 @@ for _builder in (
     register(_builder.__name__, _builder)
 
 __all__ = [
+    "AccumulateState",
     "AddDecayedWeightsState",
     "GraftState",
     "KeepParameterNormState",
     "OptimizerConfig",
+    "ReduceVarianceState",
     "ScaleByAdagradState",
     "ScaleByAdamState",
+    "ScaleByAdanState",
+    "ScaleByAdemamixState",
     "ScaleByElementRmsState",
     "ScaleByEmaMomentumState",
     "ScaleByKLShampooState",
@@ -66,27 +104,47 @@ __all__ = [
     "ScaleByRmspropState",
     "ScaleByShampooState",
     "ScaleBySoapState",
+    "ScaleBySophiaState",
+    "ScheduleFreeState",
+    "TelemetryState",
+    "accumulate",
     "adagrad",
     "adam",
     "adamuon",
     "adamw",
+    "adan",
+    "adan_restart_condition",
     "add_cautious_decay",
     "add_decayed_weights",
+    "ademamix",
+    "cautious",
+    "cautious_adamw",
+    "cautious_lion",
+    "combine_by_role",
     "equilibrate",
+    "gauss_newton_bartlett",
     "graft",
+    "hutchinson",
     "keep_parameter_norm",
     "kl_shampoo",
     "lion",
+    "mars",
     "muon",
+    "nadam",
+    "nadamw",
     "names",
     "normuon",
     "on_mesh",
     "orthogonalize",
+    "reduce_variance",
     "register",
     "renormalize",
+    "restart_adan",
     "rmsprop",
     "scale_by_adagrad",
     "scale_by_adam",
+    "scale_by_adan",
+    "scale_by_ademamix",
     "scale_by_element_rms",
     "scale_by_ema_momentum",
     "scale_by_kl_shampoo",
@@ -100,10 +158,20 @@ __all__ = [
     "scale_by_rmsprop",
     "scale_by_shampoo",
     "scale_by_soap",
+    "scale_by_sophia",
+    "schedule_free",
+    "schedule_free_adamw",
+    "schedule_free_eval_params",
+    "schedule_free_sgd",
     "sgd",
     "shampoo",
     "soap",
     "soap_muon",
+    "sophia_g",
+    "sophia_h",
     "split_state",
     "state_shardings",
+    "telemetry",
+    "with_decay",
+    "with_telemetry",
 ]

@@ -29,6 +29,11 @@ def wide_dtype(*dtypes: Any) -> Any:
     return jnp.dtype(jnp.float64 if is_double else jnp.float32)
 
 
+def widest() -> Any:
+    """The dtype of scalars: float64 where it is enabled, else float32."""
+    return jax.dtypes.canonicalize_dtype(jnp.float64)
+
+
 def cast(x: jax.Array, dtype: Any) -> jax.Array:
     """`x` in `dtype`; what has it already is not even traced, of which trees of leaves are full."""
     return x if x.dtype == dtype else x.astype(dtype)
@@ -69,6 +74,11 @@ def ema(
     return jax.tree.map(lambda v, m: lerp(power(wide(v)), m, decay), values, moments)
 
 
+def sign(x: jax.Array) -> jax.Array:
+    """The sign, but infinity stays infinite: an overflow shall not pass for a step like any other."""
+    return jnp.where(jnp.isfinite(x), jax.lax.sign(x), x)
+
+
 def increment(count: jax.Array) -> jax.Array:
     """`count + 1`, staying at the largest int32."""
     return jnp.asarray(optax.safe_increment(count))
@@ -79,7 +89,7 @@ def bias_correction(decay: Any, count: jax.Array) -> jax.Array:
 
     Written as :math:`-\operatorname{expm1}(t \log\beta)`, which loses no digits to the subtraction.
     """
-    dtype = jax.dtypes.canonicalize_dtype(jnp.float64)
+    dtype = widest()
     if isinstance(decay, (int, float)) and decay == 0:
         return jnp.ones([], dtype)
 
@@ -99,19 +109,19 @@ def corrected_mean(
       count: t, from one on.
       nesterov: :math:`\beta_1 m_t / (1 - \beta_1^{t+1}) + (1 - \beta_1) g_t / (1 - \beta_1^t)`.
     """
-    weight, ahead = bias_correction(b1, count), bias_correction(b1, increment(count))
+    weight = bias_correction(b1, count)
+    if not nesterov:
+        return jax.tree.map(lambda m: m / cast(weight, m.dtype), mu)
+    ahead = bias_correction(b1, increment(count))
 
     def mean(g: jax.Array, m: jax.Array) -> jax.Array:
-        if nesterov:
-            return lerp(wide(g) / weight.astype(wide(g).dtype), m / ahead.astype(m.dtype), b1)
-        return m / weight.astype(m.dtype)
+        g = wide(g)
+        return lerp(g / cast(weight, g.dtype), m / cast(ahead, m.dtype), b1)
 
     return jax.tree.map(mean, updates, mu)
 
 
 def root(x: jax.Array, eps: Any, eps_root: Any) -> jax.Array:
     r""":math:`\sqrt{x + \epsilon_\mathrm{root}} + \epsilon`, what second moments divide by."""
-    inside = (
-        x if isinstance(eps_root, float) and eps_root == 0 else x + jnp.asarray(eps_root, x.dtype)
-    )
-    return jnp.sqrt(inside) + jnp.asarray(eps, x.dtype)
+    inside = x if isinstance(eps_root, float) and eps_root == 0 else x + scalar(eps_root, x.dtype)
+    return jax.lax.sqrt(inside) + scalar(eps, x.dtype)

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 
 def _is_number(value: Any) -> bool:
@@ -55,3 +56,32 @@ def check_params_given(params: Any, what: str) -> None:
     """Raises when `update` was called without the parameters a rule needs."""
     if params is None:
         raise ValueError(f"{what} needs the parameters: call tx.update(grads, state, params).")
+
+
+def is_part(params: Any) -> bool:
+    """Whether `optax.masked` or `optax.partition` took parameters out of the tree."""
+
+    def is_taken(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    return any(map(is_taken, jax.tree.leaves(params, is_leaf=is_taken)))
+
+
+def check_mask(mask: Any, params: Any, name: str) -> None:
+    """Raises unless a mask, or a function that makes one, covers `params` and selects some.
+
+    Of parameters that are themselves part of a tree, a mask may well select none.
+    """
+    if not jax.tree.leaves(params) or is_part(params):
+        return
+    tree = mask(params) if callable(mask) else mask
+    try:
+        covered = jax.tree.map(lambda m, part: jax.tree.map(lambda _: bool(m), part), tree, params)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{name} is not shaped like the parameters: {error}; give every parameter a boolean."
+        ) from error
+    if not any(jax.tree.leaves(covered)):
+        raise ValueError(
+            f"{name} selects no parameter; correct it, or leave out what it is the mask of."
+        )

@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._arithmetic import cast_like, root, wide_dtype, wide_zeros_like
+from ._arithmetic import cast, cast_like, root, wide_dtype, wide_zeros_like
 from ._checks import check_non_negative, check_some_eps
 from ._transformation import transformation
-from .decay import Mask, decay_or_identity
-from .learning_rate import scale_by_learning_rate
+from .decay import DecayForm, Mask, with_decay
 
 
 class ScaleByAdagradState(NamedTuple):
@@ -68,11 +67,11 @@ def scale_by_adagrad(
 
         def add_square(g: jax.Array, a: jax.Array) -> jax.Array:
             dtype = wide_dtype(g.dtype, a.dtype)
-            return a.astype(dtype) + jnp.square(g.astype(dtype))
+            return cast(a, dtype) + jax.lax.square(cast(g, dtype))
 
         nu = jax.tree.map(add_square, updates, state.nu)
         direction = jax.tree.map(
-            lambda g, a: g.astype(a.dtype) / root(a, eps, eps_root), updates, nu
+            lambda g, a: cast(g, a.dtype) / root(a, eps, eps_root), updates, nu
         )
         return cast_like(direction, updates), ScaleByAdagradState(cast_like(nu, state.nu))
 
@@ -88,6 +87,7 @@ def adagrad(
     nu_dtype: Any = None,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     weight_decay_mask: Mask | None = None,
+    weight_decay_form: DecayForm = "coupled",
 ) -> optax.GradientTransformation:
     r"""AdaGrad with decoupled weight decay.
 
@@ -99,8 +99,9 @@ def adagrad(
       eps: added outside the root.
       eps_root: added inside the root.
       nu_dtype: dtype of the accumulator; by default at least float32.
-      weight_decay: :math:`\lambda`, decoupled and multiplied by the learning rate.
+      weight_decay: :math:`\lambda`, by default decoupled and multiplied by the learning rate.
       weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
+      weight_decay_form: how, see :func:`add_decayed_weights`.
 
     Raises:
       ValueError: for hyperparameters out of range.
@@ -113,8 +114,10 @@ def adagrad(
       >>> tx.update(jnp.array([3.0]), tx.init(jnp.zeros(1)))[0]
       Array([-0.1], dtype=float32)
     """
-    return optax.chain(
+    return with_decay(
         scale_by_adagrad(initial_accumulator_value, eps, eps_root, nu_dtype=nu_dtype),
-        decay_or_identity(weight_decay, weight_decay_mask),
-        scale_by_learning_rate(learning_rate),
+        learning_rate,
+        weight_decay,
+        weight_decay_mask,
+        form=weight_decay_form,
     )

@@ -8,24 +8,25 @@ import optax
 
 from ._arithmetic import (
     bias_correction,
+    cast,
     cast_like,
     corrected_mean,
     ema,
     increment,
     root,
+    wide,
     wide_zeros_like,
 )
 from ._checks import check_decay_rates, check_some_eps
 from ._transformation import transformation
-from .decay import Mask, decay_or_identity
-from .learning_rate import scale_by_learning_rate
+from .decay import DecayForm, Mask, with_decay
 
 
 class ScaleByAdamState(NamedTuple):
     """State of `scale_by_adam`."""
 
     count: jax.Array  # int32 scalar, updates made so far
-    mu: optax.Updates  # like params, mu_dtype: mean of gradients
+    mu: optax.Updates | None  # like params, mu_dtype: mean of gradients; None where b1 is 0
     nu: optax.Updates  # like params, nu_dtype: mean of squared gradients
 
 
@@ -51,7 +52,7 @@ def scale_by_adam(
     (1 - \beta_1) g_t / (1 - \beta_1^t)` (NAdam without its momentum schedule).
 
     Args:
-      b1: :math:`\beta_1` in [0, 1).
+      b1: :math:`\beta_1` in [0, 1); 0 keeps no first moment.
       b2: :math:`\beta_2` in [0, 1).
       eps: added outside the root.
       eps_root: added inside the root; give it when differentiating through the optimizer.
@@ -74,11 +75,12 @@ def scale_by_adam(
     """
     check_decay_rates(b1=b1, b2=b2)
     check_some_eps(eps, eps_root)
+    has_momentum = not (isinstance(b1, (int, float)) and b1 == 0)
 
     def init(params: optax.Params) -> ScaleByAdamState:
         return ScaleByAdamState(
             count=jnp.zeros([], jnp.int32),
-            mu=wide_zeros_like(params, mu_dtype),
+            mu=wide_zeros_like(params, mu_dtype) if has_momentum else None,
             nu=wide_zeros_like(params, nu_dtype),
         )
 
@@ -87,16 +89,20 @@ def scale_by_adam(
     ) -> tuple[optax.Updates, ScaleByAdamState]:
         del params
         count = increment(state.count)
-        mu = ema(updates, state.mu, b1)
-        nu = ema(updates, state.nu, b2, jnp.square)
+        nu = ema(updates, state.nu, b2, jax.lax.square)
         weight = bias_correction(b2, count)
-        mean = corrected_mean(updates, mu, b1, count, nesterov=nesterov)
+        if has_momentum:
+            mu = ema(updates, state.mu, b1)
+            mean = corrected_mean(updates, mu, b1, count, nesterov=nesterov)
+            mu = cast_like(mu, state.mu)
+        else:
+            mu, mean = None, jax.tree.map(wide, updates)
 
         def direction(g: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
-            below = root(v / weight.astype(v.dtype), eps, eps_root)
-            return (m / below.astype(m.dtype)).astype(g.dtype)
+            below = root(v / cast(weight, v.dtype), eps, eps_root)
+            return cast(m / cast(below, m.dtype), g.dtype)
 
-        state = ScaleByAdamState(count, cast_like(mu, state.mu), cast_like(nu, state.nu))
+        state = ScaleByAdamState(count, mu, cast_like(nu, state.nu))
         return jax.tree.map(direction, updates, mean, nu), state
 
     return transformation(init, update)
@@ -161,6 +167,7 @@ def adamw(
     nu_dtype: Any = None,
     weight_decay: optax.ScalarOrSchedule = 1e-2,
     weight_decay_mask: Mask | None = None,
+    weight_decay_form: DecayForm = "coupled",
 ) -> optax.GradientTransformation:
     r"""Adam with decoupled weight decay.
 
@@ -178,6 +185,7 @@ def adamw(
       weight_decay: :math:`\lambda`, multiplied by the learning rate. PyTorch's default, 1e-2;
         Optax has 1e-4, language models commonly take 0.1.
       weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
+      weight_decay_form: how, see :func:`add_decayed_weights`.
 
     Raises:
       ValueError: for hyperparameters out of range.
@@ -191,10 +199,12 @@ def adamw(
       >>> tx.update(jnp.array([3.0]), tx.init(params), params)[0]
       Array([-0.12], dtype=float32)
     """
-    return optax.chain(
+    return with_decay(
         scale_by_adam(
             b1, b2, eps, eps_root, nesterov=nesterov, mu_dtype=mu_dtype, nu_dtype=nu_dtype
         ),
-        decay_or_identity(weight_decay, weight_decay_mask),
-        scale_by_learning_rate(learning_rate),
+        learning_rate,
+        weight_decay,
+        weight_decay_mask,
+        form=weight_decay_form,
     )

@@ -14,7 +14,8 @@ from ._transformation import transformation
 class ScaleByLearningRateState(NamedTuple):
     """State of `scale_by_learning_rate`."""
 
-    count: jax.Array  # int32 scalar, updates made so far
+    count: jax.Array  # int32 scalar, updates made so far under a schedule; 0 without one
+    learning_rate: jax.Array  # float32 scalar, that of the last update (before it, of the first)
 
 
 def evaluate(value: Any, count: jax.Array) -> Any:
@@ -26,7 +27,8 @@ def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.Gradi
     r"""Multiplies updates by :math:`-\eta_t`, in float32 even where the updates are bfloat16.
 
     ``optax.scale_by_learning_rate`` rounds the rate itself to the updates' dtype first, which for
-    bfloat16 changes it by up to 0.4 %.
+    bfloat16 changes it by up to 0.4 %. The rate stays in the state, where `with_telemetry` and
+    ``optax.tree.get(state, "learning_rate")`` find it.
 
     Args:
       learning_rate: a non-negative number, or a schedule called with the number of updates made.
@@ -42,9 +44,13 @@ def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.Gradi
     """
     check_non_negative(learning_rate=learning_rate)
 
+    def kept(rate: Any) -> jax.Array:
+        return jnp.asarray(rate, jnp.float32)
+
     def init(params: optax.Params) -> ScaleByLearningRateState:
         check_real_leaves(params)
-        return ScaleByLearningRateState(count=jnp.zeros([], jnp.int32))
+        count = jnp.zeros([], jnp.int32)
+        return ScaleByLearningRateState(count, kept(evaluate(learning_rate, count)))
 
     def update(
         updates: optax.Updates, state: ScaleByLearningRateState, params: optax.Params | None = None
@@ -54,6 +60,11 @@ def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.Gradi
         scaled = jax.tree.map(
             lambda u: cast(wide(u) * scalar(-rate, wide_dtype(u.dtype)), u.dtype), updates
         )
-        return scaled, ScaleByLearningRateState(increment(state.count))
+        if callable(learning_rate):
+            return scaled, ScaleByLearningRateState(increment(state.count), kept(rate))
+        # Of a constant nothing changes, and what passes through needs no kernel. An array may be another
+        # at every update (optax.inject_hyperparams).
+        is_number = isinstance(learning_rate, (int, float))
+        return scaled, state if is_number else state._replace(learning_rate=kept(rate))
 
     return transformation(init, update)

@@ -3,14 +3,12 @@
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from ._arithmetic import cast_like, ema, wide_zeros_like
+from ._arithmetic import cast_like, ema, sign, wide_zeros_like
 from ._checks import check_decay_rates
 from ._transformation import transformation
-from .decay import Mask, decay_or_identity
-from .learning_rate import scale_by_learning_rate
+from .decay import DecayForm, Mask, with_decay
 
 
 class ScaleByLionState(NamedTuple):
@@ -55,7 +53,7 @@ def scale_by_lion(
         updates: optax.Updates, state: ScaleByLionState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, ScaleByLionState]:
         del params
-        direction = jax.tree.map(jnp.sign, ema(updates, state.mu, b1))
+        direction = jax.tree.map(sign, ema(updates, state.mu, b1))
         mu = ema(updates, state.mu, b2)
         return cast_like(direction, updates), ScaleByLionState(cast_like(mu, state.mu))
 
@@ -70,6 +68,7 @@ def lion(
     mu_dtype: Any = None,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     weight_decay_mask: Mask | None = None,
+    weight_decay_form: DecayForm = "coupled",
 ) -> optax.GradientTransformation:
     r"""Lion with decoupled weight decay.
 
@@ -86,6 +85,7 @@ def lion(
       weight_decay: :math:`\lambda`, multiplied by the learning rate. The official default, 0;
         Optax has 1e-3.
       weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
+      weight_decay_form: how, see :func:`add_decayed_weights`.
 
     Raises:
       ValueError: for hyperparameters out of range.
@@ -98,8 +98,10 @@ def lion(
       >>> tx.update(jnp.array([3.0]), tx.init(jnp.zeros(1)))[0]
       Array([-0.1], dtype=float32)
     """
-    return optax.chain(
+    return with_decay(
         scale_by_lion(b1, b2, mu_dtype=mu_dtype),
-        decay_or_identity(weight_decay, weight_decay_mask),
-        scale_by_learning_rate(learning_rate),
+        learning_rate,
+        weight_decay,
+        weight_decay_mask,
+        form=weight_decay_form,
     )

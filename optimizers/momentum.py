@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._arithmetic import cast_like, ema, increment, lerp, wide_dtype, wide_zeros_like
+from ._arithmetic import cast, cast_like, ema, increment, lerp, scalar, wide_dtype, wide_zeros_like
 from ._checks import check_decay_rates
 from ._transformation import transformation
 
@@ -71,14 +71,14 @@ def scale_by_momentum(
 
         def accumulate(g: jax.Array, m: jax.Array) -> jax.Array:
             dtype = wide_dtype(g.dtype, m.dtype)
-            kept, g = jnp.asarray(momentum, dtype) * m.astype(dtype), g.astype(dtype)
+            kept, g = scalar(momentum, dtype) * cast(m, dtype), cast(g, dtype)
             if not has_dampening:
                 return kept + g
-            damped = kept + jnp.asarray(1 - dampening, dtype) * g
+            damped = kept + scalar(1 - dampening, dtype) * g
             return jnp.where(state.count == 0, g, damped)
 
         def look_ahead(g: jax.Array, m: jax.Array) -> jax.Array:
-            return g.astype(m.dtype) + jnp.asarray(momentum, m.dtype) * m
+            return cast(g, m.dtype) + scalar(momentum, m.dtype) * m
 
         mu = jax.tree.map(accumulate, updates, state.mu)
         direction = jax.tree.map(look_ahead, updates, mu) if nesterov else mu

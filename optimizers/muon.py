@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ._arithmetic import sign
 from ._by_role import by_role
 from ._checks import check_decay_rates
 from ._matrices import DEFAULT_AXES, Axes
@@ -279,7 +280,7 @@ def adamuon(
         nesterov=nesterov,
         method=method,
         scale="none",
-        pre=optax.stateless_with_tree_map(lambda u, _: jnp.sign(u)),
+        pre=optax.stateless_with_tree_map(lambda u, _: sign(jnp.asarray(u))),
         post=optax.chain(scale_by_element_rms(b1), rms),
         mu_dtype=mu_dtype,
         weight_decay=weight_decay,

@@ -4,9 +4,10 @@ import dataclasses
 import difflib
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import optax
 
 _BUILDERS: dict[str, Callable[..., optax.GradientTransformation]] = {}
@@ -63,10 +64,12 @@ class OptimizerConfig:
     Attributes:
       name: a registered name.
       hyperparameters: keyword arguments of the builder, the learning rate excepted, as a mapping;
-        kept as sorted pairs, so that the configuration is hashable.
+        kept as sorted pairs, lists as tuples and dtypes by their names, so that the configuration
+        is hashable and equal to what its JSON is read back as.
 
     Raises:
-      ValueError: for a name or a hyperparameter that does not exist.
+      ValueError: for a name or a hyperparameter that does not exist, or JSON of something else.
+      TypeError: at `to_json` for a value that JSON cannot hold, as a schedule.
 
     Example:
       >>> import ravine
@@ -87,7 +90,8 @@ class OptimizerConfig:
         for key in pairs:
             if key not in known:
                 raise ValueError(f"{self.name} has no hyperparameter {key!r}; {near(key, known)}")
-        object.__setattr__(self, "hyperparameters", tuple(sorted(pairs.items())))
+        plain = {key: _plain(value) for key, value in pairs.items()}
+        object.__setattr__(self, "hyperparameters", tuple(sorted(plain.items())))
 
     def accepts(self, hyperparameter: str) -> bool:
         """Whether the builder has an argument of that name."""
@@ -101,10 +105,29 @@ class OptimizerConfig:
 
     def to_json(self) -> str:
         """A JSON object with `name` and `hyperparameters`."""
+        for key, value in self.hyperparameters:
+            try:
+                json.dumps(value)
+            except TypeError as error:
+                raise TypeError(
+                    f"{key}={value!r} of {self.name} has no JSON; give it to build() instead."
+                ) from error
         return json.dumps({"name": self.name, "hyperparameters": dict(self.hyperparameters)})
 
     @classmethod
     def from_json(cls, text: str) -> "OptimizerConfig":
         """The inverse of `to_json`."""
-        loaded: Mapping[str, Any] = json.loads(text)
+        loaded = json.loads(text)
+        if not isinstance(loaded, dict) or loaded.keys() != {"name", "hyperparameters"}:
+            raise ValueError(
+                f"expected a JSON object with name and hyperparameters, got {text[:80]!r}."
+            )
         return cls(**loaded)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return tuple(map(_plain, value))
+    if isinstance(value, np.dtype) or (isinstance(value, type) and hasattr(value, "dtype")):
+        return np.dtype(value).name
+    return value

@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._arithmetic import cast_like, ema, root, wide_zeros_like
+from ._arithmetic import cast, cast_like, ema, root, wide_zeros_like
 from ._checks import check_decay_rates, check_some_eps
 from ._transformation import transformation
-from .decay import Mask, decay_or_identity
-from .learning_rate import scale_by_learning_rate
+from .decay import DecayForm, Mask, with_decay
 from .momentum import scale_by_momentum
 
 
@@ -72,14 +71,14 @@ def scale_by_rmsprop(
         updates: optax.Updates, state: ScaleByRmspropState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, ScaleByRmspropState]:
         del params
-        nu = ema(updates, state.nu, b2, jnp.square)
+        nu = ema(updates, state.nu, b2, jax.lax.square)
         spread, mu = nu, None
         if centered:
             mean = ema(updates, state.mu, b2)
             spread = jax.tree.map(lambda v, c: jnp.maximum(v - jnp.square(c), 0), nu, mean)
             mu = cast_like(mean, state.mu)
         direction = jax.tree.map(
-            lambda g, v: g.astype(v.dtype) / root(v, eps, eps_root), updates, spread
+            lambda g, v: cast(g, v.dtype) / root(v, eps, eps_root), updates, spread
         )
         return cast_like(direction, updates), ScaleByRmspropState(cast_like(nu, state.nu), mu)
 
@@ -99,6 +98,7 @@ def rmsprop(
     nu_dtype: Any = None,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     weight_decay_mask: Mask | None = None,
+    weight_decay_form: DecayForm = "coupled",
 ) -> optax.GradientTransformation:
     r"""RMSProp, with momentum on the scaled gradient and decoupled weight decay.
 
@@ -115,8 +115,9 @@ def rmsprop(
       nesterov: look-ahead momentum.
       mu_dtype: dtype of the velocity; by default at least float32.
       nu_dtype: dtype of the moments; by default at least float32.
-      weight_decay: :math:`\lambda`, decoupled and multiplied by the learning rate.
+      weight_decay: :math:`\lambda`, by default decoupled and multiplied by the learning rate.
       weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
+      weight_decay_form: how, see :func:`add_decayed_weights`.
 
     Raises:
       ValueError: for hyperparameters out of range, or Nesterov without momentum.
@@ -135,11 +136,15 @@ def rmsprop(
     has_momentum = not (isinstance(momentum, (int, float)) and momentum == 0)
     if nesterov and not has_momentum:
         raise ValueError("nesterov acts on the momentum; give momentum > 0.")
-    return optax.chain(
-        scale_by_rmsprop(b2, eps, eps_root, centered=centered, nu_dtype=nu_dtype),
-        scale_by_momentum(momentum, nesterov=nesterov, mu_dtype=mu_dtype)
-        if has_momentum
-        else optax.identity(),
-        decay_or_identity(weight_decay, weight_decay_mask),
-        scale_by_learning_rate(learning_rate),
+    return with_decay(
+        optax.chain(
+            scale_by_rmsprop(b2, eps, eps_root, centered=centered, nu_dtype=nu_dtype),
+            scale_by_momentum(momentum, nesterov=nesterov, mu_dtype=mu_dtype)
+            if has_momentum
+            else optax.identity(),
+        ),
+        learning_rate,
+        weight_decay,
+        weight_decay_mask,
+        form=weight_decay_form,
     )

@@ -11,8 +11,8 @@ from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import numpy as np
-import optax
 
+from ._checks import is_part
 from .matrix.layout import DEFAULT, Layout, MatrixAxes, layout
 
 Role = Literal["embedding", "head", "matrix", "norm", "bias", "router", "convolution"]
@@ -348,21 +348,12 @@ def _decided(params: Any, rules: Rules) -> list[tuple[str, Any, Rule]]:
         used.add(index)
         decided.append((name, leaf, rule))
     unused = [r.pattern for i, r in enumerate(complete) if r.required and i not in used]
-    if unused and decided and not _is_part(params):
+    if unused and decided and not is_part(params):
         raise ValueError(
             f"the role rule {unused[0]!r} decides no parameter: no path matches it, or an earlier "
             "rule takes them all; correct or remove it, or make it Rule(..., required=False)."
         )
     return decided
-
-
-def _is_part(params: Any) -> bool:
-    """Whether `optax.masked` or `optax.partition` took parameters out of the tree."""
-
-    def is_taken(node: Any) -> bool:
-        return isinstance(node, optax.MaskedNode)
-
-    return any(map(is_taken, jax.tree.leaves(params, is_leaf=is_taken)))
 
 
 def _axes(rule: Rule) -> MatrixAxes:

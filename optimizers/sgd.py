@@ -4,8 +4,7 @@ from typing import Any
 
 import optax
 
-from .decay import Mask, decay_or_identity
-from .learning_rate import scale_by_learning_rate
+from .decay import DecayForm, Mask, with_decay
 from .momentum import scale_by_momentum
 
 
@@ -18,14 +17,15 @@ def sgd(
     mu_dtype: Any = None,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     weight_decay_mask: Mask | None = None,
+    weight_decay_form: DecayForm = "coupled",
 ) -> optax.GradientTransformation:
     r"""Stochastic gradient descent.
 
     .. math:: \theta_t = \theta_{t-1} - \eta_t \, (u_t + \lambda \theta_{t-1})
 
-    with :math:`u_t` the gradient, or :func:`scale_by_momentum` of it. The decay is decoupled, where
-    ``torch.optim.SGD`` adds it to the gradient before the momentum: for that form put
-    :func:`add_decayed_weights` in front of ``sgd`` in a chain.
+    with :math:`u_t` the gradient, or :func:`scale_by_momentum` of it. By default the decay is
+    decoupled, where ``torch.optim.SGD`` adds it to the gradient before the momentum: that is
+    ``weight_decay_form="l2"``.
 
     Args:
       learning_rate: a number or a schedule.
@@ -33,8 +33,9 @@ def sgd(
       nesterov: look-ahead momentum.
       dampening: :math:`\tau` in [0, 1).
       mu_dtype: dtype of the velocity; by default at least float32.
-      weight_decay: :math:`\lambda`, decoupled and multiplied by the learning rate.
+      weight_decay: :math:`\lambda`, by default decoupled and multiplied by the learning rate.
       weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
+      weight_decay_form: how, see :func:`add_decayed_weights`.
 
     Raises:
       ValueError: for hyperparameters out of range, or Nesterov without momentum.
@@ -51,10 +52,12 @@ def sgd(
     has_dampening = isinstance(dampening, (int, float)) and dampening != 0
     if not has_momentum and (nesterov or has_dampening):
         raise ValueError("nesterov and dampening act on the momentum; give momentum > 0.")
-    return optax.chain(
+    return with_decay(
         scale_by_momentum(momentum, nesterov=nesterov, dampening=dampening, mu_dtype=mu_dtype)
         if has_momentum
         else optax.identity(),
-        decay_or_identity(weight_decay, weight_decay_mask),
-        scale_by_learning_rate(learning_rate),
+        learning_rate,
+        weight_decay,
+        weight_decay_mask,
+        form=weight_decay_form,
     )

@@ -1,6 +1,7 @@
 """Every optimizer, one row each: what the common tests need to know about it."""
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +11,25 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import ravine
+
+
+def builder(name: str):
+    """A builder of ravine's; Sophia is given the curvature of the sum of squares at every update."""
+    build = getattr(ravine, name)
+    if not name.startswith("sophia"):
+        return build
+
+    def curvature(params, key):
+        del key
+        return jax.tree.map(lambda p: jnp.full_like(p, 2.0), params)
+
+    @functools.wraps(build)
+    def with_curvature(*args, **kwargs):
+        tx = build(*args, **kwargs)
+        update = functools.partial(tx.update, curvature=curvature)
+        return optax.GradientTransformationExtraArgs(tx.init, update)
+
+    return with_curvature
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +52,8 @@ class Row:
     survives_nan: bool = False
     # Hyperparameters that optax.inject_hyperparams must not turn into arrays.
     static_args: tuple[str, ...] = ()
+    # Averages its iterates, so that parameters move at a learning rate of zero, too.
+    averages: bool = False
 
     @property
     def label(self) -> str:
@@ -39,7 +61,7 @@ class Row:
 
     @property
     def builder(self):
-        return getattr(ravine, self.name)
+        return builder(self.name)
 
     def accepts(self, argument: str) -> bool:
         return argument in inspect.signature(self.builder).parameters
@@ -103,9 +125,41 @@ TABLE = (
     Row("adagrad", 1.0, constant_learning_rate=1.0),
     Row("rmsprop", 0.1, constant_learning_rate=5e-3),
     Row("rmsprop", 0.02, {"centered": True, "momentum": 0.9}, constant_learning_rate=1e-3),
-    Row("adam", 0.2, {"nesterov": True}),
+    Row("adam", 0.2),
     Row("adamw", 0.2),
+    Row("nadam", 0.2),
+    Row("nadamw", 0.2),
     Row("lion", 0.1, {"weight_decay": 1e-3}, constant_learning_rate=1e-3),
+    Row("adan", 0.1, {"weight_decay": 1e-3}, steps=1000, constant_learning_rate=1e-3),
+    Row(
+        "adan",
+        0.1,
+        {"weight_decay": 1e-3, "no_prox": True},
+        steps=1000,
+        constant_learning_rate=1e-3,
+    ),
+    Row("ademamix", 0.2, {"b3": 0.99}, constant_learning_rate=1e-3),
+    Row("mars", 0.2, {"rules": ((".*", "matrix"),)}),
+    Row(
+        "sophia_g",
+        0.1,
+        {"start": 0, "rho": 1.0, "b2": 0.875, "weight_decay": 1e-3},
+        steps=1000,
+        constant_learning_rate=1e-3,
+    ),
+    Row(
+        "sophia_h",
+        0.1,
+        {"rho": 1.0, "b2": 0.875, "correct_bias": True, "weight_decay": 1e-3},
+        steps=1000,
+        constant_learning_rate=1e-3,
+    ),
+    Row("cautious_adamw", 0.2),
+    Row("cautious_lion", 0.1, {"weight_decay": 1e-3}, constant_learning_rate=1e-3),
+    Row(
+        "schedule_free_sgd", 0.2, {"weight_power": 2.0}, constant_learning_rate=1e-3, averages=True
+    ),
+    Row("schedule_free_adamw", 0.2, {"weight_power": 2.0}, averages=True),
     matrices("muon", 0.1),
     matrices("muon", 0.2, {"scale": "moonlight", "nesterov": False}, steps=1000),
     matrices("normuon", 0.1),

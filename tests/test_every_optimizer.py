@@ -109,7 +109,13 @@ def test_state_is_a_fixed_point_for_every_mix_of_dtypes(
     )
     assert carry == init
     assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(grads_dtype)}
-    floating = [s for s in jax.tree.leaves(init[1]) if jnp.issubdtype(s.dtype, jnp.floating)]
+    leaves = jax.tree_util.tree_leaves_with_path(init[1])
+    floating = [
+        s
+        for path, s in leaves
+        if jnp.issubdtype(s.dtype, jnp.floating)
+        and getattr(path[-1], "name", None) != "learning_rate"
+    ]
     if state_dtype is None:
         assert all(s.dtype == jnp.float32 for s in floating)
     elif dtypes and floating:
@@ -124,7 +130,8 @@ def test_learning_rate_may_be_a_schedule_of_updates_made(row):
     for steps in (1, 2):
         updates = run(twice, params, grads, steps, update)[1]
         assert_close(updates, run_plain(row, params, grads, steps)[1], 1e-6)
-    assert_equal(run(twice, params, grads, 3, update)[1], jax.tree.map(jnp.zeros_like, grads))
+    if not row.averages:
+        assert_equal(run(twice, params, grads, 3, update)[1], jax.tree.map(jnp.zeros_like, grads))
 
 
 @every_optimizer
@@ -249,12 +256,13 @@ def test_sharded_equals_unsharded(row, kind):
 
 
 @every_optimizer
-def test_nan_stays_in_its_leaf(row):
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+def test_what_is_not_finite_shows_and_stays_in_its_leaf(row, bad):
     params, grads = row.tree(0), row.tree(1)
     clean = run_plain(row, params, grads, 3)[1]
-    poisoned = grads | {"first": grads["first"].at[0, 0].set(jnp.nan)}
+    poisoned = grads | {"first": grads["first"].at[0, 0].set(bad)}
     updates = run_plain(row, params, poisoned, 3)[1]
-    assert jnp.any(jnp.isnan(updates["first"])) != row.survives_nan
+    assert jnp.all(jnp.isfinite(updates["first"])) == row.survives_nan
     assert_equal(updates | {"first": None}, clean | {"first": None})
 
 
@@ -317,7 +325,7 @@ def test_leaves_that_are_not_real_floats_are_named(row, dtype):
 @pytest.mark.parametrize("row", DECAYING, ids=[row.label for row in DECAYING])
 def test_missing_parameters_are_named(row):
     tx = row.build(weight_decay=0.1)
-    with pytest.raises(ValueError, match="weight decay needs the parameters"):
+    with pytest.raises(ValueError, match="needs the parameters"):
         jax.eval_shape(lambda p, g: tx.update(g, tx.init(p)), row.tree(0), row.tree(1))
 
 

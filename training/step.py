@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from ..optimizers.curvature import gauss_newton_bartlett
 from ..stability import next_token_loss
+from .gradients import micro_batch_value_and_grad
 from .model import ModelConfig, Transformer
 
 Batch = Any  # int32 [B, T + 1]: inputs are [:, :-1], targets [:, 1:]
@@ -57,14 +59,23 @@ def mean_loss(graphdef: nnx.GraphDef, params: Any, batches_NxBxT1: jax.Array) ->
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef, tx: optax.GradientTransformation
+    graphdef: nnx.GraphDef, tx: optax.GradientTransformation, micro_batches: int = 1
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """`step(state, batch) -> state, metrics`: jit it with ``donate_argnums=0``."""
-    loss_and_grads = jax.value_and_grad(make_loss(graphdef))
+    """`step(state, batch) -> state, metrics`: jit it with ``donate_argnums=0``.
+
+    Optimizers that take ``curvature=``, as Sophia, are given the Gauss-Newton-Bartlett estimator on the
+    first of the micro-batches.
+    """
+    tx = optax.with_extra_args_support(tx)
+    loss_and_grads = micro_batch_value_and_grad(make_loss(graphdef), micro_batches)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         loss, grads = loss_and_grads(state.params, batch)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        inputs = batch[::micro_batches, :-1]
+        logits = lambda params: nnx.merge(graphdef, params)(inputs)
+        updates, opt_state = tx.update(
+            grads, state.opt_state, state.params, curvature=gauss_newton_bartlett(logits)
+        )
         params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": loss,

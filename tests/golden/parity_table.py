@@ -14,27 +14,55 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import ravine
+from ravine.optimizers.matrix.layout import MatrixAxes
 
 GOLDEN = json.loads(Path(__file__).with_name("first_order.json").read_text())
 TABLE = Path(__file__).parents[2] / "docs" / "parity.md"
 TOLERANCES = {"float64": 1e-6, "float32": 1e-5}
 STEPS = len(GOLDEN["learning_rate_factors"])
 # Where torch adds its `weight_decay` to the gradient.
-_ADDED_TO_THE_GRADIENT = {"SGD", "Adagrad", "RMSprop", "Adam"}
+_ADDED_TO_THE_GRADIENT = {"SGD", "Adagrad", "RMSprop", "Adam", "SGDScheduleFreeReference"}
+_BUILDERS = {
+    "SophiaG": ravine.sophia_g,
+    "AdamWScheduleFreeReference": ravine.schedule_free_adamw,
+    "SGDScheduleFreeReference": ravine.schedule_free_sgd,
+    "C-AdamW": ravine.cautious_adamw,
+    "C-Lion": ravine.cautious_lion,
+}
+_RENAMED = {
+    "beta3_warmup": "b3_warmup",
+    "r": "weight_power",
+    "foreach": None,
+    "lr_1d": None,
+    "weight_decay_1d": None,
+}
 
 
 def ours(case: dict, learning_rate: optax.Schedule) -> optax.GradientTransformation:
-    """Ravine's optimizer for a golden case, from the arguments that torch was given."""
+    """Ravine's optimizer for a golden case, from the arguments that the source was given."""
     arguments = dict(case["arguments"])
-    chain = []
-    if case["class"] in _ADDED_TO_THE_GRADIENT:
-        chain.append(ravine.add_decayed_weights(arguments.pop("weight_decay", 0.0)))
-    if "betas" in arguments:
-        arguments["b1"], arguments["b2"] = arguments.pop("betas")
-    if "alpha" in arguments:
+    name = case["class"]
+    builder = _BUILDERS.get(name) or getattr(ravine, name.lower())
+    if name in _ADDED_TO_THE_GRADIENT:
+        arguments["weight_decay_form"] = "l2"
+    if name == "Adam":
+        builder = ravine.adamw
+        arguments.setdefault("weight_decay", 0.0)
+    if name == "MARS":
+        # The official file takes what has two axes, or everything.
+        everything = arguments.pop("optimize_1d", False)
+        whole = ("tensor$", "head", MatrixAxes((0, 1), (2,)))
+        arguments["rules"] = (
+            [whole, ("", "head")] if everything else [("matrix$", "head"), ("", "bias")]
+        )
+    if name == "RMSprop" and "alpha" in arguments:
         arguments["b2"] = arguments.pop("alpha")
-    builder = getattr(ravine, case["class"].lower())
-    return optax.chain(*chain, builder(learning_rate, **arguments))
+    if "betas" in arguments:
+        betas = arguments.pop("betas")
+        arguments |= {f"b{i}": beta for i, beta in enumerate(betas, start=1)}
+    arguments = {_RENAMED.get(k, k): v for k, v in arguments.items()}
+    arguments.pop(None, None)
+    return builder(learning_rate, **arguments)
 
 
 # name: (ravine's, Optax's), each from a learning rate.
@@ -49,14 +77,14 @@ OPTAX_CASES = {
         lambda lr: optax.sgd(lr, momentum=0.9, nesterov=True),
     ),
     "adam": (ravine.adam, optax.adam),
-    "adam, nesterov": (lambda lr: ravine.adam(lr, nesterov=True), optax.nadam),
+    "nadam": (ravine.nadam, optax.nadam),
     "adam, eps_root": (
         lambda lr: ravine.adam(lr, eps=0.0, eps_root=1e-4),
         lambda lr: optax.adam(lr, eps=0.0, eps_root=1e-4),
     ),
     "adamw": (lambda lr: ravine.adamw(lr, weight_decay=1e-4), optax.adamw),
-    "adamw, nesterov": (
-        lambda lr: ravine.adamw(lr, b2=0.95, nesterov=True, weight_decay=0.1),
+    "nadamw": (
+        lambda lr: ravine.nadamw(lr, b2=0.95, weight_decay=0.1),
         lambda lr: optax.nadamw(lr, b2=0.95, weight_decay=0.1),
     ),
     "lion": (lambda lr: ravine.lion(lr, weight_decay=1e-3), optax.lion),
@@ -73,6 +101,10 @@ OPTAX_CASES = {
         lambda lr: ravine.rmsprop(lr, 0.9, eps=0.0, eps_root=1e-4, centered=True),
         lambda lr: optax.rmsprop(lr, eps=1e-4, centered=True),
     ),
+    "ademamix": (
+        lambda lr: ravine.ademamix(lr, b3=0.99, alpha=5.0),
+        lambda lr: optax.contrib.ademamix(lr, b3=0.99, alpha=5.0),
+    ),
     # Optax multiplies by the learning rate before the momentum, ravine and torch after it, which
     # is the same only while the rate stays.
     "rmsprop, nesterov, constant rate": (
@@ -82,22 +114,33 @@ OPTAX_CASES = {
 }
 
 
-def trajectory(build, peak: float, dtype: str) -> dict:
+def trajectory(build, peak: float, dtype: str, *, restart_at: int = -1, averaged=False) -> dict:
     """Parameters after each of the golden steps, with a leading axis of steps."""
     as_arrays = {"is_leaf": lambda x: not isinstance(x, dict)}
     leaf = lambda x: jnp.asarray(np.array(x), dtype)
     params = jax.tree.map(leaf, GOLDEN["initial"], **as_arrays)
     gradients = jax.tree.map(leaf, GOLDEN["gradients"], **as_arrays)
     rates = jnp.asarray(np.array(GOLDEN["learning_rate_factors"]) * peak, dtype)
-    tx = build(lambda count: rates[count])
+    tx = optax.with_extra_args_support(build(lambda count: rates[count]))
+    sophia = GOLDEN["sophia"]
 
     def step(carry, grads):
-        params, state = carry
-        updates, state = tx.update(grads, state, params)
+        params, state, index = carry
+        # The square of the gradient on sampled labels, times the tokens: what Bartlett's estimator is.
+        estimate = lambda _, key: jax.tree.map(
+            lambda g: sophia["tokens"] * jnp.square(sophia["sampled"] * g), grads
+        )
+        if restart_at >= 0:
+            restarted = ravine.restart_adan(state)
+            state = jax.tree.map(
+                lambda new, old: jnp.where(index == restart_at, new, old), restarted, state
+            )
+        updates, state = tx.update(grads, state, params, curvature=estimate)
         params = optax.apply_updates(params, updates)
-        return (params, state), params
+        seen = ravine.schedule_free_eval_params(state, params) if averaged else params
+        return (params, state, index + 1), seen
 
-    run = jax.jit(lambda p, g: jax.lax.scan(step, (p, tx.init(p)), g)[1])
+    run = jax.jit(lambda p, g: jax.lax.scan(step, (p, tx.init(p), jnp.int32(0)), g)[1])
     return jax.tree.map(np.asarray, run(params, gradients))
 
 
@@ -118,7 +161,13 @@ def measure_golden(name: str, dtype: str) -> float:
     """The difference from the official implementation at the recorded steps."""
     case = GOLDEN["cases"][name]
     with jax.enable_x64(dtype == "float64"):
-        mine = trajectory(lambda lr: ours(case, lr), case["peak_learning_rate"], dtype)
+        mine = trajectory(
+            lambda lr: ours(case, lr),
+            case["peak_learning_rate"],
+            dtype,
+            restart_at=20 if "restarted" in name else -1,
+            averaged="averaged" in name,
+        )
     at = np.array([int(step) for step in case[dtype]]) - 1
     recorded = {k: [params[k] for params in case[dtype].values()] for k in mine}
     return worst_difference({k: x[at] for k, x in mine.items()}, recorded)
@@ -168,8 +217,8 @@ def render(differences: dict) -> str:
         "rounding), rounded up to one significant digit. The tests hold every row against its",
         "bound and against 1e-6 in float64 and 1e-5 in float32.",
         "",
-        "L2 is a weight decay added to the gradient: "
-        "`optax.chain(ravine.add_decayed_weights(wd), ravine.sgd(...))`.",
+        'L2 is a weight decay added to the gradient: `weight_decay_form="l2"`. Sophia\'s estimate is a',
+        "given multiple of the gradient, squared, every ten steps.",
         "",
         "`tests/golden/first_order.py` regenerates the official trajectories,",
         "`python tests/golden/parity_table.py` this page.",

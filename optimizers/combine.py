@@ -1,0 +1,77 @@
+"""Several optimizers for one tree, chosen by the roles of its parameters."""
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import jax
+import optax
+
+from ._checks import is_part
+from .roles import COMMON_RULES, Role, Rules, assign_roles, path_string
+
+
+def combine_by_role(
+    optimizers: Mapping[str, optax.GradientTransformation],
+    assignment: Mapping[Role, str],
+    rules: Rules = COMMON_RULES,
+) -> optax.GradientTransformationExtraArgs:
+    """Gives every parameter the optimizer of its role: ``optax.partition`` with role rules.
+
+    ``role_table(params, rules, assignment)`` prints who gets what.
+
+    Args:
+      optimizers: name -> optimizer, complete with its learning rate.
+      assignment: role -> name. Roles that share a name share one optimizer and one state.
+      rules: role rules, see :func:`ravine.optimizers.roles.assign_roles`.
+
+    Raises:
+      ValueError: for an assignment to a name that does not exist, an optimizer that no role has, and
+        at `init` for parameters whose role has no optimizer or that no rule covers, or an optimizer
+        that gets no parameter.
+
+    Example:
+      >>> import jax.numpy as jnp, ravine
+      >>> from ravine.optimizers.roles import role_table
+      >>> params = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
+      >>> assignment = {"matrix": "lion", "bias": "sgd"}
+      >>> tx = ravine.combine_by_role(
+      ...     {"lion": ravine.lion(1e-4), "sgd": ravine.sgd(0.1)}, assignment
+      ... )
+      >>> state = tx.init(params)
+      >>> print(role_table(params, ravine.optimizers.roles.COMMON_RULES, assignment))
+      path          shape   role    matrices                      optimizer  decay
+      dense/bias    (3,)    bias    -                             sgd        no
+      dense/kernel  (2, 3)  matrix  [batch 1, rows 2, columns 3]  lion       no
+    """
+    for role, name in assignment.items():
+        if name not in optimizers:
+            raise ValueError(
+                f"the role {role!r} is assigned to {name!r}, but optimizers has only "
+                f"{', '.join(map(repr, optimizers))}; add it or correct the name."
+            )
+    idle = [name for name in optimizers if name not in assignment.values()]
+    if idle:
+        raise ValueError(
+            f"no role is assigned to the optimizer {idle[0]!r}; assign one or drop it."
+        )
+
+    def labels(params: Any) -> Any:
+        def label(path: Any, role: Role) -> str:
+            if role not in assignment:
+                raise ValueError(
+                    f"the parameter {path_string(path)!r} has the role {role!r}, which is assigned to "
+                    "no optimizer; assign it."
+                )
+            return assignment[role]
+
+        found = jax.tree_util.tree_map_with_path(label, assign_roles(params, rules))
+        unused = set(optimizers).difference(jax.tree.leaves(found))
+        if unused and jax.tree.leaves(found) and not is_part(params):
+            raise ValueError(
+                f"the optimizer {min(unused)!r} gets no parameter: no path has its roles; correct the "
+                "rules or drop it."
+            )
+        return found
+
+    transforms: dict[Hashable, optax.GradientTransformation] = {**optimizers}
+    return optax.partition(transforms, labels)

@@ -1,0 +1,152 @@
+"""MARS: variance reduction by the change of the gradient, in front of any adaptive direction."""
+
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ._arithmetic import cast, cast_like, scalar, wide, wide_dtype, wide_zeros_like
+from ._by_role import by_role
+from ._checks import check_decay_rates, check_non_negative
+from ._transformation import transformation
+from .adam import scale_by_adam
+from .decay import Mask
+from .matrix.layout import MatrixAxes
+from .roles import COMMON_RULES, Role, Rules, axes_of_path, path_string
+
+
+class ReduceVarianceState(NamedTuple):
+    """State of `reduce_variance`."""
+
+    previous: optax.Updates  # like params, at least float32: the last gradient
+
+
+def reduce_variance(
+    gamma: float = 0.025, b1: float = 0.95, *, rules: Rules | None = None
+) -> optax.GradientTransformation:
+    r"""Adds a share of the gradient's change, and clips every matrix to norm 1.
+
+    .. math::
+        c_t = g_t + \gamma \frac{\beta_1}{1 - \beta_1} (g_t - g_{t-1}), \qquad
+        \tilde c_t = c_t / \max(1, \lVert c_t \rVert)
+
+    with :math:`g_0 = 0`. The last gradient stands for that of the last parameters on this batch,
+    which the exact form takes: the authors' ``is_approx=True``. In front of :func:`scale_by_adam` it
+    makes MARS-AdamW, in front of :func:`scale_by_ema_momentum` and a sign MARS-Lion, in front of
+    :func:`muon` MARS-Shampoo.
+
+    Args:
+      gamma: :math:`\gamma`, not negative.
+      b1: :math:`\beta_1` in [0, 1), that of the momentum which follows.
+      rules: role rules, which tell what axes of a leaf are batch, so that stacked layers are clipped
+        one by one; None clips every leaf as a whole.
+
+    Raises:
+      ValueError: for values out of range, or at the update for leaves that no rule covers.
+
+    Source: Yuan et al., 2024, https://arxiv.org/abs/2411.10438; AGI-Arena/MARS, ``mars.py``.
+
+    Example:
+      >>> import jax.numpy as jnp, ravine
+      >>> tx = ravine.reduce_variance()
+      >>> tx.update(jnp.array([0.2]), tx.init(jnp.zeros(1)))[0].round(4)
+      Array([0.295], dtype=float32)
+    """
+    check_non_negative(gamma=gamma)
+    check_decay_rates(b1=b1)
+
+    def init(params: optax.Params) -> ReduceVarianceState:
+        return ReduceVarianceState(wide_zeros_like(params))
+
+    def update(
+        updates: optax.Updates, state: ReduceVarianceState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, ReduceVarianceState]:
+        del params
+        share = gamma * (b1 / (1 - b1))
+
+        def corrected(path: Any, g: jax.Array, last: jax.Array) -> jax.Array:
+            dtype = wide_dtype(g.dtype, last.dtype)
+            change = cast(g, dtype) - cast(last, dtype)
+            c = cast(g, dtype) + scalar(share, dtype) * change
+            axes = (
+                None if rules is None else _matrix_axes(axes_of_path(path_string(path), rules), g)
+            )
+            norm = jnp.sqrt(jnp.sum(jnp.square(c), axes, keepdims=True))
+            return cast(c / jnp.maximum(norm, 1), g.dtype)
+
+        found = jax.tree_util.tree_map_with_path(corrected, updates, state.previous)
+        previous = cast_like(jax.tree.map(wide, updates), state.previous)
+        return found, ReduceVarianceState(previous)
+
+    return transformation(init, update)
+
+
+def _matrix_axes(axes: MatrixAxes, leaf: jax.Array) -> tuple[int, ...]:
+    """The axes of `leaf` that are rows or columns; of a vector or a scalar, all it has."""
+    return tuple({a % leaf.ndim for a in axes.rows + axes.columns if -leaf.ndim <= a < leaf.ndim})
+
+
+def mars(
+    learning_rate: optax.ScalarOrSchedule = 3e-3,
+    b1: float = 0.95,
+    b2: float = 0.99,
+    gamma: float = 0.025,
+    eps: float = 1e-8,
+    *,
+    mu_dtype: Any = None,
+    nu_dtype: Any = None,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay_mask: Mask | None = None,
+    rules: Rules = COMMON_RULES,
+    roles: Collection[Role] = ("matrix", "convolution", "embedding", "head"),
+    fallback: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformation:
+    r"""MARS-AdamW for matrices, embeddings and heads, AdamW for everything else.
+
+    .. math:: \theta_t = \theta_{t-1} - \eta_t \, (u_t + \lambda \theta_{t-1})
+
+    with :math:`u_t` of :func:`scale_by_adam` after :func:`reduce_variance`.
+
+    Args:
+      learning_rate: a number or a schedule.
+      b1: :math:`\beta_1` in [0, 1).
+      b2: :math:`\beta_2` in [0, 1).
+      gamma: :math:`\gamma`, of the variance reduction.
+      eps: added outside the root.
+      mu_dtype: dtype of the first moment; by default at least float32.
+      nu_dtype: dtype of the second moment; by default at least float32.
+      weight_decay: :math:`\lambda`, multiplied by the learning rate; also that of the default
+        fallback, for which the official default is 0.1.
+      weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
+      rules: role rules; by default those for Ravine's, NNX's and Linen's names.
+      roles: those that MARS takes. The official file takes what is 2-D, or with ``optimize_1d``
+        everything.
+      fallback: the optimizer of all others, complete with its learning rate; by default AdamW with
+        b1 0.9, b2 0.95, the official one.
+
+    Raises:
+      ValueError: for hyperparameters out of range, or at `init` for parameters that no rule covers.
+
+    Source: as :func:`reduce_variance`.
+
+    Example:
+      >>> import jax.numpy as jnp, ravine
+      >>> params = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
+      >>> tx = ravine.mars(weight_decay=0.1)
+      >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    return by_role(
+        "mars",
+        optax.chain(
+            reduce_variance(gamma, b1, rules=rules),
+            scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
+        ),
+        learning_rate,
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        rules=rules,
+        roles=roles,
+        fallback=fallback,
+    )

@@ -1,0 +1,142 @@
+"""Telemetry: what an optimizer did at its last update, in its state."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ._arithmetic import wide
+from ._checks import check_params_given
+from ._transformation import states_of, with_extra_args
+from .learning_rate import ScaleByLearningRateState
+from .roles import COMMON_RULES, Rules, assign_roles
+
+
+class TelemetryState(NamedTuple):
+    """State of `with_telemetry`."""
+
+    metrics: Mapping[str, jax.Array]  # float32 scalars, of the last update
+    inner: Any  # the inner optimizer's
+
+
+def with_telemetry(
+    tx: optax.GradientTransformation, rules: Rules = COMMON_RULES
+) -> optax.GradientTransformationExtraArgs:
+    """`tx`, with its learning rate and the sizes of what it saw and did in its state.
+
+    For every role in the rules there are ``gradient_norm``, ``update_norm`` and ``parameter_norm``
+    (before the update), and the same as ``..._rms``, the norm over the root of the number of
+    coordinates: ``metrics["update_rms/matrix"]``. A role that no parameter has reads 0, so that the
+    structure does not depend on the parameters.
+
+    Learning rates are those of every :func:`scale_by_learning_rate` inside: ``learning_rate`` if
+    there is one, else ``learning_rate/muon`` and so on, by the names of ``optax.partition``.
+
+    Norms are float32 whatever the gradients are. Something that is not finite shows in its role, and
+    updates are what they are without telemetry.
+
+    Args:
+      tx: the whole optimizer.
+      rules: role rules, see :func:`ravine.optimizers.roles.assign_roles`.
+
+    Raises:
+      ValueError: for parameters that no rule covers, or an update without parameters.
+
+    Example:
+      >>> import jax.numpy as jnp, ravine
+      >>> params = {"kernel": jnp.ones((2, 2))}
+      >>> tx = ravine.with_telemetry(ravine.sgd(0.5), [("kernel$", "matrix")])
+      >>> _, state = tx.update(params, tx.init(params), params)
+      >>> {name: float(value) for name, value in ravine.telemetry(state).items()}
+      ... # doctest: +NORMALIZE_WHITESPACE
+      {'gradient_norm/matrix': 2.0, 'gradient_rms/matrix': 1.0, 'learning_rate': 0.5,
+       'parameter_norm/matrix': 2.0, 'parameter_rms/matrix': 1.0, 'update_norm/matrix': 1.0,
+       'update_rms/matrix': 0.5}
+    """
+    inner = optax.with_extra_args_support(tx)
+    known = sorted({rule[1] for rule in rules})
+
+    def measure(roles: Any, inner_state: Any, **trees: Any) -> dict[str, jax.Array]:
+        found = _learning_rates(inner_state)
+        for what, tree in trees.items():
+            found |= _sizes(what, tree, roles, known)
+        return dict(sorted(found.items()))
+
+    def init(params: optax.Params) -> TelemetryState:
+        inner_state = inner.init(params)
+        zeros = jax.tree.map(lambda p: jnp.zeros([], p.dtype), params)
+        roles = assign_roles(params, rules)
+        trees = {"gradient": zeros, "update": zeros, "parameter": zeros}
+        return TelemetryState(measure(roles, inner_state, **trees), inner_state)
+
+    def update(
+        updates: optax.Updates,
+        state: TelemetryState,
+        params: optax.Params | None = None,
+        **extra: Any,
+    ) -> tuple[optax.Updates, TelemetryState]:
+        check_params_given(params, "with_telemetry")
+        done, inner_state = inner.update(updates, state.inner, params, **extra)
+        metrics = measure(
+            assign_roles(params, rules),
+            inner_state,
+            gradient=updates,
+            update=done,
+            parameter=params,
+        )
+        return done, TelemetryState(metrics, inner_state)
+
+    return with_extra_args(init, update)
+
+
+def telemetry(opt_state: Any) -> dict[str, jax.Array]:
+    """The metrics in a state, however deep `with_telemetry` is in it; also of ``nnx.Optimizer``.
+
+    Args:
+      opt_state: an optimizer's state, or ``optimizer.opt_state`` of a ``flax.nnx.Optimizer``.
+
+    Raises:
+      ValueError: unless there is exactly one `with_telemetry` in the state.
+
+    Example:
+      >>> import jax.numpy as jnp, ravine
+      >>> tx = ravine.with_telemetry(ravine.adamw(1e-3))
+      >>> float(ravine.telemetry(tx.init({"bias": jnp.ones(2)}))["learning_rate"])
+      0.0010000000474974513
+    """
+    found = states_of(TelemetryState, opt_state)
+    if len(found) != 1:
+        raise ValueError(
+            f"this state holds {len(found)} with_telemetry, not one; wrap the whole optimizer in it."
+        )
+    return {name: jnp.asarray(value[...]) for name, value in found[0].metrics.items()}
+
+
+def _learning_rates(state: Any) -> dict[str, jax.Array]:
+    is_rate = lambda node: isinstance(node, ScaleByLearningRateState)
+    nodes = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_rate)
+    found = [(path, node.learning_rate) for path, node in nodes if is_rate(node)]
+    if len(found) == 1:
+        return {"learning_rate": found[0][1]}
+    rates: dict[str, jax.Array] = {}
+    for path, rate in found:
+        keys = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
+        name = "/".join(["learning_rate", *keys])
+        rates[name if name not in rates else f"{name}/{len(rates)}"] = rate
+    return rates
+
+
+def _sizes(what: str, tree: Any, roles: Any, known: Sequence[str]) -> dict[str, jax.Array]:
+    squares = dict.fromkeys(known, jnp.zeros([], jnp.float32))
+    sizes = dict.fromkeys(known, 0)
+    for leaf, role in zip(jax.tree.leaves(tree), jax.tree.leaves(roles), strict=True):
+        squares[role] += jnp.sum(jnp.square(wide(leaf))).astype(jnp.float32)
+        sizes[role] += leaf.size
+    found = {}
+    for role in known:
+        norm = jnp.sqrt(squares[role])
+        found[f"{what}_norm/{role}"] = norm
+        found[f"{what}_rms/{role}"] = norm / max(sizes[role], 1) ** 0.5
+    return found

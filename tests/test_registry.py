@@ -1,0 +1,53 @@
+"""Configurations by name: JSON round trip, duplicates, what is refused."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import pytest
+import ravine
+
+
+@pytest.mark.parametrize("name", ravine.names())
+def test_every_name_makes_a_round_trip(name):
+    config = ravine.OptimizerConfig(name)
+    assert ravine.OptimizerConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize(
+    "hyperparameters",
+    [
+        {"b2": 0.95, "mu_dtype": jnp.bfloat16},
+        {"nu_dtype": "float32", "mu_dtype": jnp.dtype("bfloat16")},
+        {"weight_decay_form": "cautious", "weight_decay": 0.1},
+        {"weight_decay_mask": [True, [False, True]]},
+    ],
+)
+def test_values_survive_json_and_are_hashable(hyperparameters):
+    config = ravine.OptimizerConfig("adamw", hyperparameters)
+    again = ravine.OptimizerConfig.from_json(config.to_json())
+    assert again == config
+    assert hash(again) == hash(config)
+
+
+def test_a_configuration_builds_what_it_says_and_is_frozen():
+    config = ravine.OptimizerConfig("adamw", {"mu_dtype": jnp.bfloat16})
+    state = config.build(1e-3).init({"w": jnp.ones(2)})
+    assert state[0].mu["w"].dtype == jnp.bfloat16
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.name = "adam"
+
+
+def test_faults():
+    with pytest.raises(ValueError, match="unknown optimizer 'adamv'; did you mean"):
+        ravine.OptimizerConfig("adamv")
+    with pytest.raises(ValueError, match="adamw has no hyperparameter 'beta1'"):
+        ravine.OptimizerConfig("adamw", {"beta1": 0.9})
+    with pytest.raises(ValueError, match="registered already"):
+        ravine.register("adan", ravine.adan)
+    with pytest.raises(ValueError, match="must be learning_rate"):
+        ravine.register("scale_by_adan", ravine.scale_by_adan)
+    with pytest.raises(ValueError, match="name and hyperparameters"):
+        ravine.OptimizerConfig.from_json('{"name": "adamw"}')
+    scheduled = ravine.OptimizerConfig("adamw", {"weight_decay": lambda count: 0.1})
+    with pytest.raises(TypeError, match=r"weight_decay=.*has no JSON"):
+        scheduled.to_json()

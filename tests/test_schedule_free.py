@@ -1,0 +1,83 @@
+"""Schedule-Free: where it is read, what it averages, its dtypes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import ravine
+
+
+def run(tx, params, grads, steps):
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(grads, state, params)
+        with jax.numpy_dtype_promotion("standard"):
+            return optax.apply_updates(params, updates), state
+
+    for _ in range(steps):
+        params, state = step(params, state)
+    return params, state
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tx: tx,
+        lambda tx: optax.chain(optax.clip_by_global_norm(1e9), tx),
+        lambda tx: ravine.accumulate(tx, 1),
+        lambda tx: ravine.with_telemetry(tx, [("", "matrix")]),
+        lambda tx: optax.partition({"w": tx, "b": tx}, {"w": "w", "b": "b"}),
+    ],
+    ids=["bare", "chain", "accumulate", "telemetry", "partition"],
+)
+def test_the_average_is_found_however_deep(wrap):
+    params = {"w": jnp.array([1.0, 2.0]), "b": jnp.array([3.0])}
+    grads = {"w": jnp.array([1.0, -1.0]), "b": jnp.array([2.0])}
+    params, state = run(wrap(ravine.schedule_free_sgd(0.1)), params, grads, 3)
+    found = ravine.schedule_free_eval_params(state, params)
+    # z goes 1, 2, 3 steps of 0.1 g; with equal weights their mean is 2 steps.
+    np.testing.assert_allclose(found["w"], [0.8, 2.2], rtol=1e-6)
+    np.testing.assert_allclose(found["b"], [2.6], rtol=1e-6)
+    np.testing.assert_allclose(
+        params["w"], [0.9 * 0.8 + 0.1 * 0.7, 0.9 * 2.2 + 0.1 * 2.3], rtol=1e-6
+    )
+
+
+def test_parameters_outside_a_mask_are_evaluated_as_they_are():
+    tx = optax.masked(ravine.schedule_free_sgd(0.1), {"w": True, "b": False})
+    params = {"w": jnp.ones(2), "b": jnp.ones(1)}
+    found = ravine.schedule_free_eval_params(tx.init(params), {"w": params["w"], "b": jnp.zeros(1)})
+    assert float(found["b"][0]) == 0.0
+
+
+def test_a_state_without_schedule_free_is_refused():
+    with pytest.raises(ValueError, match="no schedule_free"):
+        ravine.schedule_free_eval_params(ravine.adam(1e-3).init(jnp.zeros(1)), jnp.zeros(1))
+
+
+def test_the_average_of_bfloat16_parameters_goes_on():
+    """A sum of equal weights in bfloat16, as in optax 0.2.8, stops growing after 256 of them."""
+    steps = 600
+    grads = jnp.array([1.0], jnp.bfloat16)
+    params = jnp.zeros(1, jnp.bfloat16)
+    _, state = run(ravine.schedule_free_sgd(1.0, b1=0.0), params, grads, steps)
+    assert state.weight_sum == steps
+    np.testing.assert_allclose(state.x, -(steps + 1) / 2, rtol=1e-4)
+
+
+def test_polynomial_weights_and_a_learning_rate_of_zero():
+    tx = ravine.schedule_free_sgd(lambda count: jnp.where(count == 0, 0.0, 1.0), weight_power=1.0)
+    _, state = run(tx, jnp.zeros(1), jnp.ones(1), 3)
+    # z is 0, -1, -2 with weights 0, 2, 3.
+    np.testing.assert_allclose(state.x, [-(2 * 1 + 3 * 2) / 5], rtol=1e-6)
+
+
+def test_muon_may_be_the_base():
+    base = ravine.muon(0.02, b1=0.0, rules=[("", "matrix")])
+    tx = ravine.schedule_free(base, 0.02)
+    params = {"kernel": jnp.ones((4, 3))}
+    params, state = run(tx, params, {"kernel": jnp.eye(4, 3)}, 2)
+    assert jnp.all(jnp.isfinite(ravine.schedule_free_eval_params(state, params)["kernel"]))

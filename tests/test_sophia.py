@@ -1,0 +1,215 @@
+"""Sophia: its curvature, when it is estimated, its win rate, Flax NNX and data parallelism."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import ravine
+from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from ravine.training.curvature import of_parameters
+from ravine.training.model import ModelConfig
+from ravine.training.step import init_params, init_state, make_train_step
+
+INPUTS = jax.random.normal(jax.random.key(1), (8, 4))
+WEIGHTS = 0.5 * jax.random.normal(jax.random.key(2), (4, 3))
+
+
+def logits(params):
+    return INPUTS @ params
+
+
+def test_bartlett_is_unbiased_for_the_gauss_newton_diagonal():
+    curvature = ravine.gauss_newton_bartlett(logits)
+    keys = jax.random.split(jax.random.key(0), 4000)
+    estimate = jnp.mean(jax.vmap(lambda key: curvature(WEIGHTS, key))(keys), axis=0)
+    # The Hessian of the mean cross-entropy does not depend on labels, and is its own Gauss-Newton.
+    loss = lambda p: jnp.mean(jax.nn.logsumexp(logits(p), axis=-1))
+    hessian = jax.hessian(loss)(WEIGHTS).reshape(12, 12)
+    np.testing.assert_allclose(estimate.ravel(), jnp.diag(hessian), rtol=0.15)
+
+
+def test_bartlett_leaves_out_what_does_not_count():
+    where = jnp.arange(8) < 5
+    part = ravine.gauss_newton_bartlett(logits, where=where)
+    poisoned = ravine.gauss_newton_bartlett(
+        lambda p: jnp.where(where[:, None], logits(p), 1e6), where=where
+    )
+    key = jax.random.key(0)
+    np.testing.assert_allclose(part(WEIGHTS, key), poisoned(WEIGHTS, key), rtol=1e-6)
+
+
+def test_hutchinson_is_unbiased_and_exact_for_diagonals():
+    matrix = jnp.array([[2.0, 1.0], [1.0, -3.0]])
+    loss = lambda p: 0.5 * p @ matrix @ p
+    found = ravine.hutchinson(loss, samples=4000)(jnp.ones(2), jax.random.key(0))
+    np.testing.assert_allclose(found, [2.0, -3.0], atol=0.1)
+    diagonal = lambda p: jnp.sum(jnp.array([2.0, -3.0]) * jnp.square(p))
+    found = ravine.hutchinson(diagonal)(jnp.ones(2), jax.random.key(0))
+    np.testing.assert_array_equal(found, [4.0, -6.0])
+    with pytest.raises(ValueError, match="samples"):
+        ravine.hutchinson(loss, samples=0)
+
+
+def test_curvature_is_estimated_at_its_steps_only_and_win_rate_is_in_the_state():
+    tx = ravine.scale_by_sophia(0.0, 0.0, 1.0, every=3, start=2)
+    seen = []
+
+    def curvature(params, key):
+        jax.debug.callback(lambda: seen.append(1))
+        return {"w": jnp.array([1.0, 4.0, 4.0, 0.5])}
+
+    @jax.jit
+    def update(grads, state, params):
+        return tx.update(grads, state, params, curvature=curvature)
+
+    params = {"w": jnp.zeros(4)}
+    grads, state, counts, rates = {"w": jnp.array([2.0, 2.0, -1.0, 0.0])}, tx.init(params), [], []
+    for _ in range(7):
+        updates, state = update(grads, state, params)
+        jax.effects_barrier()
+        counts.append(len(seen))
+        rates.append(float(state.win_rate))
+    assert counts == [0, 0, 1, 1, 1, 2, 2]
+    assert rates == [0.0, 0.0, 0.75, 0.75, 0.75, 0.75, 0.75]
+    np.testing.assert_allclose(updates["w"], [1.0, 0.5, -0.25, 0.0])
+
+
+def test_keys_differ_between_estimates_and_agree_between_runs():
+    tx = ravine.scale_by_sophia(0.0, 0.0, 1.0, every=1)
+    curvature = lambda params, key: jax.random.uniform(key, (2,))
+    state, found = tx.init(jnp.zeros(2)), []
+    for _ in range(2):
+        _, state = tx.update(jnp.ones(2), state, jnp.zeros(2), curvature=curvature)
+        found.append(state.nu)
+    _, again = tx.update(jnp.ones(2), tx.init(jnp.zeros(2)), jnp.zeros(2), curvature=curvature)
+    assert jnp.any(found[0] != found[1])
+    np.testing.assert_array_equal(again.nu, found[0])
+
+
+def test_equals_optaxs_sophia_where_the_hessian_is_constant():
+    """Optax uses an estimate one update later, so ours starts with the second."""
+    scales = jnp.array([0.1, 1.0, 10.0])
+    loss = lambda p: 0.5 * jnp.sum(scales * jnp.square(p))
+    ours = ravine.sophia_h(0.05, rho=0.5, every=4, start=1, correct_bias=True, weight_decay=0.1)
+    theirs = optax.contrib.sophia(0.05, gamma=0.5, eps=1e-12, update_interval=4, weight_decay=0.1)
+
+    def train(tx, **extra):
+        params = jnp.array([1.0, -2.0, 3.0])
+        state = tx.init(params)
+        for _ in range(20):
+            updates, state = tx.update(jax.grad(loss)(params), state, params, **extra)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    mine = train(ours, curvature=ravine.hutchinson(loss))
+    with jax.numpy_dtype_promotion("standard"):
+        other = train(theirs, obj_fn=loss)
+    np.testing.assert_allclose(mine, other, rtol=2e-5)
+
+
+def test_by_role_with_the_whole_parameters_bound():
+    params = {"kernel": WEIGHTS, "bias": jnp.zeros(3)}
+    whole = ravine.gauss_newton_bartlett(lambda p: INPUTS @ p["kernel"] + p["bias"][None])
+    tx = ravine.combine_by_role(
+        {"sophia": ravine.sophia_g(0.1, start=0), "sgd": ravine.sgd(0.1)},
+        {"matrix": "sophia", "bias": "sgd"},
+    )
+    grads = jax.tree.map(jnp.ones_like, params)
+    curvature = lambda _, key: whole(params, key)
+    _, state = jax.jit(functools.partial(tx.update, curvature=curvature))(
+        grads, tx.init(params), params
+    )
+    nu = optax.tree.get(state, "nu")
+    assert jnp.all(nu["kernel"] > 0)
+    assert isinstance(nu["bias"], optax.MaskedNode)
+
+
+def test_in_an_nnx_loop():
+    model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    labels = jnp.argmax(INPUTS[:, :3], axis=-1)
+    tx = ravine.sophia_g(0.05, rho=0.1, every=2, start=0, weight_decay=0.0)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        def loss(model):
+            losses = optax.softmax_cross_entropy_with_integer_labels(model(INPUTS), labels)
+            return jnp.mean(losses)
+
+        value, grads = nnx.value_and_grad(loss)(model)
+        curvature = ravine.gauss_newton_bartlett(of_parameters(model, lambda m: m(INPUTS)))
+        optimizer.update(model, grads, curvature=curvature)
+        return value
+
+    losses = [float(step(model, optimizer)) for _ in range(40)]
+    assert losses[-1] < 0.5 * losses[0]
+    assert 0 < float(optax.tree.get(nnx.as_pure(optimizer.opt_state), "win_rate")) <= 1
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("name", ["g", "h"])
+def test_data_parallel(name, check_vma):
+    """Under shard_map, all devices find the same, and what one device finds on average."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    labels = jnp.arange(8) % 3
+    keys = jax.random.split(jax.random.key(0), 300)
+
+    def mean_estimate(inputs, labels, params, axis_name=None):
+        logits = lambda p: inputs @ p
+        if name == "g":
+            estimator = ravine.gauss_newton_bartlett(logits, axis_name=axis_name)
+        else:
+            entropy = optax.softmax_cross_entropy_with_integer_labels
+            loss = lambda p: jnp.mean(entropy(logits(p), labels))
+            estimator = ravine.hutchinson(loss, axis_name=axis_name)
+        return jnp.mean(jax.lax.map(lambda key: estimator(params, key), keys), axis=0)
+
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(P("data"), P("data"), P()),
+        out_specs=P() if check_vma else P("data"),
+        check_vma=check_vma,
+    )
+    def on_every_device(inputs, labels, params):
+        return mean_estimate(inputs, labels, params, "data")
+
+    found = jax.jit(on_every_device)(INPUTS, labels, WEIGHTS)
+    if not check_vma:
+        found = found.reshape(8, *WEIGHTS.shape)
+        np.testing.assert_array_equal(found, jnp.broadcast_to(found[:1], found.shape))
+        found = found[0]
+    alone = jax.jit(mean_estimate)(INPUTS, labels, WEIGHTS)
+    if name == "h":  # the same signs
+        np.testing.assert_allclose(found, alone, rtol=1e-4, atol=1e-6)
+    else:  # other samples
+        np.testing.assert_allclose(jnp.sum(found), jnp.sum(alone), rtol=0.15)
+
+
+def test_faults():
+    params = jnp.ones(2)
+    for tx in (ravine.sophia_g(1e-3), ravine.sophia_h(1e-3)):
+        with pytest.raises(ValueError, match=r"Sophia needs an estimator.*curvature="):
+            tx.update(params, tx.init(params), params)
+        with pytest.raises(ValueError, match="Sophia needs the parameters"):
+            tx.update(params, tx.init(params), curvature=lambda p, key: p)
+    for bad in ({"every": 0}, {"start": -1}, {"eps": 0.0}, {"rho": -1.0}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            ravine.scale_by_sophia(**bad)
+
+
+def test_in_the_trainers_step():
+    config = ModelConfig(width=16, layers=1)
+    graphdef, params = init_params(config, seed=0)
+    state = init_state(params, ravine.sophia_g(1e-3, start=0, every=2))
+    step = jax.jit(make_train_step(graphdef, ravine.sophia_g(1e-3, start=0, every=2), 2))
+    batch = jnp.arange(4 * 9).reshape(4, 9) % 50
+    for _ in range(2):
+        state, metrics = step(state, batch)
+    assert jnp.isfinite(metrics["loss"])
+    assert float(optax.tree.get(state.opt_state, "win_rate")) > 0

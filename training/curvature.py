@@ -1,0 +1,34 @@
+"""Sophia's curvature for Flax NNX models."""
+
+from collections.abc import Callable
+from typing import Any
+
+from flax import nnx
+
+
+def of_parameters(
+    model: nnx.Module, function: Callable[[Any], Any], wrt: Any = nnx.Param
+) -> Callable[[Any], Any]:
+    """A function of a model as a function of its parameters, as curvature estimators take it.
+
+    Works inside ``nnx.jit``, with batches sharded or not.
+
+    Args:
+      model: the model; what is not a parameter in it is held fixed.
+      function: from a model to logits or to a loss.
+      wrt: which variables are parameters, as for ``nnx.Optimizer``.
+
+    Example:
+      >>> import jax.numpy as jnp, ravine
+      >>> from flax import nnx
+      >>> from ravine.training.curvature import of_parameters
+      >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+      >>> optimizer = nnx.Optimizer(model, ravine.sophia_g(1e-3, start=0), wrt=nnx.Param)
+      >>> inputs, labels = jnp.ones((4, 2)), jnp.zeros(4, int)
+      >>> loss = lambda m: ravine.stability.next_token_loss(m(inputs)[None], labels[None])
+      >>> grads = nnx.grad(loss)(model)
+      >>> logits = of_parameters(model, lambda m: m(inputs))
+      >>> _ = optimizer.update(model, grads, curvature=ravine.gauss_newton_bartlett(logits))
+    """
+    graphdef, _, rest = nnx.split(model, wrt, ...)
+    return lambda params: function(nnx.merge(graphdef, params, rest))

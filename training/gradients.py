@@ -1,0 +1,75 @@
+"""Gradients of a batch that does not fit, micro-batch by micro-batch, inside one step."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def micro_batch_value_and_grad(
+    loss: Callable[[Any, Any], jax.Array],
+    micro_batches: int,
+    tokens: Callable[[Any], Any] = lambda batch: 1.0,
+) -> Callable[[Any, Any], tuple[jax.Array, Any]]:
+    r"""``jax.value_and_grad(loss)`` with the memory of one micro-batch.
+
+    A ``lax.scan`` over micro-batches sums in float32, so there is one optimizer step, one tick of the
+    schedule and no buffer in the optimizer's state:
+
+    .. math:: \bar g = \sum_i w_i g_i \Big/ \sum_i w_i
+
+    Rows are dealt out in turn, row r to micro-batch r mod n, so that a batch sharded over its rows
+    stays where it is.
+
+    Args:
+      loss: from parameters and a batch to its mean loss.
+      micro_batches: n, a divisor of the batch's leading axis; 1 for ``jax.value_and_grad`` itself.
+      tokens: from a micro-batch to w, the number of tokens its loss is the mean of; by default all
+        micro-batches weigh the same.
+
+    Returns:
+      A function from parameters and a batch to the loss and gradients in the parameters' dtypes.
+
+    Raises:
+      ValueError: for less than one micro-batch, or when called with a batch they do not divide.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ravine.training.gradients import micro_batch_value_and_grad
+      >>> loss = lambda w, batch: jnp.mean(w * batch)
+      >>> loss_and_grads = micro_batch_value_and_grad(loss, micro_batches=2)
+      >>> loss_and_grads(jnp.float32(1.0), jnp.arange(4.0))
+      (Array(1.5, dtype=float32), Array(1.5, dtype=float32))
+    """
+    if micro_batches < 1:
+        raise ValueError(f"micro_batches must be at least 1, got {micro_batches!r}.")
+    value_and_grad = jax.value_and_grad(loss)
+    if micro_batches == 1:
+        return value_and_grad
+
+    def dealt(x: jax.Array) -> jax.Array:
+        if x.shape[0] % micro_batches:
+            raise ValueError(
+                f"{micro_batches} micro-batches do not divide a batch of {x.shape[0]}; choose a divisor."
+            )
+        return jnp.moveaxis(x.reshape(-1, micro_batches, *x.shape[1:]), 1, 0)
+
+    def mean(params: Any, batch: Any) -> tuple[jax.Array, Any]:
+        def add(sums: Any, micro_batch: Any) -> tuple[Any, None]:
+            weight = jnp.asarray(tokens(micro_batch)).astype(jnp.float32)
+            found = (*value_and_grad(params, micro_batch), jnp.ones([], jnp.float32))
+
+            def weighted(x: jax.Array) -> jax.Array:
+                # The mean over no tokens is often not a number.
+                return jnp.where(weight == 0, 0, weight * x.astype(jnp.float32))
+
+            return jax.tree.map(lambda s, x: s + weighted(x), sums, found), None
+
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.float32), params)
+        start = (jnp.zeros([], jnp.float32), zeros, jnp.zeros([], jnp.float32))
+        (loss_sum, grads, total), _ = jax.lax.scan(add, start, jax.tree.map(dealt, batch))
+        by = jnp.where(total > 0, total, 1)
+        return loss_sum / by, jax.tree.map(lambda g, p: (g / by).astype(p.dtype), grads, params)
+
+    return mean
