@@ -78,7 +78,7 @@ def test_the_first_schedules_keep_their_values(name):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--optimizers", "adamv"], "did you mean adam or adamw"),
+        (["--optimizers", "adamv"], "did you mean adam or nadam or adamw"),
         (["--optimizers", "adamw,adamw"], "given twice"),
         (["--optimizers", ","], "no optimizer"),
         (["--stepz", "3"], "--steps"),
