@@ -8,8 +8,8 @@ old basis towards the new one; what is kept in the basis moves along.
 import jax
 import jax.numpy as jnp
 
+from .lapack import for_each_matrix
 from .roots import multiply
-from .shards import on_shards
 
 
 def eigenbasis(statistics_KxNxN: jax.Array) -> jax.Array:
@@ -23,7 +23,7 @@ def eigenbasis(statistics_KxNxN: jax.Array) -> jax.Array:
     """
     tiny = 1e-30 * jnp.eye(statistics_KxNxN.shape[-1], dtype=statistics_KxNxN.dtype)[None]
     lifted = statistics_KxNxN + tiny
-    vectors = on_shards(lambda x: jnp.linalg.eigh(x, symmetrize_input=False)[1], lifted)
+    vectors = for_each_matrix(lambda x: jnp.linalg.eigh(x, symmetrize_input=False)[1], lifted)
     return _or_identity(vectors[..., ::-1])
 
 
@@ -49,7 +49,7 @@ def followed(
     if sort:
         order = jnp.argsort(jnp.sum(basis_KxNxN * moved, axis=1), axis=1, descending=True)
         moved = jnp.take_along_axis(moved, order[:, None, :], axis=2)
-    found = on_shards(lambda x: jnp.linalg.qr(x)[0], moved)
+    found = for_each_matrix(lambda x: jnp.linalg.qr(x)[0], moved)
     usable = jnp.all(jnp.isfinite(found), axis=(1, 2))
     identity = jnp.arange(moved.shape[-1])[None]
     return (

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .shards import on_shards
+from .lapack import for_each_matrix
 
 MARGIN = 1.1
 """An estimate of the largest eigenvalue times this is above it."""
@@ -387,7 +387,7 @@ def _identity(a: jax.Array) -> jax.Array:
 
 
 def _eigh(a: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return on_shards(lambda x: tuple(jnp.linalg.eigh(x, symmetrize_input=False)), a)
+    return for_each_matrix(lambda x: tuple(jnp.linalg.eigh(x, symmetrize_input=False)), a)
 
 
 def _recompose(vectors: jax.Array, values: jax.Array) -> jax.Array:

@@ -1,54 +1,12 @@
-"""Linear algebra on the shards of a batch.
-
-Outside `jax.shard_map` the compiler gathers what LAPACK and its kin work on onto every device, and
-under an `Explicit` mesh they raise (jax #33230). Inside, every device works on what it holds.
-
-On CPU the matrices go to LAPACK one by one. Given a batch, jaxlib (0.10 to 0.12) deals it to XLA's
-thread pool and waits inside that same pool: as many such calls at once as there are threads, from two
-independent places of a program or from two devices, wait for each other for ever.
-"""
+"""Reshapes of arrays that mesh axes cut."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
 
 from .placement import Names, names_of, spec
-
-
-def on_shards(function: Callable[[jax.Array], Any], batch: jax.Array) -> Any:
-    """``function(batch)``, on each device's part of the first axis where that is sharded by type.
-
-    Args:
-      function: of `[K, n, m]`, matrix by matrix, to arrays `[K, ...]`.
-      batch: under an `Explicit` mesh its type says how it is sharded; otherwise the compiler decides.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from ravine.optimizers.matrix.shards import on_shards
-      >>> on_shards(jnp.linalg.eigvalsh, jnp.eye(2)[None])
-      Array([[1., 1.]], dtype=float32)
-    """
-
-    def one_by_one(batch: jax.Array) -> Any:
-        found = jax.lax.map(lambda matrix: function(matrix[None]), batch)
-        return jax.tree.map(lambda x: x.reshape(x.shape[0], *x.shape[2:]), found)
-
-    def local(batch: jax.Array) -> Any:
-        return jax.lax.platform_dependent(batch, cpu=one_by_one, default=function)
-
-    sharding = jax.typeof(batch).sharding
-    if sharding.mesh.empty or not any(axis is not None for axis in sharding.spec):
-        return local(batch)
-    if any(axis is not None for axis in sharding.spec[1:]):
-        raise ValueError(
-            f"matrices of a batch must be whole on every device, but are sharded as {sharding.spec}; "
-            "choose blocks that do not cross shards."
-        )
-    spec = PartitionSpec(sharding.spec[0])
-    return jax.shard_map(local, in_specs=spec, out_specs=spec)(batch)
 
 
 def reshape(x: Any, shape: Sequence[int], names: Sequence[Names] | None = None) -> Any:
