@@ -80,10 +80,10 @@ def _map_local(
     parts = lambda names: math.prod(sizes[name] for name in names)
     groups: dict[Any, list[tuple[int, bool]]] = {}
     for index, (piece, (batch, *sides)) in enumerate(zip(pieces, cuts, strict=True)):
-        whole = [n * parts(names) for n, names in zip(piece.shape[1:], sides, strict=True)]
+        whole = [(n * parts(names), names) for n, names in zip(piece.shape[1:], sides, strict=True)]
+        # Of square matrices the cut decides, so that those cut by rows join those cut by columns.
         is_wide = whole[0] <= whole[1]
-        order = (0, 1) if is_wide else (1, 0)
-        key = (batch, *((whole[at], sides[at]) for at in order), str(piece.dtype))
+        key = (batch, *sorted(whole), str(piece.dtype))
         groups.setdefault(key, []).append((index, is_wide))
     results: list[jax.Array] = list(pieces)
     for (batch_names, (rows, row_names), (columns, column_names), _), members in groups.items():
