@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from ._arithmetic import bias_correction, lerp, wide
-from ._tensors import Blocking, finite_blocks, identities
+from ._blocking import Blocking
+from ._tensors import finite_blocks, identities
 from .graft import norm_ratio
 from .matrix.distribute import total
 from .matrix.kronecker import mode_gram, rotate

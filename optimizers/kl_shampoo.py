@@ -18,18 +18,11 @@ import jax.numpy as jnp
 import optax
 
 from ._arithmetic import cast, cast_like, ema, increment, lerp, wide, wide_zeros_like
+from ._blocking import Blocking, Sides, blockings_of, check_blocking
 from ._by_role import by_role
 from ._checks import check_decay_rates, check_non_negative
 from ._matrices import Axes
-from ._tensors import (
-    Blocking,
-    Sides,
-    blockings_of,
-    check_blocking,
-    factors_like,
-    finite_blocks,
-    identities,
-)
+from ._tensors import factors_like, finite_blocks, identities
 from ._transformation import transformation
 from .decay import Mask
 from .matrix.distribute import per_shard

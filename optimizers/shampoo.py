@@ -14,18 +14,12 @@ import jax.numpy as jnp
 import optax
 
 from ._arithmetic import cast_like, corrected_mean, ema, increment, wide_zeros_like
+from ._blocking import Blocking, Sides, blockings_of, check_blocking
 from ._by_role import by_role
 from ._checks import check_decay_rates, check_non_negative
 from ._factors import Preconditioner, Storage, grafted
 from ._matrices import Axes
-from ._tensors import (
-    Blocking,
-    Sides,
-    blockings_of,
-    check_blocking,
-    factors_like,
-    ones_like_scalars,
-)
+from ._tensors import factors_like, ones_like_scalars
 from ._transformation import transformation
 from .decay import Mask
 from .graft import Graft, magnitude

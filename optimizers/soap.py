@@ -22,19 +22,11 @@ import jax.numpy as jnp
 import optax
 
 from ._arithmetic import bias_correction, cast, increment, lerp, wide
+from ._blocking import Blocking, Sides, blockings_of, check_blocking
 from ._by_role import by_role
 from ._checks import check_decay_rates, check_non_negative
 from ._matrices import Axes
-from ._tensors import (
-    Blocking,
-    Sides,
-    blockings_of,
-    blocks_like,
-    check_blocking,
-    factors_like,
-    finite_blocks,
-    identities,
-)
+from ._tensors import blocks_like, factors_like, finite_blocks, identities
 from ._transformation import transformation
 from .decay import Mask
 from .matrix.distribute import per_shard, total
