@@ -9,8 +9,9 @@ from jax.sharding import Mesh
 from ravine.training.cli import main
 from ravine.training.config import RunConfig
 from ravine.training.hlo import Collective, collectives
-from ravine.training.plan import compiled, mesh_sizes, parameter_spec, sharded_parameters
+from ravine.training.plan import compiled
 from ravine.training.presets import PRESETS
+from ravine.training.sharding import mesh_sizes, parameter_spec, sharded_parameters
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -27,6 +27,7 @@ from ..optimizers.mesh import state_shardings
 from ..optimizers.registry import OptimizerConfig, near
 from .hlo import Collective, collectives
 from .presets import PRESETS, ModelShape
+from .sharding import mesh_sizes, sharded_parameters
 
 HBM = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 192}
 """Gigabytes a chip, by generation (https://cloud.google.com/tpu/docs/system-architecture-tpu-vm)."""
@@ -40,7 +41,6 @@ TOPOLOGIES = (
     "tpu7x:4x4x4",
 )
 """Those that were tried; others of the same generations may work."""
-AXES = ("data", "fsdp", "tensor")
 ALIGNED = {"block": 128, "limit": 65_536}
 POLAR = {"method": NewtonSchulz(dtype="bfloat16", halvings=0)}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -118,61 +118,6 @@ def plan(config: PlanConfig, console: Console | None = None) -> list[Plan]:
             plans.append(compiled(name, tx, params, mesh))
     _show(config, shape, params, plans, console)
     return plans
-
-
-def mesh_sizes(text: str) -> dict[str, int]:
-    """``{"fsdp": 64, "tensor": 8}`` from ``fsdp=64,tensor=8``.
-
-    Example:
-      >>> from ravine.training.plan import mesh_sizes
-      >>> mesh_sizes("data=2,fsdp=4")
-      {'data': 2, 'fsdp': 4}
-    """
-    sizes: dict[str, int] = {}
-    for pair in text.split(","):
-        name, _, size = pair.strip().partition("=")
-        if name not in AXES:
-            raise ValueError(f"the mesh has no axis {name!r}; {near(name, AXES)}")
-        if name in sizes or not size.isdigit() or int(size) < 1:
-            raise ValueError(f"give every mesh axis one size, as fsdp=64,tensor=8; got {text!r}.")
-        sizes[name] = int(size)
-    return sizes
-
-
-def parameter_spec(name: str, shape: tuple[int, ...], sizes: dict[str, int]) -> PartitionSpec:
-    """How a parameter is sharded: by columns into a block, by rows out of it, and by FSDP.
-
-    Axes that a size does not divide stay whole.
-
-    Example:
-      >>> from ravine.training.plan import parameter_spec
-      >>> mesh = {"fsdp": 4, "tensor": 2}
-      >>> parameter_spec("layers/attention/output/kernel", (2, 8, 8), mesh)
-      P(None, 'tensor', 'fsdp')
-      >>> parameter_spec("embed/embedding", (257, 8), mesh)  # 257 is odd
-      P(None, 'fsdp')
-    """
-    if name.endswith(("scale", "bias")):
-        return PartitionSpec()
-    out = name.endswith(("output/kernel", "down/kernel", "embedding"))
-    wanted = ("tensor", "fsdp") if out else ("fsdp", "tensor")
-    fits = [
-        axis if axis in sizes and size % sizes[axis] == 0 else None
-        for axis, size in zip(wanted, shape[-2:], strict=True)
-    ]
-    return PartitionSpec(*[None] * (len(shape) - 2), *fits)
-
-
-def sharded_parameters(shape: ModelShape, mesh: Mesh, *, layers_only: bool = False) -> Any:
-    """A model's parameters as shapes with shardings."""
-    sizes = dict(mesh.shape)
-    return {
-        name: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=NamedSharding(mesh, parameter_spec(name, x.shape, sizes))
-        )
-        for name, x in shape.parameters().items()
-        if not layers_only or (name.startswith("layers/") and name.endswith("kernel"))
-    }
 
 
 def compiled(name: str, tx: optax.GradientTransformation, params: Any, mesh: Mesh) -> Plan:
