@@ -46,6 +46,21 @@ def _fall(
     )
 
 
+def _proportional(
+    words: str, peak: float, steps: int, end_ratio: float, ratio: Callable[[jax.Array], jax.Array]
+) -> Schedule:
+    """From the peak to its share `end_ratio`, above 0, by a ratio of the progress."""
+    _check(peak, steps, end_ratio)
+    if end_ratio == 0:
+        raise ValueError(f"{words} decay never reaches zero; give an end_ratio above 0, say 0.01.")
+
+    def function(count: jax.Array) -> jax.Array:
+        falling = ratio(progress(count, steps))
+        return times(jnp.where(count >= steps, np.float32(end_ratio), falling), peak)
+
+    return Schedule(function, words, (0, steps))
+
+
 def linear(peak: float, steps: int, end_ratio: float = 0.0) -> Schedule:
     r"""A straight line, with :math:`x = \min(t / T, 1)`.
 
@@ -178,14 +193,7 @@ def exponential(peak: float, steps: int, end_ratio: float = 0.1) -> Schedule:
       >>> [round(float(ravine.schedules.exponential(1.0, 2, 0.01)(t)), 3) for t in (0, 1, 2)]
       [1.0, 0.1, 0.01]
     """
-    _check(peak, steps, end_ratio)
-    _check_reached("exponential", end_ratio)
-
-    def function(count: jax.Array) -> jax.Array:
-        ratio = raised(end_ratio, progress(count, steps))
-        return times(jnp.where(count >= steps, np.float32(end_ratio), ratio), peak)
-
-    return Schedule(function, "exponential", (0, steps))
+    return _proportional("exponential", peak, steps, end_ratio, lambda x: raised(end_ratio, x))
 
 
 def inverse(peak: float, steps: int, end_ratio: float = 0.1) -> Schedule:
@@ -208,19 +216,9 @@ def inverse(peak: float, steps: int, end_ratio: float = 0.1) -> Schedule:
       >>> [float(ravine.schedules.inverse(1.0, 2, 0.25)(t)) for t in (0, 1, 2)]
       [1.0, 0.4000000059604645, 0.25]
     """
-    _check(peak, steps, end_ratio)
-    _check_reached("inverse", end_ratio)
-
-    def function(count: jax.Array) -> jax.Array:
-        ratio = 1.0 / (1.0 + times(progress(count, steps), 1.0 / end_ratio - 1.0))
-        return times(jnp.where(count >= steps, np.float32(end_ratio), ratio), peak)
-
-    return Schedule(function, "inverse", (0, steps))
-
-
-def _check_reached(name: str, end_ratio: float) -> None:
-    if end_ratio == 0:
-        raise ValueError(f"{name} decay never reaches zero; give an end_ratio above 0, say 0.01.")
+    return _proportional(
+        "inverse", peak, steps, end_ratio, lambda x: 1.0 / (1.0 + times(x, 1.0 / end_ratio - 1.0))
+    )
 
 
 def one_minus_sqrt(peak: float, steps: int, end_ratio: float = 0.0) -> Schedule:
