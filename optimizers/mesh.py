@@ -13,8 +13,8 @@ import jax
 import optax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from ._transformation import transformation
-from .matrix.distribute import resharded_as
+from ._transformation import with_extra_args
+from .matrix.distribute import resharded, resharded_as
 from .matrix.placement import explicit_sizes, mesh_of, names_of, place, spec
 from .roles import path_string
 
@@ -123,28 +123,24 @@ def on_mesh(
             param_specs,
         )
         state_specs = jax.tree.map(lambda s: s.spec, state_shardings(tx, structs))
-        whole = jax.tree.map(lambda _: PartitionSpec(), extra)
-        if params is None:
-            return typed(
-                lambda u, s, e: tx.update(u, s, **e),
-                (param_specs, state_specs, whole),
-                updates,
-                state,
-                extra,
-            )
+        # Functions, as Sophia's curvature, are no arguments of a traced function.
+        functions = {name: value for name, value in extra.items() if callable(value)}
+        arrays = {name: value for name, value in extra.items() if not callable(value)}
+        whole = jax.tree.map(lambda _: PartitionSpec(), arrays)
+        params_specs = None if params is None else param_specs
         return typed(
-            lambda u, s, p, e: tx.update(u, s, p, **e),
-            (param_specs, state_specs, param_specs, whole),
+            lambda u, s, p, arrays: tx.update(u, s, p, **arrays, **functions),
+            (param_specs, state_specs, params_specs, whole),
             updates,
             state,
             params,
-            extra,
+            arrays,
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return with_extra_args(init, update)
 
 
-def split_state(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+def split_state(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     r"""An element-wise optimizer whose state is spread over all devices (ZeRO, stage 1).
 
     Every mesh axis that does not shard a parameter shards its state, where it divides one of its axes:
@@ -164,6 +160,8 @@ def split_state(tx: optax.GradientTransformation) -> optax.GradientTransformatio
       ...     state = jax.jit(tx.init)(jnp.ones((8, 4)))
     """
 
+    tx = optax.with_extra_args_support(tx)
+
     def split(tree: Any, like: Any) -> Any:
         return jax.tree.map(lambda x, leaf: resharded_as(x, _split_names(leaf)), tree, like)
 
@@ -171,13 +169,13 @@ def split_state(tx: optax.GradientTransformation) -> optax.GradientTransformatio
         return tx.init(split(params, params))
 
     def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, Any]:
         moved = None if params is None else split(params, params)
-        found, state = tx.update(split(updates, updates), state, moved)
-        return jax.tree.map(lambda x, like: resharded_as(x, names_of(like)), found, updates), state
+        found, state = tx.update(split(updates, updates), state, moved, **extra)
+        return jax.tree.map(resharded, found, updates), state
 
-    return transformation(init, update)
+    return with_extra_args(init, update)
 
 
 def check_specs(params: Any, specs: Any, mesh: Any) -> None:

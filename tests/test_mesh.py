@@ -1,5 +1,6 @@
 """Optimizers on meshes: blocks, whole matrices, sums over shards, and what is communicated for them."""
 
+import functools
 import warnings
 
 import jax
@@ -14,6 +15,7 @@ from ravine.training.hlo import collectives
 
 RULES = ((".*", "matrix"),)
 SHAPES = {"a": (8, 16), "b": (16, 8), "stack": (4, 8, 8), "odd": (6, 10), "tall": (24, 4)}
+SQUARES = {"square": (8, 8), "turned": (8, 8)}
 COMMON = {"rules": RULES, "every": 2}
 # Decay rates that float32 holds exactly.
 MOMENTS = {"b1": 0.9375, "b2": 0.9375, "eps": 1e-2}
@@ -73,7 +75,9 @@ def train(tx, params, target):
     return params, state, first, step
 
 
-ALONE = {}
+@functools.cache
+def train_on_one_device(name):
+    return train(OPTIMIZERS[name][0](), tree(0), tree(1))[0]
 
 
 # All on two layouts; a third, and Auto axes, which hold the same program inside, for one of a kind.
@@ -92,8 +96,6 @@ def test_ten_steps_equal_those_of_one_device(name, layout, kind):
         # Some device has a single block there, which XLA for CPU multiplies by another kernel than a
         # batch of blocks: 5e-6 of the parameters after ten steps, measured.
         tolerance = max(tolerance, 1e-5)
-    if name not in ALONE:
-        ALONE[name] = train(build(), tree(0), tree(1))[0]
     sizes, specs = MESHES[layout]
     specs = {k: specs.get(k, P()) for k in SHAPES}
     mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(kind,) * len(sizes))
@@ -102,7 +104,7 @@ def test_ten_steps_equal_those_of_one_device(name, layout, kind):
     with jax.set_mesh(mesh):
         placed = [jax.device_put(tree(seed), shardings) for seed in (0, 1)]
         params, state, first, step = train(tx, *placed)
-    for k, expected in ALONE[name].items():
+    for k, expected in train_on_one_device(name).items():
         error = jnp.max(jnp.abs(np.asarray(params[k]) - expected))
         assert error <= tolerance * jnp.max(jnp.abs(expected)), k
     same = lambda a, b: a.is_equivalent_to(b, len(a.spec))
@@ -118,7 +120,9 @@ def communicated(tx, specs, sizes):
     mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes))
     with jax.set_mesh(mesh):
         params = {
-            k: jax.ShapeDtypeStruct(SHAPES[k], jnp.float32, sharding=NamedSharding(mesh, s))
+            k: jax.ShapeDtypeStruct(
+                (SHAPES | SQUARES)[k], jnp.float32, sharding=NamedSharding(mesh, s)
+            )
             for k, s in specs.items()
         }
         state = jax.tree.map(
@@ -169,6 +173,26 @@ def test_state_is_split_over_mesh_axes_that_parameters_do_not_use():
     assert shampoo.mu.spec == P("x", None)
     adam = ravine.state_shardings(ravine.split_state(ravine.scale_by_adam()), params)
     assert adam.mu.spec == P("x", "data")
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=["explicit", "auto"])
+def test_curvature_reaches_sophia(kind):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
+    tx = ravine.scale_by_sophia(0.0, 0.0, 1.0, every=1)
+    curvature = lambda params, key: 2 * jnp.ones_like(params)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(jnp.ones((8, 4)), NamedSharding(mesh, P()))
+        split = ravine.on_mesh(ravine.split_state(tx), P())
+        update = jax.jit(lambda g, s, p: split.update(g, s, p, curvature=curvature))
+        found, _ = update(params, jax.jit(split.init)(params), params)
+    np.testing.assert_array_equal(found, jnp.full((8, 4), 0.5))
+
+
+def test_matrices_of_one_shape_are_exchanged_together_however_they_are_cut():
+    specs = {"a": P("x", "y"), "b": P("x", "y"), "square": P("x", "y"), "turned": P("y", "x")}
+    found, _ = communicated(ravine.scale_by_muon(), specs, {"x": 4, "y": 2})
+    # a with b turned would share a batch, but rows of one are cut as columns of the other.
+    assert found == ["all-to-all"] * 6
 
 
 def test_state_shardings_of_other_transformations():
