@@ -133,7 +133,8 @@ class Preconditioner:
         def new_roots(kind: Any, carry: Any, kept: jax.Array) -> Any:
             return self._refreshed(kind, kept, carry, weight)
 
-        found = refreshed(units, new_roots, schedule, step, max_elements)
+        due = lambda phase: schedule.due(step, phase)
+        found = refreshed(units, new_roots, schedule.phases, due, max_elements)
         done = iter(
             old._replace(
                 **{

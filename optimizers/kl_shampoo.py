@@ -28,7 +28,7 @@ from .decay import Mask
 from .matrix.distribute import per_shard
 from .matrix.eigenbasis import eigenbasis, followed
 from .matrix.kronecker import mode_gram, mode_product, rotate
-from .matrix.refresh import Refresh, once
+from .matrix.refresh import Refresh, Unit, refreshed
 from .matrix.shards import flat_batch, reshape
 from .roles import COMMON_RULES, Role, Rules, axes_of_path
 from .shampoo import SHAMPOO_ROLES
@@ -170,7 +170,7 @@ def scale_by_kl_shampoo(
         finite = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0), updates)
         averaged = cast_like(ema(finite, state.mu, b1), state.mu)
         mu = jax.tree.map(lambda m, old: jnp.where(is_first, old, m), averaged, state.mu)
-        directions, leaves, busy = [], [], jnp.zeros([], bool)
+        directions, leaves = [], []
         for g, m, blocking, pieces in zip(
             jax.tree.leaves(updates),
             jax.tree.leaves(mu),
@@ -183,12 +183,12 @@ def scale_by_kl_shampoo(
                 blocking.to_blocks(g), blocking.to_blocks(wide(m)), pieces, strict=True
             ):
                 direction.append(_whitened(mean, factors, eps))
-                new = learned(blocks, factors, is_first)
-                busy, new = _refreshed(new, schedule, count, busy, balance=balance)
-                new_pieces.append(new)
+                new_pieces.append(learned(blocks, factors, is_first))
             moved = blocking.from_blocks(direction)
             directions.append(cast(jnp.where(is_first, 0, moved), g.dtype))
             leaves.append(tuple(new_pieces))
+        shards = [blocking.shards for blocking in found]
+        leaves = _refreshed(leaves, shards, schedule, count, balance=balance)
         state = ScaleByKLShampooState(count, mu, jax.tree.unflatten(structure, leaves))
         return jax.tree.unflatten(structure, directions), state
 
@@ -221,32 +221,39 @@ def _whitened(mean: jax.Array, factors: Any, eps: Any) -> jax.Array:
 
 
 def _refreshed(
-    factors: Any, schedule: Refresh, count: jax.Array, busy: jax.Array, *, balance: bool
-) -> tuple[jax.Array, Any]:
-    k = count - 1
-    due, is_first = (k > 0) & (k % schedule.every == 0), count == 1
-    new = []
-    for factor in factors:
-        if factor is None:
-            new.append(None)
-            continue
-        size, shape = factor.vectors.shape[-1], factor.vectors.shape
-        statistics = flat_batch(factor.statistics, size)
+    leaves: list[Any], shards: Sequence[int], schedule: Refresh, count: jax.Array, *, balance: bool
+) -> list[Any]:
+    """The leaves' factors with new bases where they are due."""
 
-        def follow(vectors: jax.Array, s: Any = statistics, shape: Any = shape) -> jax.Array:
-            return reshape(followed(s, reshape(vectors, s.shape), sort=False)[0], shape)
+    def first(_: Any, vectors: jax.Array, statistics: jax.Array) -> jax.Array:
+        del vectors
+        return eigenbasis(statistics)
 
-        def first(vectors: jax.Array, s: Any = statistics) -> jax.Array:
-            return reshape(eigenbasis(s), vectors.shape)
+    def follow(_: Any, vectors: jax.Array, statistics: jax.Array) -> jax.Array:
+        return followed(statistics, vectors, sort=False)[0]
 
-        # In a row, see `matrix/refresh.py`.
-        busy, vectors = once(is_first & ~busy, first, factor.vectors)
-        busy, vectors = once(due & ~busy, follow, vectors)
-        new.append(factor._replace(vectors=vectors))
-    return busy, _balanced(new, due) if balance else tuple(new)
+    is_first, due = count == 1, schedule.follows(count, 0)
+    factors, structure = jax.tree.flatten(leaves, is_leaf=lambda x: isinstance(x, KLFactor))
+    counts = [sum(f is not None for factors in leaf for f in factors) for leaf in leaves]
+    repeats = [n for n, count in zip(shards, counts, strict=True) for _ in range(count)]
+    for function, when in ((first, is_first), (follow, due)):
+        units = [
+            Unit(None, flat_batch(f.statistics, size), flat_batch(f.vectors, size), n)
+            for f, n in zip(factors, repeats, strict=True)
+            for size in f.vectors.shape[-1:]
+        ]
+        found = refreshed(units, function, 1, lambda _, when=when: when)
+        factors = [
+            f._replace(vectors=reshape(vectors, f.vectors.shape))
+            for f, vectors in zip(factors, found, strict=True)
+        ]
+    leaves = jax.tree.unflatten(structure, factors)
+    if not balance:
+        return leaves
+    return [tuple(_balanced(factors, due) for factors in leaf) for leaf in leaves]
 
 
-def _balanced(factors: list[KLFactor | None], due: jax.Array) -> tuple[KLFactor | None, ...]:
+def _balanced(factors: Sequence[KLFactor | None], due: jax.Array) -> tuple[KLFactor | None, ...]:
     """The factors with one mean eigenvalue, their product unchanged, where that is due."""
     present = [factor for factor in factors if factor is not None]
     if len(present) < 2:

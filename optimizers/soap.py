@@ -14,6 +14,7 @@ One thing differs: the authors decay the parameters after the step, which multip
 :math:`1 - \eta\lambda`; here decay is a link of its own, as in AdamW.
 """
 
+import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -29,11 +30,12 @@ from ._matrices import Axes
 from ._tensors import blocks_like, factors_like, finite_blocks, identities
 from ._transformation import transformation
 from .decay import Mask
+from .matrix.batching import joined
 from .matrix.distribute import per_shard, total
 from .matrix.eigenbasis import eigenbasis, followed
-from .matrix.kronecker import mode_gram, mode_product, rotate
+from .matrix.kronecker import mode_gram, rotate
 from .matrix.placement import Names
-from .matrix.refresh import Refresh, once, phases_of
+from .matrix.refresh import Refresh, Unit, refreshed
 from .matrix.shards import flat_batch, reshape
 from .matrix_scale import Scale, scale_by_matrix_shape
 from .orthogonal import orthogonalize
@@ -93,7 +95,7 @@ def scale_by_soap(
       eps: added to the root of the second moment.
       shampoo_b2: decay rate of the factors' statistics; ``None`` takes `b2`.
       every: T.
-      staggered: refresh the bases of different axes on different steps of the period.
+      staggered: refresh the bases of different leaves on different steps of the period.
       block: bound on the size of bases; longer axes are cut. ``None`` does not cut.
       limit: axes longer than this get no basis, and are not cut.
       sides: ``"both"``, ``"rows"``, ``"columns"`` or ``"smaller"``.
@@ -208,55 +210,76 @@ def _refreshed(
     leaves: list[Any], shards: Sequence[int], schedule: Refresh, count: jax.Array
 ) -> list[Any]:
     """The leaves with new bases where they are due, and the moments in them."""
-    units = [
-        (at, piece, axis)
+    places = [
+        (at, piece)
         for at, leaf in enumerate(leaves)
         for piece, (_, _, bases) in enumerate(leaf)
-        for axis, basis in enumerate(bases)
-        if basis is not None
+        if any(basis is not None for basis in bases)
     ]
-    costs = []
-    for at, piece, axis in units:
-        vectors = leaves[at][piece][2][axis].vectors
-        costs.append(float(shards[at] * vectors.size * vectors.shape[-1]))
-    phases = phases_of(costs, schedule.phases)
-    busy, k = jnp.zeros([], bool), count - 1
-    for (at, piece, axis), phase in zip(units, phases, strict=True):
+
+    def unit(at: int, piece: int, *, moments: bool) -> Unit:
         mu, nu, bases = leaves[at][piece]
-        basis = bases[axis]
-        statistics = basis.statistics
+        axes = tuple(axis for axis, basis in enumerate(bases) if basis is not None)
+        flat = lambda x: reshape(x, (-1, *x.shape[mu.ndim - len(bases) :]))
+        square = lambda x: flat_batch(x, x.shape[-1])
+        vectors = [square(bases[axis].vectors) for axis in axes]
+        carry = (vectors, flat(mu), flat(nu)) if moments else vectors
+        return Unit(axes, [square(bases[axis].statistics) for axis in axes], carry, shards[at])
 
-        def first(carry: Any, statistics: Any = statistics) -> Any:
-            return reshape(eigenbasis(flat_batch(statistics, carry.shape[-1])), carry.shape)
+    def first(_: Any, vectors: Any, statistics: Any) -> Any:
+        del vectors
+        return _by_size(eigenbasis, statistics)
 
-        def follow(carry: Any, statistics: Any = statistics, axis: int = axis) -> Any:
-            vectors, mu, nu = carry
-            return _followed(statistics, vectors, mu, nu, axis)
-
-        # In a row, see `refreshed`.
-        due = (k > 0) & ((k + phase) % schedule.every == 0)
-        busy, vectors = once((count == 1) & ~busy, first, basis.vectors)
-        busy, (vectors, mu, nu) = once(due & ~busy, follow, (vectors, mu, nu))
-        bases = tuple(
-            Basis(statistics, vectors) if i == axis else old for i, old in enumerate(bases)
-        )
-        leaves[at][piece] = (mu, nu, bases)
+    units = [unit(*place, moments=False) for place in places]
+    for (at, piece), vectors in zip(
+        places, refreshed(units, first, 1, lambda _: count == 1), strict=True
+    ):
+        mu, nu, bases = leaves[at][piece]
+        leaves[at][piece] = (mu, nu, _with_vectors(bases, vectors))
+    units = [unit(*place, moments=True) for place in places]
+    due = lambda phase: schedule.follows(count, phase)
+    for (at, piece), (vectors, *moments) in zip(
+        places, refreshed(units, _followed, schedule.phases, due), strict=True
+    ):
+        *old, bases = leaves[at][piece]
+        moments = [reshape(x, before.shape) for x, before in zip(moments, old, strict=True)]
+        leaves[at][piece] = (*moments, _with_vectors(bases, vectors))
     return leaves
 
 
-def _followed(
-    statistics: jax.Array, vectors: jax.Array, mu: jax.Array, nu: jax.Array, axis: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One axis' basis a QR step on: the first moment rotated into it, the second one permuted."""
-    size, grid = vectors.shape[-1], vectors.shape[:-2]
-    order = mu.ndim - len(grid)
-    new, columns = followed(flat_batch(statistics, size), flat_batch(vectors, size), sort=True)
-    new, columns = reshape(new, vectors.shape), reshape(columns, (*grid, size))
-    original = mode_product(wide(mu), vectors, axis, order)
-    moved = mode_product(original, new, axis, order, transposed=True)
-    index = reshape(columns, (*grid, *(size if i == axis else 1 for i in range(order))))
-    permuted = jnp.take_along_axis(nu, index, axis=len(grid) + axis)
-    return new, cast(moved, mu.dtype), permuted
+def _with_vectors(bases: Sequence[Basis | None], vectors: Sequence[jax.Array]) -> Any:
+    left = iter(vectors)
+    return tuple(
+        basis and basis._replace(vectors=reshape(next(left), basis.vectors.shape))
+        for basis in bases
+    )
+
+
+def _followed(axes: Any, carry: Any, statistics: Sequence[jax.Array]) -> Any:
+    """All bases a QR step on: the first moment rotated into them, the second one permuted."""
+    vectors, mu, nu = carry
+    follow = functools.partial(followed, sort=True)
+    found = _by_size(follow, statistics, vectors)
+    both = [[None] * (mu.ndim - 1) for _ in range(2)]
+    permuted = nu
+    for axis, old, (new, columns) in zip(axes, vectors, found, strict=True):
+        both[0][axis], both[1][axis] = old, new
+        index = columns.reshape(
+            -1, *(columns.shape[1] if at == axis else 1 for at in range(mu.ndim - 1))
+        )
+        permuted = jnp.take_along_axis(permuted, index, axis=1 + axis)
+    moved = rotate(rotate(wide(mu), both[0]), both[1], back=True)
+    return [new for new, _ in found], cast(moved, mu.dtype), permuted
+
+
+def _by_size(function: Callable[..., Any], *stacks: Sequence[jax.Array]) -> list[Any]:
+    """`function` of stacks of matrices, those of one size as one batch."""
+    found: dict[int, Any] = {}
+    for size in {x.shape[-1]: None for x in stacks[0]}:
+        members = [at for at, x in enumerate(stacks[0]) if x.shape[-1] == size]
+        parts = joined(function, *([stack[at] for at in members] for stack in stacks))
+        found.update(zip(members, parts, strict=True))
+    return [found[at] for at in range(len(stacks[0]))]
 
 
 def soap(

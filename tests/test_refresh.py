@@ -88,8 +88,12 @@ def test_bad_start(start):
 def test_refreshed_updates_every_matrix_once_a_period(staggered, max_elements):
     """Of units of two kinds and sizes; what is not due stays as it is."""
     schedule = Refresh(3, staggered=staggered)
-    sources = [jnp.ones((2, 3, 3)), 2 * jnp.ones((3, 3, 3)), 3 * jnp.ones((1, 5, 5))]
-    kinds = ["a", "b", "a"]
+    counts, each = (2, 3, 1, 7), (1, 2, 3, 4)
+    sizes, kinds = (3, 3, 5, 3), ("a", "b", "a", "b")
+    sources = [
+        value * jnp.ones((count, size, size))
+        for count, value, size in zip(counts, each, sizes, strict=True)
+    ]
 
     @functools.partial(jax.jit)
     def step(count, carries):
@@ -99,7 +103,8 @@ def test_refreshed_updates_every_matrix_once_a_period(staggered, max_elements):
             times, seen = carry
             return times + 1, seen + source[:, 0, 0] + (10 if kind == "b" else 0)
 
-        return refreshed(units, function, schedule, count, max_elements)
+        due = lambda phase: schedule.due(count, phase)
+        return refreshed(units, function, schedule.phases, due, max_elements)
 
     carries = [(jnp.zeros(len(s), jnp.int32), jnp.zeros(len(s))) for s in sources]
     for count in range(1, 10):
@@ -110,5 +115,5 @@ def test_refreshed_updates_every_matrix_once_a_period(staggered, max_elements):
         elif staggered:
             before = count // 3
             assert {int(n) - before for times in done for n in times} == {0, 1}
-    for (_, seen), each in zip(carries, (1, 12, 3), strict=True):
+    for (_, seen), each in zip(carries, (1, 12, 3, 14), strict=True):
         np.testing.assert_array_equal(seen, np.full(seen.shape, 3 * each))

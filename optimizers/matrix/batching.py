@@ -5,6 +5,7 @@ matrices are small. Here all pieces are turned to the wide form (rows <= columns
 are joined, and the joint batch is cut where its temporary memory would pass a bound.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from .placement import Names, explicit_sizes, mesh_of, names_of, spec
 MAX_ELEMENTS = {"cpu": 2**21}
 """Elements worked on at once, by platform; `MAX_ELEMENTS_ELSEWHERE` on all others. A CPU gains nothing
 from more than what its caches hold, and pays for every fresh page of temporary memory."""
-MAX_ELEMENTS_ELSEWHERE = 2**27
+MAX_ELEMENTS_ELSEWHERE = 2**25
 
 Pieces = Sequence[jax.Array]  # of [L, M, N], the shapes may differ
 
@@ -36,7 +37,7 @@ def map_matrices(
       function: maps a batch `[K, m, n]`, m <= n, to one of the same shape, matrix by matrix.
       pieces: batches `[L, M, N]`.
       max_elements: bound on the elements worked on at once, and so on temporary memory; at least
-        one matrix is taken. ``None`` takes 2**21 on CPU and 2**27 (512 MB in float32) elsewhere.
+        one matrix is taken. ``None`` takes 2**21 on CPU and 2**25 (128 MB in float32) elsewhere.
 
     Returns:
       The results, in the order and shapes of the pieces.
@@ -112,22 +113,22 @@ def _map_local(
 def largest_chunk(shape: tuple[int, ...], max_elements: int | None = None) -> int:
     """How many matrices of a shape are worked on at once; bound as for `map_matrices`."""
     if max_elements is None:
-        max_elements = MAX_ELEMENTS.get(jax.default_backend(), MAX_ELEMENTS_ELSEWHERE)
+        device = jax.sharding.get_abstract_mesh().abstract_device
+        platform = jax.default_backend() if device is None else device.platform
+        max_elements = MAX_ELEMENTS.get(platform, MAX_ELEMENTS_ELSEWHERE)
     if max_elements < 1:
         raise ValueError(f"max_elements must be at least 1, got {max_elements}.")
     return max(1, max_elements // max(1, math.prod(shape)))
 
 
-def in_chunks(
-    function: Callable[..., Any], batch: Any, most: int, beside: jax.Array | None = None
-) -> Any:
+def in_chunks(function: Callable[..., Any], batch: Any, most: int, beside: Any = None) -> Any:
     """`function` on `most` members of a batch at a time, each result written where they were.
 
     Args:
       function: maps a part of the batch to one of the same shapes.
       batch: a tree of arrays with the batch as first axis.
       most: members worked on at once.
-      beside: a second argument, cut like the batch but only read.
+      beside: a second argument, a tree too, cut like the batch but only read.
     """
     count = jax.tree.leaves(batch)[0].shape[0]
 
@@ -135,7 +136,9 @@ def in_chunks(
         if beside is None:
             return function(part)
         whole = length == count
-        return function(part, beside if whole else _part(beside, start, length))
+        return function(
+            part, beside if whole else jax.tree.map(lambda x: part_of(x, start, length), beside)
+        )
 
     if count <= most:
         return applied(batch, 0, count)
@@ -145,7 +148,7 @@ def in_chunks(
         size = most
 
     def write(start: Any, length: int, batch: Any) -> Any:
-        chunk = jax.tree.map(lambda x: _part(x, start, length), batch)
+        chunk = jax.tree.map(lambda x: part_of(x, start, length), batch)
         return jax.tree.map(
             lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, start, 0),
             batch,
@@ -157,11 +160,36 @@ def in_chunks(
     return write(whole * size, rest, batch) if rest else batch
 
 
-def _part(x: jax.Array, start: Any, length: int) -> jax.Array:
+def joined(function: Callable[..., Any], *parts: Sequence[Any]) -> list[Any]:
+    """`function` of several batches as one, its result cut up again.
+
+    Args:
+      function: of trees of arrays `[K, ...]`, member by member.
+      parts: an argument each, as a list of such trees of equal structure.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ravine.optimizers.matrix.batching import joined
+      >>> [x.shape for x in joined(jnp.negative, [jnp.ones((2, 3)), jnp.ones((1, 3))])]
+      [(2, 3), (1, 3)]
+    """
+    trees = [jax.tree.map(lambda *leaves: _join(leaves), *batches) for batches in parts]
+    ends = list(itertools.accumulate(jax.tree.leaves(batch)[0].shape[0] for batch in parts[0]))
+    found = function(*trees)
+    if len(ends) == 1:
+        return [found]
+    return [
+        jax.tree.map(lambda x, start=start, end=end: x[start:end], found)
+        for start, end in zip([0, *ends[:-1]], ends, strict=True)
+    ]
+
+
+def part_of(x: jax.Array, start: Any, length: int) -> jax.Array:
+    """Some members of a batch."""
     return jax.lax.dynamic_slice_in_dim(x, start, length)
 
 
-def _join(parts: list[jax.Array]) -> jax.Array:
+def _join(parts: Sequence[jax.Array]) -> jax.Array:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 

@@ -8,7 +8,6 @@ in place, where a conditional would copy every buffer on the steps on which noth
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .batching import in_chunks, largest_chunk
+from .batching import in_chunks, joined, largest_chunk, part_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +69,10 @@ class Refresh:
         """Whether the results are used."""
         return step >= self.first if math.isfinite(self.first) else jnp.zeros([], bool)
 
+    def follows(self, step: jax.Array, phase: int) -> jax.Array:
+        """Whether a phase is refreshed at this step, where the first step has set all of them."""
+        return (step > 1) & ((step - 1 + phase) % self.every == 0)
+
     def due(self, step: jax.Array, phase: int) -> jax.Array:
         """Whether a phase is refreshed at this step."""
         if math.isinf(self.first):
@@ -81,12 +84,12 @@ class Refresh:
 
 
 class Unit(NamedTuple):
-    """A stack of matrices of one leaf that are refreshed alike."""
+    """Stacks of matrices of one leaf that are refreshed alike."""
 
     kind: Hashable
-    """Units of one kind, with matrices of one shape, are worked on together."""
-    source: jax.Array
-    """`[B, n, m]`, read only."""
+    """Units of one kind, with arrays of the same shapes, are worked on together."""
+    source: Any
+    """A tree of arrays `[B, ...]`, read only."""
     carry: Any
     """A tree of arrays `[B, ...]`: what is refreshed."""
     shards: int = 1
@@ -95,36 +98,42 @@ class Unit(NamedTuple):
     @property
     def cost(self) -> float:
         """Proportional to the work on all the leaf's matrices, however they are sharded."""
-        return self.shards * self.source.size * math.prod(self.source.shape[1:]) ** 0.5
+        work = [x.size * math.prod(x.shape[1:]) ** 0.5 for x in jax.tree.leaves(self.source)]
+        return self.shards * sum(work)
 
 
 def refreshed(
     units: Sequence[Unit],
-    function: Callable[[Hashable, Any, jax.Array], Any],
-    schedule: Refresh,
-    step: jax.Array,
+    function: Callable[[Hashable, Any, Any], Any],
+    phases: int,
+    due: Callable[[int], jax.Array],
     max_elements: int | None = None,
 ) -> list[Any]:
     """The units' carries, those that are due replaced by ``function(kind, carry, source)``.
 
     Units stay whole, so that what is refreshed when does not depend on how a mesh cuts them. This is the
-    one place where factors of different leaves come together, and so the place to distribute them.
+    one place where matrices of different leaves come together.
+
+    Args:
+      units: what there is.
+      function: of joined carries and sources, to such carries.
+      phases: among how many the units are dealt.
+      due: whether a phase is refreshed now.
+      max_elements: bound on the elements worked on at once, see `largest_chunk`.
     """
     carries = [unit.carry for unit in units]
-    costs = [unit.cost for unit in units]
     groups: dict[Any, list[int]] = {}
-    for at, phase in enumerate(phases_of(costs, schedule.phases)):
+    for at, phase in enumerate(phases_of([unit.cost for unit in units], phases)):
         groups.setdefault((phase, *_likeness(units[at])), []).append(at)
     busy = jnp.zeros([], bool)
-    for (phase, kind, *_), members in groups.items():
+    for (phase, kind, _), members in groups.items():
         sources = [units[at].source for at in members]
         refresh = functools.partial(
             _together, functools.partial(function, kind), sources, max_elements
         )
         # One group after the other, as XLA would run side by side what does not depend on each other,
         # and LAPACK's threads do not bear it (jax #39292).
-        due = schedule.due(step, phase) & ~busy
-        busy, found = once(due, refresh, [carries[at] for at in members])
+        busy, found = once(due(phase) & ~busy, refresh, [carries[at] for at in members])
         for at, carry in zip(members, found, strict=True):
             carries[at] = carry
     return carries
@@ -132,26 +141,69 @@ def refreshed(
 
 def _likeness(unit: Unit) -> tuple[Any, ...]:
     """What units must share to be worked on as one batch; first their kind."""
-    shapes = tuple((x.shape[1:], str(x.dtype)) for x in jax.tree.leaves((unit.source, unit.carry)))
-    return unit.kind, shapes, jax.typeof(unit.source).sharding.spec[:1]
+    arrays, structure = jax.tree.flatten((unit.source, unit.carry))
+    return unit.kind, (structure, *((x.shape[1:], str(x.dtype)) for x in arrays))
 
 
 def _together(
-    function: Callable[[Any, jax.Array], Any],
-    sources: Sequence[jax.Array],
+    function: Callable[[Any, Any], Any],
+    sources: Sequence[Any],
     max_elements: int | None,
     carries: Sequence[Any],
 ) -> list[Any]:
-    """The carries of some units, refreshed as one batch."""
-    most = largest_chunk(sources[0].shape[1:], max_elements)
-    joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *carries)
-    new = in_chunks(function, joined, most, beside=jnp.concatenate(sources))
-    ends = list(itertools.accumulate(source.shape[0] for source in sources))
-    starts = [0, *ends[:-1]]
-    return [
-        jax.tree.map(lambda x, start=start, end=end: x[start:end], new)
-        for start, end in zip(starts, ends, strict=True)
-    ]
+    """The carries of some units, refreshed as one batch, or slice by slice of all of them.
+
+    Slices are joined and written back where they were, so that no second copy of the whole is made.
+    """
+    counts = [jax.tree.leaves(carry)[0].shape[0] for carry in carries]
+    elements = sum(math.prod(x.shape[1:]) for x in jax.tree.leaves(sources[0]))
+    most = largest_chunk((elements,), max_elements)
+    slices = max(1, min(-(-sum(counts) // most), *counts))
+    lengths = [-(-count // slices) for count in counts]
+    # A second size of chunk would be a second program: rather take somewhat more at once.
+    size = sum(lengths) if slices > 1 and sum(lengths) <= 2 * most else most
+
+    def batch(carries: Sequence[Any], sources: Sequence[Any]) -> list[Any]:
+        return joined(
+            lambda carry, source: in_chunks(function, carry, size, beside=source), carries, sources
+        )
+
+    if slices == 1:
+        return batch(carries, sources)
+
+    def one(at: jax.Array, carries: Sequence[Any]) -> list[Any]:
+        starts = [
+            jnp.minimum(at * length, count - length)
+            for count, length in zip(counts, lengths, strict=True)
+        ]
+        old, seen = (
+            [
+                jax.tree.map(lambda x, start=start, length=length: part_of(x, start, length), tree)
+                for tree, start, length in zip(trees, starts, lengths, strict=True)
+            ]
+            for trees in (carries, sources)
+        )
+        found = batch(old, seen)
+        return [
+            jax.tree.map(
+                functools.partial(_written, at=at, start=start, length=length), carry, new, before
+            )
+            for carry, new, before, start, length in zip(
+                carries, found, old, starts, lengths, strict=True
+            )
+        ]
+
+    return jax.lax.fori_loop(0, slices, one, list(carries))
+
+
+def _written(
+    whole: jax.Array, new: jax.Array, old: jax.Array, at: Any, start: Any, length: int
+) -> jax.Array:
+    """`whole` with `new` in its place, but for what the slice before has refreshed already."""
+    if whole.shape[0] % length:
+        fresh = start + jnp.arange(length) >= at * length
+        new = jnp.where(fresh.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+    return jax.lax.dynamic_update_slice_in_dim(whole, new, start, 0)
 
 
 def once(due: jax.Array, body: Callable[[Any], Any], carry: Any) -> tuple[jax.Array, Any]:
