@@ -16,7 +16,7 @@ method              how                                                  exponen
 `Eigh`              eigendecomposition: the most accurate                any rational
 `PseudoInverse`     the same, small eigenvalues left out: no ridge       any rational
 `CoupledNewton`     products only, until it has converged                any rational
-`CoupledNewtonSchulz`  a fixed number of products, no control flow       -q/2, -q/4
+`CoupledNewtonSchulz`  a fixed number of products, no conditions         -q/2, -q/4
 ==================  ===================================================  ==========================
 """
 
@@ -258,9 +258,10 @@ class CoupledNewtonSchulz:
     .. math:: Z \leftarrow \beta Z + \alpha (ZY) Z, \qquad Y \leftarrow \beta Y + \alpha Y (ZY)
 
     from :math:`Y_0 = A, Z_0 = I`, with the cubic polynomials that bring the root of every eigenvalue in
-    [lower, 1] as near to one as any can (`cubic_steps`). No control flow and matrix products only: the
-    method for accelerators. Ten steps reach condition numbers up to about 1e5 with a residual of a few
-    hundredths, and 1e6 with one of a few tenths: give singular matrices a ridge of 1e-4.
+    [lower, 1] as near to one as any can (`cubic_steps`). Matrix products only, and nothing that depends
+    on values: the method for accelerators. Ten steps reach condition numbers up to about 1e5 with a
+    residual of a few hundredths, and 1e6 with one of a few tenths: give singular matrices a ridge of
+    1e-4.
 
     Attributes:
       steps: products are 3 a step.
@@ -294,14 +295,20 @@ class CoupledNewtonSchulz:
         # The estimate is at most a few percent too small; a norm that bounds the largest eigenvalue for
         # sure, as the row sums', may be tenfold too large, which costs steps.
         bound = MARGIN * largest_eigenvalue(a)[:, None, None]
-        y = a / bound
-        z = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype)[None], a.shape)
-        for beta, alpha in cubic_steps(math.sqrt(lower / MARGIN), self.steps):
+        identity = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype)[None], a.shape)
+
+        def step(pair: Any, coefficients: jax.Array) -> tuple[Any, None]:
+            (y, z), (beta, alpha) = pair, coefficients
             product = multiply(z, y)
-            z, y = (
-                beta * z + alpha * multiply(product, z),
+            y, z = (
                 beta * y + alpha * multiply(y, product),
+                beta * z + alpha * multiply(product, z),
             )
+            return (y, z), None
+
+        # A loop: written out, compiling takes ten times as long, and running as long as this.
+        steps = jnp.asarray(cubic_steps(math.sqrt(lower / MARGIN), self.steps), a.dtype)
+        (y, z), _ = jax.lax.scan(step, (a / bound, identity), steps)
         return y * jnp.sqrt(bound), z / jnp.sqrt(bound)
 
 
