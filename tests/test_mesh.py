@@ -11,6 +11,7 @@ import pytest
 import ravine
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from ravine.optimizers.matrix.orthogonalize import NewtonSchulz
 from ravine.training.hlo import collectives
 
 RULES = ((".*", "matrix"),)
@@ -263,3 +264,39 @@ def test_missing_mesh_and_missing_shardings():
         ravine.state_shardings(ravine.scale_by_adam(), {"w": jnp.ones(2)})
     with pytest.raises(ValueError, match="no leaf"):
         ravine.state_shardings(ravine.scale_by_adam(), {})
+
+
+@pytest.mark.parametrize("method", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(8, 32), (32, 8), (3, 4, 24)], ids=str)
+def test_gram_matrices_are_summed_where_columns_stay_cut(shape, method):
+    """The same update as of whole matrices; nothing is exchanged but sums."""
+    mesh = jax.make_mesh((2, 4), ("x", "y"))
+    names = P(*[None] * (len(shape) - 2), *(("x", "y") if shape[-1] > shape[-2] else ("y", "x")))
+    g = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    updates, programs = {}, {}
+    for distribution in ("whole", "gram"):
+        polar = NewtonSchulz(dtype=method, distribution=distribution)
+        tx = ravine.orthogonalize(polar)
+        with jax.set_mesh(mesh):
+            cut = jax.device_put(g, NamedSharding(mesh, names))
+            compiled = jax.jit(lambda g, tx=tx: tx.update(g, tx.init(g))[0]).lower(cut).compile()
+            updates[distribution] = np.asarray(compiled(cut))
+        programs[distribution] = {c.kind for c in collectives(compiled.as_text())}
+    alone = NewtonSchulz(dtype=method, form="gram" if method == "float32" else "standard")
+    expected = ravine.orthogonalize(alone).update(g, optax.EmptyState())[0]
+    tolerance = 1e-5 if method == "float32" else 3e-2
+    for found in updates.values():
+        assert np.linalg.norm(found - expected) <= tolerance * np.linalg.norm(expected)
+    assert programs["whole"] == {"all-to-all"}
+    assert "all-reduce" in programs["gram"]
+
+
+def test_few_long_matrices_stay_cut_unless_asked_otherwise():
+    """One of 8 by 4096 over eight devices: a Gram matrix is far less than seven more of its size."""
+    mesh = jax.make_mesh((8,), ("x",))
+    g = jax.ShapeDtypeStruct((8, 4096), jnp.float32, sharding=NamedSharding(mesh, P(None, "x")))
+    for distribution, kinds in (("auto", {"all-reduce"}), ("whole", {"all-to-all"})):
+        tx = ravine.orthogonalize(NewtonSchulz(distribution=distribution))
+        with jax.set_mesh(mesh):
+            program = jax.jit(lambda g, tx=tx: tx.update(g, optax.EmptyState())[0]).lower(g)
+        assert {c.kind for c in collectives(program.compile().as_text())} == kinds

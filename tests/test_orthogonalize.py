@@ -236,7 +236,14 @@ def test_a_table_that_turns_negative_is_refused():
 
 @pytest.mark.parametrize(
     "bad",
-    [{"dtype": "int8"}, {"form": "fast"}, {"restarts": (0,)}, {"halvings": -1}, {"lower": 2.0}],
+    [
+        {"dtype": "int8"},
+        {"form": "fast"},
+        {"restarts": (0,)},
+        {"halvings": -1},
+        {"lower": 2.0},
+        {"distribution": "half"},
+    ],
     ids=str,
 )
 def test_other_bad_values_are_named(bad):

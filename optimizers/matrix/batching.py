@@ -5,6 +5,7 @@ matrices are small. Here all pieces are turned to the wide form (rows <= columns
 are joined, and the joint batch is cut where its temporary memory would pass a bound.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 
 from .distribute import whole_matrices
 from .placement import Names, explicit_sizes, mesh_of, names_of, spec
+from .traffic import OnShards, columns_to_cut
 
 MAX_ELEMENTS = {"cpu": 2**21}
 """Elements worked on at once, by platform; `MAX_ELEMENTS_ELSEWHERE` on all others. A CPU gains nothing
@@ -31,7 +33,8 @@ def map_matrices(
 
     The function must commute with transposition, as orthogonalization does: tall matrices are handed
     to it transposed. This is the one place through which every batch of whole matrices passes. On a
-    mesh, each matrix is worked on by one device, see `whole_matrices`.
+    mesh, each matrix is worked on by one device, see `whole_matrices`, or its columns stay where they
+    are, see `columns_to_cut`.
 
     Args:
       function: maps a batch `[K, m, n]`, m <= n, to one of the same shape, matrix by matrix.
@@ -96,14 +99,16 @@ def _map_local(
                 for index, wide in members
             ]
         )
-        most = largest_chunk((rows, columns), max_elements)
-        done = whole_matrices(
-            lambda batch, most=most: in_chunks(function, batch, most),
-            batch,
-            row_names,
-            column_names,
-            {name: size for name, size in sizes.items() if name not in batch_names},
-        )
+        sharing = {name: size for name, size in sizes.items() if name not in batch_names}
+        kept = columns_to_cut(function, batch, row_names, column_names, sizes)
+        if kept and isinstance(function, OnShards):
+            sharing = {name: size for name, size in sharing.items() if name not in kept}
+            work = functools.partial(function, summed=kept)
+        else:
+            most = largest_chunk((rows, columns), max_elements)
+            work = functools.partial(in_chunks, function, most=most)
+        exchanged = tuple(name for name in column_names if name not in kept)
+        done = whole_matrices(work, batch, row_names, exchanged, sharing)
         lengths = [pieces[index].shape[0] for index, _ in members]
         for (index, wide), part in zip(members, _unjoin(done, lengths), strict=True):
             results[index] = part if wide else jnp.swapaxes(part, 1, 2)

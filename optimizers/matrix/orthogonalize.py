@@ -23,7 +23,10 @@ import jax
 import jax.numpy as jnp
 
 from .coefficients import Steps, check_coefficients, named_coefficients
+from .distribute import largest, total
+from .placement import Names
 from .symmetric import cost_share, halvings, product, symmetric_product
+from .traffic import DISTRIBUTIONS, Distribution
 
 Form = Literal["auto", "standard", "gram"]
 
@@ -46,6 +49,8 @@ class NewtonSchulz:
         Frobenius norm); without any restart within 1e-4, and a sixth faster.
       halvings: of symmetric products, see :mod:`.symmetric`; ``None`` decides by size.
       precision: of products in float32, which accelerators would else round to fewer bits.
+      distribution: of matrices that a mesh cuts: ``"whole"``, ``"gram"``, or ``"auto"`` for the one that
+        sends fewer bytes, see :mod:`.traffic`.
 
     Raises:
       ValueError: for coefficients whose map does not stay positive and bounded on (0, 1], and other
@@ -71,6 +76,7 @@ class NewtonSchulz:
     restarts: tuple[int, ...] = (3,)
     halvings: int | None = None
     precision: Any = "highest"
+    distribution: Distribution = "auto"
 
     def __post_init__(self) -> None:
         self.table()
@@ -78,6 +84,10 @@ class NewtonSchulz:
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {self.dtype!r}.")
         if self.form not in ("auto", "standard", "gram"):
             raise ValueError(f"form must be auto, standard or gram, got {self.form!r}.")
+        if self.distribution not in DISTRIBUTIONS:
+            raise ValueError(
+                f"distribution must be auto, whole or gram, got {self.distribution!r}."
+            )
         if any(step < 1 for step in self.restarts):
             raise ValueError(f"restarts must be steps of at least 1, got {self.restarts}.")
         if self.halvings is not None and self.halvings < 0:
@@ -89,33 +99,52 @@ class NewtonSchulz:
             return named_coefficients(self.coefficients, self.steps, self.lower)
         return check_coefficients(self.coefficients)
 
-    def __call__(self, matrices_KxMxN: jax.Array) -> jax.Array:
-        """The approximate polar factors, in the dtype of the matrices; of a zero matrix, zero."""
+    def gram_sums(self) -> int:
+        """How many Gram matrices of the long side are needed where mesh axes cut it."""
+        count = len(self.table())
+        if self._cut_form() == "standard":
+            return count
+        return 1 + sum(step < count for step in set(self.restarts))
+
+    def _cut_form(self) -> Literal["standard", "gram"]:
+        """The form of matrices whose long side is cut: what sums least."""
+        if self.form != "auto":
+            return self.form
+        return "standard" if self.dtype == "bfloat16" else "gram"
+
+    def __call__(self, matrices_KxMxN: jax.Array, summed: Names = ()) -> jax.Array:
+        """The approximate polar factors, in the dtype of the matrices; of a zero matrix, zero.
+
+        Args:
+          matrices_KxMxN: a batch.
+          summed: mesh axes along which the rest of the columns is, inside `jax.shard_map`; then the
+            rows must be the short side.
+        """
         rows, columns = matrices_KxMxN.shape[1:]
-        if rows > columns:
+        if rows > columns and not summed:
             return jnp.swapaxes(self(jnp.swapaxes(matrices_KxMxN, 1, 2)), 1, 2)
-        steps, form = self.table(), self.form
-        if form == "auto" and self.dtype == "bfloat16":
-            form = "standard"
-        elif form == "auto":
+        steps, form = self.table(), self._cut_form()
+        if form == "gram" and self.form == "auto" and not summed:
             form = cheapest(rows, columns, steps, self.restarts, self.halvings)
         wide = jnp.float64 if matrices_KxMxN.dtype == jnp.float64 else jnp.float32
         dtype = wide if self.dtype == "float32" else jnp.dtype(self.dtype)
-        arithmetic = _Arithmetic(dtype, self.halvings, self.precision)
-        x = normalize(matrices_KxMxN.astype(wide)).astype(dtype)
+        arithmetic = _Arithmetic(dtype, self.halvings, self.precision, summed)
+        x = normalize(matrices_KxMxN.astype(wide), summed).astype(dtype)
         iterate = _gram if form == "gram" else _standard
         return iterate(x, steps, arithmetic, self.restarts).astype(matrices_KxMxN.dtype)
 
 
-def normalize(matrices_KxMxN: jax.Array) -> jax.Array:
+def normalize(matrices_KxMxN: jax.Array, summed: Names = ()) -> jax.Array:
     """Each matrix divided by its Frobenius norm, whatever its scale; a zero matrix stays zero.
 
     The largest element is divided out first, so that squares neither overflow nor vanish; nothing is
     added to the norm, which would shrink small matrices.
     """
-    largest = jnp.max(jnp.abs(matrices_KxMxN), axis=(1, 2), keepdims=True, initial=0)
-    scaled = matrices_KxMxN / jnp.where(largest == 0, 1, largest)
-    norm = jnp.sqrt(jnp.sum(jnp.square(scaled), axis=(1, 2), keepdims=True))
+    here = jnp.max(jnp.abs(matrices_KxMxN), axis=(1, 2), keepdims=True, initial=0)
+    maximum = largest(here, summed)
+    scaled = matrices_KxMxN / jnp.where(maximum == 0, 1, maximum)
+    squares = jnp.sum(jnp.square(scaled), axis=(1, 2), keepdims=True)
+    norm = jnp.sqrt(total(squares, summed))
     return scaled / jnp.where(norm == 0, 1, norm)
 
 
@@ -184,6 +213,7 @@ class _Arithmetic:
     dtype: Any
     depth: int | None
     precision: Any
+    summed: Names
 
     def full(self, left: jax.Array, right: jax.Array) -> jax.Array:
         return product(left.astype(self.dtype), right.astype(self.dtype), precision=self.precision)
@@ -193,7 +223,7 @@ class _Arithmetic:
         return symmetric_product(left, right, self.depth, precision=self.precision)
 
     def gram(self, x: jax.Array) -> jax.Array:
-        return self.symmetric(x, jnp.swapaxes(x, 1, 2))
+        return total(self.symmetric(x, jnp.swapaxes(x, 1, 2)), self.summed)
 
 
 def _standard(
