@@ -310,8 +310,8 @@ def test_bad_vocabulary(tmp_path):
     [
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
         ({"context": 2.0}, "context must be a whole number of at least 1, got 2.0"),
-        ({"process_count": 3}, "batch_size 8 cannot be shared by 3 processes"),
-        ({"process_count": 2, "process_index": 2}, r"process_index must lie in \[0, 2\), got 2"),
+        ({"shard_count": 3}, "batch_size 8 cannot be cut into 3 shards"),
+        ({"shard_count": 2, "shards": (0, 2)}, r"shards must lie in \[0, 2\), got \(0, 2\)"),
         ({"context": 1000}, r"numbers: the training part has 1,000 tokens and at least 1,001"),
     ],
 )
@@ -388,11 +388,25 @@ def test_processes_share_the_global_batch_by_rows(count):
     arguments = {"batch_size": 12, "context": 10, "seed": 5}
     alone = take(train_batches(corpus, **arguments), 20)
     parts = [
-        take(train_batches(corpus, **arguments, process_index=i, process_count=count), 20)
+        take(train_batches(corpus, **arguments, shards=[i], shard_count=count), 20)
         for i in range(count)
     ]
     assert parts[0].shape == (20, 12 // count, 11)
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), alone)
+
+
+def test_a_process_may_hold_any_of_the_shards():
+    corpus = counting_corpus()
+    arguments = {"batch_size": 12, "context": 10}
+    some = {"shards": (0, 3), "shard_count": 4}
+    rows = [0, 1, 2, 9, 10, 11]
+    alone = take(train_batches(corpus, seed=5, **arguments), 20)
+    part = take(train_batches(corpus, seed=5, **arguments, **some), 20)
+    np.testing.assert_array_equal(part, alone[:, rows])
+    heldout = heldout_batches(corpus, batches=1, **arguments)
+    np.testing.assert_array_equal(
+        heldout_batches(corpus, batches=1, **arguments, **some), heldout[:, rows]
+    )
 
 
 @pytest.mark.parametrize("taken", [0, 1, 10, 11, 25])
@@ -421,7 +435,7 @@ def test_state_is_the_step_on_any_number_of_processes():
     state = alone.get_state()
     assert state == {"next_index": 13}
     expected = next(alone)
-    parts = [train_batches(corpus, **arguments, process_index=i, process_count=2) for i in range(2)]
+    parts = [train_batches(corpus, **arguments, shards=[i], shard_count=2) for i in range(2)]
     for part in parts:
         part.set_state(state)
     np.testing.assert_array_equal(np.concatenate([next(part) for part in parts]), expected)

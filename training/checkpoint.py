@@ -1,5 +1,14 @@
-"""Checkpoints of a run, by Orbax: parameters, optimizer state, step and position in the data."""
+"""Checkpoints of a run, by Orbax: parameters, optimizer state, step and position in the data.
 
+A checkpoint holds whole arrays and says nothing of the mesh, so that it is restored onto any. Orbax
+gives a folder its name when all is written. What happens to the folder later, a disk that was full or a
+copy that was cut off, only a reader would find, on a pod perhaps in one process of many; so the first
+process adds a list of the files with their sizes, the seal, and looks at it before anyone reads.
+"""
+
+import concurrent.futures
+import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -7,13 +16,17 @@ import grain
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from .processes import from_first, is_first
 from .step import TrainState
 
 KEPT = 2
+SEAL = "files.json"
 
 
 class Checkpoints:
     """The newest checkpoints of one run, written in the background, each whole or not there.
+
+    All processes of a run make one and call its methods alike, on one file system.
 
     Args:
       folder: where they lie; made when missing.
@@ -23,37 +36,117 @@ class Checkpoints:
     def __init__(self, folder: Path, identity: dict[str, Any]):
         self._identity = identity
         newest: Any = ocp.training.preservation_policies.LatestN(KEPT)
-        path = str(folder.absolute())
-        self._orbax = ocp.training.Checkpointer(path, preservation_policy=newest)
+        self._orbax = ocp.training.Checkpointer(
+            str(folder.absolute()), preservation_policy=newest, cleanup_tmp_directories=True
+        )
+        self._background = concurrent.futures.ThreadPoolExecutor(1)
+        self._writing: concurrent.futures.Future[None] | None = None
 
     def save(self, state: TrainState, batches: grain.DatasetIterator) -> None:
         """Starts writing; the arrays are copied before this returns, so they may be donated."""
+        self._wait()
         metadata: Any = {"identity": self._identity, "data": batches.get_state()}
+        step = int(state.step)
         # The loop decides when; Orbax's own policy must not drop one.
-        self._orbax.save_async(int(state.step), state, force=True, custom_metadata=metadata)
+        written = self._orbax.save_async(step, state, force=True, custom_metadata=metadata)
+
+        def seal() -> None:
+            if written is not None and written.result() and is_first():
+                _seal(self._folder(step))
+
+        self._writing = self._background.submit(seal)
 
     def restore(self, state: TrainState, batches: grain.DatasetIterator) -> TrainState:
-        """The newest checkpoint in the layout of `state`, or `state` itself when there is none.
+        """The newest whole checkpoint in the layout of `state`, or `state` itself when there is none.
 
-        `batches` is moved to the position it had when the checkpoint was written.
+        `batches` is moved to the position it had when the checkpoint was written. Newer checkpoints
+        that are not whole are warned of and removed.
 
         Raises:
-          ValueError: if the checkpoint is of another configuration.
+          ValueError: if the checkpoint is of another configuration, or none of them is whole.
         """
-        newest = self._orbax.latest
-        if newest is None:
+        steps = sorted((found.step for found in self._orbax.checkpoints), reverse=True)
+        if not steps:
             return state
-        metadata: Any = self._orbax.metadata(newest.step).custom_metadata
-        if metadata["identity"] != self._identity:
+        broken = json.loads(from_first(json.dumps([_complaint(self._folder(s)) for s in steps])))
+        whole = next((i for i, complaint in enumerate(broken) if not complaint), None)
+        if whole is None:
             raise ValueError(
-                f"the checkpoint of step {newest.step} in {self._orbax.directory} is of another "
-                "configuration; use the one it was written with, or another folder."
+                f"none of the checkpoints in {self._orbax.directory} is whole ({broken[0]}); remove "
+                "them to start anew."
             )
+        metadata: Any = self._orbax.metadata(steps[whole]).custom_metadata
+        self._check_identity(steps[whole], metadata["identity"])
+        for step, complaint in zip(steps[:whole], broken[:whole], strict=True):
+            warnings.warn(
+                f"the checkpoint of step {step} in {self._orbax.directory} was cut off ({complaint}) "
+                f"and is removed; going on from that of step {steps[whole]}.",
+                stacklevel=2,
+            )
+            self._orbax.delete(step)
         abstract = jax.tree.map(ocp.arrays.to_shape_dtype_struct, state)
-        restored = self._orbax.load(newest.step, abstract)
+        restored = self._orbax.load(steps[whole], abstract)
         batches.set_state(metadata["data"])
         return restored
 
     def close(self) -> None:
         """Waits for what is being written."""
+        self._wait()
+        self._background.shutdown()
         self._orbax.close()
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+
+    def _folder(self, step: int) -> Path:
+        return Path(str(self._orbax.directory)) / str(step)
+
+    def _check_identity(self, step: int, found: dict[str, Any]) -> None:
+        mine, theirs = _leaves(self._identity), _leaves(found)
+        differing = [
+            f"{name} is {theirs.get(name)!r} there and {mine.get(name)!r} here"
+            for name in {**theirs, **mine}
+            if mine.get(name) != theirs.get(name)
+        ]
+        if differing:
+            raise ValueError(
+                f"the checkpoint of step {step} in {self._orbax.directory} is of another "
+                f"configuration ({'; '.join(differing[:3])}); use the one it was written with, or "
+                "another folder."
+            )
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != SEAL
+    }
+
+
+def _seal(folder: Path) -> None:
+    draft = folder / f"{SEAL}.tmp"
+    sizes = _sizes(folder)
+    draft.write_text(json.dumps(sizes), encoding="utf-8")
+    draft.replace(folder / SEAL)
+
+
+def _complaint(folder: Path) -> str:
+    """What is wrong with a checkpoint; nothing for a whole one."""
+    try:
+        listed = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return f"{SEAL}, which is written last, is missing or cut off"
+    there = _sizes(folder)
+    for name, size in listed.items():
+        if there.get(name) != size:
+            return f"{name} has {there.get(name, 'no')} of {size} bytes"
+    return ""
+
+
+def _leaves(tree: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {path: tree}
+    inner = (_leaves(value, f"{path}.{name}" if path else name) for name, value in tree.items())
+    return {name: value for leaves in inner for name, value in leaves.items()}

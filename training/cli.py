@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             jax.config.update("jax_platforms", "cpu")
             plan(config, Console(width=None if sys.stdout.isatty() else 110))
         else:
-            race(config, Console())
+            race(config)
     except ValueError as error:
         return _refuse(str(error))
     except KeyboardInterrupt:

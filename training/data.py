@@ -18,6 +18,8 @@ all of them: kept with the parameters, it lets a run continue on another number 
 """
 
 import hashlib
+from collections.abc import Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -33,33 +35,33 @@ def train_batches(
     batch_size: int,
     context: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    shards: Sequence[int] = (0,),
+    shard_count: int = 1,
     read_threads: int = 0,
 ) -> grain.DatasetIterator[np.ndarray]:
     """An endless iterator over batches of training windows, in a new order every epoch.
 
-    Each step has a global batch that depends on `corpus`, `batch_size`, `context` and `seed` only;
-    process `p` of `P` gets its rows from `p * batch_size / P` on. So the batches of all processes,
-    stacked in order, are the batch of a single one, and `jax.make_array_from_process_local_data`
-    puts them together without moving any. An epoch may end within a batch.
+    Each step has a global batch that depends on `corpus`, `batch_size`, `context` and `seed` only.
+    It is cut by rows into shards of equal size, and a process reads those that its devices hold; so
+    `jax.make_array_from_process_local_data` puts batches together without moving any. An epoch may
+    end within a batch.
 
     `get_state()` gives the position, a dict that JSON can hold (the steps taken); after
     `set_state()` the batches that follow are bitwise those that followed when it was taken.
 
     Args:
       corpus: what `load_corpus` returned.
-      batch_size: rows of the global batch, a multiple of `process_count`.
+      batch_size: rows of the global batch, a multiple of `shard_count`.
       context: inputs per row, in tokens.
       seed: any whole number; it decides the order and nothing else.
-      process_index: this process, in [0, process_count); `jax.process_index()` on a pod.
-      process_count: `jax.process_count()` on a pod.
+      shards: which of them, in ascending order; see `ravine.training.sharding.local_shards`.
+      shard_count: how many shards there are.
       read_threads: threads that read ahead, two batches each. 0, the default, reads when asked,
         which costs less than starting threads as long as the tokens lie in memory; a few help where
         a `.bin` lies on a slow disk. The batches and the state are the same.
 
     Returns:
-      A Grain iterator over int32 arrays, [batch_size / process_count, context + 1]: inputs are
+      A Grain iterator over int32 arrays, [rows, context + 1], the rows of all `shards`: inputs are
       `batch[:, :-1]`, targets `batch[:, 1:]`.
 
     Raises:
@@ -71,31 +73,36 @@ def train_batches(
       >>> next(batches).shape, batches.get_state()
       ((4, 65), {'next_index': 1})
     """
-    _check_positive(batch_size=batch_size, context=context, process_count=process_count)
-    if batch_size % process_count:
-        raise ValueError(
-            f"batch_size {batch_size} cannot be shared by {process_count} processes; make it a "
-            f"multiple of {process_count}."
-        )
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index must lie in [0, {process_count}), got {process_index}.")
+    _check_positive(batch_size=batch_size, context=context, shard_count=shard_count)
+    _check_shards(batch_size, shards, shard_count)
     windows = _Windows(corpus.train, context, corpus.vocabulary)
     if not len(windows):
         raise ValueError(_too_short(corpus, "training", len(corpus.train), context + 1))
-    # Blocks of one process's rows: `process_count` in a row are a step, of which it takes its own.
-    # Repeating makes the length sys.maxsize; rounded up, blocks of one row would overflow it.
     blocks = (
         grain.MapDataset.source(windows)
         .shuffle(seed=_spread(seed))
         .repeat()
-        .batch(batch_size // process_count, drop_remainder=True)
+        .batch(batch_size // shard_count, drop_remainder=True)
     )
-    steps = blocks[process_index::process_count]
+
+    def local(step: int) -> np.ndarray:
+        parts: Any = [blocks[step * shard_count + shard] for shard in shards]
+        return np.concatenate(parts)
+
+    steps = grain.MapDataset.range(len(blocks) // shard_count).map(local)
     options = grain.ReadOptions(num_threads=read_threads, prefetch_buffer_size=2 * read_threads)
     return iter(steps.to_iter_dataset(options))
 
 
-def heldout_batches(corpus: Corpus, *, batch_size: int, context: int, batches: int) -> np.ndarray:
+def heldout_batches(
+    corpus: Corpus,
+    *,
+    batch_size: int,
+    context: int,
+    batches: int,
+    shards: Sequence[int] = (0,),
+    shard_count: int = 1,
+) -> np.ndarray:
     """Windows of the held-out tokens, evenly spread over them: the same in every run.
 
     Args:
@@ -103,10 +110,12 @@ def heldout_batches(corpus: Corpus, *, batch_size: int, context: int, batches: i
       batch_size: rows of a batch.
       context: inputs per row, in tokens.
       batches: how many batches at most.
+      shards: which shards of every batch, as in `train_batches`.
+      shard_count: how many shards there are.
 
     Returns:
-      int32, [n, batch_size, context + 1], no window twice; n is `batches`, or less where the
-      held-out part has fewer windows.
+      int32, [n, rows, context + 1], no window twice; n is `batches`, or less where the held-out part
+      has fewer windows.
 
     Raises:
       ValueError: for arguments below 1, or a held-out part too short for a single batch.
@@ -117,14 +126,16 @@ def heldout_batches(corpus: Corpus, *, batch_size: int, context: int, batches: i
       (2, 4, 65)
     """
     _check_positive(batch_size=batch_size, context=context, batches=batches)
+    _check_shards(batch_size, shards, shard_count)
     windows = _Windows(corpus.heldout, context, corpus.vocabulary)
     count = min(batches, len(windows) // batch_size)
     if not count:
         needed = batch_size * context + 1
         raise ValueError(_too_short(corpus, "held-out", len(corpus.heldout), needed))
     rows = count * batch_size
-    picked = np.stack([windows[row * len(windows) // rows] for row in range(rows)])
-    return picked.reshape(count, batch_size, context + 1)
+    local = np.arange(rows).reshape(count, shard_count, -1)[:, list(shards)].reshape(count, -1)
+    picked = np.stack([windows[row * len(windows) // rows] for row in local.ravel().tolist()])
+    return picked.reshape(*local.shape, context + 1)
 
 
 class _Windows:
@@ -159,6 +170,16 @@ def _check_positive(**arguments: int) -> None:
     for name, value in arguments.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+
+
+def _check_shards(batch_size: int, shards: Sequence[int], shard_count: int) -> None:
+    if batch_size % shard_count:
+        raise ValueError(
+            f"batch_size {batch_size} cannot be cut into {shard_count} shards; make it a multiple of "
+            f"{shard_count}."
+        )
+    if not shards or not all(0 <= shard < shard_count for shard in shards):
+        raise ValueError(f"shards must lie in [0, {shard_count}), got {tuple(shards)}.")
 
 
 def _too_short(corpus: Corpus, part: str, present: int, needed: int) -> str:

@@ -13,12 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from .checkpoint import Checkpoints
 from .config import RunConfig, to_json
 from .corpus import Corpus
 from .data import heldout_batches, train_batches
-from .step import TrainState, init_params, init_state, make_train_step, mean_loss
+from .processes import is_first
+from .sharding import batch_sharding, build_mesh, local_shards
+from .step import TrainState, init_sharded, make_train_step, mean_loss, place
 
 Status = Literal["finished", "diverged", "interrupted"]
 
@@ -67,7 +70,7 @@ class Outcome:
         """Writes ``outcome.json``: all but the records, which ``metrics.jsonl`` holds."""
         summary = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         del summary["steps"], summary["evaluations"]
-        (folder / "outcome.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        _replace(folder / "outcome.json", json.dumps(summary, indent=2) + "\n")
 
     def load(self, folder: Path) -> bool:
         """Reads back what `save` wrote; false if the run in `folder` never came to its end."""
@@ -108,6 +111,7 @@ def train(
     outcome: Outcome,
     folder: Path,
     on_record: Callable[[dict[str, float]], None] = lambda record: None,
+    mesh: Mesh | None = None,
 ) -> Outcome:
     """Trains from the seed, or from the newest checkpoint in `folder`, to the last step.
 
@@ -117,31 +121,47 @@ def train(
       corpus: the tokens.
       outcome: filled as the run goes on, so that an interruption leaves what was reached.
       folder: an existing folder for ``metrics.jsonl`` and checkpoints.
-      on_record: called with every record that is written.
+      on_record: called with every record.
+      mesh: with `Auto` axes, of all devices of all processes, which all call this alike; by default of
+        one device.
 
     Returns:
       `outcome`, its status ``finished``, or ``diverged`` if a loss stopped being finite.
     """
-    graphdef, params = init_params(run.model, run.seed)
-    state = init_state(params, tx)
-    del params
-    batches = train_batches(
-        corpus, batch_size=run.batch_size, context=run.model.context, seed=run.seed
+    mesh = mesh or build_mesh()
+    with jax.set_mesh(mesh):
+        return _train(run, tx, corpus, outcome, folder, on_record, mesh)
+
+
+def _train(
+    run: RunConfig,
+    tx: optax.GradientTransformation,
+    corpus: Corpus,
+    outcome: Outcome,
+    folder: Path,
+    on_record: Callable[[dict[str, float]], None],
+    mesh: Mesh,
+) -> Outcome:
+    tx, shardings = place(run.model, tx, mesh)
+    rows = batch_sharding(mesh, run.batch_size)
+    shards, shard_count = local_shards(rows, run.batch_size)
+    sizes: Any = {"batch_size": run.batch_size, "context": run.model.context}
+    mine: Any = {"shards": shards, "shard_count": shard_count}
+    batches = train_batches(corpus, seed=run.seed, **sizes, **mine)
+    heldout = jax.make_array_from_process_local_data(
+        batch_sharding(mesh, run.batch_size, leading=1),
+        heldout_batches(corpus, batches=run.eval_batches, **sizes, **mine),
     )
-    heldout = jnp.asarray(
-        heldout_batches(
-            corpus,
-            batch_size=run.batch_size,
-            context=run.model.context,
-            batches=run.eval_batches,
-        )
-    )
+    graphdef, state = init_sharded(run.model, run.seed, tx, shardings)
     outcome.parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     outcome.state_bytes_per_parameter = _bytes(state.opt_state) / outcome.parameters
 
-    example = jax.ShapeDtypeStruct((run.batch_size, run.model.context + 1), jnp.int32)
+    shape = (run.batch_size, run.model.context + 1)
+    example = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
     started = time.perf_counter()
-    step_fn = jax.jit(make_train_step(graphdef, tx), donate_argnums=0)
+    step_fn = jax.jit(
+        make_train_step(graphdef, tx), donate_argnums=0, out_shardings=(shardings, shardings.step)
+    )
     compiled = step_fn.lower(state, example).compile()
     outcome.compile_seconds = time.perf_counter() - started
 
@@ -160,12 +180,13 @@ def train(
             state = checkpoints.restore(state, batches)
         metrics_file = folder / "metrics.jsonl"
         clock = Clock(_take_up(metrics_file, outcome, int(state.step)))
-        file = stack.enter_context(metrics_file.open("a", encoding="utf-8"))
+        file = stack.enter_context(metrics_file.open("a", encoding="utf-8")) if is_first() else None
 
         def record(entry: dict[str, float]) -> None:
             (outcome.evaluations if "heldout_loss" in entry else outcome.steps).append(entry)
-            file.write(json.dumps(entry) + "\n")
-            file.flush()
+            if file is not None:
+                file.write(json.dumps(entry) + "\n")
+                file.flush()
             on_record(entry)
 
         def finish(step: int, metrics: dict[str, jax.Array]) -> bool:
@@ -176,7 +197,8 @@ def train(
 
         for step in range(int(state.step), run.steps):
             clock.start()
-            state, metrics = compiled(state, jnp.asarray(next(batches)))
+            batch = jax.make_array_from_process_local_data(rows, next(batches), shape)
+            state, metrics = compiled(state, batch)
             alive = finish(step, metrics)
             clock.stop()
             if not alive:
@@ -201,7 +223,9 @@ def train(
 
 
 def _records(metrics_file: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines()]
+    """The records of a file whose last line may be cut off."""
+    lines = metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _take_up(metrics_file: Path, outcome: Outcome, step: int) -> float:
@@ -213,8 +237,16 @@ def _take_up(metrics_file: Path, outcome: Outcome, step: int) -> float:
             if entry["step"] < step or (evaluation and entry["step"] == step):
                 kept.append(entry)
                 (outcome.evaluations if evaluation else outcome.steps).append(entry)
-    metrics_file.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+    if is_first():
+        _replace(metrics_file, "".join(json.dumps(entry) + "\n" for entry in kept))
     return max((entry["seconds"] for entry in kept), default=0.0)
+
+
+def _replace(file: Path, text: str) -> None:
+    """Writes a file that is there whole, or as it was before."""
+    draft = file.with_name(file.name + ".tmp")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(file)
 
 
 def optimizer_milliseconds(
@@ -226,8 +258,10 @@ def optimizer_milliseconds(
         updates, opt_state = tx.update(grads, opt_state, params)
         return opt_state, optax.apply_updates(params, updates)
 
-    grads = jax.tree.map(lambda p: jnp.full_like(p, 1e-3), state.params)
-    compiled = jax.jit(update, donate_argnums=(1, 2))
+    shardings = jax.tree.map(lambda x: x.sharding, (state.opt_state, state.params))
+    constants = lambda params: jax.tree.map(lambda p: jnp.full_like(p, 1e-3), params)
+    grads = jax.jit(constants, out_shardings=shardings[1])(state.params)
+    compiled = jax.jit(update, donate_argnums=(1, 2), out_shardings=shardings)
     opt_state, params = jax.block_until_ready(compiled(grads, state.opt_state, state.params))
     times = []
     for _ in range(repeats):

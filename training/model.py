@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..stability import soft_cap
+from .sharding import constrained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,10 +230,15 @@ class Transformer(nnx.Module):
 
         @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry, unroll=self.config.unroll)
         def through_layers(x_BxTxD: jax.Array, layer: Block) -> jax.Array:
-            return layer(x_BxTxD)
+            return constrained(layer(x_BxTxD), "rows", None, None)
 
-        x_BxTxD = through_layers(self.embed(tokens_BxT), self.layers)
+        # Whole rows for the lookup: the compiler finds no good way to look up parts of them.
+        table_VxD = constrained(self.embed.embedding[...], "tensor", None)
+        x_BxTxD = jnp.take(table_VxD.astype(self.config.dtype), tokens_BxT, axis=0)
+        x_BxTxD = constrained(x_BxTxD, "rows", None, None)
+        x_BxTxD = through_layers(x_BxTxD, self.layers)
         logits_BxTxV = self.head(self.final_norm(x_BxTxD)).astype(jnp.float32)
+        logits_BxTxV = constrained(logits_BxTxV, "rows", None, "tensor")
         return soft_cap(logits_BxTxV, self.config.final_soft_cap)
 
 

@@ -2,15 +2,18 @@
 
 import dataclasses
 import datetime
+import hashlib
 import json
 import platform
 import shutil
 import subprocess
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import jax
 import optax
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -25,8 +28,10 @@ from .config import RunConfig, to_json
 from .corpus import Corpus, load_corpus
 from .data import heldout_batches, train_batches
 from .loop import Outcome, train
+from .processes import LaunchConfig, check_same, from_first, is_first, start, unanimous
 from .report import summary_table, write_report
-from .step import init_params, init_state
+from .sharding import batch_sharding, build_mesh
+from .step import place
 from .tuning import Entrant, line_up
 
 
@@ -46,6 +51,14 @@ class RaceConfig:
     """Go on with the interrupted race in the folder: runs that ended are kept, the one that was cut
     off continues from its newest checkpoint, or anew if it has none."""
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
+    launch: LaunchConfig = dataclasses.field(default_factory=LaunchConfig)
+
+    def asked(self) -> dict[str, Any]:
+        """What decides the results, as JSON values."""
+        kept = dataclasses.replace(
+            self, out=None, overwrite=False, resume=False, launch=LaunchConfig()
+        )
+        return to_json(kept)
 
 
 def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
@@ -65,14 +78,21 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
     Raises:
       ValueError: for any part of the configuration that cannot be run.
     """
-    console = console or Console()
-    entrants = line_up(config.optimizers, config.learning_rates)
-    corpus = load_corpus(config.run.data)
-    run = dataclasses.replace(
-        config.run, model=dataclasses.replace(config.run.model, vocabulary=corpus.vocabulary)
-    )
-    transformations = _check(run, entrants, corpus)
-    out = _prepare(config)
+    start(config.launch)
+    console = console or Console(quiet=not is_first())
+    with unanimous():
+        entrants = line_up(config.optimizers, config.learning_rates)
+        corpus = load_corpus(config.run.data)
+        run = dataclasses.replace(
+            config.run, model=dataclasses.replace(config.run.model, vocabulary=corpus.vocabulary)
+        )
+        mesh = build_mesh(config.launch.mesh)
+        transformations = _check(run, entrants, corpus, mesh)
+    check_same("text", corpus.fingerprint)
+    check_same("configuration", _digest(config))
+    with unanimous():
+        out = _prepare(config) if is_first() else Path()
+    out = Path(from_first(str(out.absolute())))
     outcomes = [Outcome(entrant.name, entrant.learning_rate) for entrant in entrants]
     console.print(f"text: {corpus.description}", highlight=False)
     console.print(f"results: {out}", highlight=False)
@@ -80,36 +100,40 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
         with _progress(console) as progress:
             for entrant, tx, outcome in zip(entrants, transformations, outcomes, strict=True):
                 folder = out / entrant.name
-                if config.resume and outcome.load(folder):
+                if from_first("ended" if config.resume and outcome.load(folder) else ""):
                     continue
-                folder.mkdir(exist_ok=True)
-                _write_meta(folder, run, entrant, corpus)
-                _run_one(run, tx, corpus, outcome, folder, progress)
-                outcome.save(folder)
+                if is_first():
+                    folder.mkdir(exist_ok=True)
+                    _write_meta(folder, run, entrant, corpus, mesh)
+                _run_one(run, tx, corpus, outcome, folder, progress, mesh)
+                if is_first():
+                    outcome.save(folder)
     finally:
-        console.print(summary_table(outcomes))
-        report = write_report(out, outcomes, run, corpus)
-        console.print(f"report: {report}", highlight=False)
+        if is_first():
+            console.print(summary_table(outcomes))
+            report = write_report(out, outcomes, run, corpus)
+            console.print(f"report: {report}", highlight=False)
     return outcomes
 
 
 def _check(
-    run: RunConfig, entrants: tuple[Entrant, ...], corpus: Corpus
+    run: RunConfig, entrants: tuple[Entrant, ...], corpus: Corpus, mesh: Mesh
 ) -> list[optax.GradientTransformation]:
     """Builds all that can refuse its configuration, without running anything."""
-    sizes = {"batch_size": run.batch_size, "context": run.model.context}
+    sizes: Any = {"batch_size": run.batch_size, "context": run.model.context}
     train_batches(corpus, seed=run.seed, **sizes)
     heldout_batches(corpus, batches=run.eval_batches, **sizes)
+    batch_sharding(mesh, run.batch_size)
     built = [entrant.build(run) for entrant in entrants]
     for tx in built:
-        jax.eval_shape(lambda tx=tx: init_state(init_params(run.model, run.seed)[1], tx))
+        place(run.model, tx, mesh)
     return built
 
 
 def _prepare(config: RaceConfig) -> Path:
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     out = config.out or Path("runs") / f"race-{stamp}"
-    asked = to_json(dataclasses.replace(config, out=None, overwrite=False, resume=False))
+    asked = config.asked()
     if config.resume:
         if config.out is None or not (out / "race.json").exists():
             raise ValueError("--resume needs the --out of an earlier race.")
@@ -136,6 +160,7 @@ def _run_one(
     outcome: Outcome,
     folder: Path,
     progress: Progress,
+    mesh: Mesh,
 ) -> None:
     task = progress.add_task(outcome.name, total=run.steps, loss="compiling", speed="", heldout="")
     tokens = run.batch_size * run.model.context
@@ -148,7 +173,7 @@ def _run_one(
         speed = f"{done * tokens / max(record['seconds'], 1e-9):,.0f} tokens/s"
         progress.update(task, completed=done, loss=f"loss {record['loss']:.3f}", speed=speed)
 
-    train(run, tx, corpus, outcome, folder, show)
+    train(run, tx, corpus, outcome, folder, show, mesh)
     if outcome.status == "diverged":
         progress.update(task, loss="[red]diverged[/red]")
 
@@ -168,7 +193,11 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _write_meta(folder: Path, run: RunConfig, entrant: Entrant, corpus: Corpus) -> None:
+def _digest(config: RaceConfig) -> str:
+    return hashlib.sha256(json.dumps(config.asked(), sort_keys=True).encode()).hexdigest()
+
+
+def _write_meta(folder: Path, run: RunConfig, entrant: Entrant, corpus: Corpus, mesh: Mesh) -> None:
     packages = ("ravine", "jax", "jaxlib", "optax", "flax", "numpy", "grain")
     meta = {
         "optimizer": json.loads(entrant.optimizer.to_json()),
@@ -178,6 +207,8 @@ def _write_meta(folder: Path, run: RunConfig, entrant: Entrant, corpus: Corpus) 
         "versions": {name: metadata.version(name) for name in packages},
         "python": platform.python_version(),
         "device": f"{jax.devices()[0].device_kind} ({jax.devices()[0].platform})",
+        "mesh": dict(mesh.shape),
+        "processes": jax.process_count(),
         "machine": platform.machine(),
         "git_revision": _git_revision(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -1,15 +1,25 @@
-"""How a language model is sharded: a mesh by the names of its axes, and parameters by theirs."""
+"""How a language model is sharded: a mesh by the names of its axes, and parameters by theirs.
 
+The trainer's mesh has `Auto` axes: the compiler decides how activations are cut, within what is said
+here of parameters, of the batch, and, by `constrained`, of the stream through the layers.
+"""
+
+import math
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from ..optimizers.mesh import check_specs
 from ..optimizers.registry import near
+from ..optimizers.roles import path_string
 from .presets import ModelShape
 
 AXES = ("data", "fsdp", "tensor")
 """Axes a mesh may have: copies of the model, shards of every matrix, and columns or rows by layer."""
+ROWS = ("data", "fsdp")
+"""Those that cut the batch."""
 
 
 def mesh_sizes(text: str) -> dict[str, int]:
@@ -31,6 +41,45 @@ def mesh_sizes(text: str) -> dict[str, int]:
     return sizes
 
 
+def build_mesh(text: str = "", devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of a run, over all devices of all processes.
+
+    Args:
+      text: sizes of its axes, as data=2,fsdp=4; without any, a mesh of one device.
+      devices: which to take; by default all.
+
+    Raises:
+      ValueError: for axes that are not known, sizes whose product is not the number of devices, or no
+        sizes and several processes.
+
+    Example:
+      >>> import jax
+      >>> from ravine.training.sharding import build_mesh
+      >>> dict(build_mesh("data=1,tensor=1", jax.devices()[:1]).shape)
+      {'data': 1, 'tensor': 1}
+    """
+    devices = jax.devices() if devices is None else devices
+    if not text:
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"{jax.process_count()} processes with {len(devices)} devices need a mesh; give --mesh "
+                f"fsdp={len(devices)}, or other axes of {', '.join(AXES)}."
+            )
+        text, devices = "data=1", devices[:1]
+    sizes = mesh_sizes(text)
+    if math.prod(sizes.values()) != len(devices):
+        raise ValueError(
+            f"the mesh {text} has {math.prod(sizes.values())} devices, and there are {len(devices)} in "
+            f"{jax.process_count()} process(es); make the sizes' product {len(devices)}."
+        )
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        tuple(sizes),
+        axis_types=(AxisType.Auto,) * len(sizes),
+        devices=devices,
+    )
+
+
 def parameter_spec(name: str, shape: tuple[int, ...], sizes: dict[str, int]) -> PartitionSpec:
     """How a parameter is sharded: by columns into a block, by rows out of it, and by FSDP.
 
@@ -44,15 +93,74 @@ def parameter_spec(name: str, shape: tuple[int, ...], sizes: dict[str, int]) -> 
       >>> parameter_spec("embed/embedding", (257, 8), mesh)  # 257 is odd
       P(None, 'fsdp')
     """
+    spec = role_spec(name, len(shape), sizes)
+    fits = [
+        axis if axis is not None and size % sizes[axis] == 0 else None
+        for axis, size in zip(spec, shape, strict=False)
+    ]
+    return PartitionSpec(*fits)
+
+
+def role_spec(name: str, rank: int, axes: Collection[str]) -> PartitionSpec:
+    """The same whatever the sizes, for a mesh that has these axes."""
     if name.endswith(("scale", "bias")):
         return PartitionSpec()
     out = name.endswith(("output/kernel", "down/kernel", "embedding"))
     wanted = ("tensor", "fsdp") if out else ("fsdp", "tensor")
-    fits = [
-        axis if axis in sizes and size % sizes[axis] == 0 else None
-        for axis, size in zip(wanted, shape[-2:], strict=True)
-    ]
-    return PartitionSpec(*[None] * (len(shape) - 2), *fits)
+    cut = [axis if axis in axes else None for axis in wanted]
+    return PartitionSpec(*[None] * (rank - 2), *cut)
+
+
+def parameter_shardings(params: Any, mesh: Mesh) -> Any:
+    """The shardings of a model's parameters, a tree like them.
+
+    Raises:
+      ValueError: for an axis of a parameter that the mesh axis which cuts it does not divide.
+    """
+    specs = jax.tree_util.tree_map_with_path(
+        lambda path, x: role_spec(path_string(path), len(x.shape), mesh.axis_names), params
+    )
+    check_specs(params, specs, mesh)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+
+def batch_sharding(mesh: Mesh, batch_size: int, leading: int = 0) -> NamedSharding:
+    """That of a batch, by its rows; `leading` axes before them are whole.
+
+    Raises:
+      ValueError: for a batch that cannot be cut evenly.
+    """
+    rows = tuple(name for name in ROWS if name in mesh.shape)
+    parts = math.prod(mesh.shape[name] for name in rows)
+    if batch_size % parts:
+        raise ValueError(
+            f"batch_size {batch_size} does not divide by the {parts} devices of the mesh axes "
+            f"{', '.join(rows)}; make it a multiple of {parts}."
+        )
+    return NamedSharding(mesh, PartitionSpec(*[None] * leading, rows))
+
+
+def local_shards(sharding: NamedSharding, batch_size: int) -> tuple[tuple[int, ...], int]:
+    """Which shards of a batch the devices of this process hold, and how many there are in all."""
+    size = sharding.shard_shape((batch_size,))[0]
+    indices = sharding.addressable_devices_indices_map((batch_size,)).values()
+    starts = {(index or (slice(0),))[0].start or 0 for index in indices}
+    return tuple(sorted(start // size for start in starts)), batch_size // size
+
+
+def constrained(x: jax.Array, *entries: str | None) -> jax.Array:
+    """`x` cut by mesh axes, under an `Auto` mesh that has them; elsewhere `x` itself.
+
+    Args:
+      x: an array within a jitted function.
+      entries: by axis of `x`: "rows" for those that cut the batch, the name of a mesh axis, or None.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or set(mesh.axis_types) != {AxisType.Auto}:
+        return x
+    rows = tuple(name for name in ROWS if name in mesh.shape)
+    named = {"rows": rows, **{name: name for name in mesh.axis_names}}
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*map(named.get, entries)))
 
 
 def sharded_parameters(shape: ModelShape, mesh: Mesh, *, layers_only: bool = False) -> Any:

@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..optimizers.curvature import gauss_newton_bartlett
+from ..optimizers.mesh import on_mesh, state_shardings
 from ..stability import next_token_loss
 from .gradients import micro_batch_value_and_grad
 from .model import ModelConfig, Transformer
+from .sharding import parameter_shardings
 
 Batch = Any  # int32 [B, T + 1]: inputs are [:, :-1], targets [:, 1:]
 
@@ -20,7 +23,7 @@ Batch = Any  # int32 [B, T + 1]: inputs are [:, :-1], targets [:, 1:]
 class TrainState(NamedTuple):
     """Everything a step changes."""
 
-    step: jax.Array  # int32 scalar, updates made so far
+    step: Any  # int32 scalar, updates made so far
     params: Any  # pure dictionary of arrays
     opt_state: Any
 
@@ -32,8 +35,11 @@ def loss_of(model: Transformer, batch: Batch) -> jax.Array:
 
 def init_params(config: ModelConfig, seed: int) -> tuple[nnx.GraphDef, Any]:
     """The model's static half and its parameters as a pure dictionary of arrays."""
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
-    return graphdef, _params(config, jax.random.key(seed))
+    return _graphdef(config), _params(config, jax.random.key(seed))
+
+
+def _graphdef(config: ModelConfig) -> nnx.GraphDef:
+    return nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
 
 
 @functools.partial(jax.jit, static_argnums=0)  # one program instead of a hundred small ones
@@ -44,6 +50,34 @@ def _params(config: ModelConfig, key: jax.Array) -> Any:
 def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
     return TrainState(jnp.zeros([], jnp.int32), params, tx.init(params))
+
+
+def place(
+    config: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh
+) -> tuple[optax.GradientTransformationExtraArgs, TrainState]:
+    """The optimizer for a model on a mesh, and the shardings of its state; nothing is computed.
+
+    Raises:
+      ValueError: for parameters that the mesh does not divide, and what `tx.init` refuses.
+    """
+    shapes = jax.eval_shape(lambda: _params(config, jax.random.key(0)))
+    shardings = parameter_shardings(shapes, mesh)
+    params = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+    tx = on_mesh(tx, jax.tree.map(lambda s: s.spec, shardings), mesh)
+    step = NamedSharding(mesh, PartitionSpec())
+    return tx, TrainState(step, shardings, state_shardings(tx, params))
+
+
+def init_sharded(
+    config: ModelConfig, seed: int, tx: optax.GradientTransformation, shardings: TrainState
+) -> tuple[nnx.GraphDef, TrainState]:
+    """The model's static half and the state before the first step, made where `place` wants it."""
+    init = jax.jit(lambda key: _params(config, key), out_shardings=shardings.params)
+    params = init(jax.random.key(seed))
+    state = jax.jit(lambda p: init_state(p, tx), out_shardings=shardings)(params)
+    return _graphdef(config), state
 
 
 def make_loss(graphdef: nnx.GraphDef) -> Callable[[Any, Batch], jax.Array]:
