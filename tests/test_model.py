@@ -1,5 +1,7 @@
 """The transformer: shapes, causality, options, and the two ways of training it."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from flax import nnx
 from ravine.optimizers.roles import RAVINE_RULES, assign_roles, mask_by_role
 from ravine.stability import next_token_loss
 from ravine.training.model import ModelConfig, Transformer, rotate
-from ravine.training.step import init_params, init_state, make_train_step, nnx_train_step
+from ravine.training.step import init_params, init_state, make_loss, make_train_step, nnx_train_step
 
 SMALL = ModelConfig(vocabulary=32, context=8, width=16, layers=2, heads=2)
 OPTIONS = {
@@ -73,6 +75,19 @@ def test_scanned_layers_equal_a_loop_over_them(getkey):
     np.testing.assert_allclose(
         model(tokens), model.head(model.final_norm(stream)), rtol=2e-5, atol=1e-5
     )
+
+
+def test_layers_computed_anew_give_the_same_gradients(getkey):
+    config = ModelConfig(vocabulary=32, context=8, width=16, layers=2, heads=2)
+    batch = jax.random.randint(getkey(), (2, 9), 0, 32)
+    found = []
+    for remat in (False, True):
+        graphdef, params = init_params(dataclasses.replace(config, remat=remat), 0)
+        grads = jax.grad(make_loss(graphdef))
+        found.append(jax.jit(grads)(params, batch))
+        assert ("remat" in str(jax.make_jaxpr(grads)(params, batch))) == remat
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_parameters_are_stacked_and_every_one_has_a_role():

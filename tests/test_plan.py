@@ -7,9 +7,16 @@ import jax
 import pytest
 from jax.sharding import Mesh
 from ravine.training.cli import main
+from ravine.training.compiling import (
+    compiled_train_step,
+    compiled_update,
+    rows_for,
+    trainer_model,
+)
 from ravine.training.config import RunConfig
 from ravine.training.hlo import Collective, collectives
-from ravine.training.plan import compiled
+from ravine.training.model import ModelConfig
+from ravine.training.plan import plan_of
 from ravine.training.presets import PRESETS
 from ravine.training.sharding import mesh_sizes, parameter_spec, sharded_parameters
 
@@ -75,11 +82,41 @@ def test_a_plan_of_what_is_compiled_here():
     explicit = jax.sharding.AxisType.Explicit
     mesh = Mesh([devices[:2], devices[2:]], ("fsdp", "tensor"), axis_types=(explicit,) * 2)
     params = sharded_parameters(PRESETS["ravine"], mesh, layers_only=True)
-    found = compiled("adam", ravine.scale_by_adam(), params, mesh)
+    found = plan_of("adam", compiled_update(ravine.scale_by_adam(), params, mesh), mesh)
     assert found.parameters == sum(x.size for x in params.values()) * 2 // 4
     assert found.state == 4 * found.parameters + 4
     assert found.collectives == ()
     assert not found.repeated
+
+
+def test_a_train_step_that_is_compiled_here():
+    import ravine
+
+    names = ("data", "fsdp", "tensor")
+    mesh = jax.make_mesh((2, 2, 2), names, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    model = ModelConfig(vocabulary=64, context=8, width=16, layers=2, heads=2, remat=True)
+    with jax.numpy_dtype_promotion("standard"):
+        found = plan_of("adamw", compiled_train_step(model, ravine.adamw(0.1), mesh, 4), mesh)
+    # Matrices are in four parts, two bytes an element, and Adam keeps eight.
+    assert 3.9 <= found.state / found.parameters <= 4.1
+    assert {c.kind for c in found.collectives} >= {"all-reduce", "all-gather"}
+
+
+@pytest.mark.parametrize(
+    ("name", "culprit"),
+    [("gpt3-175b", "learned positions, biases, a tied"), ("gemma2-9b", "4 norms a layer")],
+)
+def test_a_model_that_the_trainer_has_not_is_named(name, culprit):
+    with pytest.raises(ValueError, match=f"{name} has .*{culprit}.*leave out --train-step"):
+        trainer_model(name, PRESETS[name])
+
+
+def test_a_batch_that_is_no_number_of_sequences():
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"))
+    assert rows_for(0, 128, mesh) == 4
+    assert rows_for(1024, 128, mesh) == 8
+    with pytest.raises(ValueError, match="no multiple of 4 sequences of 128; give 1024"):
+        rows_for(1000, 128, mesh)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,8 @@ class ModelConfig:
     """Dtype of activations; parameters and logits are float32."""
     unroll: int = 1
     """Layers unrolled in the scan: more compile time, sometimes faster steps."""
+    remat: bool = False
+    """Compute layers anew in the backward pass instead of keeping what they computed: less memory."""
 
     def __post_init__(self) -> None:
         for name in ("vocabulary", "context", "width", "layers", "heads", "unroll"):
@@ -230,7 +232,8 @@ class Transformer(nnx.Module):
 
         @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry, unroll=self.config.unroll)
         def through_layers(x_BxTxD: jax.Array, layer: Block) -> jax.Array:
-            return constrained(layer(x_BxTxD), "rows", None, None)
+            call = nnx.remat(Block.__call__) if self.config.remat else Block.__call__
+            return constrained(call(layer, x_BxTxD), "rows", None, None)
 
         # Whole rows for the lookup: the compiler finds no good way to look up parts of them.
         table_VxD = constrained(self.embed.embedding[...], "tensor", None)

@@ -10,7 +10,6 @@ import importlib.util
 import json
 import math
 import os
-import time
 from typing import Any
 
 import jax
@@ -23,8 +22,15 @@ from rich.console import Console
 from rich.table import Table
 
 from ..optimizers.matrix.orthogonalize import NewtonSchulz
-from ..optimizers.mesh import state_shardings
 from ..optimizers.registry import OptimizerConfig, near
+from .compiling import (
+    Compiled,
+    auto,
+    compiled_train_step,
+    compiled_update,
+    rows_for,
+    trainer_model,
+)
 from .hlo import Collective, collectives
 from .presets import PRESETS, ModelShape
 from .sharding import mesh_sizes, sharded_parameters
@@ -71,6 +77,8 @@ class PlanConfig:
     """Tokens a step over all chips, to compare the optimizer's arithmetic with the model's."""
     layers_only: bool = False
     """Leave out embedding, head and norms."""
+    train_step: bool = False
+    """Compile the whole train step, of the trainer's model in these shapes, instead of the update."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -111,44 +119,42 @@ def plan(config: PlanConfig, console: Console | None = None) -> list[Plan]:
         tuple(sizes),
         axis_types=(AxisType.Explicit,) * len(sizes),
     )
-    params = sharded_parameters(shape, mesh, layers_only=config.layers_only)
-    plans = []
+    compile_with, tokens = _work(config, shape, mesh)
+    plans, count = [], 0
     for name, tx in optimizers.items():
         with console.status(f"compiling {name} for {config.topology}"):
-            plans.append(compiled(name, tx, params, mesh))
-    _show(config, shape, params, plans, console)
+            found = compile_with(tx)
+        plans.append(plan_of(name, found, mesh))
+        count = sum(x.size for x in jax.tree.leaves(found.params))
+    _show(config, count, tokens, plans, console)
     return plans
 
 
-def compiled(name: str, tx: optax.GradientTransformation, params: Any, mesh: Mesh) -> Plan:
-    """The plan of a transformation for these parameters, from its compiled update."""
-    started = time.perf_counter()
-    with jax.set_mesh(mesh):
-        shardings = state_shardings(tx, params)
-        state = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            jax.eval_shape(tx.init, params),
-            shardings,
-        )
+def _work(config: PlanConfig, shape: ModelShape, mesh: Mesh) -> tuple[Any, int]:
+    """What compiles an optimizer's program, and the tokens a step of it takes."""
+    if not config.train_step:
+        params = sharded_parameters(shape, mesh, layers_only=config.layers_only)
+        return lambda tx: compiled_update(tx, params, mesh), 0
+    if config.layers_only:
+        raise ValueError("a train step needs all of the model; leave out --layers-only.")
+    model, over = trainer_model(config.model, shape), auto(mesh)
+    rows = rows_for(config.batch, model.context, over)
+    return lambda tx: compiled_train_step(model, tx, over, rows), rows * model.context
 
-        def update(grads: Any, state: Any, params: Any) -> Any:
-            updates, state = tx.update(grads, state, params)
-            return jax.tree.map(lambda p, u: p + u.astype(p.dtype), params, updates), state
 
-        jitted = jax.jit(update, donate_argnums=(1, 2))
-        program = jitted.lower(params, state, params).compile()
-    seconds = time.perf_counter() - started
-    memory, cost = program.memory_analysis(), program.cost_analysis() or {}
+def plan_of(name: str, compiled: Compiled, mesh: Mesh) -> Plan:
+    """The plan of what was compiled."""
+    memory, cost = compiled.program.memory_analysis(), compiled.program.cost_analysis() or {}
     assert memory is not None, "the TPU's compiler always says"
     return Plan(
         name,
-        parameters=_bytes(params),
-        state=_bytes(state),
+        parameters=_bytes(compiled.params),
+        state=_bytes(compiled.state),
         temporary=memory.temp_size_in_bytes,
         flops=float(cost.get("flops", 0.0)),
-        collectives=tuple(collectives(program.as_text() or "")),
-        repeated=_repeated(state, mesh),
-        seconds=seconds,
+        collectives=tuple(collectives(compiled.program.as_text() or "")),
+        repeated=_repeated(compiled.state, mesh),
+        seconds=compiled.seconds,
     )
 
 
@@ -222,14 +228,12 @@ def _readable(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
 
-def _show(
-    config: PlanConfig, shape: ModelShape, params: Any, plans: list[Plan], console: Console
-) -> None:
-    count = sum(x.size for x in jax.tree.leaves(params))
+def _show(config: PlanConfig, count: int, tokens: int, plans: list[Plan], console: Console) -> None:
+    what = f"a train step of {tokens:,} tokens" if tokens else "one update"
     chips = math.prod(mesh_sizes(config.mesh).values())
     console.print(
         f"{config.model}: {count / 1e9:.2f} billion parameters in bfloat16 on {config.topology} "
-        f"({config.mesh}), one update; numbers are of one chip with "
+        f"({config.mesh}), {what}; numbers are of one chip with "
         f"{HBM[config.topology.partition(':')[0]]} GB"
     )
     table = Table(box=box.SIMPLE_HEAD)
@@ -251,7 +255,7 @@ def _show(
         kinds = [c.kind for c in found.collectives]
         said = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
         console.print(f"{found.optimizer}: {said or 'no collective'}")
-    if config.batch:
+    if config.batch and not tokens:
         model = 6 * count * config.batch / chips
         for found in plans:
             share = found.flops / model

@@ -124,6 +124,11 @@ def parameter_shardings(params: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
+def rows_of(mesh: Mesh) -> int:
+    """Into how many parts the mesh cuts a batch."""
+    return math.prod(mesh.shape[name] for name in ROWS if name in mesh.shape)
+
+
 def batch_sharding(mesh: Mesh, batch_size: int, leading: int = 0) -> NamedSharding:
     """That of a batch, by its rows; `leading` axes before them are whole.
 
@@ -131,7 +136,7 @@ def batch_sharding(mesh: Mesh, batch_size: int, leading: int = 0) -> NamedShardi
       ValueError: for a batch that cannot be cut evenly.
     """
     rows = tuple(name for name in ROWS if name in mesh.shape)
-    parts = math.prod(mesh.shape[name] for name in rows)
+    parts = rows_of(mesh)
     if batch_size % parts:
         raise ValueError(
             f"batch_size {batch_size} does not divide by the {parts} devices of the mesh axes "

@@ -35,10 +35,11 @@ def loss_of(model: Transformer, batch: Batch) -> jax.Array:
 
 def init_params(config: ModelConfig, seed: int) -> tuple[nnx.GraphDef, Any]:
     """The model's static half and its parameters as a pure dictionary of arrays."""
-    return _graphdef(config), _params(config, jax.random.key(seed))
+    return model_graph(config), _params(config, jax.random.key(seed))
 
 
-def _graphdef(config: ModelConfig) -> nnx.GraphDef:
+def model_graph(config: ModelConfig) -> nnx.GraphDef:
+    """The model's static half."""
     return nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
 
 
@@ -50,6 +51,16 @@ def _params(config: ModelConfig, key: jax.Array) -> Any:
 def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
     return TrainState(jnp.zeros([], jnp.int32), params, tx.init(params))
+
+
+def abstract_state(config: ModelConfig, tx: optax.GradientTransformation, dtype: Any) -> TrainState:
+    """Shapes of the state before the first step, of parameters in a dtype."""
+
+    def start() -> TrainState:
+        params = jax.tree.map(lambda x: x.astype(dtype), _params(config, jax.random.key(0)))
+        return init_state(params, tx)
+
+    return jax.eval_shape(start)
 
 
 def place(
@@ -77,7 +88,7 @@ def init_sharded(
     init = jax.jit(lambda key: _params(config, key), out_shardings=shardings.params)
     params = init(jax.random.key(seed))
     state = jax.jit(lambda p: init_state(p, tx), out_shardings=shardings)(params)
-    return _graphdef(config), state
+    return model_graph(config), state
 
 
 def make_loss(graphdef: nnx.GraphDef) -> Callable[[Any, Batch], jax.Array]:

@@ -1,0 +1,142 @@
+"""Programs of models and chips that are not there: an optimizer's update, or a whole train step.
+
+Both come back as a `Compiled` with the shapes they were compiled for, of parameters and state in their
+shardings.
+"""
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from ..optimizers.mesh import state_shardings
+from .model import ModelConfig
+from .presets import ModelShape
+from .sharding import batch_sharding, rows_of
+from .step import abstract_state, make_train_step, model_graph, place
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A program, and what it takes."""
+
+    program: jax.stages.Compiled
+    params: Any
+    """Shapes with shardings."""
+    state: Any
+    """The optimizer's, likewise."""
+    seconds: float
+    """To trace and compile."""
+
+
+def compiled_update(tx: optax.GradientTransformation, params: Any, mesh: Mesh) -> Compiled:
+    """The update of a transformation for these parameters, of an `Explicit` mesh."""
+    started = time.perf_counter()
+    with jax.set_mesh(mesh):
+        state = with_shardings(jax.eval_shape(tx.init, params), state_shardings(tx, params))
+
+        def update(grads: Any, state: Any, params: Any) -> Any:
+            updates, state = tx.update(grads, state, params)
+            return jax.tree.map(lambda p, u: p + u.astype(p.dtype), params, updates), state
+
+        jitted = jax.jit(update, donate_argnums=(1, 2))
+        program = jitted.lower(params, state, params).compile()
+    return Compiled(program, params, state, time.perf_counter() - started)
+
+
+def compiled_train_step(
+    config: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, batch_size: int
+) -> Compiled:
+    """The trainer's step, forwards, backwards and update, its parameters in bfloat16.
+
+    Args:
+      config: of the model.
+      tx: the optimizer.
+      mesh: with `Auto` axes, as the trainer's.
+      batch_size: sequences a step, over all devices.
+
+    Raises:
+      ValueError: for what the mesh does not divide.
+    """
+    started = time.perf_counter()
+    with jax.set_mesh(mesh):
+        tx, shardings = place(config, tx, mesh)
+        state = with_shardings(abstract_state(config, tx, jnp.bfloat16), shardings)
+        rows = batch_sharding(mesh, batch_size)
+        batch = jax.ShapeDtypeStruct((batch_size, config.context + 1), jnp.int32, sharding=rows)
+        metrics = NamedSharding(mesh, PartitionSpec())
+        step = jax.jit(
+            make_train_step(model_graph(config), tx),
+            donate_argnums=0,
+            out_shardings=(shardings, metrics),
+        )
+        program = step.lower(state, batch).compile()
+    return Compiled(program, state.params, state.opt_state, time.perf_counter() - started)
+
+
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """Shapes with shardings."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+
+
+def trainer_model(name: str, shape: ModelShape) -> ModelConfig:
+    """The trainer's model of these shapes, layers recomputed in the backward pass.
+
+    Raises:
+      ValueError: for models that have what the trainer's has not.
+
+    Example:
+      >>> from ravine.training.compiling import trainer_model
+      >>> from ravine.training.presets import PRESETS
+      >>> trainer_model("llama2-70b", PRESETS["llama2-70b"]).key_value_heads
+      8
+    """
+    lacks = {
+        "learned positions": shape.learned_positions,
+        "biases": shape.biases,
+        "a tied embedding": shape.tied,
+        f"{shape.norms} norms a layer": shape.norms != 2,
+        "heads that are not the width together": shape.heads * shape.head_width != shape.width,
+    }
+    found = [what for what, has in lacks.items() if has]
+    if found:
+        raise ValueError(
+            f"{name} has {', '.join(found)}, which the trainer's model has not; leave out --train-step."
+        )
+    return ModelConfig(
+        vocabulary=shape.vocabulary,
+        context=shape.context,
+        width=shape.width,
+        layers=shape.layers,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        feed_forward=shape.feed_forward,
+        activation="swiglu" if shape.gated else "gelu",
+        dtype="bfloat16",
+        remat=True,
+    )
+
+
+def rows_for(tokens: int, context: int, mesh: Mesh) -> int:
+    """Sequences a step: those of a batch of so many tokens, or without one the fewest there can be."""
+    least = rows_of(mesh)
+    if tokens == 0:
+        return least
+    rows, rest = divmod(tokens, context)
+    if rest or rows % least:
+        raise ValueError(
+            f"a batch of {tokens} tokens is no multiple of {least} sequences of {context}; give "
+            f"{max(1, round(tokens / (least * context))) * least * context}."
+        )
+    return rows
+
+
+def auto(mesh: Mesh) -> Mesh:
+    """The same devices and names, with `Auto` axes."""
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
