@@ -18,7 +18,9 @@ race: $(STAMP)
 
 test: $(STAMP)
 	@echo "==> test: all tests, on 8 virtual CPU devices, 2 processes"
-	$(PYTEST) -n 2 --dist loadgroup -m "not slow and not pods"
+	$(PYTEST) -n 2 --dist loadgroup -m "not slow and not pods" --ignore tests/test_mesh.py
+	@echo "==> test: meshes, compiled as for users (see tests/conftest.py)"
+	XLA_FLAGS= $(PYTEST) -n 2 -m "not slow" tests/test_mesh.py
 
 test-slow: $(STAMP)
 	@echo "==> test-slow: the long sweeps"

@@ -1,7 +1,6 @@
 """Shampoo's factors: how they are kept, learn from gradients, get their roots, and precondition."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from .matrix.packing import pack, unpack
 from .matrix.placement import Names
 from .matrix.refresh import Refresh, Unit, refreshed
 from .matrix.roots import Method, inverse_root
-from .matrix.shards import reshape
+from .matrix.shards import flat_axes, reshape
 
 
 class Factor(NamedTuple):
@@ -123,7 +122,7 @@ class Preconditioner:
                 for factor, size in zip(factors, grid.sizes, strict=True):
                     if factor is not None:
                         exponent = -1 / (2 * axes) if self.exponent is None else self.exponent
-                        flat = [_flat(x, factor.residual.ndim) for x in factor]
+                        flat = [flat_axes(x, factor.residual.ndim) for x in factor]
                         units.append(
                             Unit((exponent, size), flat[0], tuple(flat[1:]), blocking.shards)
                         )
@@ -233,8 +232,3 @@ def _weight(b2: Any, step: jax.Array) -> jax.Array | None:
     if _is_number(b2):
         return None if b2 == 1 else bias_correction(b2, step)
     return jnp.where(b2 == 1, 1, bias_correction(jnp.where(b2 == 1, 0.5, b2), step))
-
-
-def _flat(x: jax.Array, batch: int) -> jax.Array:
-    """All batch axes as one."""
-    return reshape(x, (math.prod(x.shape[:batch]), *x.shape[batch:]))

@@ -36,7 +36,7 @@ from .matrix.eigenbasis import eigenbasis, followed
 from .matrix.kronecker import mode_gram, rotate
 from .matrix.placement import Names
 from .matrix.refresh import Refresh, Unit, refreshed
-from .matrix.shards import flat_batch, reshape
+from .matrix.shards import flat_axes, flat_batch, reshape
 from .matrix_scale import Scale, scale_by_matrix_shape
 from .orthogonal import orthogonalize
 from .roles import COMMON_RULES, MATRIX_ROLES, Role, Rules, axes_of_path
@@ -220,7 +220,7 @@ def _refreshed(
     def unit(at: int, piece: int, *, moments: bool) -> Unit:
         mu, nu, bases = leaves[at][piece]
         axes = tuple(axis for axis, basis in enumerate(bases) if basis is not None)
-        flat = lambda x: reshape(x, (-1, *x.shape[mu.ndim - len(bases) :]))
+        flat = lambda x: flat_axes(x, mu.ndim - len(bases))
         square = lambda x: flat_batch(x, x.shape[-1])
         vectors = [square(bases[axis].vectors) for axis in axes]
         carry = (vectors, flat(mu), flat(nu)) if moments else vectors

@@ -44,9 +44,24 @@ def test_muon_exchanges_whole_matrices_outside_of_loops():
     assert not found.repeated
 
 
-@pytest.mark.parametrize(("topology", "mesh"), [("v5e:16x16", "fsdp=32,tensor=8")])
-def test_other_generations(topology, mesh):
-    assert planned("adamw", model="llama2-7b", topology=topology, mesh=mesh).collectives == ()
+@pytest.mark.parametrize(
+    ("model", "topology", "mesh"),
+    [
+        ("llama2-7b", "v5e:16x16", "fsdp=32,tensor=8"),
+        ("llama2-7b", "v6e:16x16", "data=2,fsdp=16,tensor=8"),
+        ("gpt3-175b", "v5p:16x16x24", "fsdp=768,tensor=8"),
+    ],
+)
+def test_other_chips_and_models(model, topology, mesh):
+    assert planned("adamw", model=model, topology=topology, mesh=mesh).collectives == ()
+
+
+def test_a_train_step_of_the_trainers_own_model():
+    small = {"model": "ravine", "topology": "v5e:4x4", "mesh": "data=2,fsdp=4,tensor=2"}
+    found = planned("adamw", **small, layers_only=False, train_step=True)
+    assert {"all-reduce", "all-gather"} <= {c.kind for c in found.collectives}
+    # Two means in float32, of parameters in bfloat16.
+    assert found.state == pytest.approx(4 * found.parameters, rel=1e-3)
 
 
 def test_mesh_that_does_not_match():

@@ -41,3 +41,8 @@ def reshape(x: Any, shape: Sequence[int], names: Sequence[Names] | None = None) 
 def flat_batch(matrices: jax.Array, size: int) -> jax.Array:
     """`[..., size, size]` as `[K, size, size]`."""
     return reshape(matrices, (math.prod(matrices.shape[:-2]), size, size))
+
+
+def flat_axes(x: jax.Array, count: int) -> jax.Array:
+    """The first axes of an array as one."""
+    return reshape(x, (math.prod(x.shape[:count]), *x.shape[count:]))
