@@ -23,6 +23,7 @@ WORDS = ["race", "--width", "16", "--layers", "2", "--heads", "2", "--context", 
 WORDS += ["--batch-size", "8", "--steps", "8", "--eval-every", "4", "--eval-batches", "2"]
 WORDS += ["--optimizers", "muon", "--checkpoint-every", "1"]
 MESH = ["--mesh", "data=2,fsdp=2,tensor=2"]
+SLURM_PORTS = (1 << 16) - (1 << 12)  # to which JAX adds the number of the job
 LIMIT = 150  # seconds that a launch may take on a busy machine
 
 
@@ -57,12 +58,16 @@ def assert_close(found, expected):
         assert abs(a[key] - b[key]) <= 1e-6 * abs(b[key])
 
 
+def free_port(wanted):
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", wanted))
+        return found.getsockname()[1]
+
+
 @contextlib.contextmanager
-def launched(words, count, devices, logs, cache):
-    """So many processes on free ports; none outlives the block."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def launched(words, count, devices, logs, cache, port=None):
+    """So many processes on a free port, or by a given one as SLURM starts them; none outlives it."""
+    slurm, port = port is not None, port or free_port(0)
     environment = {
         **os.environ,
         "PYTHONPATH": str(Path(ravine.__file__).parents[1]),
@@ -76,6 +81,15 @@ def launched(words, count, devices, logs, cache):
         for index in range(count):
             join = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(count)]
             join = [*join, "--process-id", str(index)] if count > 1 else []
+            if slurm:
+                join = ["--distributed"]
+                environment |= {
+                    "SLURM_JOB_ID": str(port - SLURM_PORTS),
+                    "SLURM_STEP_NODELIST": "127.0.0.1",
+                    "SLURM_NTASKS": str(count),
+                    "SLURM_PROCID": str(index),
+                    "SLURM_LOCALID": str(index),
+                }
             command = [sys.executable, "-m", "ravine", *words, *join, "--cpu-devices", str(devices)]
             log = stack.enter_context((logs / f"{index}.log").open("w"))
             started.append(
@@ -121,6 +135,22 @@ def test_processes_have_the_losses_of_one(count, words, alone, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == ["muon", "race.json", "report.html"]
     assert "held-out" not in (tmp_path / "1.log").read_text()
     assert sorted(path.name for path in (out / "muon" / "checkpoints").iterdir()) == ["7", "8"]
+
+
+@pytest.mark.slow
+def test_processes_that_slurm_has_started_find_each_other(words, tmp_path):
+    def free(port):
+        with contextlib.suppress(OSError):
+            return free_port(port)
+
+    out, port = (
+        tmp_path / "race",
+        next(filter(free, range(SLURM_PORTS + os.getpid() % 4000, 1 << 16))),
+    )
+    words = [*words, "--optimizers", "sgd", "--steps", "2", "--mesh", "data=4", "--out", str(out)]
+    with launched(words, 2, 2, tmp_path, tmp_path / "cache", port) as started:
+        finish(started, tmp_path)
+    assert json.loads((out / "sgd" / "meta.json").read_text())["processes"] == 2
 
 
 @pytest.mark.slow
