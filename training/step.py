@@ -15,7 +15,7 @@ from ..optimizers.mesh import on_mesh, state_shardings
 from ..stability import next_token_loss
 from .gradients import micro_batch_value_and_grad
 from .model import ModelConfig, Transformer
-from .sharding import parameter_shardings
+from .sharding import parameter_shardings, with_auto_axes
 
 Batch = Any  # int32 [B, T + 1]: inputs are [:, :-1], targets [:, 1:]
 
@@ -118,9 +118,8 @@ def make_train_step(
         loss, grads = loss_and_grads(state.params, batch)
         inputs = batch[::micro_batches, :-1]
         logits = lambda params: nnx.merge(graphdef, params)(inputs)
-        updates, opt_state = tx.update(
-            grads, state.opt_state, state.params, curvature=gauss_newton_bartlett(logits)
-        )
+        curvature = with_auto_axes(gauss_newton_bartlett(logits))
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, curvature=curvature)
         params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": loss,

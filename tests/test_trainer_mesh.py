@@ -1,0 +1,234 @@
+"""The trainer on meshes: the losses of one device, nothing compiled twice, checkpoints across meshes."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+import ravine
+from jax.sharding import PartitionSpec as P
+from ravine.training import loop
+from ravine.training.cli import main
+from ravine.training.config import RunConfig
+from ravine.training.corpus import load_corpus
+from ravine.training.hlo import collectives
+from ravine.training.loop import Outcome
+from ravine.training.model import ModelConfig
+from ravine.training.sharding import (
+    batch_sharding,
+    build_mesh,
+    local_shards,
+    parameter_shardings,
+    role_spec,
+)
+from ravine.training.step import (
+    init_params,
+    init_state,
+    make_train_step,
+    place,
+)
+from ravine.training.tuning import line_up
+
+# Next to test_processes.py, whose reference is compiled here.
+pytestmark = pytest.mark.xdist_group("trainer mesh")
+
+TEXT = "".join(f"line {i * i} of a text that says little. " for i in range(400))
+MODEL = ModelConfig(width=16, layers=2, heads=2, context=8)
+RUN = RunConfig(steps=8, batch_size=8, eval_every=4, eval_batches=2, model=MODEL)
+MESHES = ("fsdp=8", "data=4,fsdp=2", "data=2,fsdp=2,tensor=2")
+compilations = 0
+
+
+def _count(event, duration, **_):
+    global compilations
+    compilations += event == "/jax/core/compile/backend_compile_duration"
+
+
+jax.monitoring.register_event_duration_secs_listener(_count)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT)
+    return load_corpus([path])
+
+
+@pytest.fixture(autouse=True)
+def untimed(monkeypatch):
+    """Without the optimizer timed by itself at the end of a run, which compiles it once more."""
+    monkeypatch.setattr(loop, "optimizer_milliseconds", lambda tx, state: math.nan)
+
+
+def run(corpus, name, mesh, folder, on_record=lambda record: None, **options):
+    """The records of a run with its tuned hyperparameters, without what depends on the clock."""
+    config = dataclasses.replace(RUN, **options)
+    (entrant,) = line_up(name, "sophia_g=1e-3" if name == "sophia_g" else "")
+    outcome = Outcome(name, entrant.learning_rate)
+    loop.train(config, entrant.build(config), corpus, outcome, folder, on_record, mesh)
+    assert outcome.status == "finished"
+    for record in (*outcome.steps, *outcome.evaluations):
+        del record["seconds"]
+    return outcome.steps + outcome.evaluations
+
+
+@functools.cache
+def on_one_device(corpus, name):
+    with tempfile.TemporaryDirectory() as folder:
+        return run(corpus, name, None, Path(folder))
+
+
+def assert_close(found, expected, tolerance=1e-6):
+    assert [record["step"] for record in found] == [record["step"] for record in expected]
+    for a, b in zip(found, expected, strict=True):
+        key = "loss" if "loss" in b else "heldout_loss"
+        assert abs(a[key] - b[key]) <= tolerance * abs(b[key])
+
+
+def mesh_of(text):
+    """Of as many devices as it has."""
+    sizes = [int(pair.split("=")[1]) for pair in text.split(",")]
+    return build_mesh(text, jax.devices()[: math.prod(sizes)])
+
+
+# Compiling is what takes time here: Muon, which is AdamW too where there are no matrices, for all.
+SLOW = [(name, mesh) for name in ("adamw", "muon", "shampoo") for mesh in MESHES]
+SLOW = [*(case for case in SLOW if case != ("muon", MESHES[2])), ("sophia_g", MESHES[2])]
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [("muon", MESHES[2]), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
+)
+def test_losses_are_those_of_one_device_and_nothing_is_compiled_twice(name, mesh, corpus, tmp_path):
+    counts = []
+    found = run(corpus, name, mesh_of(mesh), tmp_path, lambda _: counts.append(compilations))
+    assert_close(found, on_one_device(corpus, name))
+    # Records: four steps and the evaluation after them, twice; the step is compiled before the first.
+    assert len(counts) == 10
+    assert counts[1] == counts[3]
+    assert counts[4] == counts[9]
+
+
+@pytest.mark.parametrize(
+    ("name", "chain"),
+    [
+        ("muon", [MESHES[2], MESHES[2]]),
+        ("muon", [MESHES[2], "data=1"]),
+        *(
+            pytest.param(name, chain, marks=pytest.mark.slow)
+            for name in ("adamw", "muon", "shampoo")
+            for chain in (
+                [MESHES[2], MESHES[2]],
+                [MESHES[2], "fsdp=4", "data=2", "data=1", MESHES[0]],
+            )
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else value,
+)
+def test_a_run_goes_on_from_its_checkpoint_on_any_mesh(name, chain, corpus, tmp_path):
+    """Interrupted at steps 1, 3, 5 ... and taken up on the next mesh."""
+    for index, mesh in enumerate(chain):
+        steps = []
+
+        def on_record(record, last=2 * index + 1, steps=steps):
+            steps.append(record["step"])
+            if record["step"] == last and last < 2 * len(chain) - 1:
+                raise KeyboardInterrupt
+
+        with contextlib.suppress(KeyboardInterrupt):
+            found = run(corpus, name, mesh_of(mesh), tmp_path, on_record, checkpoint_every=1)
+        assert steps[0] == max(0, 2 * index - 1)
+    if len(set(chain)) == 1:
+        folder = tmp_path / "whole"
+        folder.mkdir()
+        assert found == run(corpus, name, mesh_of(mesh), folder)
+    assert_close(found, on_one_device(corpus, name))
+
+
+def test_layers_are_gathered_one_at_a_time_and_logits_never():
+    """A vocabulary much larger than the rest, cut by columns, and a batch cut by rows."""
+    model = ModelConfig(vocabulary=4096, width=16, layers=4, heads=2, context=8)
+    mesh = build_mesh("fsdp=4,tensor=2")
+    graphdef, params = jax.eval_shape(lambda: init_params(model, 0))
+    tx, shardings = place(model, ravine.sgd(0.1), mesh)
+    with jax.set_mesh(mesh):
+        state = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            jax.eval_shape(lambda params: init_state(params, tx), params),
+            shardings,
+        )
+        rows = batch_sharding(mesh, 128)
+        batch = jax.ShapeDtypeStruct((128, 9), jnp.int32, sharding=rows)
+        step = jax.jit(make_train_step(graphdef, tx), out_shardings=(shardings, shardings.step))
+        found = collectives(step.lower(state, batch).compile().as_text())
+    logits = 4 * (128 // 4) * 8 * (4096 // 2)  # on one device, cut by rows and columns
+    assert max(c.bytes for c in found) < logits / 4
+    # The largest matrix of one layer, whole over fsdp and half over tensor; all layers would be 4x.
+    matrix = 4 * 16 * model.hidden // 2
+    assert max(c.bytes for c in found if c.kind == "all-gather" and c.in_loop) == matrix
+
+
+def test_roles_decide_how_parameters_are_cut():
+    mesh = build_mesh(MESHES[2])
+    _, params = jax.eval_shape(lambda: init_params(MODEL, 0))
+    found = jax.tree.map(lambda s: s.spec, parameter_shardings(params, mesh))
+    assert found["layers"]["attention"]["query"]["kernel"] == P(None, "fsdp", "tensor")
+    assert found["layers"]["feed_forward"]["down"]["kernel"] == P(None, "tensor", "fsdp")
+    assert found["layers"]["attention_norm"]["scale"] == P()
+    assert found["embed"]["embedding"] == P("tensor", "fsdp")
+    assert found["head"]["kernel"] == P("fsdp", "tensor")
+    assert role_spec("head/kernel", 2, ("data",)) == P(None, None)
+
+
+def test_rows_follow_the_mesh():
+    assert local_shards(batch_sharding(build_mesh(MESHES[2]), 8), 8) == ((0, 1, 2, 3), 4)
+    assert local_shards(batch_sharding(build_mesh("tensor=8"), 8), 8) == ((0,), 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--mesh", "data=3"], "the mesh data=3 has 3 devices, and there are 8"),
+        (["--mesh", "fsdp=4,tensr=2"], "the mesh has no axis 'tensr'; did you mean tensor"),
+        (
+            ["--mesh", "data=8"],
+            "batch_size 4 does not divide by the 8 devices of the mesh axes data",
+        ),
+        (
+            ["--mesh", "tensor=8", "--width", "12", "--heads", "2"],
+            "'layers/attention/key/kernel' of shape (1, 12, 12): axis 2 of 12 does not divide by the 8",
+        ),
+        (["--mesh", "data"], "give every mesh axis one size"),
+        (["--coordinator", "here"], "coordinator must be host:port"),
+        (["--coordinator", "a:1", "--processes", "2"], "process_id must lie in [0, 2), got -1"),
+        (["--process-id", "1"], "need --coordinator"),
+        (["--cpu-devices", "-1"], "cpu_devices must not be negative"),
+    ],
+)
+def test_bad_meshes_and_launches_are_one_line_and_leave_nothing(words, expected, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(TEXT)
+    small = ["--width", "16", "--layers", "1", "--heads", "2", "--context", "8"]
+    shared = [*small, "--batch-size", "4", "--data", str(tmp_path / "text.txt")]
+    assert main(["race", *shared, "--out", str(tmp_path / "out"), *words]) == 2
+    complaint = capsys.readouterr().err
+    assert expected in complaint
+    assert complaint.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_resumed_race_may_change_its_mesh(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(TEXT)
+    words = ["race", "--optimizers", "muon", "--steps", "8", "--batch-size", "8"]
+    words += ["--eval-every", "4", "--eval-batches", "2", "--out", str(tmp_path / "out")]
+    words += ["--width", "16", "--layers", "2", "--heads", "2", "--context", "8"]
+    words += ["--data", str(tmp_path / "text.txt")]
+    assert main(words) == 0
+    assert main([*words, "--resume", "--mesh", "data=4,fsdp=2"]) == 0
+    assert main([*words, "--resume", "--seed", "1"]) == 2
+    assert "another configuration" in capsys.readouterr().err
