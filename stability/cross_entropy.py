@@ -80,8 +80,8 @@ def cross_entropy(
     z = soft_cap(wide(logits), cap)
     counts = jnp.ones_like(z, bool) if where is None else jnp.broadcast_to(where, z.shape)
     normalizer = log_sum_exp(z, counts)
-    some = normalizer > -jnp.inf
-    normalizer = jnp.where(some | jnp.isnan(normalizer), normalizer, 0)
+    some = normalizer != -jnp.inf  # also where it is not a number
+    normalizer = jnp.where(some, normalizer, 0)
 
     classes = jax.lax.broadcasted_iota(labels.dtype, z.shape, z.ndim - 1)
     # A comparison, not a gather: its gradient is a select, not a scatter.

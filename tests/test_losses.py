@@ -241,6 +241,18 @@ def test_a_row_in_which_nothing_counts_costs_nothing():
     assert float(log_sum_exp(logits[2])) == -math.inf
 
 
+def test_logits_that_are_not_numbers_show():
+    logits = jnp.array([[jnp.nan, 1.0], [0.0, 0.0]])
+    for loss in (
+        cross_entropy(logits, jnp.array([1, 0])).loss,
+        fused_cross_entropy(logits, jnp.eye(2), jnp.array([1, 0]))[1].loss,
+    ):
+        np.testing.assert_array_equal(jnp.isnan(loss), [True, False])
+    assert bool(jnp.isnan(next_token_loss(logits[None], jnp.array([[1, 0]]))))
+    everywhere = jnp.full((2, 64), jnp.nan)
+    assert bool(jnp.all(jnp.isnan(cross_entropy(everywhere, jnp.array([1, 0])).loss)))
+
+
 def test_parts_by_hand():
     logits = jnp.log(jnp.array([[0.5, 0.25, 0.25]])) + 2.0
     parts = cross_entropy(logits, jnp.array([1]), z_loss=0.5)
