@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 
 def wide_dtype(*dtypes: Any) -> Any:
@@ -55,8 +54,3 @@ def all_finite(tree: Any) -> jax.Array:
     for x in jax.tree.leaves(tree):
         found &= jnp.all(jnp.isfinite(x))
     return found
-
-
-def unchanged_like(tree: optax.Updates) -> optax.Updates:
-    """Updates that leave every bit of the parameters: -0, since 0 would turn a -0 into 0."""
-    return jax.tree.map(lambda x: jnp.full_like(x, -0.0), tree)

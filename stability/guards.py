@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._arithmetic import all_finite, global_norm, unchanged_like
+from ._arithmetic import all_finite, global_norm
 from ._checks import check_extra_given, check_positive, check_whole
 from ._transformation import with_extra_args
 from ._window import Window, empty_window, push, threshold
@@ -51,8 +51,8 @@ def finite_gate(tx: optax.GradientTransformation) -> optax.GradientTransformatio
     inner = optax.with_extra_args_support(tx)
 
     def init(params: optax.Params) -> FiniteGateState:
-        zero = jnp.zeros([], jnp.int32)
-        return FiniteGateState(zero, zero, inner.init(params))
+        # Arrays of their own: donated, one buffer cannot stand in two places.
+        return FiniteGateState(*(jnp.zeros([], jnp.int32) for _ in range(2)), inner.init(params))
 
     def update(
         updates: optax.Updates,
@@ -66,7 +66,7 @@ def finite_gate(tx: optax.GradientTransformation) -> optax.GradientTransformatio
         if loss is not None:
             finite &= jnp.isfinite(jnp.asarray(loss))
             extra["loss"] = loss
-        run = lambda: inner.update(updates, state.inner, params, **extra)
+        run = lambda updates, inner_state: inner.update(updates, inner_state, params, **extra)
         updates, inner_state = _run_if(finite, run, updates, state.inner)
         skipped = state.skipped + (~finite).astype(jnp.int32)
         in_a_row = jnp.where(finite, 0, state.in_a_row + 1)
@@ -148,9 +148,9 @@ def skip_step(
     inner = optax.with_extra_args_support(tx)
 
     def init(params: optax.Params) -> SkipStepState:
-        zero = jnp.zeros([], jnp.int32)
-        start = empty_window(window)
-        return SkipStepState(start, start, zero, zero, zero, zero, inner.init(params))
+        windows = (empty_window(window) for _ in range(2))
+        counts = (jnp.zeros([], jnp.int32) for _ in range(4))
+        return SkipStepState(*windows, *counts, inner.init(params))
 
     def update(
         updates: optax.Updates,
@@ -170,7 +170,9 @@ def skip_step(
         shifted = finite & ~normal & (state.outliers >= patience)
         made = finite & (normal | shifted)
 
-        run = lambda: inner.update(updates, state.inner, params, loss=loss, **extra)
+        def run(updates: optax.Updates, inner_state: Any) -> tuple[optax.Updates, Any]:
+            return inner.update(updates, inner_state, params, loss=loss, **extra)
+
         updates, inner_state = _run_if(made, run, updates, state.inner)
 
         def next_window(window: Window, value: jax.Array) -> Window:
@@ -195,11 +197,19 @@ def skip_step(
 
 
 def _run_if(
-    made: jax.Array, run: Callable[[], tuple[Any, Any]], updates: optax.Updates, inner_state: Any
+    made: jax.Array, run: Callable[..., tuple[Any, Any]], updates: optax.Updates, inner_state: Any
 ) -> tuple[Any, Any]:
-    def in_dtypes_of_updates() -> tuple[Any, Any]:
-        found, state = run()
-        return jax.tree.map(lambda new, old: new.astype(old.dtype), found, updates), state
+    """What `run` gives where the step is made, else updates that change nothing and the same state."""
 
-    skip = lambda: (unchanged_like(updates), inner_state)
-    return jax.lax.cond(made, in_dtypes_of_updates, skip)
+    def once(carry: tuple[jax.Array, Any, Any]) -> tuple[jax.Array, Any, Any]:
+        waiting, updates, inner_state = carry
+        found, inner_state = run(updates, inner_state)
+        found = jax.tree.map(lambda new, old: new.astype(old.dtype), found, updates)
+        return jnp.zeros_like(waiting), found, inner_state
+
+    # A condition, written as a loop of at most one round: XLA leaves a loop's state where it is, but copies
+    # what passes through a conditional (AdamW on 19.9 M parameters: 3.2 times the time with lax.cond).
+    carry = (made, updates, inner_state)
+    _, found, inner_state = jax.lax.while_loop(lambda carry: carry[0], once, carry)
+    # -0, since adding 0 would turn a parameter of -0 into 0.
+    return jax.tree.map(lambda u: jnp.where(made, u, jnp.full_like(u, -0.0)), found), inner_state

@@ -110,11 +110,11 @@ def with_monitors(
         inner_state = inner.init(params)
         zeros = jax.tree.map(jnp.zeros_like, params)
         trees = {"gradient": zeros, "update": zeros, "parameter": zeros}
-        metrics = dict.fromkeys(measure(trees, inner_state), jnp.zeros([], jnp.float32))
-        metrics |= dict.fromkeys(measured, jnp.zeros([], jnp.float32))
-        start = empty_window(window)
+        names = sorted([*jax.eval_shape(measure, trees, inner_state), *measured])
+        metrics = {name: jnp.zeros([], jnp.float32) for name in names}
+        windows = (empty_window(window) for _ in range(2))
         count, spikes = jnp.zeros([], jnp.int32), jnp.zeros(2, jnp.int32)
-        return MonitorState(count, start, start, spikes, dict(sorted(metrics.items())), inner_state)
+        return MonitorState(count, *windows, spikes, metrics, inner_state)
 
     def update(
         updates: optax.Updates,

@@ -71,8 +71,8 @@ def zclip(
 
     def init(params: optax.Params) -> ZClipState:
         del params
-        zero = jnp.zeros([], jnp.float32)
-        return ZClipState(jnp.zeros([], jnp.int32), zero, zero)
+        mean, variance = (jnp.zeros([], jnp.float32) for _ in range(2))
+        return ZClipState(jnp.zeros([], jnp.int32), mean, variance)
 
     def update(
         updates: optax.Updates, state: ZClipState, params: optax.Params | None = None

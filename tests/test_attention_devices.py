@@ -75,7 +75,9 @@ def test_gradients_equal_finite_differences():
 
         assert_gradient(devices, q, k, v)
         where = jnp.asarray(rng.random((2, 5)) > 0.4)
-        assert_gradient(lambda z: jnp.sum(safe_softmax(z, where) ** 2), jnp.asarray(rng.normal(size=(2, 5))))
+        assert_gradient(
+            lambda z: jnp.sum(safe_softmax(z, where) ** 2), jnp.asarray(rng.normal(size=(2, 5)))
+        )
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
@@ -126,7 +128,9 @@ GAMMA = np.array([0.25, 1.0, 0.5, 0.0625])
 def clip_weights(params, weights, logits=LOGITS, threshold=100.0):
     tx = optax.chain(ravine.sgd(0.0), qk_clip(threshold, weights))
     zeros = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = tx.update(zeros, tx.init(params), params, max_logits=jnp.asarray(logits, jnp.float32))
+    updates, _ = tx.update(
+        zeros, tx.init(params), params, max_logits=jnp.asarray(logits, jnp.float32)
+    )
     return optax.apply_updates(params, updates)
 
 
@@ -191,7 +195,9 @@ def test_qk_clip_of_stacked_layers_and_of_layers_by_name():
     }
     after = clip_weights(stacked, weights, logits)
     factor = np.sqrt(100 / np.maximum(logits, 100))[:, None, :, None]
-    np.testing.assert_allclose(after["layers"]["query"], stacked["layers"]["query"] * factor, rtol=1e-5)
+    np.testing.assert_allclose(
+        after["layers"]["query"], stacked["layers"]["query"] * factor, rtol=1e-5
+    )
 
     apart = {str(i): jax.tree.map(lambda x, i=i: x[i], stacked["layers"]) for i in range(3)}
     tx = qk_clip(100.0, {r"(\d)/query": weights["query$"], r"(\d)/key": weights["key$"]})

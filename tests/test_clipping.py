@@ -22,7 +22,13 @@ EVERY = {
 }
 every = pytest.mark.parametrize("name", EVERY)
 WHOLE_TREE = ("clip_by_global_norm", "zclip", "clip_update_norm")
-LEARNS_FROM_NORMS = ["clip_by_global_norm", "clip_by_block_rms", "clip_adaptively", "adagc", "zclip"]
+LEARNS_FROM_NORMS = [
+    "clip_by_global_norm",
+    "clip_by_block_rms",
+    "clip_adaptively",
+    "adagc",
+    "zclip",
+]
 
 
 def tree(seed=0, dtype=jnp.float32, scale=1.0):

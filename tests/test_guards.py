@@ -129,7 +129,9 @@ def assert_no_trace(kind, clean, position, bad_ones):
         assert bits(weights) == bits(other_weights)
         assert bits(state.inner) == bits(other_state.inner)
         if kind != "finite":
-            assert bits((state.losses, state.norms)) == bits((other_state.losses, other_state.norms))
+            assert bits((state.losses, state.norms)) == bits(
+                (other_state.losses, other_state.norms)
+            )
     last = at(history, -1)[1]
     assert int(last.skipped) == number
     assert int(last.in_a_row) == (number if position == STEPS else 0)
@@ -207,6 +209,13 @@ def test_a_series_that_does_not_move_is_no_outlier():
     batches = jax.tree.map(lambda x: np.broadcast_to(x, (STEPS, *np.shape(x))), clean)
     batches["loss"] = np.float32(batches["loss"] * (1 + 1e-6 * np.arange(STEPS)))
     assert int(at(runner("skip")(batches), -1)[1].skipped) == 0
+
+
+@pytest.mark.parametrize("kind", ["finite", "skip"])
+def test_buffers_may_be_donated(kind):
+    step = jax.jit(functools.partial(one_step, guard(kind)), donate_argnums=0)
+    (_, state), _ = step(start(kind), at(series(), 0))
+    assert int(state.skipped) == 0
 
 
 def test_the_state_is_constant_and_restores_from_a_checkpoint(tmp_path):
