@@ -112,9 +112,9 @@ def with_monitors(
         trees = {"gradient": zeros, "update": zeros, "parameter": zeros}
         names = sorted([*jax.eval_shape(measure, trees, inner_state), *measured])
         metrics = {name: jnp.zeros([], jnp.float32) for name in names}
-        windows = (empty_window(window) for _ in range(2))
+        losses, norms = (empty_window(window) for _ in range(2))
         count, spikes = jnp.zeros([], jnp.int32), jnp.zeros(2, jnp.int32)
-        return MonitorState(count, *windows, spikes, metrics, inner_state)
+        return MonitorState(count, losses, norms, spikes, metrics, inner_state)
 
     def update(
         updates: optax.Updates,

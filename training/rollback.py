@@ -80,7 +80,9 @@ class Rollback:
         self.policy = policy
         self.returns = 0
         self._snapshots: collections.deque[tuple[int, Any]] = collections.deque(maxlen=policy.keep)
-        self._losses: collections.deque[float] = collections.deque(maxlen=policy.window)  # good ones
+        self._losses: collections.deque[float] = collections.deque(
+            maxlen=policy.window
+        )  # good ones
         self._bad_since: int | None = None
         self._returned_to = -1
 
