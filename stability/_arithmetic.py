@@ -46,11 +46,3 @@ def global_norm(tree: Any) -> jax.Array:
 
     plain = norm(jnp.ones([], jnp.float32))
     return jax.lax.cond(jnp.isfinite(plain), lambda: plain, divided)
-
-
-def all_finite(tree: Any) -> jax.Array:
-    """Whether no element of the tree is infinite or not a number."""
-    found = jnp.ones([], bool)
-    for x in jax.tree.leaves(tree):
-        found &= jnp.all(jnp.isfinite(x))
-    return found

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._arithmetic import all_finite, global_norm
+from ._arithmetic import global_norm
 from ._checks import check_extra_given, check_positive, check_whole
 from ._transformation import with_extra_args
 from ._window import Window, empty_window, push, threshold
@@ -63,11 +63,12 @@ def finite_gate(tx: optax.GradientTransformation) -> optax.GradientTransformatio
         loss: Any = None,
         **extra: Any,
     ) -> tuple[optax.Updates, FiniteGateState]:
-        finite = all_finite(updates)
+        # The norm is finite just where all leaves are, and cheaper than looking at each element.
+        finite = jnp.isfinite(global_norm(updates))
         if loss is not None:
             finite &= jnp.isfinite(jnp.asarray(loss))
             extra["loss"] = loss
-        run = lambda updates, inner_state: inner.update(updates, inner_state, params, **extra)
+        run = lambda: inner.update(updates, state.inner, params, **extra)
         updates, inner_state = _run_if(finite, run, updates, state.inner)
         skipped = state.skipped + (~finite).astype(jnp.int32)
         in_a_row = jnp.where(finite, 0, state.in_a_row + 1)
@@ -166,16 +167,14 @@ def skip_step(
         check_extra_given(loss, "loss", "skip_step")
         seen = jnp.asarray(loss).astype(jnp.float32)
         norm = global_norm(updates)
-        finite = jnp.isfinite(seen) & all_finite(updates)
+        finite = jnp.isfinite(seen) & jnp.isfinite(norm)
         low = seen <= threshold(state.losses, deviations, robust=robust)
         low &= norm <= threshold(state.norms, deviations, robust=robust)
         normal = low | (state.losses.count < warmup)
         shifted = finite & ~normal & (state.outliers >= patience)
         made = finite & (normal | shifted)
 
-        def run(updates: optax.Updates, inner_state: Any) -> tuple[optax.Updates, Any]:
-            return inner.update(updates, inner_state, params, loss=loss, **extra)
-
+        run = lambda: inner.update(updates, state.inner, params, loss=loss, **extra)
         updates, inner_state = _run_if(made, run, updates, state.inner)
 
         def next_window(window: Window, value: jax.Array) -> Window:
@@ -200,19 +199,14 @@ def skip_step(
 
 
 def _run_if(
-    made: jax.Array, run: Callable[..., tuple[Any, Any]], updates: optax.Updates, inner_state: Any
+    made: jax.Array, run: Callable[[], tuple[Any, Any]], updates: optax.Updates, inner_state: Any
 ) -> tuple[Any, Any]:
     """What `run` gives where the step is made, else updates that change nothing and the same state."""
 
-    def once(carry: tuple[jax.Array, Any, Any]) -> tuple[jax.Array, Any, Any]:
-        waiting, updates, inner_state = carry
-        found, inner_state = run(updates, inner_state)
-        found = jax.tree.map(lambda new, old: new.astype(old.dtype), found, updates)
-        return jnp.zeros_like(waiting), found, inner_state
+    def in_dtypes_of_updates() -> tuple[Any, Any]:
+        found, state = run()
+        return jax.tree.map(lambda new, old: new.astype(old.dtype), found, updates), state
 
-    # A condition, written as a loop of at most one round: XLA leaves a loop's state where it is, but
-    # copies what passes through a conditional (AdamW on 19.9 M parameters: 3.2 times as long).
-    carry = (made, updates, inner_state)
-    _, found, inner_state = jax.lax.while_loop(lambda carry: carry[0], once, carry)
     # -0, since adding 0 would turn a parameter of -0 into 0.
-    return jax.tree.map(lambda u: jnp.where(made, u, jnp.full_like(u, -0.0)), found), inner_state
+    unchanged = lambda: jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates)
+    return jax.lax.cond(made, in_dtypes_of_updates, lambda: (unchanged(), inner_state))
