@@ -141,7 +141,7 @@ def train(
 
     example = jax.ShapeDtypeStruct((run.batch_size, run.model.context + 1), jnp.int32)
     started = time.perf_counter()
-    step_fn = jax.jit(make_train_step(graphdef, tx), donate_argnums=0)
+    step_fn = jax.jit(make_train_step(graphdef, tx, z_loss=run.z_loss), donate_argnums=0)
     compiled = step_fn.lower(state, example).compile()
     outcome.compile_seconds = time.perf_counter() - started
 
@@ -179,7 +179,7 @@ def train(
             state, metrics = compiled(state, jnp.asarray(next(batches)))
             alive = finish(step, metrics)
             clock.stop()
-            if not alive:
+            if not alive and not run.skip_spikes:
                 outcome.status = "diverged"
                 return outcome
             done = step + 1
@@ -222,8 +222,10 @@ def optimizer_milliseconds(
 ) -> float:
     """Median time of the update alone, its buffers donated as in training; `state` is used up."""
 
+    tx = optax.with_extra_args_support(tx)
+
     def update(grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
-        updates, opt_state = tx.update(grads, opt_state, params)
+        updates, opt_state = tx.update(grads, opt_state, params, loss=1.0)
         return opt_state, optax.apply_updates(params, updates)
 
     grads = jax.tree.map(lambda p: jnp.full_like(p, 1e-3), state.params)
