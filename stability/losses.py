@@ -1,16 +1,68 @@
-"""Losses of language models."""
+"""From losses of single tokens to the one number that training minimises."""
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
+from ._arithmetic import wide
+from ._checks import check_labels, check_same_shape
+from .cross_entropy import cross_entropy
 
-def _negative_log_likelihood(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - picked
+
+def token_mean(
+    values: jax.Array,
+    weights: jax.Array | None = None,
+    axis_name: str | Sequence[str] | None = None,
+) -> jax.Array:
+    r""":math:`\sum w x / \sum w` over all tokens: a mean of means only if all are of as many tokens.
+
+    Tokens of weight zero may hold anything; where nothing is weighted the mean is zero.
+
+    Args:
+      values: floating point, any shape.
+      weights: the same shape, boolean or not negative; ``None`` counts all.
+      axis_name: mesh axes over which tokens are spread inside ``jax.shard_map``, which are then
+        summed over as well; under ``jax.jit`` alone the mean is over the global batch anyway.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ravine.stability import token_mean
+      >>> float(token_mean(jnp.array([1.0, 4.0, jnp.nan]), jnp.array([3.0, 1.0, 0.0])))
+      1.75
+    """
+    values = wide(values)
+    weights = jnp.ones_like(values) if weights is None else weights.astype(values.dtype)
+    total = jnp.sum(jnp.where(weights == 0, 0, weights * values))
+    weight = jnp.sum(weights)
+    if axis_name is not None:
+        total, weight = jax.lax.psum((total, weight), axis_name)
+    return total / jnp.where(weight > 0, weight, 1)
+
+
+def document_weights(documents_BxT1: jax.Array) -> jax.Array:
+    """Which next tokens belong to the document of the token before: weights of the targets, `[B, T]`.
+
+    Args:
+      documents_BxT1: the document of each of T + 1 tokens, integers; negative ones mark padding.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ravine.stability import document_weights
+      >>> document_weights(jnp.array([[0, 0, 1, 1, -1, -1]])).astype(int)
+      Array([[1, 0, 1, 0, 0]], dtype=int32)
+    """
+    before, after = documents_BxT1[:, :-1], documents_BxT1[:, 1:]
+    return (before == after) & (after >= 0)
 
 
 def next_token_loss(
-    logits_BxTxV: jax.Array, targets_BxT: jax.Array, weights_BxT: jax.Array | None = None
+    logits_BxTxV: jax.Array,
+    targets_BxT: jax.Array,
+    weights_BxT: jax.Array | None = None,
+    *,
+    documents_BxT1: jax.Array | None = None,
+    axis_name: str | Sequence[str] | None = None,
 ) -> jax.Array:
     r"""Mean negative log-likelihood of the next tokens, over the whole batch.
 
@@ -18,18 +70,23 @@ def next_token_loss(
         \left(\log \sum_v e^{z_{b,t,v}} - z_{b,t,y_{b,t}}\right)
 
     Logits are taken to float32 first. Where nothing is weighted, the loss and its gradient are
-    zero; a position of weight zero may hold any logits, NaN among them.
+    zero; a position of weight zero may hold any logits and any label, NaN among them.
 
     Args:
       logits_BxTxV: floating point, computed from the tokens up to t.
-      targets_BxT: the tokens at t + 1, integers in [0, V).
+      targets_BxT: the tokens at t + 1, integers in [0, V); see :func:`cross_entropy` for others.
       weights_BxT: weights :math:`w` of the targets, boolean or not negative; ``None`` counts all.
+      documents_BxT1: the document of each token and of the last target; targets in another
+        document than the token before them are not counted, see :func:`document_weights`.
+      axis_name: mesh axes over which tokens are spread inside ``jax.shard_map``.
 
     Returns:
       A float32 scalar, in nats per token.
 
     Raises:
-      ValueError: if the shapes do not match.
+      TypeError: for targets that are no integers.
+      ValueError: if the shapes do not match, or, outside of ``jit``, a target that counts is out of
+        range.
 
     Example:
       >>> import jax.numpy as jnp, ravine
@@ -37,22 +94,30 @@ def next_token_loss(
       >>> round(float(loss), 4)  # log 256
       5.5452
     """
-    if logits_BxTxV.shape[:-1] != targets_BxT.shape:
+    shape = targets_BxT.shape
+    if logits_BxTxV.shape[:-1] != shape:
         raise ValueError(
             "logits must have the shape of the targets and one axis more, got "
-            f"{logits_BxTxV.shape} and {targets_BxT.shape}."
+            f"{logits_BxTxV.shape} and {shape}."
         )
-    if weights_BxT is not None and weights_BxT.shape != targets_BxT.shape:
-        raise ValueError(
-            "weights must have the shape of the targets, got "
-            f"{weights_BxT.shape} and {targets_BxT.shape}."
-        )
-    logits = logits_BxTxV.astype(jnp.float32)
+    check_same_shape(shape, weights=weights_BxT)
+    if weights_BxT is not None:
+        weights_BxT = jnp.asarray(weights_BxT).astype(jnp.float32)
+    if documents_BxT1 is not None:
+        expected = (*shape[:-1], shape[-1] + 1)
+        if documents_BxT1.shape != expected:
+            raise ValueError(
+                "documents must have one column more than the targets, "
+                f"got {documents_BxT1.shape}, not {expected}."
+            )
+        inside = document_weights(documents_BxT1).astype(jnp.float32)
+        weights_BxT = inside if weights_BxT is None else inside * weights_BxT
+    check_labels(targets_BxT, logits_BxTxV.shape[-1], weights_BxT)
     if weights_BxT is None:
-        return jnp.mean(_negative_log_likelihood(logits, targets_BxT))
-    weights = weights_BxT.astype(jnp.float32)
+        return token_mean(cross_entropy(logits_BxTxV, targets_BxT).loss, axis_name=axis_name)
     # Selecting before the logarithm keeps NaN of uncounted positions out of the gradient too.
-    logits = jnp.where((weights > 0)[..., None], logits, 0.0)
-    total = jnp.sum(weights)
-    weighted = jnp.sum(weights * _negative_log_likelihood(logits, targets_BxT))
-    return weighted / jnp.where(total > 0, total, 1.0)
+    counted = weights_BxT != 0
+    found = cross_entropy(
+        jnp.where(counted[..., None], logits_BxTxV, 0), jnp.where(counted, targets_BxT, 0)
+    )
+    return token_mean(found.loss, weights_BxT, axis_name)

@@ -1,9 +1,9 @@
 """Soft-capping: logits squeezed smoothly into an interval."""
 
-import math
-
 import jax
 import jax.numpy as jnp
+
+from ._checks import check_cap
 
 
 def soft_cap(logits: jax.Array, cap: float | None) -> jax.Array:
@@ -24,8 +24,7 @@ def soft_cap(logits: jax.Array, cap: float | None) -> jax.Array:
       >>> ravine.stability.soft_cap(jnp.array([0.0, 1e4]), 30.0)
       Array([ 0., 30.], dtype=float32)
     """
+    check_cap(cap)
     if cap is None:
         return logits
-    if not (math.isfinite(cap) and cap > 0):
-        raise ValueError(f"cap must be positive and finite, got {cap!r}; None means no cap.")
     return (cap * jnp.tanh(logits / cap)).astype(logits.dtype)

@@ -9,7 +9,7 @@ import pytest
 import ravine
 from flax import nnx
 from ravine.optimizers.roles import RAVINE_RULES, assign_roles, mask_by_role
-from ravine.stability import next_token_loss
+from ravine.stability import cross_entropy, next_token_loss, skip_step
 from ravine.training.model import ModelConfig, Transformer, rotate
 from ravine.training.step import init_params, init_state, make_loss, make_train_step, nnx_train_step
 
@@ -124,6 +124,20 @@ def test_nnx_optimizer_and_the_functional_path_agree(getkey):
         losses.append(float(metrics["loss"]))
         assert float(nnx_train_step(model, optimizer, batch)) == pytest.approx(losses[-1], rel=1e-5)
     assert losses[-1] < losses[0]
+
+
+def test_the_trained_loss_has_the_z_loss_and_guards_get_it(getkey):
+    batch = jax.random.randint(getkey(), (4, 9), 0, 32)
+    graphdef, params = init_params(SMALL, 0)
+    tx = skip_step(ravine.sgd(1e-2))
+    losses = []
+    for z_loss in (0.0, 0.1):
+        step = jax.jit(make_train_step(graphdef, tx, z_loss=z_loss))
+        state, metrics = step(init_state(params, tx), batch)
+        losses.append(float(metrics["loss"]))
+        assert float(state.opt_state.losses.values[0]) == losses[-1]
+    parts = cross_entropy(nnx.merge(graphdef, params)(batch[:, :-1]), batch[:, 1:], z_loss=0.1)
+    assert losses[1] - losses[0] == pytest.approx(float(jnp.mean(parts.z_loss)), rel=1e-4)
 
 
 def test_loss_by_hand():

@@ -34,6 +34,12 @@ class RunConfig:
     own, which is 0 where it can be."""
     clip_norm: float = 1.0
     """Global norm to which gradients are clipped; 0 switches clipping off."""
+    skip_spikes: bool = False
+    """Skip steps whose loss or gradient norm is far above the last ones, or not finite, see
+    ravine.stability.skip_step."""
+    z_loss: float = 0.0
+    """Coefficient of the z-loss, which the training loss includes and the held-out loss does not.
+    PaLM takes 1e-4."""
     weight_decay: float = 3e-4
     """Share of every matrix that a step at the peak learning rate removes, the same for every
     optimizer: the coefficient handed to the optimizer is this divided by its learning rate."""
@@ -55,7 +61,7 @@ class RunConfig:
         for name in ("schedule_steps", "warmup_steps", "checkpoint_every", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
-        for name in ("clip_norm", "weight_decay"):
+        for name in ("clip_norm", "weight_decay", "z_loss"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be finite and not negative, got {value}.")

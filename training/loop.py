@@ -160,7 +160,9 @@ def _train(
     example = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
     started = time.perf_counter()
     step_fn = jax.jit(
-        make_train_step(graphdef, tx), donate_argnums=0, out_shardings=(shardings, shardings.step)
+        make_train_step(graphdef, tx, z_loss=run.z_loss),
+        donate_argnums=0,
+        out_shardings=(shardings, shardings.step),
     )
     compiled = step_fn.lower(state, example).compile()
     outcome.compile_seconds = time.perf_counter() - started
@@ -201,7 +203,7 @@ def _train(
             state, metrics = compiled(state, batch)
             alive = finish(step, metrics)
             clock.stop()
-            if not alive:
+            if not alive and not run.skip_spikes:
                 outcome.status = "diverged"
                 return outcome
             done = step + 1
@@ -259,8 +261,8 @@ def optimizer_milliseconds(
     tx = optax.with_extra_args_support(tx)
 
     def update(grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
-        curvature = lambda params, key: params
-        updates, opt_state = tx.update(grads, opt_state, params, curvature=curvature)
+        extra = {"curvature": lambda params, key: params, "loss": jnp.float32(1)}
+        updates, opt_state = tx.update(grads, opt_state, params, **extra)
         return opt_state, optax.apply_updates(params, updates)
 
     shardings = jax.tree.map(lambda x: x.sharding, (state.opt_state, state.params))

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..optimizers.curvature import gauss_newton_bartlett
 from ..optimizers.mesh import on_mesh, state_shardings
-from ..stability import next_token_loss
+from ..stability import cross_entropy, next_token_loss, token_mean
 from .gradients import micro_batch_value_and_grad
 from .model import ModelConfig, Transformer
 from .sharding import parameter_shardings, with_auto_axes
@@ -103,23 +103,39 @@ def mean_loss(graphdef: nnx.GraphDef, params: Any, batches_NxBxT1: jax.Array) ->
     return jnp.mean(jax.lax.map(lambda batch: loss(params, batch), batches_NxBxT1))
 
 
+def _trained_loss(graphdef: nnx.GraphDef, z_loss: float) -> Callable[[Any, Batch], Any]:
+    """`loss(params, batch)` with the z-loss."""
+
+    def loss(params: Any, batch: Batch) -> jax.Array:
+        parts = cross_entropy(
+            nnx.merge(graphdef, params)(batch[:, :-1]), batch[:, 1:], z_loss=z_loss
+        )
+        return token_mean(parts.loss + parts.z_loss)
+
+    return loss if z_loss else make_loss(graphdef)
+
+
 def make_train_step(
-    graphdef: nnx.GraphDef, tx: optax.GradientTransformation, micro_batches: int = 1
+    graphdef: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    micro_batches: int = 1,
+    *,
+    z_loss: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """`step(state, batch) -> state, metrics`: jit it with ``donate_argnums=0``.
 
     Optimizers that take ``curvature=``, as Sophia, are given the Gauss-Newton-Bartlett estimator on the
-    first of the micro-batches.
+    first of the micro-batches; all are given ``loss=``, as guards need it.
     """
     tx = optax.with_extra_args_support(tx)
-    loss_and_grads = micro_batch_value_and_grad(make_loss(graphdef), micro_batches)
+    loss_and_grads = micro_batch_value_and_grad(_trained_loss(graphdef, z_loss), micro_batches)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         loss, grads = loss_and_grads(state.params, batch)
         inputs = batch[::micro_batches, :-1]
         logits = lambda params: nnx.merge(graphdef, params)(inputs)
-        curvature = with_auto_axes(gauss_newton_bartlett(logits))
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, curvature=curvature)
+        extra = {"loss": loss, "curvature": with_auto_axes(gauss_newton_bartlett(logits))}
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra)
         params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": loss,

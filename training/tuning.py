@@ -9,6 +9,7 @@ import optax
 
 from ..optimizers.registry import OptimizerConfig, near
 from ..optimizers.roles import mask_by_role
+from ..stability import skip_step
 from .config import RunConfig, check_learning_rate
 
 DECAYED = ("matrix", "embedding", "head")
@@ -30,13 +31,15 @@ class Entrant:
         return self.optimizer.name
 
     def build(self, run: RunConfig) -> optax.GradientTransformation:
-        """Clipping, then the optimizer with the run's schedule and weight decay."""
+        """Clipping, then the optimizer with the run's schedule and weight decay; a guard around both."""
         overrides: dict[str, Any] = {}
         if self.optimizer.accepts("weight_decay"):
             overrides["weight_decay"] = run.weight_decay / self.learning_rate
             overrides["weight_decay_mask"] = mask_by_role(DECAYED)
         tx = self.optimizer.build(run.learning_rate(self.learning_rate), **overrides)
-        return optax.chain(optax.clip_by_global_norm(run.clip_norm), tx) if run.clip_norm else tx
+        if run.clip_norm:
+            tx = optax.chain(optax.clip_by_global_norm(run.clip_norm), tx)
+        return skip_step(tx) if run.skip_spikes else tx
 
 
 def tuned_table() -> dict[str, Any]:

@@ -1,0 +1,85 @@
+"""Refusals: one sentence that names the culprit and the mend."""
+
+import math
+from typing import Any
+
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_positive(**values: Any) -> None:
+    """Raises unless every value that is a number is finite and more than zero; None passes."""
+    for name, value in values.items():
+        if _is_number(value) and not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be positive and finite, got {value!r}.")
+
+
+def check_non_negative(**values: Any) -> None:
+    """Raises unless every value that is a number is finite and at least zero."""
+    for name, value in values.items():
+        if _is_number(value) and not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} must be finite and not negative, got {value!r}.")
+
+
+def check_share(**values: Any) -> None:
+    """Raises unless every value that is a number lies in [0, 1)."""
+    for name, value in values.items():
+        if _is_number(value) and not 0 <= value < 1:
+            raise ValueError(f"{name} must lie in [0, 1), got {value!r}.")
+
+
+def check_whole(least: int, **values: Any) -> None:
+    """Raises unless every value is a Python integer of at least `least`."""
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+
+
+def check_cap(cap: Any) -> None:
+    """Raises unless the cap is None or positive and finite."""
+    if cap is not None and not (math.isfinite(cap) and cap > 0):
+        raise ValueError(f"cap must be positive and finite, got {cap!r}; None means no cap.")
+
+
+def check_params_given(params: Any, what: str) -> None:
+    """Raises when `update` was called without the parameters a rule needs."""
+    if params is None:
+        raise ValueError(f"{what} needs the parameters: call tx.update(grads, state, params).")
+
+
+def check_extra_given(value: Any, name: str, what: str) -> None:
+    """Raises when `update` was called without an extra argument."""
+    if value is None:
+        raise ValueError(f"{what} needs {name}: call tx.update(grads, state, params, {name}=...).")
+
+
+def check_same_shape(shape: tuple[int, ...], **others: Any) -> None:
+    """Raises unless every array, or None, has the shape of the labels."""
+    for name, array in others.items():
+        if array is not None and jnp.shape(array) != shape:
+            raise ValueError(
+                f"{name} must have the shape of the labels, got {jnp.shape(array)} and {shape}."
+            )
+
+
+def check_labels(labels: Any, classes: int, weights: Any = None) -> None:
+    """Raises for labels that are no integers or, outside `jit`, that are counted and out of range."""
+    dtype = jnp.result_type(labels)
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(f"labels must be integers, got {dtype}; cast them.")
+    if isinstance(labels, jax.core.Tracer) or isinstance(weights, jax.core.Tracer):
+        return
+    outside = (np.asarray(labels) < 0) | (np.asarray(labels) >= classes)
+    if weights is not None:
+        outside &= np.asarray(weights) != 0
+    if np.any(outside):
+        at = tuple(int(i) for i in np.argwhere(outside)[0])
+        raise ValueError(
+            f"label {int(np.asarray(labels)[at])} at {at} is not in [0, {classes}); "
+            "correct it, or give that position the weight 0."
+        )

@@ -1,0 +1,69 @@
+"""Which axis of a leaf counts layers: stacked layers are treated one by one.
+
+Under scanned layers one leaf holds the weights of all of them, and a norm or a mean over the whole leaf
+would let one bad layer slow down all others.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ._arithmetic import wide
+
+
+class Stacked(NamedTuple):
+    """Which leaves are stacked layers: those whose path a regular expression finds.
+
+    Example:
+      >>> from ravine.stability import Stacked
+      >>> maxtext = Stacked(r"decoder/layers/", axis=1)
+    """
+
+    pattern: str | None = r"(^|/)layers/(?!\d)"
+    """Searched in paths as ``layers/attention/query/kernel``; None: no leaf is. Numbered layers,
+    ``layers/0/...``, are leaves of their own."""
+    axis: int = 0
+    """The axis that counts the layers."""
+
+
+STACKED = Stacked()
+
+
+def path_string(path: Any) -> str:
+    """A key path as ``layers/attention/query/kernel``."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def within_layer(path: Any, leaf: Any, layers: Stacked) -> tuple[int, ...]:
+    """The axes of a leaf that lie within one layer."""
+    stacked = layers.pattern is not None and re.search(layers.pattern, path_string(path))
+    if not stacked or not leaf.ndim:
+        return tuple(range(leaf.ndim))
+    if not -leaf.ndim <= layers.axis < leaf.ndim:
+        raise ValueError(
+            f"{path_string(path)} has shape {leaf.shape} and no axis {layers.axis} of layers; "
+            "correct the pattern or the axis of Stacked."
+        )
+    return tuple(axis for axis in range(leaf.ndim) if axis != layers.axis % leaf.ndim)
+
+
+def map_layers(function: Callable[..., Any], layers: Stacked, tree: Any, *others: Any) -> Any:
+    """``function(axes, leaf, *other leaves)`` of all leaves, with the axes within a layer."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf, *rest: function(within_layer(path, leaf, layers), leaf, *rest),
+        tree,
+        *others,
+    )
+
+
+def layer_norm(axes: tuple[int, ...], x: jax.Array) -> jax.Array:
+    """The norm over the given axes, which are kept, in at least float32."""
+    return jnp.sqrt(jnp.sum(jnp.square(wide(x)), axis=axes, keepdims=True))
+
+
+def layer_rms(axes: tuple[int, ...], x: jax.Array) -> jax.Array:
+    """The root mean square over the given axes, which are kept, in at least float32."""
+    return jnp.sqrt(jnp.mean(jnp.square(wide(x)), axis=axes, keepdims=True))

@@ -1,0 +1,258 @@
+"""Clipping: by hand, layer by layer, and against the recurrences of the authors written out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import ravine
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ravine import stability as s
+
+EVERY = {
+    "clip_by_global_norm": lambda: s.clip_by_global_norm(1.0),
+    "clip_by_block_rms": lambda: s.clip_by_block_rms(1.0),
+    "with_update_clipping": lambda: s.with_update_clipping(ravine.scale_by_adam()),
+    "clip_adaptively": lambda: s.clip_adaptively(),
+    "adagc": lambda: s.adagc(warmup=2),
+    "zclip": lambda: s.zclip(warmup=2),
+    "spam": lambda: s.spam(ravine.scale_by_adam(), reset_every=3, rewarm=2, settle=1),
+    "clip_update_norm": lambda: s.clip_update_norm(warmup=2),
+}
+every = pytest.mark.parametrize("name", EVERY)
+WHOLE_TREE = ("clip_by_global_norm", "zclip", "clip_update_norm")
+LEARNS_FROM_NORMS = [
+    "clip_by_global_norm",
+    "clip_by_block_rms",
+    "clip_adaptively",
+    "adagc",
+    "zclip",
+]
+
+
+def tree(seed=0, dtype=jnp.float32, scale=1.0):
+    rng = np.random.default_rng(seed)
+    shapes = {"layers": {"kernel": (3, 4, 5), "scale": (3, 4)}, "head": (4, 6), "bias": (6,)}
+    make = lambda shape: jnp.asarray(scale * rng.normal(size=shape), dtype)
+    return jax.tree.map(make, shapes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def run(tx, gradients, params):
+    """All updates, and the last state."""
+    state, found, update = tx.init(params), [], jax.jit(tx.update)
+    for grads in gradients:
+        updates, state = update(grads, state, params)
+        found.append(updates)
+    return found, state
+
+
+@every
+def test_state_is_constant_and_bfloat16_stays_near_float32(name):
+    tx, params = EVERY[name](), tree()
+    gradients = [tree(seed, scale=10.0**seed) for seed in range(1, 5)]
+    found, state = run(tx, gradients, params)
+    shape = lambda x: (x.shape, x.dtype)
+    assert jax.tree.map(shape, state) == jax.tree.map(shape, tx.init(params))
+    low = [jax.tree.map(lambda g: g.astype(jnp.bfloat16), g) for g in gradients]
+    for a, b in zip(run(tx, low, params)[0], found, strict=True):
+        assert {x.dtype for x in jax.tree.leaves(a)} == {jnp.dtype(jnp.bfloat16)}
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+            np.testing.assert_allclose(
+                x.astype(jnp.float32), y, rtol=0.02, atol=0.02 * float(jnp.max(jnp.abs(y)))
+            )
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if name not in WHOLE_TREE])
+def test_stacked_layers_are_clipped_one_by_one(name):
+    """A stack is what a dictionary of its layers is; the whole of it would give another result."""
+    stacked = lambda t: {"layers": {"kernel": t["layers"]["kernel"]}}
+    apart = lambda t: {str(i): t["layers"]["kernel"][i] for i in range(3)}
+    uneven = jnp.array([1e-3, 1.0, 1e3])[:, None, None]
+    gradients = []
+    for seed in range(1, 5):
+        grads = tree(seed)
+        grads["layers"]["kernel"] *= uneven**seed
+        gradients.append(grads)
+    params = tree()
+    one, _ = run(EVERY[name](), list(map(stacked, gradients)), stacked(params))
+    other, _ = run(EVERY[name](), list(map(apart, gradients)), apart(params))
+    for a, b in zip(one, other, strict=True):
+        together = jnp.stack([b[str(i)] for i in range(3)])
+        np.testing.assert_allclose(a["layers"]["kernel"], together, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", LEARNS_FROM_NORMS)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_stays_where_it_is_and_is_not_learnt_from(name, value):
+    tx, params = EVERY[name](), tree()
+    good = [tree(seed) for seed in range(1, 4)]
+    bad = tree(9)
+    bad["head"] = bad["head"].at[1, 2].set(value)
+    found, state = run(tx, [*good, bad], params)
+    _, before = run(tx, good, params)
+    for x, old in zip(jax.tree.leaves(found[-1]), jax.tree.leaves(bad), strict=True):
+        np.testing.assert_array_equal(jnp.isfinite(x), jnp.isfinite(old))
+    jax.tree.map(np.testing.assert_array_equal, state, before)
+
+
+def test_global_norm_neither_overflows_nor_depends_on_the_mesh():
+    tx = s.clip_by_global_norm(1.0)
+    grads = jnp.full(100, 300.0, jnp.float16)
+    clipped, _ = tx.update(grads, tx.init(grads))
+    np.testing.assert_allclose(clipped.astype(jnp.float32), 0.1, rtol=1e-3)
+    np.testing.assert_array_equal(optax.clip_by_global_norm(1.0).update(grads, None)[0], 0)
+    huge = jnp.full(16, 1e30)  # finite, its squares are not
+    np.testing.assert_allclose(tx.update(huge, tx.init(huge))[0], 0.25, rtol=1e-5)
+    mesh = jax.make_mesh((8,), ("x",), (AxisType.Explicit,))
+    grads = jnp.arange(16.0)
+    sharded = jax.device_put(grads, NamedSharding(mesh, P("x")))
+    found, _ = jax.jit(tx.update)(sharded, tx.init(grads))
+    np.testing.assert_allclose(found, tx.update(grads, tx.init(grads))[0], rtol=1e-6)
+    small = jnp.array([0.3, 0.4])
+    np.testing.assert_array_equal(tx.update(small, tx.init(small))[0], small)
+
+
+def test_clip_adaptively_by_hand():
+    w = jnp.array([[3.0, 0.0], [4.0, 0.0]])
+    g = jnp.array([[0.0, 3.0], [10.0, 4.0]])
+    tx = s.clip_adaptively(0.1, eps=0.2)
+    clipped, _ = tx.update(g, tx.init(w), w)
+    # Columns: 10 against 0.1 * 5, and 5 against 0.1 * 0.2.
+    np.testing.assert_allclose(clipped, [[0.0, 0.012], [0.5, 0.016]], rtol=1e-6)
+    heads = jnp.ones((4, 2, 3))
+    tx = s.clip_adaptively(0.1, inputs=lambda path: (-3,))
+    clipped, _ = tx.update(heads, tx.init(heads), heads)
+    np.testing.assert_allclose(clipped, 0.1, rtol=1e-6)
+
+
+def test_update_clipping_is_that_of_the_paper():
+    b1, b2, eps = 0.9, 0.95, 1e-6
+    tx = s.with_update_clipping(ravine.scale_by_adam(b1, b2, eps), b2, eps)
+    theirs = s.with_update_clipping(optax.scale_by_adam(b1, b2, eps), b2, eps)
+    rng = np.random.default_rng(0)
+    gradients = [rng.normal(size=5) * 10.0 ** (seed % 3) for seed in range(12)]
+    m = v = 0.0
+    expected = []
+    for t, g in enumerate(gradients, start=1):
+        # Algorithm 2: the betas corrected, in place of the moments.
+        beta1 = b1 * (1 - b1 ** (t - 1)) / (1 - b1**t)
+        beta2 = b2 * (1 - b2 ** (t - 1)) / (1 - b2**t)
+        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
+        rms = np.sqrt(np.mean(g**2 / np.maximum(v, eps**2)))
+        expected.append(m / (np.sqrt(v) + eps) / max(1.0, rms))
+    gradients = [jnp.asarray(g, jnp.float32) for g in gradients]
+    for transformation in (tx, theirs):
+        with jax.numpy_dtype_promotion("standard"):  # Optax's needs it
+            found, _ = run(transformation, gradients, jnp.zeros(5))
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
+    with pytest.raises(ValueError, match="needs a direction whose state has one second moment"):
+        s.with_update_clipping(ravine.scale_by_lion()).init(jnp.zeros(3))
+
+
+def test_zclip_is_the_recurrence_of_its_authors():
+    """zclip.py, mode zscore with adaptive scaling, in plain Python."""
+    alpha, limit, max_norm, eps, warmup = 0.97, 2.5, 1.5, 1e-6, 5
+    rng = np.random.default_rng(0)
+    norms = np.abs(rng.normal(1, 0.2, 40))
+    norms[[12, 13, 30]] = [9.0, 2.5, 50.0]
+    buffer, mean, var, expected = [], None, None, []
+    for norm in norms:
+        if mean is None:
+            buffer.append(norm)
+            expected.append(min(1.0, max_norm / (norm + eps)))
+            if len(buffer) == warmup:
+                mean, var = np.mean(buffer), np.var(buffer)
+            continue
+        z = (norm - mean) / (var**0.5 + eps)
+        clip = mean + limit * var**0.5 / (z / limit) if z > limit else norm
+        lowest = min(clip, max_norm)
+        expected.append(lowest / (norm + eps) if norm > lowest else 1.0)
+        mean = alpha * mean + (1 - alpha) * clip
+        var = alpha * var + (1 - alpha) * (clip - mean) ** 2
+    tx = s.zclip(limit, alpha, max_norm=max_norm, warmup=warmup, eps=eps)
+    found, state = run(tx, [jnp.array([n], jnp.float32) for n in norms], jnp.zeros(1))
+    np.testing.assert_allclose(np.ravel(found), norms * expected, rtol=2e-5)
+    np.testing.assert_allclose([state.mean, state.variance], [mean, var], rtol=1e-4)
+
+
+def test_adagc_by_hand_and_with_gradients_that_start_at_zero():
+    tx = s.adagc(1.05, 0.5, warmup=2, warmup_norm=1.0)
+    params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
+    gradients = [(3.0, 4.0), (0.3, 0.0), (2.0, 0.4), (2.0, 0.4)]
+    made = [{"a": jnp.array([a]), "b": jnp.array([b])} for a, b in gradients]
+    found, _ = run(tx, made, params)
+    # Clipped to norm 1 as a whole; as it is, within it; 1.05 times the smallest norm so far, of which
+    # the zero of b is none; then the mean of usual and clipped norm.
+    a3 = 1.05 * 0.3
+    a4 = 1.05 * (0.5 * 0.3 + 0.5 * a3)
+    expected = [(0.6, 0.8), (0.3, 0.0), (a3, 0.4), (a4, 0.4)]
+    np.testing.assert_allclose([(f["a"][0], f["b"][0]) for f in found], expected, rtol=1e-6)
+
+
+def test_spam_is_the_recurrence_of_its_authors():
+    """galore_torch/SPAM.py for one dense parameter, in plain Python; spikes, a reset, its warm-up."""
+    b1, b2, eps, threshold, every, rewarm, settle = 0.9, 0.99, 1e-6, 50.0, 12, 5, 3
+    rng = np.random.default_rng(0)
+    gradients = rng.normal(size=(30, 4))
+    gradients[[7, 20]] *= 1e3
+    m, v, expected = np.zeros(4), np.zeros(4), []
+    for t, gradient in enumerate(gradients, start=1):
+        g, since = gradient.copy(), t % every
+        if since == 0:
+            m, v = np.zeros(4), np.zeros(4)
+        spikes = g**2 > threshold * v
+        if t >= settle and since >= settle:
+            g[spikes] = np.sign(g[spikes]) * np.sqrt(threshold * v[spikes])
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+        size = np.sqrt(1 - b2**t) / (1 - b1**t)
+        warming = t >= every and since < rewarm
+        cosine = (1 + np.cos(np.pi * since / (rewarm + 1))) / 2
+        factor = 1 - 0.99 * cosine if warming else 1.0
+        expected.append(size * m / (np.sqrt(v) + eps / 1e6) * factor)
+    adam = ravine.scale_by_adam(b1, b2, 1e-12)
+    tx = s.spam(adam, threshold=threshold, reset_every=every, rewarm=rewarm, settle=settle)
+    found, _ = run(tx, [jnp.asarray(g, jnp.float32) for g in gradients], jnp.zeros(4))
+    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=1e-6)
+
+
+def test_spam_lets_late_elements_start():
+    tx = s.spam(ravine.scale_by_adam(), settle=2)
+    gradients = [jnp.array([1.0, 0.0])] * 4 + [jnp.array([1.0, 1.0])] * 2
+    found, _ = run(tx, gradients, jnp.zeros(2))
+    assert float(found[-1][1]) > 0.1
+
+
+def test_clipped_updates_do_not_lower_the_limit_to_nothing():
+    tx = s.clip_update_norm(warmup=4, window=8, deviations=2.0)
+    found, _ = run(tx, [jnp.array([u]) for u in [1.0] * 6 + [5.0] * 20], jnp.zeros(1))
+    norms = np.ravel(found)
+    assert norms[6] == pytest.approx(1.02, rel=1e-5)
+    assert norms[-1] == 5.0  # the new level
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: s.clip_by_global_norm(0.0), "max_norm must be positive"),
+        (lambda: s.clip_by_block_rms(-1.0), "max_rms must be positive"),
+        (lambda: s.clip_adaptively(0.0), "ratio must be positive"),
+        (lambda: s.adagc(0.9), "ratio must be at least 1"),
+        (lambda: s.adagc(decay=1.0), "decay must lie in"),
+        (lambda: s.zclip(warmup=0), "warmup must be a whole number"),
+        (lambda: s.zclip(float("nan")), "z_threshold must be positive"),
+        (lambda: s.spam(ravine.scale_by_adam(), threshold=0.0), "threshold must be positive"),
+        (lambda: s.spam(ravine.scale_by_adam(), reset_every=0), "reset_every must be a whole"),
+        (lambda: s.spam(optax.identity()).init(jnp.zeros(1)), "spam needs a direction"),
+        (lambda: s.clip_update_norm(window=0), "window must be a whole number"),
+        (lambda: s.clip_update_norm(window=8), "warmup must be at most the window of 8"),
+        (
+            lambda: s.clip_by_block_rms(layers=s.Stacked("", 3)).update(jnp.ones((2, 2)), None),
+            "no axis 3 of layers",
+        ),
+        (lambda: s.clip_adaptively().update(jnp.ones(1), None), "clip_adaptively needs the param"),
+    ],
+)
+def test_bad_input_is_refused(call, match):
+    with pytest.raises(ValueError, match=match):
+        call()

@@ -1,0 +1,340 @@
+"""Losses: finite differences, extreme logits, masks, documents; fused against the logits held."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from ravine.stability import (
+    cross_entropy,
+    document_weights,
+    fused_cross_entropy,
+    log_sum_exp,
+    next_token_loss,
+    soft_cap,
+    token_mean,
+)
+from ravine.training.hlo import collectives
+
+EVERYTHING = {"z_loss": 1e-2, "cap": 3.0, "label_smoothing": 0.1}
+OPTIONS = {
+    "plain": {},
+    "z_loss": {"z_loss": 1e-2},
+    "cap": {"cap": 3.0},
+    "smoothing": {"label_smoothing": 0.1},
+    "everything": EVERYTHING,
+}
+options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+
+
+def problem(tokens, vocabulary, width=8, dtype=np.float32, seed=0):
+    rng = np.random.default_rng(seed)
+    hidden = jnp.asarray(rng.normal(size=(tokens, width)), dtype)
+    unembedding = jnp.asarray(rng.normal(size=(width, vocabulary)), dtype)
+    labels = jnp.asarray(rng.integers(0, vocabulary, tokens), jnp.int32)
+    weights = jnp.asarray(rng.choice([0.0, 0.5, 1.0, 2.0], tokens), jnp.float32)
+    return hidden, unembedding, labels, weights
+
+
+def naive(hidden, unembedding, labels, weights=None, **options):
+    parts = cross_entropy(hidden @ unembedding, labels, **options)
+    return token_mean(parts.loss + parts.z_loss, weights), parts
+
+
+def with_gradient(function, **fixed):
+    """Loss, parts and the gradients of hidden states and unembedding."""
+    return jax.jit(jax.value_and_grad(functools.partial(function, **fixed), (0, 1), has_aux=True))
+
+
+def assert_gradient(function, *arguments, step=1e-5):
+    """The derivative along a random direction against central differences, in float64."""
+    rng = np.random.default_rng(7)
+    directions = [jnp.asarray(rng.normal(size=x.shape)) for x in arguments]
+
+    @jax.jit
+    def both():
+        moved = lambda h: function(*(x + h * d for x, d in zip(arguments, directions, strict=True)))
+        grads = jax.grad(function, tuple(range(len(arguments))))(*arguments)
+        analytic = sum(jnp.vdot(g, d) for g, d in zip(grads, directions, strict=True))
+        return analytic, (moved(step) - moved(-step)) / (2 * step)
+
+    analytic, numeric = both()
+    assert abs(float(analytic)) > 1e-3  # or the comparison would say little
+    np.testing.assert_allclose(analytic, numeric, rtol=1e-6)
+
+
+@options
+def test_gradients_equal_finite_differences(options):
+    with jax.enable_x64(True):
+        hidden, unembedding, labels, weights = problem(7, 13, dtype=np.float64)
+        weights, labels = weights.astype(jnp.float64), labels % 12
+        where = jnp.arange(13, dtype=jnp.int32)[None] != (labels[:, None] + 1) % 13
+
+        def held(logits):
+            parts = cross_entropy(logits, labels, where=where, **options)
+            return token_mean(parts.loss + parts.z_loss, weights)
+
+        def fused(hidden, unembedding):
+            loss, _ = fused_cross_entropy(
+                hidden, unembedding, labels, weights=weights, chunk=3, vocabulary=12, **options
+            )
+            return loss
+
+        assert_gradient(held, hidden @ unembedding)
+        assert_gradient(fused, hidden, unembedding)
+
+
+def test_gradients_of_the_pieces_equal_finite_differences():
+    with jax.enable_x64(True):
+        logits = problem(7, 13, dtype=np.float64)[0]
+        where = logits > -0.5
+        targets = jnp.zeros((1, 7), int)
+        assert_gradient(lambda z: jnp.sum(log_sum_exp(z, where) ** 2), logits)
+        assert_gradient(lambda z: jnp.sum(soft_cap(z, 0.7) ** 2 * logits), logits)
+        assert_gradient(lambda z: next_token_loss(z[None], targets), logits)
+
+
+@pytest.mark.parametrize(("tokens", "vocabulary"), [(37, 257), (9, 32768), (5, 50257)])
+def test_fused_equals_naive(tokens, vocabulary):
+    hidden, unembedding, labels, weights = problem(tokens, vocabulary)
+    for name in ("plain", "everything"):
+        fixed = {"labels": labels, "weights": weights, **OPTIONS[name]}
+        fused = with_gradient(fused_cross_entropy, chunk=4, **fixed)
+        (loss, parts), grads = fused(hidden, unembedding)
+        (expected, expected_parts), expected_grads = with_gradient(naive, **fixed)(
+            hidden, unembedding
+        )
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+        expected_parts = [jnp.where(weights > 0, part, 0) for part in expected_parts]
+        for a, b in zip((*parts, *grads), (*expected_parts, *expected_grads), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.max(jnp.abs(b))))
+
+
+@pytest.mark.parametrize("vocabulary", [257, 50257])
+def test_fused_in_bfloat16_is_near_float32(vocabulary):
+    hidden, unembedding, labels, weights = problem(11, vocabulary)
+    fixed = {"labels": labels, "weights": weights, **EVERYTHING}
+    (expected, _), expected_grads = with_gradient(naive, **fixed)(hidden, unembedding)
+    fused = with_gradient(fused_cross_entropy, chunk=4, **fixed)
+    (loss, _), grads = fused(hidden.astype(jnp.bfloat16), unembedding)
+    assert loss.dtype == jnp.float32
+    assert [g.dtype for g in grads] == [jnp.bfloat16, jnp.float32]
+    np.testing.assert_allclose(loss, expected, rtol=2e-2)
+    for a, b in zip(grads, expected_grads, strict=True):
+        difference = jnp.linalg.norm(a.astype(jnp.float32) - b)
+        assert float(difference) <= 2e-2 * float(jnp.linalg.norm(b))
+
+
+def test_padded_columns_are_no_phantoms():
+    hidden, unembedding, labels, _ = problem(6, 257)
+    padded = jnp.pad(unembedding, ((0, 0), (0, 7)), constant_values=5.0)
+    fused = lambda w, **more: fused_cross_entropy(hidden, w, labels, **EVERYTHING, **more)[0]
+    loss, grads = jax.jit(jax.value_and_grad(functools.partial(fused, vocabulary=257)))(padded)
+    np.testing.assert_allclose(loss, fused(unembedding), rtol=1e-6)
+    np.testing.assert_array_equal(grads[:, 257:], 0)
+    where = jnp.arange(264)[None] < 257
+    parts = cross_entropy(hidden @ padded, labels, where=where, **EVERYTHING)
+    np.testing.assert_allclose(loss, token_mean(parts.loss + parts.z_loss), rtol=1e-6)
+
+
+def auto_mesh(axes):
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), (AxisType.Auto,) * len(axes))
+
+
+def sharded_loss(mesh, vocabulary, labels, weights):
+    def loss(hidden, unembedding, labels, weights):
+        return fused_cross_entropy(
+            hidden,
+            unembedding,
+            labels,
+            weights=weights,
+            chunk=8,
+            vocabulary=vocabulary,
+            vocabulary_axis="v",
+            token_axes="t" if "t" in mesh.axis_names else (),
+            **EVERYTHING,
+        )[0]
+
+    rows = P("t") if "t" in mesh.axis_names else P()
+    inner = jax.shard_map(loss, mesh=mesh, in_specs=(rows, P(None, "v"), rows, rows), out_specs=P())
+    return lambda hidden, unembedding: inner(hidden, unembedding, labels, weights)
+
+
+@pytest.mark.parametrize("axes", [{"v": 8}, {"t": 2, "v": 4}], ids=["vocabulary", "both"])
+def test_sharded_vocabulary_equals_one_device(axes):
+    hidden, unembedding, labels, weights = problem(34, 257)
+    padded = jnp.pad(unembedding, ((0, 0), (0, 7)))
+    mesh = auto_mesh(axes)
+    loss = sharded_loss(mesh, 257, labels, weights)
+    found, grads = jax.jit(jax.value_and_grad(loss, (0, 1)))(hidden, padded)
+    expected = with_gradient(naive, labels=labels, weights=weights, **EVERYTHING)
+    (expected, _), expected_grads = expected(hidden, unembedding)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    for a, b in zip((grads[0], grads[1][:, :257]), expected_grads, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.max(jnp.abs(b))))
+    np.testing.assert_array_equal(grads[1][:, 257:], 0)
+
+
+def test_sharded_vocabulary_exchanges_scalars_of_tokens_only():
+    tokens, width = 32, 64
+    hidden, unembedding, labels, weights = problem(tokens, 264, width=width)
+    mesh = auto_mesh({"v": 8})
+    loss = sharded_loss(mesh, 257, labels, weights)
+    forward = collectives(jax.jit(loss).lower(hidden, unembedding).compile().as_text())
+    assert forward
+    assert all(c.kind == "all-reduce" and c.bytes <= 3 * 8 * 4 for c in forward)  # chunks of 8
+    both = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(hidden, unembedding).compile()
+    found = collectives(both.as_text())
+    # One sum of the hidden states' gradient, outside the loop: every device has the part of its columns.
+    large = [c for c in found if c.bytes > 3 * 8 * 4]
+    assert [(c.kind, c.bytes, c.in_loop) for c in large] == [
+        ("all-reduce", tokens * width * 4, False)
+    ]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_extreme_logits_are_finite(dtype):
+    logits = jnp.array([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4], [0.0, -jnp.inf, 1.0]], dtype)
+    labels = jnp.array([0, 1, 2])
+
+    def loss(logits):
+        parts = cross_entropy(logits, labels, z_loss=1e-4)
+        return jnp.sum(parts.loss), parts
+
+    (total, parts), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(logits)
+    low = float(logits[1, 0])
+    expected = [0.0, math.log(3), math.log(1 + math.exp(-1))]
+    np.testing.assert_allclose(parts.loss, expected, rtol=1e-3, atol=2e-3)
+    np.testing.assert_allclose(parts.log_normalizer[1], low + math.log(3), rtol=1e-6)
+    assert bool(jnp.isfinite(total))
+    assert bool(jnp.all(jnp.isfinite(grads)))
+
+
+def test_fused_with_extreme_hidden_states_is_finite():
+    hidden = jnp.array([[1e4], [-1e4]])
+    loss, grads = jax.value_and_grad(
+        lambda h: fused_cross_entropy(h, jnp.array([[1.0, -1.0, 0.5]]), jnp.array([0, 1]))[0]
+    )(hidden)
+    np.testing.assert_allclose(loss, 0, atol=1e-6)
+    np.testing.assert_array_equal(grads, 0)
+
+
+def test_a_row_in_which_nothing_counts_costs_nothing():
+    logits = jnp.array([[1.0, 2.0], [jnp.nan, 3.0], [-jnp.inf, -jnp.inf]])
+    where = jnp.array([[True, True], [False, False], [True, True]])
+
+    def loss(logits):
+        parts = cross_entropy(
+            logits, jnp.array([0, 1, 0]), where=where, z_loss=1e-2, label_smoothing=0.1
+        )
+        return jnp.sum(parts.loss + parts.z_loss), parts
+
+    (_, parts), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(logits)
+    np.testing.assert_array_equal(parts.loss[1:], 0)
+    np.testing.assert_array_equal(parts.z_loss[1:], 0)
+    np.testing.assert_array_equal(grads[1:], 0)
+    assert bool(jnp.all(jnp.isfinite(grads)))
+    assert float(log_sum_exp(logits[2])) == -math.inf
+
+
+def test_logits_that_are_not_numbers_show():
+    logits = jnp.array([[jnp.nan, 1.0], [0.0, 0.0]])
+    for loss in (
+        cross_entropy(logits, jnp.array([1, 0])).loss,
+        fused_cross_entropy(logits, jnp.eye(2), jnp.array([1, 0]))[1].loss,
+    ):
+        np.testing.assert_array_equal(jnp.isnan(loss), [True, False])
+    assert bool(jnp.isnan(next_token_loss(logits[None], jnp.array([[1, 0]]))))
+    everywhere = jnp.full((2, 64), jnp.nan)
+    assert bool(jnp.all(jnp.isnan(cross_entropy(everywhere, jnp.array([1, 0])).loss)))
+
+
+def test_parts_by_hand():
+    logits = jnp.log(jnp.array([[0.5, 0.25, 0.25]])) + 2.0
+    parts = cross_entropy(logits, jnp.array([1]), z_loss=0.5)
+    np.testing.assert_allclose(parts.loss, math.log(4), rtol=1e-6)  # without the z-loss
+    np.testing.assert_allclose(parts.log_normalizer, 2.0, rtol=1e-6)
+    np.testing.assert_allclose(parts.z_loss, 2.0, rtol=1e-6)
+    smooth = cross_entropy(logits, jnp.array([1]), label_smoothing=0.3)
+    target = np.array([0.1, 0.8, 0.1])
+    expected = -float(target @ np.log([0.5, 0.25, 0.25]))
+    np.testing.assert_allclose(smooth.loss, expected, rtol=1e-6)
+
+
+def test_documents_end_where_the_next_begins():
+    documents = jnp.array([[0, 0, 1, 1, -1], [2, 2, 2, 3, 3]])
+    weights = document_weights(documents)
+    np.testing.assert_array_equal(weights, [[1, 0, 1, 0], [1, 1, 0, 1]])
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.normal(size=(2, 4, 5)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, 5, (2, 4)))
+    inside = next_token_loss(logits, targets, documents_BxT1=documents)
+    np.testing.assert_allclose(inside, next_token_loss(logits, targets, weights), rtol=1e-6)
+
+
+def test_the_mean_is_over_the_tokens_of_all_devices():
+    logits, _, _, _ = problem(8, 1, width=5)
+    logits, targets = logits[:, None], jnp.zeros((8, 1), jnp.int32)
+    weights = jnp.arange(8.0)[:, None]  # not a mean of means
+    mesh = auto_mesh({"t": 8})
+    loss = jax.shard_map(
+        functools.partial(next_token_loss, axis_name="t"),
+        mesh=mesh,
+        in_specs=P("t"),
+        out_specs=P(),
+    )
+    both = jax.jit(jax.value_and_grad(next_token_loss))
+    expected, expected_grads = both(logits, targets, weights)
+    found, grads = jax.jit(jax.value_and_grad(loss))(logits, targets, weights)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(grads, expected_grads, rtol=1e-5, atol=1e-7)
+
+
+def test_labels_out_of_range():
+    hidden, unembedding, labels, _ = problem(4, 5)
+    bad = labels.at[2].set(5)
+    for function in (naive, fused_cross_entropy):
+        with pytest.raises(ValueError, match=r"label 5 at \(2,\) is not in \[0, 5\)"):
+            function(hidden, unembedding, bad)
+        # Where it cannot be seen, it is not some other token, and not passed over.
+        parts = jax.jit(function)(hidden, unembedding, bad)[1]
+        np.testing.assert_array_equal(jnp.isnan(parts.loss), [False, False, True, False])
+    weights = jnp.array([1.0, 1.0, 0.0, 1.0])
+    ignored = labels.at[2].set(-100)
+    loss, _ = fused_cross_entropy(hidden, unembedding, ignored, weights=weights)
+    np.testing.assert_allclose(loss, naive(hidden, unembedding, labels, weights)[0], rtol=1e-6)
+    loss = next_token_loss((hidden @ unembedding)[None], ignored[None], weights[None])
+    np.testing.assert_allclose(loss, naive(hidden, unembedding, labels, weights)[0], rtol=1e-6)
+
+
+H, W, L = jnp.zeros((4, 3)), jnp.zeros((3, 5)), jnp.zeros(4, int)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda: cross_entropy(H, jnp.zeros(3, int)), ValueError, r"\(4, 3\) and \(3,\)"),
+        (lambda: cross_entropy(H, jnp.zeros(4)), TypeError, "labels must be integers"),
+        (lambda: cross_entropy(H, L, cap=0.0), ValueError, "cap must be positive"),
+        (lambda: cross_entropy(H, L, z_loss=-1.0), ValueError, "z_loss must be finite and not neg"),
+        (lambda: cross_entropy(H, L, label_smoothing=1.0), ValueError, "label_smoothing must lie"),
+        (lambda: fused_cross_entropy(H, W.T, L), ValueError, "transpose of a tied embedding"),
+        (lambda: fused_cross_entropy(H, W, L[:3]), ValueError, "hidden must have the shape"),
+        (lambda: fused_cross_entropy(H, W, L, weights=L[:3]), ValueError, "weights must have"),
+        (lambda: fused_cross_entropy(H, W, L, chunk=0), ValueError, "chunk must be a whole number"),
+        (lambda: fused_cross_entropy(H, W, L, vocabulary=6), ValueError, r"vocabulary .* \[1, 5\]"),
+        (lambda: fused_cross_entropy(H, W, L, cap=-1.0), ValueError, "cap must be positive"),
+        (
+            lambda: next_token_loss(H[None], L[None], documents_BxT1=L[None]),
+            ValueError,
+            "one column more than the targets",
+        ),
+    ],
+)
+def test_bad_input_is_refused(call, error, match):
+    with pytest.raises(error, match=match):
+        call()
