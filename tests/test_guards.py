@@ -15,6 +15,13 @@ STEPS = 30
 WARMUP, PATIENCE, WINDOW = 4, 12, 16
 
 
+def slow(*values):
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+(ROBUST,) = slow("robust")
+
+
 def params():
     rng = np.random.default_rng(0)
     tree = {"matrix": rng.normal(size=(4, 3)), "vector": rng.normal(size=3)}
@@ -138,7 +145,7 @@ def assert_no_trace(kind, clean, position, bad_ones):
     return last
 
 
-@pytest.mark.parametrize("kind", ["finite", "skip", "robust"])
+@pytest.mark.parametrize("kind", ["finite", "skip", ROBUST])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_is_not_finite_leaves_no_trace_at_any_position(kind, fault):
     clean = series()
@@ -149,7 +156,7 @@ def test_what_is_not_finite_leaves_no_trace_at_any_position(kind, fault):
             assert int(last.not_finite) == 1
 
 
-@pytest.mark.parametrize("kind", ["skip", "robust"])
+@pytest.mark.parametrize("kind", ["skip", ROBUST])
 @pytest.mark.parametrize("fault", SPIKES)
 def test_a_spike_leaves_no_trace_at_any_position(kind, fault):
     clean = series()
@@ -158,7 +165,7 @@ def test_a_spike_leaves_no_trace_at_any_position(kind, fault):
         assert int(assert_no_trace(kind, clean, position, [bad]).not_finite) == 0
 
 
-@pytest.mark.parametrize("kind", ["skip", "robust"])
+@pytest.mark.parametrize("kind", ["skip", ROBUST])
 def test_ten_spikes_in_a_row_leave_no_trace_at_any_position(kind):
     clean = series()
     for position in range(WARMUP, STEPS + 1):
@@ -174,8 +181,8 @@ def test_what_is_not_finite_does_not_wear_out_patience():
     assert int(last.not_finite) == PATIENCE + 1
 
 
-@pytest.mark.parametrize("kind", ["skip", "robust"])
-@pytest.mark.parametrize("position", [WARMUP, 13, 25])
+@pytest.mark.parametrize("kind", ["skip", ROBUST])
+@pytest.mark.parametrize("position", [WARMUP, *slow(13, 25)])
 def test_a_true_shift_of_level_is_let_in_after_patience_and_becomes_the_level(kind, position):
     low, high = series(position), spoil_everywhere(series(STEPS, seed=2), 1e3)
     high["loss"] = high["loss"] + np.float32(5)
@@ -234,7 +241,7 @@ def test_the_state_is_constant_and_restores_from_a_checkpoint(tmp_path):
     assert bits(again) == bits(expected)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.float16, *slow(jnp.bfloat16)])
 def test_low_precision_gradients_and_extra_arguments_pass(dtype):
     seen = []
 

@@ -28,7 +28,14 @@ OPTIONS = {
     "smoothing": {"label_smoothing": 0.1},
     "everything": EVERYTHING,
 }
-options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+EACH = ("z_loss", "cap", "smoothing")
+options = pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(value, id=name, marks=[pytest.mark.slow] if name in EACH else [])
+        for name, value in OPTIONS.items()
+    ],
+)
 
 
 def problem(tokens, vocabulary, width=8, dtype=np.float32, seed=0):
@@ -114,7 +121,7 @@ def test_fused_equals_naive(tokens, vocabulary):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.max(jnp.abs(b))))
 
 
-@pytest.mark.parametrize("vocabulary", [257, 50257])
+@pytest.mark.parametrize("vocabulary", [257, pytest.param(50257, marks=pytest.mark.slow)])
 def test_fused_in_bfloat16_is_near_float32(vocabulary):
     hidden, unembedding, labels, weights = problem(11, vocabulary)
     fixed = {"labels": labels, "weights": weights, **EVERYTHING}
@@ -164,7 +171,10 @@ def sharded_loss(mesh, vocabulary, labels, weights):
     return lambda hidden, unembedding: inner(hidden, unembedding, labels, weights)
 
 
-@pytest.mark.parametrize("axes", [{"v": 8}, {"t": 2, "v": 4}], ids=["vocabulary", "both"])
+@pytest.mark.parametrize(
+    "axes",
+    [pytest.param({"v": 8}, id="vocabulary", marks=pytest.mark.slow), {"t": 2, "v": 4}],
+)
 def test_sharded_vocabulary_equals_one_device(axes):
     hidden, unembedding, labels, weights = problem(34, 257)
     padded = jnp.pad(unembedding, ((0, 0), (0, 7)))
@@ -196,7 +206,7 @@ def test_sharded_vocabulary_exchanges_scalars_of_tokens_only():
     ]
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("dtype", [jnp.float16, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 def test_extreme_logits_are_finite(dtype):
     logits = jnp.array([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4], [0.0, -jnp.inf, 1.0]], dtype)
     labels = jnp.array([0, 1, 2])
