@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import optax
 
 
-def _is_number(value: Any) -> bool:
-    # Traced or array hyperparameters (optax.inject_hyperparams) carry no value to check.
+def is_number(value: Any) -> bool:
+    """Whether there is a value to check; traced and array hyperparameters have none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_decay_rates(**rates: Any) -> None:
     """Raises unless every exponential decay rate (a beta) lies in [0, 1)."""
     for name, rate in rates.items():
-        if _is_number(rate) and not 0.0 <= rate < 1.0:
+        if is_number(rate) and not 0.0 <= rate < 1.0:
             raise ValueError(
                 f"{name} must lie in [0, 1), got {rate!r}; common values are 0.9 to 0.999."
             )
@@ -25,14 +25,14 @@ def check_decay_rates(**rates: Any) -> None:
 def check_non_negative(**values: Any) -> None:
     """Raises unless every value is finite and at least zero."""
     for name, value in values.items():
-        if _is_number(value) and not (math.isfinite(value) and value >= 0.0):
+        if is_number(value) and not (math.isfinite(value) and value >= 0.0):
             raise ValueError(f"{name} must be finite and not negative, got {value!r}.")
 
 
 def check_some_eps(eps: Any, eps_root: Any) -> None:
     """Raises when nothing keeps a root of zero away from a denominator."""
     check_non_negative(eps=eps, eps_root=eps_root)
-    if _is_number(eps) and _is_number(eps_root) and eps == 0 and eps_root == 0:
+    if is_number(eps) and is_number(eps_root) and eps == 0 and eps_root == 0:
         raise ValueError(
             "eps and eps_root are both 0, so a parameter whose gradients are all zero would be "
             "updated by 0/0; give eps > 0."

@@ -5,16 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-
-def wide_dtype(*dtypes: Any) -> Any:
-    """The widest of `dtypes` and float32, the dtype in which arithmetic is done."""
-    is_double = any(jnp.dtype(dtype) == jnp.float64 for dtype in dtypes)
-    return jnp.dtype(jnp.float64 if is_double else jnp.float32)
-
-
-def wide(x: jax.Array) -> jax.Array:
-    """`x` in at least float32."""
-    return x.astype(wide_dtype(x.dtype))
+from ..optimizers._arithmetic import wide, wide_dtype
 
 
 def scale(x: jax.Array, factor: jax.Array) -> jax.Array:

@@ -7,29 +7,20 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+from ..optimizers._checks import is_number
 
 
 def check_positive(**values: Any) -> None:
     """Raises unless every value that is a number is finite and more than zero; None passes."""
     for name, value in values.items():
-        if _is_number(value) and not (math.isfinite(value) and value > 0):
+        if is_number(value) and not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name} must be positive and finite, got {value!r}.")
-
-
-def check_non_negative(**values: Any) -> None:
-    """Raises unless every value that is a number is finite and at least zero."""
-    for name, value in values.items():
-        if _is_number(value) and not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} must be finite and not negative, got {value!r}.")
 
 
 def check_share(**values: Any) -> None:
     """Raises unless every value that is a number lies in [0, 1)."""
     for name, value in values.items():
-        if _is_number(value) and not 0 <= value < 1:
+        if is_number(value) and not 0 <= value < 1:
             raise ValueError(f"{name} must lie in [0, 1), got {value!r}.")
 
 
@@ -44,12 +35,6 @@ def check_cap(cap: Any) -> None:
     """Raises unless the cap is None or positive and finite."""
     if cap is not None and not (math.isfinite(cap) and cap > 0):
         raise ValueError(f"cap must be positive and finite, got {cap!r}; None means no cap.")
-
-
-def check_params_given(params: Any, what: str) -> None:
-    """Raises when `update` was called without the parameters a rule needs."""
-    if params is None:
-        raise ValueError(f"{what} needs the parameters: call tx.update(grads, state, params).")
 
 
 def check_extra_given(value: Any, name: str, what: str) -> None:

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..optimizers._checks import check_params_given
+from ..optimizers._transformation import transformation
 from ._arithmetic import global_norm, scale
-from ._checks import check_params_given, check_positive, check_share, check_whole
+from ._checks import check_positive, check_share, check_whole
 from ._layers import STACKED, Stacked, layer_norm, map_layers, path_string, within_layer
-from ._transformation import transformation
 
 
 def clip_adaptively(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ._arithmetic import wide, wide_dtype
+from ..optimizers._arithmetic import wide, wide_dtype
 from ._checks import check_positive
 from .soft_cap import soft_cap
 

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..optimizers._transformation import transformation
 from ._arithmetic import global_norm, scale
 from ._checks import check_positive
 from ._layers import STACKED, Stacked, layer_rms, map_layers
-from ._transformation import transformation
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:

@@ -5,8 +5,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ._arithmetic import wide
-from ._checks import check_labels, check_non_negative, check_share
+from ..optimizers._arithmetic import wide
+from ..optimizers._checks import check_non_negative
+from ._checks import check_labels, check_share
 from .log_sum_exp import log_sum_exp
 from .soft_cap import soft_cap
 

@@ -17,14 +17,9 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
-from ._arithmetic import wide_dtype
-from ._checks import (
-    check_labels,
-    check_non_negative,
-    check_same_shape,
-    check_share,
-    check_whole,
-)
+from ..optimizers._arithmetic import wide_dtype
+from ..optimizers._checks import check_non_negative
+from ._checks import check_labels, check_same_shape, check_share, check_whole
 from .cross_entropy import CrossEntropy
 from .soft_cap import soft_cap
 

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..optimizers._transformation import with_extra_args
 from ._arithmetic import global_norm
 from ._checks import check_extra_given, check_positive, check_whole
-from ._transformation import with_extra_args
 from ._window import Window, empty_window, push, threshold
 
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from ._arithmetic import wide
+from ..optimizers._arithmetic import wide
 
 
 def log_sum_exp(

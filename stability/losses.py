@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from ._arithmetic import wide
+from ..optimizers._arithmetic import wide
 from ._checks import check_labels, check_same_shape
 from .cross_entropy import cross_entropy
 

@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._arithmetic import global_norm, wide
-from ._checks import check_params_given, check_positive, check_whole
+from ..optimizers._arithmetic import wide
+from ..optimizers._checks import check_params_given
+from ..optimizers._transformation import with_extra_args
+from ._arithmetic import global_norm
+from ._checks import check_positive, check_whole
 from ._layers import STACKED, Stacked, path_string, within_layer
 from ._moments import moment_leaves
-from ._transformation import with_extra_args
 from ._window import Window, empty_window, push, threshold
 from .log_sum_exp import log_sum_exp
 

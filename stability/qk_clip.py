@@ -26,10 +26,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._arithmetic import wide
-from ._checks import check_extra_given, check_params_given, check_positive
+from ..optimizers._arithmetic import wide
+from ..optimizers._checks import check_params_given
+from ..optimizers._transformation import with_extra_args
+from ._checks import check_extra_given, check_positive
 from ._layers import path_string
-from ._transformation import with_extra_args
 
 Part = Literal["own", "shared", "fixed"]
 

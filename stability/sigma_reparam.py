@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ._arithmetic import wide
+from ..optimizers._arithmetic import wide
 
 PRECISION = jax.lax.Precision.HIGHEST
 

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._arithmetic import wide
+from ..optimizers._arithmetic import wide
+from ..optimizers._transformation import with_extra_args
 from ._checks import check_positive, check_whole
 from ._moments import map_moments, moment_state
-from ._transformation import with_extra_args
 
 
 class SpamState(NamedTuple):

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._arithmetic import wide
-from ._checks import check_params_given
+from ..optimizers._arithmetic import wide
+from ..optimizers._checks import check_params_given
+from ..optimizers._transformation import transformation
 from ._layers import path_string
-from ._transformation import transformation
 
 Axis = int | Callable[[str], int | None]
 

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._arithmetic import global_norm, scale, wide
+from ..optimizers._arithmetic import wide
+from ..optimizers._transformation import transformation, with_extra_args
+from ._arithmetic import global_norm, scale
 from ._checks import check_positive, check_share, check_whole
 from ._layers import STACKED, Stacked, layer_rms, map_layers
 from ._moments import moment_state
-from ._transformation import transformation, with_extra_args
 from ._window import Window, empty_window, push, threshold
 
 

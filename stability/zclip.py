@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..optimizers._transformation import transformation
 from ._arithmetic import global_norm, scale
 from ._checks import check_positive, check_share, check_whole
-from ._transformation import transformation
 
 
 class ZClipState(NamedTuple):
