@@ -16,11 +16,15 @@ race: $(STAMP)
 	@echo "==> race: optimizers train the same language model on this Python's own source text"
 	$(BIN)/python -m ravine race $(RACE)
 
+# Tests that train, or that are held to rounding, run on code compiled as for users; see tests/conftest.py.
+AS_USERS := $(patsubst %,tests/test_%.py,mesh trainer_mesh processes model race notebooks sophia \
+	devices_keep_training orthogonalize)
+
 test: $(STAMP)
-	@echo "==> test: all tests, on 8 virtual CPU devices, 2 processes"
-	$(PYTEST) -n 2 --dist loadgroup -m "not slow and not pods" --ignore tests/test_mesh.py
-	@echo "==> test: meshes, compiled as for users (see tests/conftest.py)"
-	XLA_FLAGS= $(PYTEST) -n 2 -m "not slow" tests/test_mesh.py
+	@echo "==> test: all tests, on 8 virtual CPU devices, 2 processes: first those of small programs"
+	$(PYTEST) -n 2 --dist loadgroup -m "not slow and not pods" $(AS_USERS:%=--ignore=%)
+	@echo "==> test: then those compiled as for users"
+	XLA_FLAGS= $(PYTEST) -n 2 --dist loadgroup -m "not slow and not pods" $(AS_USERS)
 
 test-slow: $(STAMP)
 	@echo "==> test-slow: the long sweeps"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the time of small tests is compilation, and the kernels of old are compiled in half of it.
-# XLA_FLAGS="" runs tests on those that users have, as `make test` does with the meshes. An XLA that does
-# not know a flag ends the process, hence the version.
+# XLA_FLAGS="" runs tests on those that users have, as `make test` does where it matters: they run faster
+# and round otherwise. An XLA that does not know a flag ends the process, hence the version.
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
@@ -22,6 +22,13 @@ _CACHE = Path(__file__).parents[1] / ".cache" / "jax"
 jax.config.update("jax_compilation_cache_dir", str(_CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget():
+    """What a file has compiled is of no use to the next, and grows to gigabytes."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

@@ -17,10 +17,10 @@ from nbclient import NotebookClient
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 LOCAL_PATH = re.compile(r"(?<![\w.:/<])/\w[\w.-]*/\w|\b[A-Z]:\\+\w|site-packages")
 
-pytestmark = [
-    pytest.mark.xdist_group("notebooks"),
-    pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem),
-]
+pytestmark = pytest.mark.xdist_group("notebooks")
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+# Two minutes of training; what it shows is tested in test_devices_keep_training.py.
+LONG = ("staying_alive",)
 
 
 class ThisInterpreter(AsyncKernelManager):
@@ -47,6 +47,10 @@ def kinds(cell):
     return shown
 
 
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=[pytest.mark.slow] * (p.stem in LONG), id=p.stem) for p in NOTEBOOKS],
+)
 def test_runs_and_shows_what_is_committed(path, tmp_path, monkeypatch):
     committed = nbformat.read(path, as_version=4)
     fresh = nbformat.read(path, as_version=4)
@@ -70,6 +74,7 @@ def test_runs_and_shows_what_is_committed(path, tmp_path, monkeypatch):
         assert kinds(cell) == kinds(again), f"run the notebook and save it; cell:\n{cell.source}"
 
 
+@every_notebook
 def test_outputs_are_clean(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
@@ -86,6 +91,7 @@ def test_outputs_are_clean(path):
     assert not LOCAL_PATH.search(str(notebook.metadata))
 
 
+@every_notebook
 def test_uses_only_public_names(path):
     source = "\n".join(cell.source for cell in code_cells(nbformat.read(path, as_version=4)))
     for node in ast.walk(ast.parse(source)):
