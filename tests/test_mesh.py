@@ -81,10 +81,15 @@ def train_on_one_device(name):
     return train(OPTIMIZERS[name][0](), tree(0), tree(1))[0]
 
 
-# All on two layouts; a third, and Auto axes, which hold the same program inside, for one of a kind.
+# All on two layouts, variants on the second as slow tests; a third, and Auto axes, which hold the same
+# program inside, for one of a kind.
 SOME = ("shampoo", "soap", "muon", "split-adamw")
 CASES = [
-    *((name, layout, AxisType.Explicit) for name in OPTIMIZERS for layout in ("mixed", "data")),
+    *((name, "mixed", AxisType.Explicit) for name in OPTIMIZERS),
+    *(
+        pytest.param(name, "data", AxisType.Explicit, marks=[pytest.mark.slow] * (name not in SOME))
+        for name in OPTIMIZERS
+    ),
     *((name, "fsdp", AxisType.Explicit) for name in SOME),
     *((name, "mixed", AxisType.Auto) for name in SOME),
 ]
