@@ -24,7 +24,8 @@ import jax
 from ravine.optimizers import OptimizerConfig
 from ravine.training.config import RunConfig
 from ravine.training.corpus import load_corpus
-from ravine.training.loop import Outcome, train
+from ravine.training.loop import train
+from ravine.training.outcome import Outcome
 from ravine.training.tuning import Entrant
 
 TABLE = Path(__file__).parents[1] / "training" / "tuned.json"

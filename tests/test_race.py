@@ -10,7 +10,7 @@ from ravine import schedules
 from ravine.training import race as race_module
 from ravine.training.cli import main
 from ravine.training.config import RunConfig
-from ravine.training.loop import Outcome
+from ravine.training.outcome import Outcome
 
 SMALL = ["--width", "16", "--layers", "1", "--heads", "2", "--context", "16", "--batch-size", "4"]
 SHORT = ["--steps", "6", "--eval-every", "3", "--eval-batches", "2", *SMALL]

@@ -17,8 +17,8 @@ from ravine.training.cli import main
 from ravine.training.config import RunConfig
 from ravine.training.corpus import load_corpus
 from ravine.training.hlo import collectives
-from ravine.training.loop import Outcome
 from ravine.training.model import ModelConfig
+from ravine.training.outcome import Outcome
 from ravine.training.sharding import (
     batch_sharding,
     build_mesh,

@@ -27,7 +27,8 @@ from rich.progress import (
 from .config import RunConfig, to_json
 from .corpus import Corpus, load_corpus
 from .data import heldout_batches, train_batches
-from .loop import Outcome, train
+from .loop import train
+from .outcome import Outcome
 from .processes import LaunchConfig, check_same, from_first, is_first, start, unanimous
 from .report import summary_table, write_report
 from .sharding import batch_sharding, build_mesh

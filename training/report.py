@@ -14,7 +14,7 @@ from rich.table import Table
 
 from .config import RunConfig
 from .corpus import Corpus
-from .loop import Outcome
+from .outcome import Outcome
 
 REFERENCE = "adamw"
 # Okabe and Ito's colours, told apart with any colour vision; then line styles.
