@@ -1,14 +1,14 @@
 """Telemetry: what an optimizer did at its last update, in its state."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from ._arithmetic import wide
 from ._checks import check_params_given
+from ._sizes import sizes_by_role
 from ._transformation import states_of, with_extra_args
 from .learning_rate import ScaleByLearningRateState
 from .roles import COMMON_RULES, Rules, assign_roles
@@ -61,7 +61,7 @@ def with_telemetry(
     def measure(roles: Any, inner_state: Any, **trees: Any) -> dict[str, jax.Array]:
         found = _learning_rates(inner_state)
         for what, tree in trees.items():
-            found |= _sizes(what, tree, roles, known)
+            found |= sizes_by_role(what, tree, roles, known)
         return dict(sorted(found.items()))
 
     def init(params: optax.Params) -> TelemetryState:
@@ -126,17 +126,3 @@ def _learning_rates(state: Any) -> dict[str, jax.Array]:
         name = "/".join(["learning_rate", *keys])
         rates[name if name not in rates else f"{name}/{len(rates)}"] = rate
     return rates
-
-
-def _sizes(what: str, tree: Any, roles: Any, known: Sequence[str]) -> dict[str, jax.Array]:
-    squares = dict.fromkeys(known, jnp.zeros([], jnp.float32))
-    sizes = dict.fromkeys(known, 0)
-    for leaf, role in zip(jax.tree.leaves(tree), jax.tree.leaves(roles), strict=True):
-        squares[role] += jnp.sum(jnp.square(wide(leaf))).astype(jnp.float32)
-        sizes[role] += leaf.size
-    found = {}
-    for role in known:
-        norm = jnp.sqrt(squares[role])
-        found[f"{what}_norm/{role}"] = norm
-        found[f"{what}_rms/{role}"] = norm / max(sizes[role], 1) ** 0.5
-    return found

@@ -16,8 +16,9 @@ from .cross_entropy import CrossEntropy, cross_entropy
 from .fused_cross_entropy import fused_cross_entropy
 from .guards import FiniteGateState, SkipStepState, finite_gate, skip_step
 from .log_sum_exp import log_sum_exp
+from .logit_statistics import logit_statistics
 from .losses import document_weights, next_token_loss, token_mean
-from .monitors import MonitorState, logit_statistics, monitored, with_monitors
+from .monitors import MonitorState, monitored, with_monitors
 from .qk_clip import HeadWeights, qk_clip
 from .sigma_reparam import SigmaState, SigmaWeights, sigma_reparam, sigma_weights
 from .soft_cap import soft_cap

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ..optimizers._arithmetic import wide
+from ..optimizers.roles import path_string
 
 
 class Stacked(NamedTuple):
@@ -30,11 +31,6 @@ class Stacked(NamedTuple):
 
 
 STACKED = Stacked()
-
-
-def path_string(path: Any) -> str:
-    """A key path as ``layers/attention/query/kernel``."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def within_layer(path: Any, leaf: Any, layers: Stacked) -> tuple[int, ...]:

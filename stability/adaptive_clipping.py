@@ -9,9 +9,10 @@ import optax
 
 from ..optimizers._checks import check_params_given
 from ..optimizers._transformation import transformation
+from ..optimizers.roles import path_string
 from ._arithmetic import global_norm, scale
 from ._checks import check_positive, check_share, check_whole
-from ._layers import STACKED, Stacked, layer_norm, map_layers, path_string, within_layer
+from ._layers import STACKED, Stacked, layer_norm, map_layers, within_layer
 
 
 def clip_adaptively(

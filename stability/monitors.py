@@ -1,24 +1,23 @@
 """Monitors: the numbers in which trouble shows first, in the state, sampled, of constant structure."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import tree_leaves_with_path
 
-from ..optimizers._arithmetic import wide
 from ..optimizers._checks import check_params_given
-from ..optimizers._transformation import with_extra_args
+from ..optimizers._sizes import sizes_by_role
+from ..optimizers._transformation import states_of, with_extra_args
+from ..optimizers.roles import COMMON_RULES, Rules, assign_roles, path_string
 from ._arithmetic import global_norm
 from ._checks import check_positive, check_whole
-from ._layers import STACKED, Stacked, path_string, within_layer
+from ._layers import STACKED, Stacked
+from ._moment_measures import eps_shares, momentum_ranks
 from ._moments import moment_leaves
 from ._window import Window, empty_window, push, threshold
-from .log_sum_exp import log_sum_exp
-
-EVERYTHING = {"all": ""}
 
 
 class MonitorState(NamedTuple):
@@ -34,7 +33,7 @@ class MonitorState(NamedTuple):
 
 def with_monitors(
     tx: optax.GradientTransformation,
-    groups: Mapping[str, str] = EVERYTHING,
+    rules: Rules = COMMON_RULES,
     *,
     every: int = 10,
     eps: float = 1e-8,
@@ -48,11 +47,11 @@ def with_monitors(
     Every step, with loss and gradient norm x: ``spike_score/loss`` and ``spike_score/gradient_norm``,
     the share of steps so far with :math:`x > \mu + k \sigma` of the last ones, or x not finite.
 
-    Every so many steps, for each group: ``gradient_norm``, ``update_norm``, ``parameter_norm`` and
-    each as ``..._rms``; ``update_ratio``, the RMS of the update over that of the weights; and,
-    where the state has such moments, ``eps_share``, the share of elements with :math:`\sqrt{v} < 10
-    \epsilon`, of which Adam's denominator is no longer the gradient's size, and ``momentum_rank``,
-    the mean of the effective ranks
+    Every so many steps, for each role in the rules: ``gradient_norm``, ``update_norm``,
+    ``parameter_norm`` and each as ``..._rms``; ``update_ratio``, the RMS of the update over that of
+    the weights; and, where the state has such moments, ``eps_share``, the share of elements with
+    :math:`\sqrt{v} < 10 \epsilon`, of which Adam's denominator is no longer the gradient's size, and
+    ``momentum_rank``, the mean of the effective ranks
 
     .. math:: \Big(\sum_i \sigma_i^2\Big)^2 \Big/ \sum_i \sigma_i^4 =
         \lVert M \rVert_F^4 \,/\, \lVert M^\top M \rVert_F^2
@@ -65,8 +64,8 @@ def with_monitors(
 
     Args:
       tx: the whole optimizer.
-      groups: name -> regular expression, searched in paths, the first that matches decides; ``""``
-        matches all. Parameters that none matches are not looked at.
+      rules: role rules, see :func:`ravine.optimizers.roles.assign_roles`; ``[("", "matrix")]`` takes
+        all parameters together.
       every: steps between two samples, at least 1.
       eps: that of the optimizer, for ``eps_share``.
       deviations: k of the spike score; 6 in OLMo.
@@ -75,8 +74,8 @@ def with_monitors(
       layers: which leaves are stacked layers.
 
     Raises:
-      ValueError: for values out of range, an update without parameters, or other measurements than
-        were named.
+      ValueError: for values out of range, parameters that no rule covers, an update without
+        parameters, or other measurements than were named.
 
     Source: OLMo-core, ``stability_monitor.py`` (spike score); Wortsman et al., 2023,
     https://arxiv.org/abs/2309.14322 (gradients below epsilon).
@@ -84,36 +83,37 @@ def with_monitors(
     Example:
       >>> import jax.numpy as jnp, ravine
       >>> from ravine.stability import monitored, with_monitors
-      >>> tx, params = with_monitors(ravine.adamw(0.5), every=1), jnp.ones((2, 2))
-      >>> _, state = tx.update(jnp.eye(2), tx.init(params), params, loss=3.0)
+      >>> params, grads = {"kernel": jnp.ones((2, 2))}, {"kernel": jnp.eye(2)}
+      >>> tx = with_monitors(ravine.adamw(0.5), every=1)
+      >>> _, state = tx.update(grads, tx.init(params), params, loss=3.0)
       >>> found = monitored(state)
-      >>> [round(float(found[f"{name}/all"]), 2) for name in ("momentum_rank", "eps_share")]
+      >>> [round(float(found[f"{name}/matrix"]), 2) for name in ("momentum_rank", "eps_share")]
       [2.0, 0.5]
     """
     check_positive(eps=eps, deviations=deviations)
     check_whole(1, every=every, window=window)
     inner = optax.with_extra_args_support(tx)
-    measured = tuple(measured)
-
-    def group_of(name: str) -> str | None:
-        return next((g for g, pattern in groups.items() if re.search(pattern, name)), None)
+    names = tuple(measured)
+    known = sorted({rule[1] for rule in rules})
 
     def measure(trees: Mapping[str, Any], inner_state: Any) -> dict[str, jax.Array]:
-        found = _sizes(trees, groups, group_of)
-        for group in groups:
-            rms = found[f"parameter_rms/{group}"]
-            ratio = found[f"update_rms/{group}"] / jnp.where(rms > 0, rms, 1)
-            found[f"update_ratio/{group}"] = ratio
-        found |= _eps_shares(moment_leaves(inner_state, "nu"), 10 * eps, groups, group_of)
-        found |= _ranks(moment_leaves(inner_state, "mu"), layers, groups, group_of)
-        return found
+        roles = assign_roles(trees["parameter"], rules)
+        found: dict[str, jax.Array] = {}
+        for what, tree in trees.items():
+            found |= sizes_by_role(what, tree, roles, known)
+        for role in known:
+            rms = found[f"parameter_rms/{role}"]
+            found[f"update_ratio/{role}"] = found[f"update_rms/{role}"] / jnp.where(rms > 0, rms, 1)
+        role_of = {path_string(path): role for path, role in tree_leaves_with_path(roles)}
+        found |= eps_shares(moment_leaves(inner_state, "nu"), 10 * eps, role_of, known)
+        return found | momentum_ranks(moment_leaves(inner_state, "mu"), layers, role_of, known)
 
     def init(params: optax.Params) -> MonitorState:
         inner_state = inner.init(params)
         zeros = jax.tree.map(jnp.zeros_like, params)
         trees = {"gradient": zeros, "update": zeros, "parameter": zeros}
-        names = sorted([*jax.eval_shape(measure, trees, inner_state), *measured])
-        metrics = {name: jnp.zeros([], jnp.float32) for name in names}
+        found = [*jax.eval_shape(measure, trees, inner_state), *names]
+        metrics = {name: jnp.zeros([], jnp.float32) for name in sorted(found)}
         losses, norms = (empty_window(window) for _ in range(2))
         count, spikes = jnp.zeros([], jnp.int32), jnp.zeros(2, jnp.int32)
         return MonitorState(count, losses, norms, spikes, metrics, inner_state)
@@ -147,7 +147,6 @@ def with_monitors(
         count = state.count + 1
         return done, MonitorState(count, losses, norms, spikes, metrics, inner_state)
 
-    names = measured
     return with_extra_args(init, update)
 
 
@@ -160,13 +159,11 @@ def monitored(opt_state: Any) -> dict[str, jax.Array]:
     Example:
       >>> import jax.numpy as jnp, ravine
       >>> from ravine.stability import monitored, with_monitors
-      >>> state = with_monitors(ravine.sgd(0.1)).init(jnp.ones(2))
+      >>> state = with_monitors(ravine.sgd(0.1)).init({"bias": jnp.ones(2)})
       >>> float(monitored(state)["spike_score/loss"])
       0.0
     """
-    is_state = lambda node: isinstance(node, MonitorState)
-    nodes = jax.tree.leaves(opt_state, is_leaf=is_state)
-    found = [node for node in nodes if is_state(node)]
+    found = states_of(MonitorState, opt_state)
     if len(found) != 1:
         raise ValueError(f"this state holds {len(found)} with_monitors, not one.")
     values = {name: jnp.asarray(value[...]) for name, value in found[0].metrics.items()}
@@ -174,42 +171,6 @@ def monitored(opt_state: Any) -> dict[str, jax.Array]:
     scores = jnp.asarray(found[0].spikes[...]).astype(jnp.float32) / steps.astype(jnp.float32)
     values |= {"spike_score/loss": scores[0], "spike_score/gradient_norm": scores[1]}
     return dict(sorted(values.items()))
-
-
-def logit_statistics(
-    logits: jax.Array, where: jax.Array | None = None, sampled: jax.Array | bool = True
-) -> dict[str, jax.Array]:
-    """Means over tokens of entropy and log-normaliser, and the largest logit: float32, no gradient.
-
-    Args:
-      logits: ``[..., V]``.
-      where: ``[...]``, boolean: which tokens count; ``None`` for all.
-      sampled: a scalar; if false nothing is computed, and all values are 0.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from ravine.stability import logit_statistics
-      >>> {k: round(float(v), 3) for k, v in logit_statistics(jnp.zeros((2, 256))).items()}
-      {'entropy': 5.545, 'log_normalizer': 5.545, 'max_logit': 0.0}
-    """
-    logits = jax.lax.stop_gradient(logits)
-
-    def measure() -> dict[str, jax.Array]:
-        z = wide(logits)
-        counted = jnp.ones(z.shape[:-1], bool) if where is None else where
-        z = jnp.where(counted[..., None], z, 0)
-        number = jnp.maximum(jnp.sum(counted), 1).astype(z.dtype)
-        normalizer = log_sum_exp(z)
-        shares = jnp.exp(z - normalizer[..., None])
-        entropy = normalizer - jnp.sum(jnp.where(shares > 0, shares * z, 0), axis=-1)
-        mean = lambda x: jnp.sum(jnp.where(counted, x, 0)) / number
-        highest = jnp.max(jnp.where(counted, jnp.max(z, axis=-1), -jnp.inf))
-        found = {"entropy": mean(entropy), "log_normalizer": mean(normalizer), "max_logit": highest}
-        return {name: value.astype(jnp.float32) for name, value in found.items()}
-
-    names = ("entropy", "log_normalizer", "max_logit")
-    nothing = dict.fromkeys(names, jnp.zeros([], jnp.float32))
-    return measure() if sampled is True else jax.lax.cond(sampled, measure, lambda: nothing)
 
 
 def _check_measured(names: Sequence[str], measured: Any) -> None:
@@ -227,66 +188,3 @@ def _watch(window: Window, value: jax.Array, deviations: float) -> tuple[Window,
     spike = ~finite | (full & (value > threshold(window, deviations)))
     kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), push(window, value), window)
     return kept, spike
-
-
-def _sizes(trees: Mapping[str, Any], groups: Any, group_of: Any) -> dict[str, jax.Array]:
-    found = {}
-    for what, tree in trees.items():
-        squares = dict.fromkeys(groups, jnp.zeros([], jnp.float32))
-        sizes = dict.fromkeys(groups, 0)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            group = group_of(path_string(path))
-            if group is not None:
-                squares[group] += jnp.sum(jnp.square(wide(leaf))).astype(jnp.float32)
-                sizes[group] += leaf.size
-        for group in groups:
-            norm = jnp.sqrt(squares[group])
-            found[f"{what}_norm/{group}"] = norm
-            found[f"{what}_rms/{group}"] = norm / max(sizes[group], 1) ** 0.5
-    return found
-
-
-def _eps_shares(leaves: Any, limit: float, groups: Any, group_of: Any) -> dict[str, jax.Array]:
-    if not leaves:
-        return {}
-    below = dict.fromkeys(groups, jnp.zeros([], jnp.float32))
-    sizes = dict.fromkeys(groups, 0)
-    for path, nu in leaves:
-        group = group_of(path_string(path))
-        if group is not None:
-            below[group] += jnp.sum(wide(nu) < limit**2).astype(jnp.float32)
-            sizes[group] += nu.size
-    return {f"eps_share/{group}": below[group] / max(sizes[group], 1) for group in groups}
-
-
-def _ranks(leaves: Any, layers: Stacked, groups: Any, group_of: Any) -> dict[str, jax.Array]:
-    if not leaves:
-        return {}
-    ranks: dict[str, list[jax.Array]] = {group: [] for group in groups}
-    for path, mu in leaves:
-        group = group_of(path_string(path))
-        axes = within_layer(path, mu, layers)
-        if group is None or len(axes) < 2 or not mu.size:
-            continue
-        outer = tuple(axis for axis in range(mu.ndim) if axis not in axes)
-        stacked = wide(jnp.transpose(mu, (*outer, *axes)))
-        matrices = stacked.reshape(-1, *stacked.shape[len(outer) :][:-1], stacked.shape[-1])
-        matrices = matrices.reshape(matrices.shape[0], -1, matrices.shape[-1])
-        ranks[group].append(_effective_ranks(matrices))
-    none = jnp.zeros([], jnp.float32)
-    return {
-        f"momentum_rank/{group}": jnp.mean(jnp.concatenate(found)).astype(jnp.float32)
-        if found
-        else none
-        for group, found in ranks.items()
-    }
-
-
-def _effective_ranks(m_LxMxN: jax.Array) -> jax.Array:
-    highest = jnp.max(jnp.abs(m_LxMxN), axis=(1, 2), keepdims=True)
-    m_LxMxN = m_LxMxN / jnp.where(highest > 0, highest, 1)
-    side = "lmn,lmk->lnk" if m_LxMxN.shape[1] >= m_LxMxN.shape[2] else "lmn,lkn->lmk"
-    gram = jnp.einsum(side, m_LxMxN, m_LxMxN)
-    square = jnp.sum(jnp.square(m_LxMxN), axis=(1, 2))
-    fourth = jnp.sum(jnp.square(gram), axis=(1, 2))
-    return jnp.square(square) / jnp.where(fourth > 0, fourth, 1)

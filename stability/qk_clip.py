@@ -29,8 +29,8 @@ import optax
 from ..optimizers._arithmetic import wide
 from ..optimizers._checks import check_params_given
 from ..optimizers._transformation import with_extra_args
+from ..optimizers.roles import path_string
 from ._checks import check_extra_given, check_positive
-from ._layers import path_string
 
 Part = Literal["own", "shared", "fixed"]
 

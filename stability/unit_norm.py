@@ -10,7 +10,7 @@ import optax
 from ..optimizers._arithmetic import wide
 from ..optimizers._checks import check_params_given
 from ..optimizers._transformation import transformation
-from ._layers import path_string
+from ..optimizers.roles import path_string
 
 Axis = int | Callable[[str], int | None]
 

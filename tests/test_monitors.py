@@ -20,7 +20,7 @@ from ravine.stability import (
 
 from .test_losses import assert_gradient
 
-GROUPS = {"matrix": "kernel$", "rest": ""}
+RULES = [("kernel$", "matrix"), ("bias$", "bias")]
 
 
 def tree(seed):
@@ -39,7 +39,7 @@ def test_metrics_by_hand_and_updates_untouched():
     params, grads = tree(0), tree(1)
     plain = ravine.adam(1e-2, b1=0.5, b2=0.75)
     limit = 0.1  # ten times eps
-    tx = with_monitors(plain, GROUPS, every=1, eps=limit / 10, measured=["max_logit"])
+    tx = with_monitors(plain, RULES, every=1, eps=limit / 10, measured=["max_logit"])
     state = tx.init(params)
     measured = {"max_logit": jnp.float32(7)}
     update = jax.jit(tx.update, donate_argnums=1)
@@ -52,7 +52,7 @@ def test_metrics_by_hand_and_updates_untouched():
     matrices = lambda t: np.concatenate([t["kernel"].ravel(), t["layers"]["kernel"].ravel()])
     rms = lambda x: np.sqrt(np.mean(np.square(np.asarray(x, np.float64))))
     assert found["gradient_norm/matrix"] == pytest.approx(np.linalg.norm(matrices(grads)), rel=1e-5)
-    assert found["parameter_rms/rest"] == pytest.approx(rms(params["bias"]), rel=1e-5)
+    assert found["parameter_rms/bias"] == pytest.approx(rms(params["bias"]), rel=1e-5)
     ratio = rms(matrices(updates)) / rms(matrices(params))
     assert found["update_ratio/matrix"] == pytest.approx(ratio, rel=1e-5)
     share = np.mean(np.sqrt(0.25 * np.square(matrices(grads))) < limit)
@@ -65,7 +65,7 @@ def test_metrics_by_hand_and_updates_untouched():
 
 def test_samples_every_few_steps_and_scores_spikes():
     params, grads = tree(0), tree(1)
-    tx = with_monitors(ravine.sgd(0.1), every=3, window=4)
+    tx = with_monitors(ravine.sgd(0.1), [("", "matrix")], every=3, window=4)
     rng = np.random.default_rng(0)
     losses = 1 + 0.01 * rng.normal(size=20)
     losses[[10, 17]] = 3.0
@@ -76,7 +76,7 @@ def test_samples_every_few_steps_and_scores_spikes():
         _, state = tx.update(
             scaled, state, params, loss=jnp.asarray(losses, jnp.float32)[at.astype(int)]
         )
-        return state, state.metrics["gradient_norm/all"]
+        return state, state.metrics["gradient_norm/matrix"]
 
     state, norms = jax.lax.scan(step, tx.init(params), jnp.arange(20.0))
     one = float(optax.tree.norm(grads))
@@ -92,12 +92,17 @@ def test_the_structure_is_constant_and_found_in_a_flax_optimizer():
     optimizer.update(model, grads)
     after = monitored(optimizer.opt_state)
     assert list(before) == list(after)
-    assert float(after["gradient_norm/all"]) == pytest.approx(4.0)
+    assert float(after["gradient_norm/matrix"]) == pytest.approx(12**0.5)
+    assert float(after["gradient_norm/bias"]) == pytest.approx(2.0)
+    assert float(after["gradient_norm/router"]) == 0
     with pytest.raises(ValueError, match="holds 0 with_monitors"):
         monitored(ravine.sgd(0.1).init(jnp.ones(1)))
+    params = {"bias": jnp.ones(1)}
     other = with_monitors(ravine.sgd(0.1), measured=["entropy"])
     with pytest.raises(ValueError, match=r"measured=\['entropy'\]"):
-        other.update(jnp.ones(1), other.init(jnp.ones(1)), jnp.ones(1))
+        other.update(params, other.init(params), params)
+    with pytest.raises(ValueError, match="weight"):
+        other.init({"weight": jnp.ones(1)})
 
 
 def test_logit_statistics_by_hand():
