@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import optax
 import ravine
-from flax import nnx
 from measure import Contender
 from peers.gpt_tree import gpt_tree
 from ravine import stability
-from ravine.training.model import ModelConfig, Transformer
-from ravine.training.step import init_params
+from ravine.optimizers.roles import RAVINE_RULES
+from ravine.training.model import ModelConfig
+from ravine.training.step import MEASURED, init_params, init_state, make_train_step
 
 TOKENS, VOCABULARY, WIDTH = (8, 1024), 50257, 768
 OPTIONS = {"z_loss": 1e-4}
@@ -78,34 +78,16 @@ def monitors(repeats: int) -> None:
     config = ModelConfig()
     graphdef, params = init_params(config, 0)
     batch = jax.random.randint(jax.random.key(0), (16, config.context + 1), 0, config.vocabulary)
-    names = ("entropy", "log_normalizer", "max_logit")
-    groups = {"embedding": "embedding$", "head": "^head/", "norm": "norm/scale$", "matrix": ""}
-    watched = stability.with_monitors(ravine.adamw(1e-3), groups, every=10, measured=names)
-
-    def step(tx, watch):
-        def loss(params, due):
-            model: Transformer = nnx.merge(graphdef, params)
-            logits = model(batch[:, :-1])
-            measured = stability.logit_statistics(logits, None, due) if watch else {}
-            return stability.next_token_loss(logits, batch[:, 1:]), measured
-
-        def update(params, state):
-            due = state.count % 10 == 0 if watch else False
-            (value, measured), grads = jax.value_and_grad(loss, has_aux=True)(params, due)
-            extra = {"loss": value, "measured": measured} if watch else {}
-            updates, state = tx.update(grads, state, params, **extra)
-            return jax.tree.map(jnp.add, params, updates), state
-
-        return jax.jit(update, donate_argnums=(0, 1))
-
+    plain = ravine.adamw(1e-3)
+    watched = stability.with_monitors(plain, RAVINE_RULES, every=10, measured=MEASURED)
     runs = []
-    for tx, watch in ((watched, True), (ravine.adamw(1e-3), False)):
-        carry = [jax.tree.map(jnp.copy, params), tx.init(params)]
-        function = step(tx, watch)
+    for tx, every in ((watched, 10), (plain, 0)):
+        carry = [init_state(jax.tree.map(jnp.copy, params), tx)]
+        step = jax.jit(make_train_step(graphdef, tx, monitor_every=every), donate_argnums=0)
 
-        def ten(carry=carry, function=function):
+        def ten(carry=carry, step=step):
             for _ in range(10):
-                carry[:] = function(*carry)
+                carry[0], _ = step(carry[0], batch)
             return carry[0]
 
         runs.append(ten)

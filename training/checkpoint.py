@@ -56,6 +56,12 @@ class Checkpoints:
 
         self._writing = self._background.submit(seal)
 
+    def forget_after(self, step: int) -> None:
+        """Removes the checkpoints of later steps, and of this one."""
+        self._wait()
+        for found in [found.step for found in self._orbax.checkpoints if found.step >= step]:
+            self._orbax.delete(found)
+
     def restore(self, state: TrainState, batches: grain.DatasetIterator) -> TrainState:
         """The newest whole checkpoint in the layout of `state`, or `state` itself when there is none.
 

@@ -10,6 +10,7 @@ import optax
 
 from .. import schedules
 from .model import ModelConfig
+from .rollback import RollbackPolicy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,16 @@ class RunConfig:
     skip_spikes: bool = False
     """Skip steps whose loss or gradient norm is far above the last ones, or not finite, see
     ravine.stability.skip_step."""
+    qk_clip: float = 0.0
+    """Largest attention logit that a step leaves, see ravine.stability.qk_clip; 0 switches it off.
+    Kimi K2 takes 100."""
+    rollback: str = ""
+    """Return to before a spike that stays and leave its data out: fields of
+    ravine.training.rollback.RollbackPolicy, name=value, separated by commas, such as
+    every=50, margin=20; "default" for its own."""
+    monitor_every: int = 0
+    """Updates between two samples of ravine.stability.with_monitors, which go into metrics.jsonl; 0
+    for none."""
     z_loss: float = 0.0
     """Coefficient of the z-loss, which the training loss includes and the held-out loss does not.
     PaLM takes 1e-4."""
@@ -58,14 +69,19 @@ class RunConfig:
         for name in ("steps", "batch_size", "eval_every", "eval_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("schedule_steps", "warmup_steps", "checkpoint_every", "seed"):
+        for name in ("schedule_steps", "warmup_steps", "checkpoint_every", "monitor_every", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
-        for name in ("clip_norm", "weight_decay", "z_loss"):
+        for name in ("clip_norm", "weight_decay", "qk_clip", "z_loss"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be finite and not negative, got {value}.")
         schedules.parse_options(self.schedule, self.schedule_options)
+        self.rollback_policy()
+        if self.qk_clip and self.model.qk_norm:
+            raise ValueError(
+                "qk_clip does nothing under the model's qk_norm; switch one of them off."
+            )
         if self.end_ratio is not None and not 0 <= self.end_ratio <= 1:
             raise ValueError(f"end_ratio must lie in [0, 1], got {self.end_ratio}.")
         if self.schedule_steps and self.steps > self.schedule_steps:
@@ -83,6 +99,10 @@ class RunConfig:
     def warmup(self) -> int:
         """Warm-up updates: a run shorter than ten warm-ups takes a tenth of itself."""
         return min(self.warmup_steps, self.horizon // 10)
+
+    def rollback_policy(self) -> RollbackPolicy | None:
+        """When the run returns, and where to."""
+        return RollbackPolicy.parse(self.rollback) if self.rollback else None
 
     def learning_rate(self, peak: float) -> optax.Schedule:
         """The schedule with the given peak."""

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 
 
 def micro_batch_value_and_grad(
-    loss: Callable[[Any, Any], jax.Array],
+    loss: Callable[[Any, Any], Any],
     micro_batches: int,
     tokens: Callable[[Any], Any] = lambda batch: 1.0,
-) -> Callable[[Any, Any], tuple[jax.Array, Any]]:
-    r"""``jax.value_and_grad(loss)`` with the memory of one micro-batch.
+    *,
+    has_aux: bool = False,
+) -> Callable[[Any, Any], tuple[Any, Any]]:
+    r"""``jax.value_and_grad(loss, has_aux=has_aux)`` with the memory of one micro-batch.
 
     A ``lax.scan`` over micro-batches sums in float32, so there is one optimizer step, one tick of the
     schedule and no buffer in the optimizer's state:
@@ -27,6 +29,8 @@ def micro_batch_value_and_grad(
       micro_batches: n, a divisor of the batch's leading axis; 1 for ``jax.value_and_grad`` itself.
       tokens: from a micro-batch to w, the number of tokens its loss is the mean of; by default all
         micro-batches weigh the same.
+      has_aux: whether the loss comes with something else, which is returned of every micro-batch, along
+        a new first axis of length n.
 
     Returns:
       A function from parameters and a batch to the loss and gradients in the parameters' dtypes.
@@ -44,9 +48,7 @@ def micro_batch_value_and_grad(
     """
     if micro_batches < 1:
         raise ValueError(f"micro_batches must be at least 1, got {micro_batches!r}.")
-    value_and_grad = jax.value_and_grad(loss)
-    if micro_batches == 1:
-        return value_and_grad
+    value_and_grad = jax.value_and_grad(loss, has_aux=has_aux)
 
     def dealt(x: jax.Array) -> jax.Array:
         if x.shape[0] % micro_batches:
@@ -55,21 +57,30 @@ def micro_batch_value_and_grad(
             )
         return jnp.moveaxis(x.reshape(-1, micro_batches, *x.shape[1:]), 1, 0)
 
-    def mean(params: Any, batch: Any) -> tuple[jax.Array, Any]:
-        def add(sums: Any, micro_batch: Any) -> tuple[Any, None]:
+    def whole(params: Any, batch: Any) -> tuple[Any, Any]:
+        value, grads = value_and_grad(params, batch)
+        if has_aux:
+            value = value[0], jax.tree.map(lambda x: x[None], value[1])
+        return value, grads
+
+    def mean(params: Any, batch: Any) -> tuple[Any, Any]:
+        def add(sums: Any, micro_batch: Any) -> tuple[Any, Any]:
             weight = jnp.asarray(tokens(micro_batch)).astype(jnp.float32)
-            found = (*value_and_grad(params, micro_batch), jnp.ones([], jnp.float32))
+            value, grads = value_and_grad(params, micro_batch)
+            value, aux = value if has_aux else (value, None)
+            found = (value, grads, jnp.ones([], jnp.float32))
 
             def weighted(x: jax.Array) -> jax.Array:
                 # The mean over no tokens is often not a number.
                 return jnp.where(weight == 0, 0, weight * x.astype(jnp.float32))
 
-            return jax.tree.map(lambda s, x: s + weighted(x), sums, found), None
+            return jax.tree.map(lambda s, x: s + weighted(x), sums, found), aux
 
         zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.float32), params)
         start = (jnp.zeros([], jnp.float32), zeros, jnp.zeros([], jnp.float32))
-        (loss_sum, grads, total), _ = jax.lax.scan(add, start, jax.tree.map(dealt, batch))
+        (loss_sum, grads, total), aux = jax.lax.scan(add, start, jax.tree.map(dealt, batch))
         by = jnp.where(total > 0, total, 1)
-        return loss_sum / by, jax.tree.map(lambda g, p: (g / by).astype(p.dtype), grads, params)
+        grads = jax.tree.map(lambda g, p: (g / by).astype(p.dtype), grads, params)
+        return ((loss_sum / by, aux) if has_aux else loss_sum / by), grads
 
-    return mean
+    return whole if micro_batches == 1 else mean

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,17 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from ..stability import monitored
 from .checkpoint import Checkpoints
 from .config import RunConfig, to_json
 from .corpus import Corpus
 from .data import heldout_batches, train_batches
+from .model import ModelConfig
 from .outcome import Outcome, take_up
 from .processes import is_first
+from .rollback import GaveUp, Rollback
 from .sharding import batch_sharding, build_mesh, local_shards
-from .step import TrainState, init_sharded, make_train_step, mean_loss, place
+from .step import TrainState, init_sharded, make_train_step, mean_loss, place, unmeasured
 
 
 class Clock:
@@ -101,7 +105,7 @@ def _train(
     example = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
     started = time.perf_counter()
     step_fn = jax.jit(
-        make_train_step(graphdef, tx, z_loss=run.z_loss),
+        make_train_step(graphdef, tx, z_loss=run.z_loss, monitor_every=run.monitor_every),
         donate_argnums=0,
         out_shardings=(shardings, shardings.step),
     )
@@ -132,22 +136,42 @@ def _train(
                 file.flush()
             on_record(entry)
 
-        def finish(step: int, metrics: dict[str, jax.Array]) -> bool:
+        def entry_of(step: int, metrics: dict[str, jax.Array], opt_state: Any) -> dict[str, float]:
             values = {name: float(value) for name, value in metrics.items()}
-            entry = {"step": step, "seconds": clock.seconds, "learning_rate": float(rates[step])}
-            record({**entry, **values})
-            return math.isfinite(values["loss"])
+            if run.monitor_every and step % run.monitor_every == 0:
+                values |= {name: float(value) for name, value in monitored(opt_state).items()}
+            rate = float(rates[step])
+            return {"step": step, "seconds": clock.seconds, "learning_rate": rate, **values}
 
-        for step in range(int(state.step), run.steps):
+        policy = run.rollback_policy()
+        rollback = Rollback(policy) if policy else None
+        done = int(state.step)
+        while done < run.steps:
             clock.start()
             batch = jax.make_array_from_process_local_data(rows, next(batches), shape)
             state, metrics = compiled(state, batch)
-            alive = finish(step, metrics)
+            entry = entry_of(done, metrics, state.opt_state)
             clock.stop()
-            if not alive and not run.skip_spikes:
+            done += 1
+            try:
+                back = rollback.observe(done, state, entry["loss"]) if rollback else None
+            except GaveUp as reason:
+                record(entry)
+                warnings.warn(f"{outcome.name} diverged: {reason}", stacklevel=3)
                 outcome.status = "diverged"
                 return outcome
-            done = step + 1
+            record(entry | {"returned_to": back.step} if back else entry)
+            if back:
+                state, done = back.state, back.step
+                for _ in range(back.skip_batches):
+                    next(batches)
+                if checkpoints is not None:
+                    checkpoints.forget_after(done)
+                    checkpoints.save(state, batches)
+                continue
+            if not math.isfinite(entry["loss"]) and not run.skip_spikes:
+                outcome.status = "diverged"
+                return outcome
             if done % run.eval_every == 0 or done == run.steps:
                 loss = float(mean_loss(graphdef, state.params, heldout))
                 entry = {"step": done, "seconds": clock.seconds, "heldout_loss": loss}
@@ -160,13 +184,13 @@ def _train(
                     return outcome
             if checkpoints is not None and done % run.checkpoint_every == 0:
                 checkpoints.save(state, batches)
-    outcome.optimizer_milliseconds = optimizer_milliseconds(tx, state)
+    outcome.optimizer_milliseconds = optimizer_milliseconds(run.model, tx, state)
     outcome.status = "finished"
     return outcome
 
 
 def optimizer_milliseconds(
-    tx: optax.GradientTransformation, state: TrainState, repeats: int = 10
+    model: ModelConfig, tx: optax.GradientTransformation, state: TrainState, repeats: int = 10
 ) -> float:
     """Median time of the update alone, its buffers donated as in training; `state` is used up.
 
@@ -175,8 +199,7 @@ def optimizer_milliseconds(
     tx = optax.with_extra_args_support(tx)
 
     def update(grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
-        extra = {"curvature": lambda params, key: params, "loss": jnp.float32(1)}
-        updates, opt_state = tx.update(grads, opt_state, params, **extra)
+        updates, opt_state = tx.update(grads, opt_state, params, **unmeasured(model))
         return opt_state, optax.apply_updates(params, updates)
 
     shardings = jax.tree.map(lambda x: x.sharding, (state.opt_state, state.params))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..stability import soft_cap
+from ..stability import attention, rms_normalize, soft_cap
 from .sharding import constrained
 
 
@@ -110,10 +110,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """The same shape and dtype; the arithmetic is float32."""
-        wide = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
-        scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
-        return (wide * inverse * scale).astype(x.dtype)
+        return rms_normalize(x, self.scale[...])
 
 
 class Attention(nnx.Module):
@@ -134,8 +131,8 @@ class Attention(nnx.Module):
             self.query_norm = RMSNorm(c.head_width)
             self.key_norm = RMSNorm(c.head_width)
 
-    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-        """Mixes positions: each sees itself and those before it."""
+    def __call__(self, x_BxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Mixes positions, each with itself and those before it; and the largest logits, `[H]`."""
         c = self.config
         batch, length, _ = x_BxTxD.shape
 
@@ -148,14 +145,10 @@ class Attention(nnx.Module):
             q_BxTxHxK, k_BxTxGxK = self.query_norm(q_BxTxHxK), self.key_norm(k_BxTxGxK)
         q_BxTxHxK, k_BxTxGxK = rotate(q_BxTxHxK, c.rope_base), rotate(k_BxTxGxK, c.rope_base)
 
-        groups = (batch, length, c.key_value_heads, c.heads // c.key_value_heads, c.head_width)
-        logits = jnp.einsum("btgrk,bsgk->bgrts", q_BxTxHxK.reshape(groups), k_BxTxGxK)
-        logits = logits.astype(jnp.float32) * c.head_width**-0.5
-        logits = soft_cap(logits, c.attention_soft_cap)
-        causal = jnp.tril(jnp.ones((length, length), bool))[None, None, None]
-        weights = jax.nn.softmax(jnp.where(causal, logits, -jnp.inf), axis=-1)
-        mixed = jnp.einsum("bgrts,bsgk->btgrk", weights.astype(v_BxTxGxK.dtype), v_BxTxGxK)
-        return self.output(mixed.reshape(batch, length, -1))
+        mixed_BxTxHxK, highest_H = attention(
+            q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, causal=True, cap=c.attention_soft_cap
+        )
+        return self.output(mixed_BxTxHxK.reshape(batch, length, -1)), highest_H
 
 
 class FeedForward(nnx.Module):
@@ -186,10 +179,11 @@ class Block(nnx.Module):
         self.feed_forward_norm = RMSNorm(config.width)
         self.feed_forward = FeedForward(config, rngs=rngs)
 
-    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-        """The stream after this layer."""
-        x_BxTxD = x_BxTxD + self.attention(self.attention_norm(x_BxTxD))
-        return x_BxTxD + self.feed_forward(self.feed_forward_norm(x_BxTxD))
+    def __call__(self, x_BxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The stream after this layer, and the largest attention logits, `[H]`."""
+        mixed_BxTxD, highest_H = self.attention(self.attention_norm(x_BxTxD))
+        x_BxTxD = x_BxTxD + mixed_BxTxD
+        return x_BxTxD + self.feed_forward(self.feed_forward_norm(x_BxTxD)), highest_H
 
 
 class Transformer(nnx.Module):
@@ -229,20 +223,25 @@ class Transformer(nnx.Module):
 
     def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
         """Logits of the token after each position, float32."""
+        return self.with_attention_logits(tokens_BxT)[0]
 
-        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry, unroll=self.config.unroll)
-        def through_layers(x_BxTxD: jax.Array, layer: Block) -> jax.Array:
+    def with_attention_logits(self, tokens_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The same, and the largest attention logits `[L, H]`, as `ravine.stability.qk_clip` takes."""
+
+        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0), unroll=self.config.unroll)
+        def through_layers(x_BxTxD: jax.Array, layer: Block) -> tuple[jax.Array, jax.Array]:
             call = nnx.remat(Block.__call__) if self.config.remat else Block.__call__
-            return constrained(call(layer, x_BxTxD), "rows", None, None)
+            x_BxTxD, highest_H = call(layer, x_BxTxD)
+            return constrained(x_BxTxD, "rows", None, None), highest_H
 
         # Whole rows for the lookup: the compiler finds no good way to look up parts of them.
         table_VxD = constrained(self.embed.embedding[...], "tensor", None)
         x_BxTxD = jnp.take(table_VxD.astype(self.config.dtype), tokens_BxT, axis=0)
         x_BxTxD = constrained(x_BxTxD, "rows", None, None)
-        x_BxTxD = through_layers(x_BxTxD, self.layers)
+        x_BxTxD, highest_LxH = through_layers(x_BxTxD, self.layers)
         logits_BxTxV = self.head(self.final_norm(x_BxTxD)).astype(jnp.float32)
         logits_BxTxV = constrained(logits_BxTxV, "rows", None, "tensor")
-        return soft_cap(logits_BxTxV, self.config.final_soft_cap)
+        return soft_cap(logits_BxTxV, self.config.final_soft_cap), highest_LxH
 
 
 def _residual_gain(config: ModelConfig) -> float:

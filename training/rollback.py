@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .words import parse_numbers
+
 
 @dataclasses.dataclass(frozen=True)
 class RollbackPolicy:
@@ -36,6 +38,28 @@ class RollbackPolicy:
     limit: int = 20
     """Returns before the run is given up."""
 
+    @classmethod
+    def parse(cls, text: str) -> "RollbackPolicy":
+        """The policy in words: ``every=50, margin=20``, or ``default``.
+
+        Raises:
+          ValueError: for other names, or values out of range.
+
+        Example:
+          >>> from ravine.training.rollback import RollbackPolicy
+          >>> RollbackPolicy.parse("every=50, deviations=4.5").every
+          50
+        """
+        fields = {field.name: field.default for field in dataclasses.fields(cls)}
+        words = "" if text.strip() == "default" else text
+        given: dict[str, Any] = dict(parse_numbers(words, fields, "field of RollbackPolicy"))
+        for name, value in given.items():
+            if isinstance(fields[name], int):
+                if value != int(value):
+                    raise ValueError(f"{name} must be a whole number, got {value}.")
+                given[name] = int(value)
+        return cls(**given)
+
     def __post_init__(self) -> None:
         for name in ("every", "keep", "window", "patience", "limit"):
             if getattr(self, name) < 1:
@@ -45,6 +69,10 @@ class RollbackPolicy:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         if not (math.isfinite(self.deviations) and self.deviations > 0):
             raise ValueError(f"deviations must be positive and finite, got {self.deviations}.")
+
+
+class GaveUp(RuntimeError):
+    """Why a run cannot return."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +124,7 @@ class Rollback:
           Where to go on, or None to go on as before.
 
         Raises:
-          RuntimeError: if there is no snapshot to return to, or after too many returns.
+          GaveUp: if there is no snapshot to return to, or after too many returns.
         """
         if self._is_bad(loss):
             self._bad_since = step if self._bad_since is None else self._bad_since
@@ -121,7 +149,7 @@ class Rollback:
     def _go_back(self, step: int, loss: float) -> Return:
         self.returns += 1
         if self.returns > self.policy.limit:
-            raise RuntimeError(
+            raise GaveUp(
                 f"loss {loss} at update {step} after {self.policy.limit} returns; "
                 "lower the learning rate."
             )
@@ -131,7 +159,7 @@ class Rollback:
         while self._snapshots and self._snapshots[-1][0] > newest:
             self._snapshots.pop()
         if not self._snapshots:
-            raise RuntimeError(
+            raise GaveUp(
                 f"loss {loss} at update {step}, and no snapshot {self.policy.margin} updates before "
                 f"update {first}; keep more snapshots or a smaller margin."
             )

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..optimizers.curvature import gauss_newton_bartlett
 from ..optimizers.mesh import on_mesh, state_shardings
-from ..stability import cross_entropy, next_token_loss, token_mean
+from ..stability import cross_entropy, logit_statistics, next_token_loss, token_mean
 from .gradients import micro_batch_value_and_grad
 from .model import ModelConfig, Transformer
 from .sharding import parameter_shardings, with_auto_axes
@@ -103,16 +103,36 @@ def mean_loss(graphdef: nnx.GraphDef, params: Any, batches_NxBxT1: jax.Array) ->
     return jnp.mean(jax.lax.map(lambda batch: loss(params, batch), batches_NxBxT1))
 
 
-def _trained_loss(graphdef: nnx.GraphDef, z_loss: float) -> Callable[[Any, Batch], Any]:
-    """`loss(params, batch)` with the z-loss."""
+def _trained_loss(
+    graphdef: nnx.GraphDef, z_loss: float, sampled: jax.Array | None
+) -> Callable[[Any, Batch], tuple[jax.Array, Any]]:
+    """`loss(params, batch)` with the z-loss; and largest attention logits `[L, H]`, and what logits say.
 
-    def loss(params: Any, batch: Batch) -> jax.Array:
-        parts = cross_entropy(
-            nnx.merge(graphdef, params)(batch[:, :-1]), batch[:, 1:], z_loss=z_loss
-        )
-        return token_mean(parts.loss + parts.z_loss)
+    The latter only where `sampled` is true, and nothing where it is None.
+    """
 
-    return loss if z_loss else make_loss(graphdef)
+    def loss(params: Any, batch: Batch) -> tuple[jax.Array, Any]:
+        model = nnx.merge(graphdef, params)
+        logits, highest_LxH = model.with_attention_logits(batch[:, :-1])
+        parts = cross_entropy(logits, batch[:, 1:], z_loss=z_loss)
+        said = {} if sampled is None else logit_statistics(logits, sampled=sampled)
+        return token_mean(parts.loss + parts.z_loss), (highest_LxH, said)
+
+    return loss
+
+
+MEASURED = ("entropy", "log_normalizer", "max_attention_logit", "max_logit")
+"""What a step hands to monitors."""
+
+
+def unmeasured(config: ModelConfig) -> dict[str, Any]:
+    """What `make_train_step` gives an optimizer besides gradients, as of a model that says nothing."""
+    return {
+        "loss": jnp.float32(1),
+        "curvature": lambda params, key: params,
+        "max_logits": jnp.zeros((config.layers, config.heads)),
+        "measured": dict.fromkeys(MEASURED, jnp.float32(0)),
+    }
 
 
 def make_train_step(
@@ -121,20 +141,36 @@ def make_train_step(
     micro_batches: int = 1,
     *,
     z_loss: float = 0.0,
+    monitor_every: int = 0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """`step(state, batch) -> state, metrics`: jit it with ``donate_argnums=0``.
 
     Optimizers that take ``curvature=``, as Sophia, are given the Gauss-Newton-Bartlett estimator on the
-    first of the micro-batches; all are given ``loss=``, as guards need it.
+    first of the micro-batches; all are given ``loss=``, as guards need it, and ``max_logits=``, as
+    QK-clip does. With `monitor_every`, the optimizer is to be one `with_monitors` of that period, which
+    is given `MEASURED`.
     """
     tx = optax.with_extra_args_support(tx)
-    loss_and_grads = micro_batch_value_and_grad(_trained_loss(graphdef, z_loss), micro_batches)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        loss, grads = loss_and_grads(state.params, batch)
+        sampled = state.step % monitor_every == 0 if monitor_every else None
+        trained = _trained_loss(graphdef, z_loss, sampled)
+        loss_and_grads = micro_batch_value_and_grad(trained, micro_batches, has_aux=True)
+        (loss, (highest_NxLxH, said)), grads = loss_and_grads(state.params, batch)
         inputs = batch[::micro_batches, :-1]
         logits = lambda params: nnx.merge(graphdef, params)(inputs)
-        extra = {"loss": loss, "curvature": with_auto_axes(gauss_newton_bartlett(logits))}
+        extra = {
+            "loss": loss,
+            "curvature": with_auto_axes(gauss_newton_bartlett(logits)),
+            "max_logits": jnp.max(highest_NxLxH, axis=0),
+        }
+        if monitor_every:
+            extra["measured"] = {
+                "entropy": jnp.mean(said["entropy"]),
+                "log_normalizer": jnp.mean(said["log_normalizer"]),
+                "max_attention_logit": jnp.max(highest_NxLxH),
+                "max_logit": jnp.max(said["max_logit"]),
+            }
         updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra)
         params = optax.apply_updates(state.params, updates)
         metrics = {

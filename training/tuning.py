@@ -7,10 +7,13 @@ from typing import Any
 
 import optax
 
-from ..optimizers.registry import OptimizerConfig, near
-from ..optimizers.roles import mask_by_role
-from ..stability import skip_step
+from ..optimizers.registry import OptimizerConfig
+from ..optimizers.roles import RAVINE_RULES, mask_by_role
+from ..stability import HeadWeights, clip_by_global_norm, qk_clip, skip_step, with_monitors
 from .config import RunConfig, check_learning_rate
+from .model import ModelConfig
+from .step import MEASURED
+from .words import parse_numbers
 
 DECAYED = ("matrix", "embedding", "head")
 
@@ -31,15 +34,30 @@ class Entrant:
         return self.optimizer.name
 
     def build(self, run: RunConfig) -> optax.GradientTransformation:
-        """Clipping, then the optimizer with the run's schedule and weight decay; a guard around both."""
+        """Clipping, the optimizer as the run has it, QK-clip; a guard and monitors around them."""
         overrides: dict[str, Any] = {}
         if self.optimizer.accepts("weight_decay"):
             overrides["weight_decay"] = run.weight_decay / self.learning_rate
             overrides["weight_decay_mask"] = mask_by_role(DECAYED)
         tx = self.optimizer.build(run.learning_rate(self.learning_rate), **overrides)
-        if run.clip_norm:
-            tx = optax.chain(optax.clip_by_global_norm(run.clip_norm), tx)
-        return skip_step(tx) if run.skip_spikes else tx
+        before = [clip_by_global_norm(run.clip_norm)] if run.clip_norm else []
+        after = [qk_clip(run.qk_clip, heads(run.model))] if run.qk_clip else []
+        if before or after:
+            tx = optax.chain(*before, tx, *after)
+        if run.skip_spikes:
+            tx = skip_step(tx)
+        if run.monitor_every:
+            every = run.monitor_every
+            tx = with_monitors(tx, RAVINE_RULES, every=every, measured=MEASURED)
+        return tx
+
+
+def heads(model: ModelConfig) -> dict[str, HeadWeights]:
+    """Where the heads are in the parameters of the trainer's model."""
+    return {
+        "attention/query/kernel$": HeadWeights("query", model.heads),
+        "attention/key/kernel$": HeadWeights("key", model.key_value_heads),
+    }
 
 
 def tuned_table() -> dict[str, Any]:
@@ -70,19 +88,7 @@ def line_up(names: str, learning_rates: str = "") -> tuple[Entrant, ...]:
     repeated = {name for name in wanted if wanted.count(name) > 1}
     if repeated:
         raise ValueError(f"{sorted(repeated)[0]!r} is given twice; name each optimizer once.")
-    replaced: dict[str, float] = {}
-    for pair in filter(None, (word.strip() for word in learning_rates.split(","))):
-        name, _, value = pair.partition("=")
-        if name not in wanted:
-            raise ValueError(
-                f"learning rate for {name!r}, which does not race; {near(name, wanted)}"
-            )
-        try:
-            replaced[name] = float(value)
-        except ValueError:
-            raise ValueError(
-                f"the learning rate of {name} must be a number, got {value!r}."
-            ) from None
+    replaced = parse_numbers(learning_rates, wanted, "optimizer of this race")
     entrants = []
     for name in wanted:
         config = OptimizerConfig(name, tuned.get(name, {}).get("hyperparameters", {}))

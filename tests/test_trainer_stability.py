@@ -1,0 +1,210 @@
+"""Stability in the trainer: roll-back, monitors and QK-clip by the run's configuration."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from ravine.training import loop
+from ravine.training.cli import main
+from ravine.training.config import RunConfig
+from ravine.training.corpus import load_corpus
+from ravine.training.model import ModelConfig
+from ravine.training.outcome import Outcome
+from ravine.training.step import init_params, init_state, make_train_step
+from ravine.training.tuning import line_up
+
+MODEL = ModelConfig(width=16, layers=2, heads=2, kv_heads=1, context=16)
+BAD = 255  # a byte that no text has
+SIZES = {"batch_size": 4, "eval_batches": 1, "eval_every": 4}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"line {i * i} of a text that says little. " for i in range(400)))
+    return load_corpus((path,))
+
+
+class Spoiled:
+    """Batches of which some are marked as bad, or left out."""
+
+    def __init__(self, batches, bad=(), left_out=()):
+        self.batches, self.bad, self.left_out, self.at = batches, bad, left_out, -1
+
+    def __next__(self):
+        while True:
+            self.at += 1
+            batch = next(self.batches)
+            if self.at in self.bad:
+                return np.full_like(batch, BAD)
+            if self.at not in self.left_out:
+                return batch
+
+    def get_state(self):
+        return {"at": self.at, "inner": self.batches.get_state()}
+
+    def set_state(self, state):
+        self.at = state["at"]
+        self.batches.set_state(state["inner"])
+
+
+def train(monkeypatch, folder, corpus, run, **spoiled):
+    """A run on spoiled data, each bad batch of which makes everything NaN."""
+    make_step, make_batches = loop.make_train_step, loop.train_batches
+
+    def spoiling(*args, **kwargs):
+        step = make_step(*args, **kwargs)
+
+        def spoiled_step(state, batch):
+            state, metrics = step(state, batch)
+            factor = jnp.where(batch[0, 0] == BAD, jnp.nan, 1.0).astype(jnp.float32)
+            params = jax.tree.map(lambda p: p * factor, state.params)
+            return state._replace(params=params), metrics | {"loss": metrics["loss"] * factor}
+
+        return spoiled_step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "make_train_step", spoiling)
+        patch.setattr(
+            loop, "train_batches", lambda *a, **k: Spoiled(make_batches(*a, **k), **spoiled)
+        )
+        (entrant,) = line_up("adamw")
+        folder.mkdir(exist_ok=True)
+        outcome = Outcome(entrant.name, entrant.learning_rate)
+        return loop.train(run, entrant.build(run), corpus, outcome, folder)
+
+
+ROLLBACK = "every=2, margin=1, skip_batches=3, window=4"
+
+
+def test_a_run_returns_to_before_a_spike_and_leaves_its_data_out(monkeypatch, tmp_path, corpus):
+    run = RunConfig(steps=12, model=MODEL, rollback=ROLLBACK, checkpoint_every=4, **SIZES)
+    # Update 6 is not finite: back to the state after 4, and on with batch 9.
+    found = train(monkeypatch, tmp_path / "found", corpus, run, bad=(5,))
+    plain = RunConfig(steps=12, model=MODEL, **SIZES)
+    expected = train(monkeypatch, tmp_path / "expected", corpus, plain, left_out=range(4, 9))
+    assert found.status == expected.status == "finished"
+    assert found.final_loss == expected.final_loss
+    assert [r["step"] for r in found.steps] == [0, 1, 2, 3, 4, 5, *range(4, 12)]
+    assert [r.get("returned_to") for r in found.steps[:7]] == [None] * 5 + [4, None]
+    lines = (tmp_path / "found" / "metrics.jsonl").read_text().splitlines()
+    assert sum("returned_to" in json.loads(line) for line in lines) == 1
+
+    # The newest checkpoint is of the same run: nothing of what was undone comes back.
+    longer = RunConfig(steps=12, model=MODEL, rollback=ROLLBACK, checkpoint_every=4, **SIZES)
+    resumed = train(monkeypatch, tmp_path / "found", corpus, longer, bad=(5,))
+    assert resumed.final_loss == found.final_loss
+
+
+def test_an_interruption_after_a_return_goes_on_behind_the_spike(monkeypatch, tmp_path, corpus):
+    run = RunConfig(steps=12, model=MODEL, rollback=ROLLBACK, checkpoint_every=5, **SIZES)
+
+    def interrupted(record):
+        if "returned_to" in record:
+            raise KeyboardInterrupt
+
+    whole = train(monkeypatch, tmp_path / "whole", corpus, run, bad=(6,))
+    make = loop.Checkpoints.save
+    saves = []
+
+    def save(self, state, batches):
+        make(self, state, batches)
+        saves.append(int(state.step))
+        if len(saves) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Checkpoints, "save", save)
+        with pytest.raises(KeyboardInterrupt):
+            train(patch, tmp_path / "cut", corpus, run, bad=(6,))
+    assert saves == [5, 6]  # the second is of the return
+    resumed = train(monkeypatch, tmp_path / "cut", corpus, run, bad=(6,))
+    assert resumed.final_loss == whole.final_loss
+
+
+def test_a_run_that_cannot_return_has_diverged(monkeypatch, tmp_path, corpus):
+    run = RunConfig(steps=6, model=MODEL, rollback="default", **SIZES)
+    with pytest.warns(UserWarning, match="no snapshot 50 updates before update 3"):
+        found = train(monkeypatch, tmp_path / "run", corpus, run, bad=(2,))
+    assert found.status == "diverged"
+    assert len(found.steps) == 3
+
+
+def test_monitors_say_what_goes_on_and_change_nothing(monkeypatch, tmp_path, corpus):
+    fields = {"steps": 5, "model": MODEL, "skip_spikes": True, "z_loss": 1e-4, **SIZES}
+    plain = train(monkeypatch, tmp_path / "plain", corpus, RunConfig(**fields))
+    watched = train(monkeypatch, tmp_path / "watched", corpus, RunConfig(monitor_every=2, **fields))
+    assert [r["loss"] for r in watched.steps] == [r["loss"] for r in plain.steps]
+    for record in watched.steps:
+        sampled = record["step"] % 2 == 0
+        assert ("update_ratio/matrix" in record) == sampled
+        if sampled:
+            assert 1 < record["momentum_rank/matrix"] <= 16
+            assert 0 < record["entropy"] <= np.log(256) + 1e-3
+            assert np.isfinite(record["max_attention_logit"])
+            assert 0 <= record["spike_score/loss"] < 0.5
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_measurements_of_micro_batches_are_those_of_the_batch(getkey, micro_batches):
+    run = RunConfig(model=MODEL, monitor_every=1)
+    (entrant,) = line_up("adamw")
+    tx = entrant.build(run)
+    graphdef, params = init_params(MODEL, 0)
+    batch = jax.random.randint(getkey(), (4, 17), 0, 256)
+    step = jax.jit(make_train_step(graphdef, tx, micro_batches, monitor_every=1))
+    state, _ = step(init_state(params, tx), batch)
+    measured = state.opt_state.metrics
+    logits, highest = nnx.merge(graphdef, params).with_attention_logits(batch[:, :-1])
+    shares = jax.nn.softmax(logits)
+    entropy = -jnp.mean(jnp.sum(shares * jnp.log(shares), axis=-1))
+    assert highest.shape == (2, 2)
+    assert float(measured["max_attention_logit"]) == pytest.approx(float(highest.max()), rel=1e-5)
+    assert float(measured["max_logit"]) == pytest.approx(float(logits.max()), rel=1e-5)
+    assert float(measured["entropy"]) == pytest.approx(float(entropy), rel=1e-5)
+
+
+def test_qk_clip_bends_exactly_the_heads_whose_logits_are_too_large(getkey):
+    graphdef, params = init_params(MODEL, 0)
+    batch = jax.random.randint(getkey(), (4, 17), 0, 256)
+    _, highest = nnx.merge(graphdef, params).with_attention_logits(batch[:, :-1])
+    threshold = float(jnp.median(highest))
+    (entrant,) = line_up("adamw")
+    ends = []
+    for clip in (0.0, threshold):
+        tx = entrant.build(RunConfig(model=MODEL, qk_clip=clip))
+        state, _ = jax.jit(make_train_step(graphdef, tx))(init_state(params, tx), batch)
+        ends.append(state.params["layers"]["attention"])
+    plain, clipped = ends
+    gamma = threshold / np.maximum(np.asarray(highest, np.float64), threshold)  # [L, H]
+    assert (gamma < 1).any()
+    assert (gamma == 1).any()
+    # One key head for both query heads: it takes the root of the larger factor.
+    kappa = np.sqrt(gamma.max(axis=1, keepdims=True))
+    query = np.repeat(gamma / kappa, MODEL.head_width, axis=1)[:, None]
+    compare = lambda name, factor: np.testing.assert_allclose(
+        clipped[name]["kernel"], factor * plain[name]["kernel"], rtol=2e-6, atol=1e-7
+    )
+    compare("query", query)
+    compare("key", kappa[:, :, None])
+    compare("value", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--rollback", "evry=5"], "did you mean every?"),
+        (["--rollback", "every=2.5"], "whole number"),
+        (["--rollback", "every=soon"], "must be a number"),
+        (["--rollback", "limit=0"], "limit must be at least 1"),
+        (["--qk-clip", "100", "--qk-norm"], "does nothing under"),
+        (["--monitor-every", "-1"], "monitor_every"),
+    ],
+)
+def test_bad_words_are_refused(words, expected, tmp_path, capsys):
+    assert main(["race", "--out", str(tmp_path / "race"), *words]) == 2
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "race").exists()
