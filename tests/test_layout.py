@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ravine.optimizers.matrix.blocks import BlockGrid, block_grid
 from ravine.optimizers.matrix.layout import DEFAULT, MatrixAxes, layout
 
-SIZES = (1, 2, 3, 4, 6)
+SIZES = {2: (1, 2, 3, 4, 6), 3: (1, 2, 3, 4, 6), 4: (1, 2, 3, 6)}  # by number of axes
 
 
 def numbered(shape) -> np.ndarray:
@@ -32,10 +32,10 @@ def every_choice(ndim: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]
             yield rows, columns
 
 
-@pytest.mark.parametrize("ndim", [2, 3, 4])
+@pytest.mark.parametrize("ndim", SIZES)
 def test_every_small_shape_and_choice_of_axes(ndim):
     rng = np.random.default_rng(ndim)
-    for shape in itertools.product(SIZES, repeat=ndim):
+    for shape in itertools.product(SIZES[ndim], repeat=ndim):
         leaf = numbered(shape)
         for rows, columns in every_choice(ndim):
             rows, columns = (tuple(rng.permutation(side).tolist()) for side in (rows, columns))
@@ -67,7 +67,7 @@ def test_every_small_shape_and_choice_of_axes(ndim):
 
 @st.composite
 def leaves_and_axes(draw):
-    shape = tuple(draw(st.lists(st.sampled_from((*SIZES, 0)), min_size=2, max_size=5)))
+    shape = tuple(draw(st.lists(st.sampled_from((*SIZES[2], 0)), min_size=2, max_size=5)))
     order = draw(st.permutations(range(len(shape))))
     first = draw(st.integers(1, len(shape) - 1))
     second = draw(st.integers(first + 1, len(shape)))
