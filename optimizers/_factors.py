@@ -1,7 +1,9 @@
 """Shampoo's factors: how they are kept, learn from gradients, get their roots, and precondition."""
 
 import dataclasses
-from collections.abc import Sequence
+import math
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,11 +13,12 @@ from ._arithmetic import bias_correction, lerp, wide
 from ._blocking import Blocking
 from ._tensors import finite_blocks, identities
 from .graft import norm_ratio
+from .matrix.batching import in_chunks, largest_chunk
 from .matrix.distribute import total
 from .matrix.kronecker import mode_gram, rotate
 from .matrix.packing import pack, unpack
 from .matrix.placement import Names
-from .matrix.refresh import Refresh, Unit, refreshed
+from .matrix.refresh import MAX_ELEMENTS_ELSEWHERE, Refresh, Unit, refreshed
 from .matrix.roots import Method, inverse_root
 from .matrix.shards import flat_axes, reshape
 
@@ -30,6 +33,9 @@ class Factor(NamedTuple):
     failures: jax.Array  # int32, refused roots since the last good one
     refused: jax.Array  # int32, refused roots so far
 
+
+Kept = tuple[jax.Array | None, ...]
+"""Statistics or roots of a tensor, by axis, as they are kept."""
 
 Pieces = tuple[tuple[Factor | None, ...], ...]
 """Factors of a leaf: by tensor, by axis."""
@@ -74,36 +80,58 @@ class Preconditioner:
     patience: int
     storage: Storage
 
-    def learn(self, gradient: jax.Array, blocking: Blocking, pieces: Pieces) -> Pieces:
+    def learn(
+        self, gradient: jax.Array, blocking: Blocking, pieces: Pieces, max_elements: int | None
+    ) -> Pieces:
         """Factors whose statistics contain the gradient, but of blocks where it is not finite."""
         return tuple(
-            self._learn(wide(blocks), factors, blocking.summed)
+            self._learn(wide(blocks), factors, blocking.summed, max_elements)
             for blocks, factors in zip(blocking.to_blocks(gradient), pieces, strict=True)
         )
 
-    def _learn(self, blocks: jax.Array, factors: tuple[Factor | None, ...], summed: Names) -> Any:
-        order = len(factors)
-        usable, blocks = finite_blocks(blocks, order, summed)
-        roots = self._roots(blocks, factors) if self.kl else []
+    def _learn(
+        self,
+        blocks: jax.Array,
+        factors: Sequence[Factor | None],
+        summed: Names,
+        max_elements: int | None,
+    ) -> tuple[Factor | None, ...]:
+        order, sizes = len(factors), blocks.shape[blocks.ndim - len(factors) :]
 
-        def learned(axis: int, factor: Factor) -> Factor:
-            seen = blocks
-            if self.kl:
-                seen = rotate(blocks, [None if at == axis else r for at, r in enumerate(roots)])
-            old = self.storage.load(factor.statistics, blocks.shape[blocks.ndim - order + axis])
-            gram = total(mode_gram(seen, axis, order), summed)
-            new = _accumulated(gram, old, self.b2)
-            return factor._replace(
-                statistics=self.storage.keep(jnp.where(usable[..., None, None], new, old))
-            )
+        def learned(kept: Kept, beside: tuple[jax.Array, Kept]) -> Kept:
+            usable, blocks = finite_blocks(beside[0], order, summed)
+            roots = self._loaded(beside[1], sizes)
+            new = []
+            for axis, (statistics, size) in enumerate(zip(kept, sizes, strict=True)):
+                if statistics is None:
+                    new.append(None)
+                    continue
+                others = [None if at == axis else root for at, root in enumerate(roots)]
+                gram = total(mode_gram(rotate(blocks, others), axis, order), summed)
+                old = self.storage.load(statistics, size)
+                found = _accumulated(gram, old, self.b2)
+                new.append(self.storage.keep(jnp.where(usable[:, None, None], found, old)))
+            return tuple(new)
 
-        return tuple(None if f is None else learned(axis, f) for axis, f in enumerate(factors))
+        statistics = tuple(None if f is None else f.statistics for f in factors)
+        roots = tuple(f.root if self.kl and f is not None else None for f in factors)
+        # No collective in a loop.
+        bound = sys.maxsize if summed else self._bound(max_elements)
+        found = _by_slices(learned, statistics, (blocks, roots), sizes, bound)
+        return tuple(
+            None if f is None else f._replace(statistics=new)
+            for f, new in zip(factors, found, strict=True)
+        )
 
-    def _roots(self, blocks: jax.Array, factors: Sequence[Factor | None]) -> list[jax.Array | None]:
-        sizes = blocks.shape[blocks.ndim - len(factors) :]
+    def _bound(self, max_elements: int | None) -> int | None:
+        """The elements to load at once: all, where loading makes no copies."""
+        copies = self.storage.packed or self.storage.dtype is not None
+        return max_elements if copies else sys.maxsize
+
+    def _loaded(self, kept: Kept, sizes: Sequence[int]) -> list[jax.Array | None]:
         return [
-            None if f is None else self.storage.load(f.root, size)
-            for f, size in zip(factors, sizes, strict=True)
+            None if x is None else self.storage.load(x, size)
+            for x, size in zip(kept, sizes, strict=True)
         ]
 
     def refresh(
@@ -173,12 +201,16 @@ class Preconditioner:
         )
 
     def apply(
-        self, mean: jax.Array, blocking: Blocking, pieces: Pieces
+        self, mean: jax.Array, blocking: Blocking, pieces: Pieces, max_elements: int | None
     ) -> tuple[list[jax.Array], list[jax.Array]]:
         """The preconditioned blocks, and which of them have no root to trust."""
         directions, distrusted = [], []
         for blocks, factors in zip(blocking.to_blocks(mean), pieces, strict=True):
-            directions.append(rotate(blocks, self._roots(blocks, factors)))
+            sizes = blocks.shape[blocks.ndim - len(factors) :]
+            rotated = lambda blocks, kept, sizes=sizes: rotate(blocks, self._loaded(kept, sizes))
+            roots = tuple(None if f is None else f.root for f in factors)
+            bound = self._bound(max_elements)
+            directions.append(_by_slices(rotated, blocks, roots, sizes, bound))
             failed = jnp.zeros(blocks.shape[: blocks.ndim - len(factors)], bool)
             for factor in factors:
                 failed = failed if factor is None else failed | (factor.failures > self.patience)
@@ -213,6 +245,27 @@ def grafted(
         sized = direction * ratios[-1][wider].astype(direction.dtype)
         blocks.append(jnp.where(failed[wider], other.astype(direction.dtype), sized))
     return blocking.from_blocks(blocks), tuple(ratios)
+
+
+def _by_slices(
+    function: Callable[[Any, Any], Any],
+    carry: Any,
+    beside: Any,
+    sizes: Sequence[int],
+    max_elements: int | None,
+) -> Any:
+    """``function(carry, beside)`` of arrays `[L, *counts, ...]`, on a bounded number of blocks at once.
+
+    Factors that are kept packed or in less than float32 have copies while they are used, and all of a
+    large leaf's at once would be most of the memory that a step takes.
+    """
+    if not jax.tree.leaves(carry):
+        return carry
+    flat = lambda tree: jax.tree.map(lambda x: flat_axes(x, 1 + len(sizes)), tree)
+    block = math.prod(sizes) + sum(size**2 for size in sizes)
+    most = largest_chunk((block,), max_elements, MAX_ELEMENTS_ELSEWHERE)
+    found = in_chunks(function, flat(carry), most, beside=flat(beside))
+    return jax.tree.map(lambda new, old: new.reshape(old.shape), found, carry)
 
 
 def _is_number(b2: Any) -> bool:

@@ -194,7 +194,10 @@ def scale_by_shampoo(
         step, nu = size.update(finite, mean, state.nu, count)
         gradients, old = jax.tree.leaves(updates), structure.flatten_up_to(state.factors)
         factors = preconditioner.refresh(
-            [preconditioner.learn(*leaf) for leaf in zip(gradients, found, old, strict=True)],
+            [
+                preconditioner.learn(*leaf, max_elements)
+                for leaf in zip(gradients, found, old, strict=True)
+            ],
             found,
             schedule,
             count,
@@ -204,7 +207,7 @@ def scale_by_shampoo(
         for m, d, blocking, pieces in zip(
             jax.tree.leaves(mean), jax.tree.leaves(step), found, factors, strict=True
         ):
-            preconditioned, distrusted = preconditioner.apply(m, blocking, pieces)
+            preconditioned, distrusted = preconditioner.apply(m, blocking, pieces, max_elements)
             direction, ratio = grafted(preconditioned, distrusted, d, blocking, per)
             directions.append(jnp.where(schedule.started(count), direction.astype(d.dtype), d))
             ratios.append(ratio)

@@ -298,10 +298,11 @@ def test_staggered_agrees_with_synchronous_on_a_constant_gradient():
     assert_trees_close(found, expected, 1e-2)
 
 
-@pytest.mark.parametrize("max_elements", [16, 40])
-def test_roots_found_in_chunks(max_elements):
+@pytest.mark.parametrize("storage", [{}, {"packed": True}, {"packed": True, "statistics": "kl"}])
+@pytest.mark.parametrize("max_elements", [16, 100])
+def test_roots_found_and_factors_used_in_chunks(max_elements, storage):
     gradients = [{"a": normal((8, 12), s), "b": normal((4, 4), 50 + s)} for s in range(4)]
-    options = {"every": 2, "block": 4}
+    options = {"every": 2, "block": 4, **storage}
     found, _ = run(ravine.scale_by_shampoo(**options, max_elements=max_elements), gradients)
     expected, _ = run(ravine.scale_by_shampoo(**options), gradients)
     assert_trees_close(found, expected, 1e-6)

@@ -115,12 +115,16 @@ def _map_local(
     return results
 
 
-def largest_chunk(shape: tuple[int, ...], max_elements: int | None = None) -> int:
+def largest_chunk(
+    shape: tuple[int, ...],
+    max_elements: int | None = None,
+    elsewhere: int = MAX_ELEMENTS_ELSEWHERE,
+) -> int:
     """How many matrices of a shape are worked on at once; bound as for `map_matrices`."""
     if max_elements is None:
         device = jax.sharding.get_abstract_mesh().abstract_device
         platform = jax.default_backend() if device is None else device.platform
-        max_elements = MAX_ELEMENTS.get(platform, MAX_ELEMENTS_ELSEWHERE)
+        max_elements = MAX_ELEMENTS.get(platform, elsewhere)
     if max_elements < 1:
         raise ValueError(f"max_elements must be at least 1, got {max_elements}.")
     return max(1, max_elements // max(1, math.prod(shape)))
