@@ -234,6 +234,8 @@ def _standard(
         gram = arithmetic.gram(x)
         inner = b * gram + c * arithmetic.symmetric(gram, gram) if c else b * gram
         x = (a * x.astype(inner.dtype) + arithmetic.full(inner, x)).astype(arithmetic.dtype)
+        # Or XLA for TPU keeps the wide products of all steps, to add them up in one kernel at the end.
+        x = jax.lax.optimization_barrier(x)
     return x
 
 
