@@ -41,7 +41,7 @@ $(TPU)/.installed: $(STAMP)
 
 test-pods: $(TPU)/.installed
 	@echo "==> test-pods: optimizers compiled for TPU pods, without a TPU"
-	PYTHONPATH=$(TPU) $(PYTEST) -m pods
+	PYTHONPATH=$(TPU) $(PYTEST) -n 2 -m pods tests/test_pods.py
 
 lint: $(STAMP)
 	@echo "==> lint: ruff and basedpyright"

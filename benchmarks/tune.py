@@ -35,7 +35,7 @@ CENTRES = {
     "lion": 0.0008,
     "muon": 0.02,
     "shampoo": 0.004,
-    "soap": 0.004,
+    "soap": 0.008,
     "soap_muon": 0.01,
     "sgd": 0.5,
     "rmsprop": 0.002,

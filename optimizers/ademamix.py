@@ -136,13 +136,17 @@ def _slow_decay(b1: Any, b3: Any, steps: int | None, count: jax.Array) -> tuple[
     if not steps:
         return b3, 1 - b3
     dtype = widest()
-    half_lives = [math.log(0.5) / math.log(b + 1e-8) - 1 for b in (b1, b3)]
+    half_lives = [math.log(0.5) / _log(b + 1e-8) - 1 for b in (b1, b3)]
     done = jnp.minimum(count.astype(dtype) / steps, 1)
     log_keep = math.log(0.5) / ((1 - done) * half_lives[0] + done * half_lives[1] + 1)
     # The 1e-8 above is the authors', and goes once the warm-up is over.
     over = done == 1
     keep = jnp.where(over, jnp.asarray(b3, dtype), jnp.exp(log_keep))
     return keep, jnp.where(over, jnp.asarray(1 - b3, dtype), -jnp.expm1(log_keep))
+
+
+def _log(decay: Any) -> Any:
+    return math.log(decay) if isinstance(decay, (int, float)) else jnp.log1p(decay - 1)
 
 
 def ademamix(

@@ -155,8 +155,27 @@ def test_inject_hyperparams_gives_the_same_updates(row):
     assert_close(run(injected, params, grads, 3)[1], run_plain(row, params, grads, 3)[1], 1e-5)
 
 
-@every_optimizer
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_slow_momentum_warms_up_with_injected_decay_rates():
+    params, grads = {"w": jnp.ones(3)}, {"w": jnp.array([1.0, -2.0, 0.5])}
+    warmups = ("alpha_warmup", "b3_warmup")
+    injected = optax.inject_hyperparams(ravine.ademamix, static_args=warmups)
+    options = {"learning_rate": 0.1, "b3": 0.99, "alpha_warmup": 4, "b3_warmup": 4}
+    found, expected = (
+        run(make(**options), params, grads, 6)[1] for make in (injected, ravine.ademamix)
+    )
+    assert_close(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("row", "dtype"),
+    [
+        pytest.param(row, dtype, id=f"{row.label}-{dtype.__name__}")
+        for row in TABLE
+        for dtype in (jnp.float32, jnp.bfloat16)
+        # Those for matrices take all gradients to float32 first, whatever accumulates them.
+        if dtype == jnp.float32 or not row.needs_matrices
+    ],
+)
 def test_accumulates_under_multi_steps(row, dtype):
     params, grads = row.tree(0, dtype), row.tree(1, dtype)
     accumulating = optax.MultiSteps(row.build(), every_k_schedule=2)
