@@ -56,14 +56,15 @@ class RunConfig:
     optimizer: the coefficient handed to the optimizer is this divided by its learning rate."""
     eval_every: int = 20
     """Updates between two evaluations on held-out text."""
-    eval_batches: int = 16
+    eval_batches: int = 8
     seed: int = 0
     """Of the initial parameters and the order of the data."""
     data: tuple[Path, ...] = ()
     """Text files or a uint16 .bin; by default this Python's own standard library."""
     checkpoint_every: int = 0
     """Updates between two checkpoints; 0 keeps none."""
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    # Its four layers in one piece take a third less time on CPU than a loop over them.
+    model: ModelConfig = dataclasses.field(default_factory=lambda: ModelConfig(unroll=4))
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "eval_every", "eval_batches"):

@@ -40,7 +40,7 @@ from .tuning import Entrant, line_up
 class RaceConfig:
     """Train several optimizers on the same model and text, and compare them."""
 
-    optimizers: str = "adamw,muon,lion,sgd"
+    optimizers: str = "adamw,muon,shampoo,soap,lion,sgd"
     """Names, separated by commas."""
     learning_rates: str = ""
     """Peak learning rates that replace the tuned ones: name=value, separated by commas."""
