@@ -1,4 +1,7 @@
-"""Clipping: by hand, layer by layer, and against the recurrences of the authors written out."""
+"""Clipping: by hand, layer by layer, and against the authors' own code (`golden/clipping.py`)."""
+
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ravine import stability as s
 
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "clipping.json").read_text())
 EVERY = {
     "clip_by_global_norm": lambda: s.clip_by_global_norm(1.0),
     "clip_by_block_rms": lambda: s.clip_by_block_rms(1.0),
@@ -150,30 +154,32 @@ def test_update_clipping_is_that_of_the_paper():
         s.with_update_clipping(ravine.scale_by_lion()).init(jnp.zeros(3))
 
 
-def test_zclip_is_the_recurrence_of_its_authors():
-    """zclip.py, mode zscore with adaptive scaling, in plain Python."""
-    alpha, limit, max_norm, eps, warmup = 0.97, 2.5, 1.5, 1e-6, 5
-    rng = np.random.default_rng(0)
-    norms = np.abs(rng.normal(1, 0.2, 40))
-    norms[[12, 13, 30]] = [9.0, 2.5, 50.0]
-    buffer, mean, var, expected = [], None, None, []
-    for norm in norms:
-        if mean is None:
-            buffer.append(norm)
-            expected.append(min(1.0, max_norm / (norm + eps)))
-            if len(buffer) == warmup:
-                mean, var = np.mean(buffer), np.var(buffer)
-            continue
-        z = (norm - mean) / (var**0.5 + eps)
-        clip = mean + limit * var**0.5 / (z / limit) if z > limit else norm
-        lowest = min(clip, max_norm)
-        expected.append(lowest / (norm + eps) if norm > lowest else 1.0)
-        mean = alpha * mean + (1 - alpha) * clip
-        var = alpha * var + (1 - alpha) * (clip - mean) ** 2
-    tx = s.zclip(limit, alpha, max_norm=max_norm, warmup=warmup, eps=eps)
-    found, state = run(tx, [jnp.array([n], jnp.float32) for n in norms], jnp.zeros(1))
-    np.testing.assert_allclose(np.ravel(found), norms * expected, rtol=2e-5)
-    np.testing.assert_allclose([state.mean, state.variance], [mean, var], rtol=1e-4)
+def golden_gradients():
+    return [
+        {k: jnp.asarray(g, jnp.float32) for k, g in grads.items()} for grads in GOLDEN["gradients"]
+    ]
+
+
+def stacked(rows):
+    return {k: np.array([row[k] for row in rows]) for k in rows[0]}
+
+
+def test_zclip_is_that_of_its_authors():
+    theirs = GOLDEN["zclip"]["arguments"]
+    tx = s.zclip(
+        theirs["z_thresh"],
+        theirs["alpha"],
+        max_norm=theirs["max_grad_norm"],
+        warmup=theirs["warmup_steps"],
+        eps=theirs["eps"],
+    )
+    gradients = golden_gradients()
+    found, _ = run(tx, gradients, jax.tree.map(jnp.zeros_like, gradients[0]))
+    given, found = stacked(gradients), stacked(found)
+    for name, expected in stacked(GOLDEN["zclip"]["clipped"]).items():
+        clipped = ~np.isclose(expected, given[name], rtol=1e-5)
+        assert 0.1 < np.mean(clipped) < 0.9
+        np.testing.assert_allclose(found[name], expected, rtol=2e-5, atol=1e-7)
 
 
 def test_adagc_by_hand_and_with_gradients_that_start_at_zero():
@@ -190,30 +196,22 @@ def test_adagc_by_hand_and_with_gradients_that_start_at_zero():
     np.testing.assert_allclose([(f["a"][0], f["b"][0]) for f in found], expected, rtol=1e-6)
 
 
-def test_spam_is_the_recurrence_of_its_authors():
-    """galore_torch/SPAM.py for one dense parameter, in plain Python; spikes, a reset, its warm-up."""
-    b1, b2, eps, threshold, every, rewarm, settle = 0.9, 0.99, 1e-6, 50.0, 12, 5, 3
-    rng = np.random.default_rng(0)
-    gradients = rng.normal(size=(30, 4))
-    gradients[[7, 20]] *= 1e3
-    m, v, expected = np.zeros(4), np.zeros(4), []
-    for t, gradient in enumerate(gradients, start=1):
-        g, since = gradient.copy(), t % every
-        if since == 0:
-            m, v = np.zeros(4), np.zeros(4)
-        spikes = g**2 > threshold * v
-        if t >= settle and since >= settle:
-            g[spikes] = np.sign(g[spikes]) * np.sqrt(threshold * v[spikes])
-        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
-        size = np.sqrt(1 - b2**t) / (1 - b1**t)
-        warming = t >= every and since < rewarm
-        cosine = (1 + np.cos(np.pi * since / (rewarm + 1))) / 2
-        factor = 1 - 0.99 * cosine if warming else 1.0
-        expected.append(size * m / (np.sqrt(v) + eps / 1e6) * factor)
-    adam = ravine.scale_by_adam(b1, b2, 1e-12)
-    tx = s.spam(adam, threshold=threshold, reset_every=every, rewarm=rewarm, settle=settle)
-    found, _ = run(tx, [jnp.asarray(g, jnp.float32) for g in gradients], jnp.zeros(4))
-    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=1e-6)
+def test_spam_is_that_of_its_authors():
+    theirs = GOLDEN["spam"]["arguments"]
+    assert theirs["lr"] == 1.0
+    tx = s.spam(
+        ravine.scale_by_adam(*theirs["betas"], theirs["eps"]),
+        threshold=theirs["threshold"],
+        reset_every=theirs["DeltaT"],
+        rewarm=theirs["warmup_steps"],
+        settle=theirs["grad_accu_steps"],
+    )
+    gradients = golden_gradients()
+    found, _ = run(tx, gradients, jax.tree.map(jnp.zeros_like, gradients[0]))
+    found = stacked(found)
+    for name, params in stacked(GOLDEN["spam"]["parameters"]).items():
+        expected = -np.diff(params, axis=0, prepend=np.zeros_like(params[:1]))
+        np.testing.assert_allclose(found[name], expected, rtol=2e-4, atol=1e-6)
 
 
 def test_spam_lets_late_elements_start():
