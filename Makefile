@@ -17,8 +17,8 @@ race: $(STAMP)
 	$(BIN)/python -m ravine race $(RACE)
 
 # Tests that train, or that are held to rounding, run on code compiled as for users; see tests/conftest.py.
-AS_USERS := $(patsubst %,tests/test_%.py,mesh trainer_mesh processes model race notebooks sophia \
-	devices_keep_training orthogonalize)
+AS_USERS := $(patsubst %,tests/test_%.py,mesh trainer_mesh trainer_stability processes model race \
+	notebooks sophia devices_keep_training orthogonalize)
 
 test: $(STAMP)
 	@echo "==> test: all tests, on 8 virtual CPU devices, 2 processes: first those of small programs"

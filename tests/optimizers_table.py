@@ -200,3 +200,9 @@ TABLE = (
     ),
     preconditioned("kl_shampoo", 0.1, {"every": 2}),
 )
+_NAMES = [row.name for row in TABLE]
+# Settings of an optimizer for matrices, besides its first: what wraps it, as schedules, masks and
+# checkpoints do, is tried around them in the slow tests only.
+VARIANTS = frozenset(
+    row for at, row in enumerate(TABLE) if row.needs_matrices and row.name in _NAMES[:at]
+)

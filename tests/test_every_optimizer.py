@@ -12,10 +12,17 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
-from .optimizers_table import TABLE
+from .optimizers_table import TABLE, VARIANTS
 
 DECAYING = [row for row in TABLE if row.accepts("weight_decay")]
 every_optimizer = pytest.mark.parametrize("row", TABLE, ids=[row.label for row in TABLE])
+wrapped_optimizer = pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, id=row.label, marks=[pytest.mark.slow] * (row in VARIANTS))
+        for row in TABLE
+    ],
+)
 
 
 def add(params, updates):
@@ -122,7 +129,7 @@ def test_state_is_a_fixed_point_for_every_mix_of_dtypes(
         assert any(s.dtype == state_dtype for s in floating)
 
 
-@every_optimizer
+@wrapped_optimizer
 def test_learning_rate_may_be_a_schedule_of_updates_made(row):
     params, grads = row.tree(0), row.tree(1)
     twice = row.build(lambda count: jnp.where(count < 2, row.learning_rate, 0.0))
@@ -134,7 +141,7 @@ def test_learning_rate_may_be_a_schedule_of_updates_made(row):
         assert_equal(run(twice, params, grads, 3, update)[1], jax.tree.map(jnp.zeros_like, grads))
 
 
-@every_optimizer
+@wrapped_optimizer
 def test_masked(row):
     params, grads = row.tree(0), row.tree(1)
     masked = optax.masked(row.build(), {k: k == "first" for k in params})
@@ -145,7 +152,7 @@ def test_masked(row):
     assert_equal(updates | {"first": None}, grads | {"first": None})
 
 
-@every_optimizer
+@wrapped_optimizer
 def test_inject_hyperparams_gives_the_same_updates(row):
     params, grads = row.tree(0), row.tree(1)
     injected = optax.inject_hyperparams(row.builder, static_args=row.static_args)(
@@ -169,7 +176,12 @@ def test_slow_momentum_warms_up_with_injected_decay_rates():
 @pytest.mark.parametrize(
     ("row", "dtype"),
     [
-        pytest.param(row, dtype, id=f"{row.label}-{dtype.__name__}")
+        pytest.param(
+            row,
+            dtype,
+            id=f"{row.label}-{dtype.__name__}",
+            marks=[pytest.mark.slow] * (row in VARIANTS),
+        )
         for row in TABLE
         for dtype in (jnp.float32, jnp.bfloat16)
         # Those for matrices take all gradients to float32 first, whatever accumulates them.
@@ -191,7 +203,7 @@ def test_accumulates_under_multi_steps(row, dtype):
     assert_close(updates, once, 1e-6 if dtype == jnp.float32 else 1e-2)
 
 
-@every_optimizer
+@wrapped_optimizer
 def test_checkpoint_round_trip(row, tmp_path):
     low = {"mu_dtype": jnp.bfloat16} if row.accepts("mu_dtype") else {}
     state = run(row.build(**low), row.tree(0), row.tree(1), 1)[2]
@@ -348,7 +360,7 @@ def test_missing_parameters_are_named(row):
         jax.eval_shape(lambda p, g: tx.update(g, tx.init(p)), row.tree(0), row.tree(1))
 
 
-@every_optimizer
+@wrapped_optimizer
 def test_jit_compiles_once(row):
     tx, traces = row.build(), []
 

@@ -14,7 +14,8 @@ What does not apply:
   `AliasTest`'s, which wants the gradients';
 - `init` from shapes alone for schedule-free optimizers, whose state holds the parameters' values
   (`jax.eval_shape(tx.init, shapes)` works);
-- the comparison of types with and without `jit`, for variants of matrix optimizers: one of each kind is;
+- other settings of an optimizer for matrices than its first, for which our own tests stand (`VARIANTS`);
+  types with and without `jit`, for matrices, are compared for one of each kind;
 - Optax's wrappers (mechanize, schedule_free) and microbatching, which are not ours.
 """
 
@@ -31,7 +32,7 @@ import pytest
 import ravine
 from absl.testing import parameterized
 
-from .optimizers_table import TABLE, builder
+from .optimizers_table import TABLE, VARIANTS, builder
 
 with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
     # sharding_test makes a noisy_sgd in a way that Optax itself deprecates.
@@ -76,9 +77,10 @@ ANY_SHAPE = [row for row in TABLE if not row.needs_matrices]
 ALIAS = [options(row) for row in ANY_SHAPE]
 CONTRIB = [options(row, **NO_WRAPPER) for row in ANY_SHAPE]
 INJECTED = [options(row, present(row), **NO_WRAPPER) for row in ANY_SHAPE]
-MATRIX = [options(row, **NO_WRAPPER) for row in TABLE]
+MATRIX = [options(row, **NO_WRAPPER) for row in TABLE if row not in VARIANTS]
 INSTANCES = [(str(i), row.build()) for i, row in enumerate(TABLE)]
-COMPILED = [(name, tx._replace(update=jax.jit(tx.update))) for name, tx in INSTANCES]
+COMPILED = [(str(i), row.build()) for i, row in enumerate(TABLE) if row not in VARIANTS]
+COMPILED = [(name, tx._replace(update=jax.jit(tx.update))) for name, tx in COMPILED]
 # One operation at a time on a mesh takes up to a minute: of optimizers for matrices one of a kind, whose
 # operations the others share.
 KINDS = ("muon", "shampoo", "soap", "kl_shampoo")

@@ -1,6 +1,7 @@
 """Stability in the trainer: roll-back, monitors and QK-clip by the run's configuration."""
 
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +69,7 @@ def train(monkeypatch, folder, corpus, run, **spoiled):
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "make_train_step", spoiling)
+        patch.setattr(loop, "optimizer_milliseconds", lambda *args: math.nan)
         patch.setattr(
             loop, "train_batches", lambda *a, **k: Spoiled(make_batches(*a, **k), **spoiled)
         )
@@ -191,6 +193,21 @@ def test_qk_clip_bends_exactly_the_heads_whose_logits_are_too_large(getkey):
     compare("query", query)
     compare("key", kappa[:, :, None])
     compare("value", 1.0)
+
+
+def test_words_reach_the_run(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("line after line of a text that says little. " * 200)
+    words = "--width 16 --layers 1 --heads 2 --context 16 --batch-size 4 --steps 2 --eval-batches 1"
+    devices = "--monitor-every 2 --qk-clip 1 --rollback default --skip-spikes --z-loss 1e-4"
+    out = tmp_path / "race"
+    files = ["--data", str(text), "--out", str(out)]
+    assert main(["race", "--optimizers", "adamw", *words.split(), *devices.split(), *files]) == 0
+    first, second, *_ = map(json.loads, (out / "adamw" / "metrics.jsonl").read_text().splitlines())
+    assert "entropy" in first
+    assert "entropy" not in second
+    outcome = json.loads((out / "adamw" / "outcome.json").read_text())
+    assert outcome["optimizer_milliseconds"] > 0
 
 
 @pytest.mark.parametrize(
