@@ -30,6 +30,7 @@ from ravine.training.tuning import Entrant
 
 TABLE = Path(__file__).parents[1] / "training" / "tuned.json"
 TRIALS = 5
+STEPS = 300  # a quarter more than a race
 CENTRES = {
     "adamw": 0.004,
     "lion": 0.0008,
@@ -97,7 +98,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--keep", action="store_true", help="keep the trials already in the table")
     arguments = parser.parse_args()
-    run = RunConfig(seed=arguments.seed, eval_every=RunConfig().steps)
+    run = RunConfig(seed=arguments.seed, steps=STEPS, eval_every=STEPS)
     table = json.loads(TABLE.read_text(encoding="utf-8"))
     for name in arguments.only:
         trials = table["optimizers"].get(name, {}).get("trials", []) if arguments.keep else []

@@ -17,7 +17,7 @@ from .rollback import RollbackPolicy
 class RunConfig:
     """What all optimizers of a race share."""
 
-    steps: int = 300
+    steps: int = 240
     """Updates made."""
     batch_size: int = 16
     """Sequences a step, over all hosts."""
