@@ -94,7 +94,7 @@ def test_the_first_schedules_keep_their_values(name):
         (["--learning-rates", "adamw=nan"], "positive and finite"),
         (["--learning-rates", "adamw=-1"], "positive and finite"),
         (["--learning-rates", "adamw=fast"], "must be a number"),
-        (["--learning-rates", "shampoo=1"], "shampoo"),
+        (["--learning-rates", "adan=1"], "'adan' is no optimizer of this race"),
         (["--context", "100000"], "context"),
         (["--width", "15"], "width"),
         (["--data", "no-such-file.txt"], "no-such-file.txt"),
