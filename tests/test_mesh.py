@@ -81,8 +81,8 @@ def train_on_one_device(name):
     return train(OPTIMIZERS[name][0](), tree(0), tree(1))[0]
 
 
-# All on two layouts, variants on the second as slow tests; a third, and Auto axes, which hold the same
-# program inside, for one of a kind.
+# All on two layouts, variants on the second as slow tests; a third, most of it slow, and Auto axes, with
+# the same program inside, for one of a kind.
 SOME = ("shampoo", "soap", "muon", "split-adamw")
 CASES = [
     *((name, "mixed", AxisType.Explicit) for name in OPTIMIZERS),
@@ -90,7 +90,10 @@ CASES = [
         pytest.param(name, "data", AxisType.Explicit, marks=[pytest.mark.slow] * (name not in SOME))
         for name in OPTIMIZERS
     ),
-    *((name, "fsdp", AxisType.Explicit) for name in SOME),
+    *(
+        pytest.param(name, "fsdp", AxisType.Explicit, marks=[pytest.mark.slow] * (name != "muon"))
+        for name in SOME
+    ),
     *((name, "mixed", AxisType.Auto) for name in SOME),
 ]
 

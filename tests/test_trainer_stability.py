@@ -101,6 +101,7 @@ def test_a_run_returns_to_before_a_spike_and_leaves_its_data_out(monkeypatch, tm
     assert resumed.final_loss == found.final_loss
 
 
+@pytest.mark.slow
 def test_an_interruption_after_a_return_goes_on_behind_the_spike(monkeypatch, tmp_path, corpus):
     run = RunConfig(steps=12, model=MODEL, rollback=ROLLBACK, checkpoint_every=5, **SIZES)
 
@@ -150,7 +151,7 @@ def test_monitors_say_what_goes_on_and_change_nothing(monkeypatch, tmp_path, cor
             assert 0 <= record["spike_score/loss"] < 0.5
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("micro_batches", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_measurements_of_micro_batches_are_those_of_the_batch(getkey, micro_batches):
     run = RunConfig(model=MODEL, monitor_every=1)
     (entrant,) = line_up("adamw")
