@@ -18,7 +18,7 @@ from .matrix.distribute import total
 from .matrix.kronecker import mode_gram, rotate
 from .matrix.packing import pack, unpack
 from .matrix.placement import Names
-from .matrix.refresh import MAX_ELEMENTS_ELSEWHERE, Refresh, Unit, refreshed
+from .matrix.refresh import REFRESHED_ELSEWHERE, Refresh, Unit, refreshed
 from .matrix.roots import Method, inverse_root
 from .matrix.shards import flat_axes, reshape
 
@@ -117,7 +117,7 @@ class Preconditioner:
         roots = tuple(f.root if self.kl and f is not None else None for f in factors)
         # No collective in a loop.
         bound = sys.maxsize if summed else self._bound(max_elements)
-        found = _by_slices(learned, statistics, (blocks, roots), sizes, bound)
+        found = _by_slices(learned, statistics, (blocks, roots), factors, sizes, bound)
         return tuple(
             None if f is None else f._replace(statistics=new)
             for f, new in zip(factors, found, strict=True)
@@ -210,7 +210,7 @@ class Preconditioner:
             rotated = lambda blocks, kept, sizes=sizes: rotate(blocks, self._loaded(kept, sizes))
             roots = tuple(None if f is None else f.root for f in factors)
             bound = self._bound(max_elements)
-            directions.append(_by_slices(rotated, blocks, roots, sizes, bound))
+            directions.append(_by_slices(rotated, blocks, roots, factors, sizes, bound))
             failed = jnp.zeros(blocks.shape[: blocks.ndim - len(factors)], bool)
             for factor in factors:
                 failed = failed if factor is None else failed | (factor.failures > self.patience)
@@ -251,6 +251,7 @@ def _by_slices(
     function: Callable[[Any, Any], Any],
     carry: Any,
     beside: Any,
+    factors: Sequence[Factor | None],
     sizes: Sequence[int],
     max_elements: int | None,
 ) -> Any:
@@ -262,8 +263,9 @@ def _by_slices(
     if not jax.tree.leaves(carry):
         return carry
     flat = lambda tree: jax.tree.map(lambda x: flat_axes(x, 1 + len(sizes)), tree)
-    block = math.prod(sizes) + sum(size**2 for size in sizes)
-    most = largest_chunk((block,), max_elements, MAX_ELEMENTS_ELSEWHERE)
+    loaded = (size**2 for factor, size in zip(factors, sizes, strict=True) if factor is not None)
+    block = math.prod(sizes) + sum(loaded)
+    most = largest_chunk((block,), max_elements, REFRESHED_ELSEWHERE)
     found = in_chunks(function, flat(carry), most, beside=flat(beside))
     return jax.tree.map(lambda new, old: new.reshape(old.shape), found, carry)
 

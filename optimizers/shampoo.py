@@ -124,7 +124,8 @@ def scale_by_shampoo(
       factor_dtype: dtype in which statistics and roots are kept, float32 by default. In bfloat16 the
         statistics stop moving for b2 above 0.99.
       packed: keep only one triangle of statistics and roots, half the memory.
-      max_elements: bound on the elements of the matrices whose roots are found at once.
+      max_elements: bound on the elements of the matrices whose roots are found at once, and of packed
+        or narrow factors used at once; ``None`` takes 2**21 on CPU and 2**23 elsewhere.
 
     Raises:
       ValueError: for values out of range.

@@ -216,6 +216,8 @@ def test_words_reach_the_run(tmp_path):
     [
         (["--rollback", "evry=5"], "did you mean every?"),
         (["--rollback", "every=2.5"], "whole number"),
+        (["--rollback", "every=inf"], "whole number"),
+        (["--rollback", "deviations=nan"], "deviations must be positive"),
         (["--rollback", "every=soon"], "must be a number"),
         (["--rollback", "limit=0"], "limit must be at least 1"),
         (["--qk-clip", "100", "--qk-norm"], "does nothing under"),

@@ -52,10 +52,11 @@ class RollbackPolicy:
         """
         fields = {field.name: field.default for field in dataclasses.fields(cls)}
         words = "" if text.strip() == "default" else text
-        given: dict[str, Any] = dict(parse_numbers(words, fields, "field of RollbackPolicy"))
-        for name, value in given.items():
+        numbers = parse_numbers(words, fields, "field of RollbackPolicy")
+        given: dict[str, Any] = dict(numbers)
+        for name, value in numbers.items():
             if isinstance(fields[name], int):
-                if value != int(value):
+                if not value.is_integer():
                     raise ValueError(f"{name} must be a whole number, got {value}.")
                 given[name] = int(value)
         return cls(**given)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from .batching import in_chunks, joined, largest_chunk, part_of
 
-MAX_ELEMENTS_ELSEWHERE = 2**23
+REFRESHED_ELSEWHERE = 2**23
 """Elements refreshed at once but on CPU, 32 MB in float32: roots and bases take ten copies of that."""
 
 
@@ -160,7 +160,7 @@ def _together(
     """
     counts = [jax.tree.leaves(carry)[0].shape[0] for carry in carries]
     elements = sum(math.prod(x.shape[1:]) for x in jax.tree.leaves(sources[0]))
-    most = largest_chunk((elements,), max_elements, MAX_ELEMENTS_ELSEWHERE)
+    most = largest_chunk((elements,), max_elements, REFRESHED_ELSEWHERE)
     slices = max(1, min(-(-sum(counts) // most), *counts))
     lengths = [-(-count // slices) for count in counts]
     # A second size of chunk would be a second program: rather take somewhat more at once.
