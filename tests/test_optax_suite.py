@@ -79,8 +79,11 @@ CONTRIB = [options(row, **NO_WRAPPER) for row in ANY_SHAPE]
 INJECTED = [options(row, present(row), **NO_WRAPPER) for row in ANY_SHAPE]
 MATRIX = [options(row, **NO_WRAPPER) for row in TABLE if row not in VARIANTS]
 INSTANCES = [(str(i), row.build()) for i, row in enumerate(TABLE)]
-COMPILED = [(str(i), row.build()) for i, row in enumerate(TABLE) if row not in VARIANTS]
-COMPILED = [(name, tx._replace(update=jax.jit(tx.update))) for name, tx in COMPILED]
+COMPILED = [
+    (name, tx._replace(update=jax.jit(tx.update)))
+    for row, (name, tx) in zip(TABLE, INSTANCES, strict=True)
+    if row not in VARIANTS
+]
 # One operation at a time on a mesh takes up to a minute: of optimizers for matrices one of a kind, whose
 # operations the others share.
 KINDS = ("muon", "shampoo", "soap", "kl_shampoo")

@@ -56,8 +56,8 @@ class Checkpoints:
 
         self._writing = self._background.submit(seal)
 
-    def forget_after(self, step: int) -> None:
-        """Removes the checkpoints of later steps, and of this one."""
+    def forget_from(self, step: int) -> None:
+        """Removes the checkpoints of this step and of later ones."""
         self._wait()
         for found in [found.step for found in self._orbax.checkpoints if found.step >= step]:
             self._orbax.delete(found)

@@ -166,7 +166,7 @@ def _train(
                 for _ in range(back.skip_batches):
                     next(batches)
                 if checkpoints is not None:
-                    checkpoints.forget_after(done)
+                    checkpoints.forget_from(done)
                     checkpoints.save(state, batches)
                 continue
             if not math.isfinite(entry["loss"]) and not run.skip_spikes:

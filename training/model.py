@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..stability import attention, rms_normalize, soft_cap
+from ..stability import HeadWeights, attention, rms_normalize, soft_cap
 from .sharding import constrained
 
 
@@ -74,6 +74,14 @@ class ModelConfig:
     def key_value_heads(self) -> int:
         """G."""
         return self.kv_heads or self.heads
+
+    @property
+    def head_weights(self) -> dict[str, HeadWeights]:
+        """Where the heads are in the parameters, as `ravine.stability.qk_clip` takes it."""
+        return {
+            "attention/query/kernel$": HeadWeights("query", self.heads),
+            "attention/key/kernel$": HeadWeights("key", self.key_value_heads),
+        }
 
     @property
     def hidden(self) -> int:

@@ -9,9 +9,8 @@ import optax
 
 from ..optimizers.registry import OptimizerConfig
 from ..optimizers.roles import RAVINE_RULES, mask_by_role
-from ..stability import HeadWeights, clip_by_global_norm, qk_clip, skip_step, with_monitors
+from ..stability import clip_by_global_norm, qk_clip, skip_step, with_monitors
 from .config import RunConfig, check_learning_rate
-from .model import ModelConfig
 from .step import MEASURED
 from .words import parse_numbers
 
@@ -41,7 +40,7 @@ class Entrant:
             overrides["weight_decay_mask"] = mask_by_role(DECAYED)
         tx = self.optimizer.build(run.learning_rate(self.learning_rate), **overrides)
         before = [clip_by_global_norm(run.clip_norm)] if run.clip_norm else []
-        after = [qk_clip(run.qk_clip, heads(run.model))] if run.qk_clip else []
+        after = [qk_clip(run.qk_clip, run.model.head_weights)] if run.qk_clip else []
         if before or after:
             tx = optax.chain(*before, tx, *after)
         if run.skip_spikes:
@@ -50,14 +49,6 @@ class Entrant:
             every = run.monitor_every
             tx = with_monitors(tx, RAVINE_RULES, every=every, measured=MEASURED)
         return tx
-
-
-def heads(model: ModelConfig) -> dict[str, HeadWeights]:
-    """Where the heads are in the parameters of the trainer's model."""
-    return {
-        "attention/query/kernel$": HeadWeights("query", model.heads),
-        "attention/key/kernel$": HeadWeights("key", model.key_value_heads),
-    }
 
 
 def tuned_table() -> dict[str, Any]:
