@@ -69,7 +69,9 @@ def main() -> None:
     arguments = parser.parse_args()
     jax.config.update("jax_enable_compilation_cache", False)
     lines = [
-        *heading("python benchmarks/shampoo.py"),
+        *heading(
+            "OPENBLAS_NUM_THREADS=1 python benchmarks/shampoo.py --torch ... --meta ... --soap ..."
+        ),
         "| optimizer | compile, s | median step, s | mean step, s | slowest, s | state / parameters |",
         "|---|---|---|---|---|---|",
     ]

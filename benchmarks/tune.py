@@ -1,6 +1,6 @@
 """Tunes the peak learning rate of every optimizer alike, and writes training/tuned.json.
 
-    python benchmarks/tune.py                 # all, about half an hour on 2 cores
+    python benchmarks/tune.py                 # all, more than an hour on 2 cores
     python benchmarks/tune.py --only lion sgd # these again, the others kept
     python benchmarks/tune.py --keep          # only trials that the table does not hold yet
 
@@ -30,7 +30,7 @@ from ravine.training.tuning import Entrant
 
 TABLE = Path(__file__).parents[1] / "training" / "tuned.json"
 TRIALS = 5
-STEPS = 300  # a quarter more than a race
+STEPS, EVAL_BATCHES = 300, 16  # more than in a race
 CENTRES = {
     "adamw": 0.004,
     "lion": 0.0008,
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--keep", action="store_true", help="keep the trials already in the table")
     arguments = parser.parse_args()
-    run = RunConfig(seed=arguments.seed, steps=STEPS, eval_every=STEPS)
+    run = RunConfig(seed=arguments.seed, steps=STEPS, eval_every=STEPS, eval_batches=EVAL_BATCHES)
     table = json.loads(TABLE.read_text(encoding="utf-8"))
     for name in arguments.only:
         trials = table["optimizers"].get(name, {}).get("trials", []) if arguments.keep else []
