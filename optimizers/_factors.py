@@ -1,9 +1,7 @@
 """Shampoo's factors: how they are kept, learn from gradients, get their roots, and precondition."""
 
 import dataclasses
-import math
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,14 +11,13 @@ from ._arithmetic import bias_correction, lerp, wide
 from ._blocking import Blocking
 from ._tensors import finite_blocks, identities
 from .graft import norm_ratio
-from .matrix.batching import in_chunks, largest_chunk
 from .matrix.distribute import total
 from .matrix.kronecker import mode_gram, rotate
 from .matrix.packing import pack, unpack
-from .matrix.placement import Names
-from .matrix.refresh import REFRESHED_ELSEWHERE, Refresh, Unit, refreshed
+from .matrix.refresh import Refresh, refreshed
 from .matrix.roots import Method, inverse_root
 from .matrix.shards import flat_axes, reshape
+from .matrix.together import Unit, together
 
 
 class Factor(NamedTuple):
@@ -34,9 +31,6 @@ class Factor(NamedTuple):
     refused: jax.Array  # int32, refused roots so far
 
 
-Kept = tuple[jax.Array | None, ...]
-"""Statistics or roots of a tensor, by axis, as they are kept."""
-
 Pieces = tuple[tuple[Factor | None, ...], ...]
 """Factors of a leaf: by tensor, by axis."""
 
@@ -47,6 +41,11 @@ class Storage:
 
     dtype: Any = None
     packed: bool = False
+
+    @property
+    def growth(self) -> int:
+        """By how much what is kept grows when it is loaded."""
+        return 2 if self.packed else 1
 
     def keep(self, matrices: jax.Array) -> jax.Array:
         """To what is kept."""
@@ -81,58 +80,54 @@ class Preconditioner:
     storage: Storage
 
     def learn(
-        self, gradient: jax.Array, blocking: Blocking, pieces: Pieces, max_elements: int | None
-    ) -> Pieces:
-        """Factors whose statistics contain the gradient, but of blocks where it is not finite."""
-        return tuple(
-            self._learn(wide(blocks), factors, blocking.summed, max_elements)
-            for blocks, factors in zip(blocking.to_blocks(gradient), pieces, strict=True)
-        )
-
-    def _learn(
         self,
-        blocks: jax.Array,
-        factors: Sequence[Factor | None],
-        summed: Names,
+        gradients: Sequence[jax.Array],
+        blockings: Sequence[Blocking],
+        leaves: Sequence[Pieces],
         max_elements: int | None,
-    ) -> tuple[Factor | None, ...]:
-        order, sizes = len(factors), blocks.shape[blocks.ndim - len(factors) :]
-
-        def learned(kept: Kept, beside: tuple[jax.Array, Kept]) -> Kept:
-            usable, blocks = finite_blocks(beside[0], order, summed)
-            roots = self._loaded(beside[1], sizes)
-            new = []
-            for axis, (statistics, size) in enumerate(zip(kept, sizes, strict=True)):
-                if statistics is None:
-                    new.append(None)
-                    continue
-                others = [None if at == axis else root for at, root in enumerate(roots)]
-                gram = total(mode_gram(rotate(blocks, others), axis, order), summed)
-                old = self.storage.load(statistics, size)
-                found = _accumulated(gram, old, self.b2)
-                new.append(self.storage.keep(jnp.where(usable[:, None, None], found, old)))
-            return tuple(new)
-
-        statistics = tuple(None if f is None else f.statistics for f in factors)
-        roots = tuple(f.root if self.kl and f is not None else None for f in factors)
-        # No collective in a loop.
-        bound = sys.maxsize if summed else self._bound(max_elements)
-        found = _by_slices(learned, statistics, (blocks, roots), factors, sizes, bound)
-        return tuple(
-            None if f is None else f._replace(statistics=new)
-            for f, new in zip(factors, found, strict=True)
-        )
-
-    def _bound(self, max_elements: int | None) -> int | None:
-        """The elements to load at once: all, where loading makes no copies."""
-        copies = self.storage.packed or self.storage.dtype is not None
-        return max_elements if copies else sys.maxsize
-
-    def _loaded(self, kept: Kept, sizes: Sequence[int]) -> list[jax.Array | None]:
+    ) -> list[Pieces]:
+        """Factors whose statistics contain the gradients, but of blocks where these are not finite."""
+        units = []
+        for gradient, blocking, pieces in zip(gradients, blockings, leaves, strict=True):
+            for blocks, factors in zip(blocking.to_blocks(gradient), pieces, strict=True):
+                roots = _flat(factors, "root") if self.kl else None
+                units.append(
+                    Unit(
+                        (*_kind(blocks, factors), blocking.summed),
+                        (flat_axes(blocks, blocks.ndim - len(factors)), roots),
+                        _flat(factors, "statistics"),
+                        is_whole=bool(blocking.summed),
+                        growth=self.storage.growth,
+                    )
+                )
+        found = iter(together(units, self._learned, max_elements))
         return [
-            None if x is None else self.storage.load(x, size)
-            for x, size in zip(kept, sizes, strict=True)
+            tuple(_with(factors, "statistics", next(found)) for factors in pieces)
+            for pieces in leaves
         ]
+
+    def _learned(self, kind: Any, kept: Sequence[jax.Array], beside: Any) -> list[jax.Array]:
+        (sizes, axes, summed), (blocks, roots) = kind, beside
+        order = len(sizes)
+        usable, seen = finite_blocks(wide(blocks), order, summed)
+        loaded = self._loaded(roots or (), sizes, axes)
+        found = []
+        for axis, statistics in zip(axes, kept, strict=True):
+            others = [None if at == axis else root for at, root in enumerate(loaded)]
+            gram = total(mode_gram(rotate(seen, others), axis, order), summed)
+            old = self.storage.load(statistics, sizes[axis])
+            new = _accumulated(gram, old, self.b2)
+            found.append(self.storage.keep(jnp.where(usable[:, None, None], new, old)))
+        return found
+
+    def _loaded(
+        self, kept: Sequence[jax.Array], sizes: Sequence[int], axes: Sequence[int]
+    ) -> list[jax.Array | None]:
+        """By axis a matrix, or None without one."""
+        loaded: list[jax.Array | None] = [None] * len(sizes)
+        for axis, x in zip(axes, kept, strict=False):
+            loaded[axis] = self.storage.load(x, sizes[axis])
+        return loaded
 
     def refresh(
         self,
@@ -152,7 +147,13 @@ class Preconditioner:
                         exponent = -1 / (2 * axes) if self.exponent is None else self.exponent
                         flat = [flat_axes(x, factor.residual.ndim) for x in factor]
                         units.append(
-                            Unit((exponent, size), flat[0], tuple(flat[1:]), blocking.shards)
+                            Unit(
+                                (exponent, size),
+                                flat[0],
+                                tuple(flat[1:]),
+                                blocking.shards,
+                                growth=self.storage.growth,
+                            )
                         )
                         shapes.append(factor)
         weight = _weight(self.b2, step)
@@ -192,8 +193,9 @@ class Preconditioner:
         seen = jnp.any(statistics != 0, axis=(1, 2))
         good, bad = found.residual <= self.tolerance, found.residual > self.tolerance
         good, bad = good & seen, bad & seen
+        new = self.storage.keep(found.root).astype(root.dtype)
         return (
-            jnp.where(good[:, None, None], self.storage.keep(found.root).astype(root.dtype), root),
+            jnp.where(jnp.expand_dims(good, tuple(range(1, root.ndim))), new, root),
             jnp.where(seen, found.residual, residual),
             jnp.where(seen, found.condition, condition),
             jnp.where(good, 0, failures + bad.astype(jnp.int32)),
@@ -201,21 +203,56 @@ class Preconditioner:
         )
 
     def apply(
-        self, mean: jax.Array, blocking: Blocking, pieces: Pieces, max_elements: int | None
-    ) -> tuple[list[jax.Array], list[jax.Array]]:
-        """The preconditioned blocks, and which of them have no root to trust."""
-        directions, distrusted = [], []
-        for blocks, factors in zip(blocking.to_blocks(mean), pieces, strict=True):
-            sizes = blocks.shape[blocks.ndim - len(factors) :]
-            rotated = lambda blocks, kept, sizes=sizes: rotate(blocks, self._loaded(kept, sizes))
-            roots = tuple(None if f is None else f.root for f in factors)
-            bound = self._bound(max_elements)
-            directions.append(_by_slices(rotated, blocks, roots, factors, sizes, bound))
-            failed = jnp.zeros(blocks.shape[: blocks.ndim - len(factors)], bool)
-            for factor in factors:
-                failed = failed if factor is None else failed | (factor.failures > self.patience)
-            distrusted.append(failed)
-        return directions, distrusted
+        self,
+        means: Sequence[jax.Array],
+        blockings: Sequence[Blocking],
+        leaves: Sequence[Pieces],
+        max_elements: int | None,
+    ) -> list[list[jax.Array]]:
+        """The preconditioned blocks of every leaf."""
+        units, shapes = [], []
+        for mean, blocking, pieces in zip(means, blockings, leaves, strict=True):
+            for blocks, factors in zip(blocking.to_blocks(mean), pieces, strict=True):
+                flat = flat_axes(blocks, blocks.ndim - len(factors))
+                roots = _flat(factors, "root")
+                units.append(Unit(_kind(blocks, factors), roots, flat, growth=self.storage.growth))
+                shapes.append(blocks.shape)
+        found = (
+            reshape(x, shape)
+            for x, shape in zip(together(units, self._applied, max_elements), shapes, strict=True)
+        )
+        return [[next(found) for _ in pieces] for pieces in leaves]
+
+    def _applied(self, kind: Any, blocks: jax.Array, roots: Sequence[jax.Array]) -> jax.Array:
+        return rotate(blocks, self._loaded(roots, *kind)) if roots else blocks
+
+    def distrusted(self, factors: Sequence[Factor | None], blocks: jax.Array) -> jax.Array:
+        """Which blocks `[L, *counts]` have no root to trust."""
+        failed = jnp.zeros(blocks.shape[: blocks.ndim - len(factors)], bool)
+        for factor in factors:
+            failed = failed if factor is None else failed | (factor.failures > self.patience)
+        return failed
+
+
+def _kind(blocks: jax.Array, factors: Sequence[Factor | None]) -> tuple[Any, Any]:
+    """The sizes of a block, and its axes with a factor."""
+    axes = tuple(axis for axis, factor in enumerate(factors) if factor is not None)
+    return blocks.shape[blocks.ndim - len(factors) :], axes
+
+
+def _flat(factors: Sequence[Factor | None], name: str) -> list[jax.Array]:
+    """A field of all factors, in batches."""
+    return [flat_axes(getattr(f, name), f.residual.ndim) for f in factors if f is not None]
+
+
+def _with(
+    factors: Sequence[Factor | None], name: str, values: Sequence[jax.Array]
+) -> tuple[Factor | None, ...]:
+    """The factors with a field replaced."""
+    left = iter(values)
+    return tuple(
+        f and f._replace(**{name: reshape(next(left), getattr(f, name).shape)}) for f in factors
+    )
 
 
 def grafted(
@@ -245,29 +282,6 @@ def grafted(
         sized = direction * ratios[-1][wider].astype(direction.dtype)
         blocks.append(jnp.where(failed[wider], other.astype(direction.dtype), sized))
     return blocking.from_blocks(blocks), tuple(ratios)
-
-
-def _by_slices(
-    function: Callable[[Any, Any], Any],
-    carry: Any,
-    beside: Any,
-    factors: Sequence[Factor | None],
-    sizes: Sequence[int],
-    max_elements: int | None,
-) -> Any:
-    """``function(carry, beside)`` of arrays `[L, *counts, ...]`, on a bounded number of blocks at once.
-
-    Factors that are kept packed or in less than float32 have copies while they are used, and all of a
-    large leaf's at once would be most of the memory that a step takes.
-    """
-    if not jax.tree.leaves(carry):
-        return carry
-    flat = lambda tree: jax.tree.map(lambda x: flat_axes(x, 1 + len(sizes)), tree)
-    loaded = (size**2 for factor, size in zip(factors, sizes, strict=True) if factor is not None)
-    block = math.prod(sizes) + sum(loaded)
-    most = largest_chunk((block,), max_elements, REFRESHED_ELSEWHERE)
-    found = in_chunks(function, flat(carry), most, beside=flat(beside))
-    return jax.tree.map(lambda new, old: new.reshape(old.shape), found, carry)
 
 
 def _is_number(b2: Any) -> bool:

@@ -9,6 +9,7 @@ float32 overflows. Averages of the eigenvalues of their own slow the drift to
 changes nothing in exact arithmetic.
 """
 
+import functools
 import math
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
@@ -28,8 +29,9 @@ from .decay import Mask
 from .matrix.distribute import per_shard
 from .matrix.eigenbasis import eigenbasis, followed
 from .matrix.kronecker import mode_gram, mode_product, rotate
-from .matrix.refresh import Refresh, Unit, refreshed
-from .matrix.shards import flat_batch, reshape
+from .matrix.refresh import Refresh, refreshed
+from .matrix.shards import flat_axes, flat_batch, reshape
+from .matrix.together import Unit, together
 from .roles import COMMON_RULES, Role, Rules, axes_of_path
 from .shampoo import SHAMPOO_ROLES
 
@@ -162,6 +164,15 @@ def scale_by_kl_shampoo(
 
         return tuple(None if f is None else one(axis, f) for axis, f in enumerate(factors))
 
+    def step(is_first: jax.Array, kind: Any, carry: Any, blocks: jax.Array) -> Any:
+        """Direction and factors, for the mean of gradients, factors, and the gradient."""
+        (order, axes), (mean, kept) = kind, carry
+        factors: list[KLFactor | None] = [None] * order
+        for axis, factor in zip(axes, kept, strict=True):
+            factors[axis] = factor
+        new = learned(blocks, factors, is_first)
+        return _whitened(mean, factors, eps), [new[axis] for axis in axes]
+
     def body(
         updates: optax.Updates, state: ScaleByKLShampooState, found: Sequence[Blocking]
     ) -> tuple[optax.Updates, ScaleByKLShampooState]:
@@ -170,26 +181,35 @@ def scale_by_kl_shampoo(
         finite = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0), updates)
         averaged = cast_like(ema(finite, state.mu, b1), state.mu)
         mu = jax.tree.map(lambda m, old: jnp.where(is_first, old, m), averaged, state.mu)
-        directions, leaves = [], []
-        for g, m, blocking, pieces in zip(
-            jax.tree.leaves(updates),
-            jax.tree.leaves(mu),
-            found,
-            structure.flatten_up_to(state.factors),
-            strict=True,
+        leaves = structure.flatten_up_to(state.factors)
+        gradients, means = (
+            [
+                blocking.to_blocks(x)
+                for blocking, x in zip(found, jax.tree.leaves(tree), strict=True)
+            ]
+            for tree in (updates, jax.tree.map(wide, mu))
+        )
+        units = [
+            _unit(*piece)
+            for leaf in zip(gradients, means, leaves, strict=True)
+            for piece in zip(*leaf, strict=True)
+        ]
+        done = iter(together(units, functools.partial(step, is_first)))
+        directions, new_leaves = [], []
+        for g, mean, blocking, pieces in zip(
+            jax.tree.leaves(updates), means, found, leaves, strict=True
         ):
             direction, new_pieces = [], []
-            for blocks, mean, factors in zip(
-                blocking.to_blocks(g), blocking.to_blocks(wide(m)), pieces, strict=True
-            ):
-                direction.append(_whitened(mean, factors, eps))
-                new_pieces.append(learned(blocks, factors, is_first))
+            for blocks, factors in zip(mean, pieces, strict=True):
+                flat, new = next(done)
+                direction.append(reshape(flat, blocks.shape))
+                new_pieces.append(_like(factors, new))
             moved = blocking.from_blocks(direction)
             directions.append(cast(jnp.where(is_first, 0, moved), g.dtype))
-            leaves.append(tuple(new_pieces))
+            new_leaves.append(tuple(new_pieces))
         shards = [blocking.shards for blocking in found]
-        leaves = _refreshed(leaves, shards, schedule, count, balance=balance)
-        state = ScaleByKLShampooState(count, mu, jax.tree.unflatten(structure, leaves))
+        new_leaves = _refreshed(new_leaves, shards, schedule, count, balance=balance)
+        state = ScaleByKLShampooState(count, mu, jax.tree.unflatten(structure, new_leaves))
         return jax.tree.unflatten(structure, directions), state
 
     on_mesh = per_shard(body, init)
@@ -201,6 +221,27 @@ def scale_by_kl_shampoo(
         return on_mesh(updates, state, blockings(updates))
 
     return transformation(init, update)
+
+
+def _unit(blocks: jax.Array, mean: jax.Array, factors: Sequence[KLFactor | None]) -> Unit:
+    """What a step does with one tensor of a leaf."""
+    order = len(factors)
+    batch = blocks.ndim - order
+    axes = tuple(axis for axis, factor in enumerate(factors) if factor is not None)
+    flat = lambda x: flat_axes(x, batch)
+    kept = [jax.tree.map(flat, factor) for factor in factors if factor is not None]
+    return Unit((order, axes), flat(blocks), (flat(mean), kept))
+
+
+def _like(
+    factors: Sequence[KLFactor | None], flat: Sequence[KLFactor]
+) -> tuple[KLFactor | None, ...]:
+    """Factors from those of `_unit`, in the shapes and on the axes that they had."""
+    left = iter(flat)
+    return tuple(
+        factor and jax.tree.map(lambda x, old: reshape(x, old.shape), next(left), factor)
+        for factor in factors
+    )
 
 
 def _outer(vectors: list[jax.Array | None], blocks: jax.Array) -> jax.Array:

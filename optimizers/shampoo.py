@@ -195,21 +195,19 @@ def scale_by_shampoo(
         step, nu = size.update(finite, mean, state.nu, count)
         gradients, old = jax.tree.leaves(updates), structure.flatten_up_to(state.factors)
         factors = preconditioner.refresh(
-            [
-                preconditioner.learn(*leaf, max_elements)
-                for leaf in zip(gradients, found, old, strict=True)
-            ],
+            preconditioner.learn(gradients, found, old, max_elements),
             found,
             schedule,
             count,
             max_elements,
         )
+        preconditioned = preconditioner.apply(jax.tree.leaves(mean), found, factors, max_elements)
         directions, ratios = [], []
-        for m, d, blocking, pieces in zip(
-            jax.tree.leaves(mean), jax.tree.leaves(step), found, factors, strict=True
+        for blocks, d, blocking, pieces in zip(
+            preconditioned, jax.tree.leaves(step), found, factors, strict=True
         ):
-            preconditioned, distrusted = preconditioner.apply(m, blocking, pieces, max_elements)
-            direction, ratio = grafted(preconditioned, distrusted, d, blocking, per)
+            distrusted = list(map(preconditioner.distrusted, pieces, blocks))
+            direction, ratio = grafted(blocks, distrusted, d, blocking, per)
             directions.append(jnp.where(schedule.started(count), direction.astype(d.dtype), d))
             ratios.append(ratio)
         state = ScaleByShampooState(

@@ -34,9 +34,9 @@ from .matrix.batching import joined
 from .matrix.distribute import per_shard, total
 from .matrix.eigenbasis import eigenbasis, followed
 from .matrix.kronecker import mode_gram, rotate
-from .matrix.placement import Names
-from .matrix.refresh import Refresh, Unit, refreshed
-from .matrix.shards import flat_axes, flat_batch, reshape
+from .matrix.refresh import Refresh, refreshed
+from .matrix.shards import flat_axes, reshape
+from .matrix.together import Unit, together
 from .matrix_scale import Scale, scale_by_matrix_shape
 from .orthogonal import orthogonalize
 from .roles import COMMON_RULES, MATRIX_ROLES, Role, Rules, axes_of_path
@@ -142,42 +142,36 @@ def scale_by_soap(
         updates: optax.Updates, state: ScaleBySoapState, found: Sequence[Blocking]
     ) -> tuple[optax.Updates, ScaleBySoapState]:
         structure, count = jax.tree.structure(updates), increment(state.count)
-        trees = (state.mu, state.nu, state.bases)
         k = jnp.maximum(count - 1, 1)
-        corrected = jnp.sqrt(bias_correction(b2, k)) / bias_correction(b1, k)
-        moves = count > 1
-        directions, leaves = [], []
-        for g, blocking, mus, nus, bases in zip(
-            jax.tree.leaves(updates),
-            found,
-            *(structure.flatten_up_to(tree) for tree in trees),
-            strict=True,
-        ):
-            direction, pieces = [], []
-            for blocks, mu, nu, axes_bases in zip(
-                blocking.to_blocks(g), mus, nus, bases, strict=True
-            ):
-                usable, seen = finite_blocks(wide(blocks), len(axes_bases), blocking.summed)
-                vectors = [None if basis is None else basis.vectors for basis in axes_bases]
-                rotated = rotate(seen, vectors, back=True)
-                new_mu = jnp.where(moves, lerp(rotated, mu, b1), wide(mu))
-                new_nu = jnp.where(moves, lerp(jnp.square(rotated), nu, b2), wide(nu))
-                adam = new_mu / (jnp.sqrt(new_nu) + jnp.asarray(eps, new_nu.dtype))
-                adam = jnp.where(moves, adam * corrected.astype(adam.dtype), 0)
-                direction.append(rotate(adam, vectors))
-                learned = tuple(
-                    None
-                    if basis is None
-                    else _learned(basis, seen, usable, axis, statistics_b2, blocking.summed)
-                    for axis, basis in enumerate(axes_bases)
-                )
-                pieces.append((cast(new_mu, mu.dtype), cast(new_nu, nu.dtype), learned))
-            directions.append(cast(blocking.from_blocks(direction), g.dtype))
-            leaves.append(pieces)
-        leaves = _refreshed(leaves, [blocking.shards for blocking in found], schedule, count)
+        step = _Step(
+            b1=b1,
+            b2=b2,
+            statistics_b2=statistics_b2,
+            eps=eps,
+            moves=count > 1,
+            correction=jnp.sqrt(bias_correction(b2, k)) / bias_correction(b1, k),
+        )
+        gradients = jax.tree.leaves(updates)
+        kept = zip(
+            *(structure.flatten_up_to(x) for x in (state.mu, state.nu, state.bases)), strict=True
+        )
+        leaves = [
+            [
+                _Piece(blocks, mu, nu, bases)
+                for blocks, mu, nu, bases in zip(blocking.to_blocks(g), *leaf, strict=True)
+            ]
+            for g, blocking, leaf in zip(gradients, found, kept, strict=True)
+        ]
+        leaves = _refreshed(_stepped(leaves, found, step), found, schedule, count)
+        directions = [
+            blocking.from_blocks([piece.blocks for piece in leaf])
+            for blocking, leaf in zip(found, leaves, strict=True)
+        ]
         mu, nu, bases = (
-            jax.tree.unflatten(structure, [tuple(piece[at] for piece in leaf) for leaf in leaves])
-            for at in range(3)
+            jax.tree.unflatten(
+                structure, [tuple(getattr(piece, name) for piece in leaf) for leaf in leaves]
+            )
+            for name in ("mu", "nu", "bases")
         )
         state = ScaleBySoapState(count, mu, nu, bases)
         return jax.tree.unflatten(structure, directions), state
@@ -198,61 +192,130 @@ def _basis(scalars: jax.Array, size: int) -> Basis:
     return Basis(jnp.zeros_like(identity), identity)
 
 
-def _learned(
-    basis: Basis, seen: jax.Array, usable: jax.Array, axis: int, b2: Any, summed: Names
-) -> Basis:
-    order = seen.ndim - usable.ndim
-    new = lerp(total(mode_gram(seen, axis, order), summed), basis.statistics, b2)
-    return basis._replace(statistics=jnp.where(usable[..., None, None], new, basis.statistics))
+class _Piece(NamedTuple):
+    """One tensor of a leaf, in blocks."""
+
+    blocks: jax.Array  # the gradient, and after the step the direction in its place
+    mu: jax.Array
+    nu: jax.Array
+    bases: tuple[Basis | None, ...]
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """Those with a basis."""
+        return tuple(axis for axis, basis in enumerate(self.bases) if basis is not None)
+
+    def flat(self, x: jax.Array) -> jax.Array:
+        """Blocks `[L, *counts, ...]`, or what belongs to them, as one batch."""
+        return flat_axes(x, self.blocks.ndim - len(self.bases))
+
+    def every(self, name: str) -> list[jax.Array]:
+        """A field of all bases, in batches."""
+        return [self.flat(getattr(self.bases[axis], name)) for axis in self.axes]
+
+    def with_bases(self, name: str, values: Sequence[jax.Array]) -> tuple[Basis | None, ...]:
+        """The bases with one of their fields replaced."""
+        left = iter(values)
+        return tuple(
+            basis and basis._replace(**{name: reshape(next(left), basis.vectors.shape)})
+            for basis in self.bases
+        )
+
+
+class _Step(NamedTuple):
+    """What one step does with blocks and their bases; numbers, and what is known of this step."""
+
+    b1: Any
+    b2: Any
+    statistics_b2: Any
+    eps: Any
+    moves: jax.Array
+    correction: jax.Array
+
+    def __call__(self, kind: Any, carry: Any, vectors: Sequence[jax.Array]) -> Any:
+        """Direction, moments and statistics for gradients, moments and statistics."""
+        (order, axes, summed), (blocks, mu, nu, statistics) = kind, carry
+        usable, seen = finite_blocks(wide(blocks), order, summed)
+        turn: list[jax.Array | None] = [None] * order
+        for axis, basis in zip(axes, vectors, strict=True):
+            turn[axis] = basis
+        rotated = rotate(seen, turn, back=True)
+        new_mu = jnp.where(self.moves, lerp(rotated, mu, self.b1), wide(mu))
+        new_nu = jnp.where(self.moves, lerp(jnp.square(rotated), nu, self.b2), wide(nu))
+        adam = new_mu / (jnp.sqrt(new_nu) + jnp.asarray(self.eps, new_nu.dtype))
+        adam = jnp.where(self.moves, adam * self.correction.astype(adam.dtype), 0)
+        learned = []
+        for axis, old in zip(axes, statistics, strict=True):
+            new = lerp(total(mode_gram(seen, axis, order), summed), old, self.statistics_b2)
+            learned.append(jnp.where(usable[:, None, None], new, old))
+        direction = cast(rotate(adam, turn), blocks.dtype)
+        return direction, cast(new_mu, mu.dtype), cast(new_nu, nu.dtype), learned
+
+
+def _stepped(
+    leaves: Sequence[Sequence[_Piece]], found: Sequence[Blocking], step: _Step
+) -> list[list[_Piece]]:
+    """The leaves with directions for gradients, and with moments and statistics that have seen them."""
+    units = [
+        Unit(
+            (len(piece.bases), piece.axes, blocking.summed),
+            piece.every("vectors"),
+            (*map(piece.flat, piece[:3]), piece.every("statistics")),
+            blocking.shards,
+            is_whole=bool(blocking.summed),
+        )
+        for leaf, blocking in zip(leaves, found, strict=True)
+        for piece in leaf
+    ]
+    done = iter(together(units, step))
+
+    def one(piece: _Piece) -> _Piece:
+        *arrays, statistics = next(done)
+        blocks, mu, nu = (reshape(x, old.shape) for x, old in zip(arrays, piece[:3], strict=True))
+        return _Piece(blocks, mu, nu, piece.with_bases("statistics", statistics))
+
+    return [[one(piece) for piece in leaf] for leaf in leaves]
 
 
 def _refreshed(
-    leaves: list[Any], shards: Sequence[int], schedule: Refresh, count: jax.Array
-) -> list[Any]:
+    leaves: list[list[_Piece]], found: Sequence[Blocking], schedule: Refresh, count: jax.Array
+) -> list[list[_Piece]]:
     """The leaves with new bases where they are due, and the moments in them."""
     places = [
-        (at, piece)
+        (at, index)
         for at, leaf in enumerate(leaves)
-        for piece, (_, _, bases) in enumerate(leaf)
-        if any(basis is not None for basis in bases)
+        for index, piece in enumerate(leaf)
+        if piece.axes
     ]
 
-    def unit(at: int, piece: int, *, moments: bool) -> Unit:
-        mu, nu, bases = leaves[at][piece]
-        axes = tuple(axis for axis, basis in enumerate(bases) if basis is not None)
-        flat = lambda x: flat_axes(x, mu.ndim - len(bases))
-        square = lambda x: flat_batch(x, x.shape[-1])
-        vectors = [square(bases[axis].vectors) for axis in axes]
-        carry = (vectors, flat(mu), flat(nu)) if moments else vectors
-        return Unit(axes, [square(bases[axis].statistics) for axis in axes], carry, shards[at])
+    def unit(at: int, index: int, *, moments: bool) -> Unit:
+        piece = leaves[at][index]
+        vectors = piece.every("vectors")
+        carry = (vectors, piece.flat(piece.mu), piece.flat(piece.nu)) if moments else vectors
+        return Unit(piece.axes, piece.every("statistics"), carry, found[at].shards)
 
     def first(_: Any, vectors: Any, statistics: Any) -> Any:
         del vectors
         return _by_size(eigenbasis, statistics)
 
     units = [unit(*place, moments=False) for place in places]
-    for (at, piece), vectors in zip(
+    for (at, index), vectors in zip(
         places, refreshed(units, first, 1, lambda _: count == 1), strict=True
     ):
-        mu, nu, bases = leaves[at][piece]
-        leaves[at][piece] = (mu, nu, _with_vectors(bases, vectors))
+        piece = leaves[at][index]
+        leaves[at][index] = piece._replace(bases=piece.with_bases("vectors", vectors))
     units = [unit(*place, moments=True) for place in places]
     due = lambda phase: schedule.follows(count, phase)
-    for (at, piece), (vectors, *moments) in zip(
+    for (at, index), (vectors, mu, nu) in zip(
         places, refreshed(units, _followed, schedule.phases, due), strict=True
     ):
-        *old, bases = leaves[at][piece]
-        moments = [reshape(x, before.shape) for x, before in zip(moments, old, strict=True)]
-        leaves[at][piece] = (*moments, _with_vectors(bases, vectors))
+        piece = leaves[at][index]
+        leaves[at][index] = piece._replace(
+            mu=reshape(mu, piece.mu.shape),
+            nu=reshape(nu, piece.nu.shape),
+            bases=piece.with_bases("vectors", vectors),
+        )
     return leaves
-
-
-def _with_vectors(bases: Sequence[Basis | None], vectors: Sequence[jax.Array]) -> Any:
-    left = iter(vectors)
-    return tuple(
-        basis and basis._replace(vectors=reshape(next(left), basis.vectors.shape))
-        for basis in bases
-    )
 
 
 def _followed(axes: Any, carry: Any, statistics: Sequence[jax.Array]) -> Any:

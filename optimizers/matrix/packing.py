@@ -3,32 +3,36 @@
 The rectangular full packed format of LAPACK: a symmetric n x n matrix, n even, as `[n + 1, n / 2]`. The
 columns of the left half keep what is below the diagonal, moved down by one row; the triangle that this
 leaves free takes the lower triangle of the right half, transposed. Slices and selects only, no gather.
+That is kept as two long rows: a TPU pads rows to 128 elements, which n / 2 may not reach.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
 
 
 def packed_shape(n: int) -> tuple[int, int]:
-    """The shape of a packed n x n matrix; odd matrices are padded by one.
+    """The shape of a packed n x n matrix; odd matrices are padded by one row and column.
 
     Example:
       >>> from ravine.optimizers.matrix.packing import packed_shape
-      >>> packed_shape(4), packed_shape(5)
-      ((5, 2), (7, 3))
+      >>> packed_shape(4), packed_shape(5), packed_shape(512)
+      ((2, 5), (2, 11), (2, 65664))
     """
     even = n + n % 2
-    return even + 1, even // 2
+    size = (even + 1) * even // 2
+    return 2, -(-size // 2)
 
 
 def pack(symmetric: jax.Array) -> jax.Array:
-    """`[..., n, n]` to `[..., n + 1, n / 2]`; only the lower triangle is read.
+    """`[..., n, n]` to `[..., *packed_shape(n)]`; only the lower triangle is read.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from ravine.optimizers.matrix.packing import pack
       >>> pack(jnp.array([[1, 2], [2, 3]])).tolist()
-      [[3], [1], [2]]
+      [[3, 1], [2, 0]]
     """
     n = symmetric.shape[-1]
     if n % 2:
@@ -39,11 +43,14 @@ def pack(symmetric: jax.Array) -> jax.Array:
     left = jnp.pad(symmetric[..., :half], [*none, (1, 0), (0, 0)])
     right = jnp.swapaxes(symmetric[..., half:, half:], -1, -2)
     right = jnp.pad(right, [*none, (0, n + 1 - half), (0, 0)])
-    return jnp.where(_holds_left(half), left, right)
+    packed = jnp.where(_holds_left(half), left, right)
+    batch, (rows, width), size = packed.shape[:-2], packed_shape(n), (n + 1) * half
+    flat = jnp.pad(packed.reshape(*batch, size), [*none, (0, rows * width - size)])
+    return flat.reshape(*batch, rows, width)
 
 
 def unpack(packed: jax.Array, n: int) -> jax.Array:
-    """The inverse of `pack`: `[..., n, n]`.
+    """The inverse of `pack`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -55,6 +62,8 @@ def unpack(packed: jax.Array, n: int) -> jax.Array:
     half = even // 2
     if packed.shape[-2:] != packed_shape(n):
         raise ValueError(f"expected [..., {packed_shape(n)}] for n = {n}, got {packed.shape}.")
+    flat = packed.reshape(*packed.shape[:-2], math.prod(packed_shape(n)))
+    packed = flat[..., : (even + 1) * half].reshape(*packed.shape[:-2], even + 1, half)
     below = jnp.where(_holds_left(half), packed, 0)[..., 1:, :]
     right = jnp.swapaxes(packed[..., :half, :], -1, -2)
     corner = _mirrored(right)

@@ -10,15 +10,12 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from .batching import in_chunks, joined, largest_chunk, part_of
-
-REFRESHED_ELSEWHERE = 2**23
-"""Elements refreshed at once but on CPU, 32 MB in float32: roots and bases take ten copies of that."""
+from .together import Unit, worked_on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,25 +83,6 @@ class Refresh:
         return (step > first - self.every) & ((step + phase) % self.every == 0)
 
 
-class Unit(NamedTuple):
-    """Stacks of matrices of one leaf that are refreshed alike."""
-
-    kind: Hashable
-    """Units of one kind, with arrays of the same shapes, are worked on together."""
-    source: Any
-    """A tree of arrays `[B, ...]`, read only."""
-    carry: Any
-    """A tree of arrays `[B, ...]`: what is refreshed."""
-    shards: int = 1
-    """How many devices have as many of the leaf's matrices each."""
-
-    @property
-    def cost(self) -> float:
-        """Proportional to the work on all the leaf's matrices, however they are sharded."""
-        work = [x.size * math.prod(x.shape[1:]) ** 0.5 for x in jax.tree.leaves(self.source)]
-        return self.shards * sum(work)
-
-
 def refreshed(
     units: Sequence[Unit],
     function: Callable[[Hashable, Any, Any], Any],
@@ -114,8 +92,7 @@ def refreshed(
 ) -> list[Any]:
     """The units' carries, those that are due replaced by ``function(kind, carry, source)``.
 
-    Units stay whole, so that what is refreshed when does not depend on how a mesh cuts them. This is the
-    one place where matrices of different leaves come together.
+    Units stay whole, so that what is refreshed when does not depend on how a mesh cuts them.
 
     Args:
       units: what there is.
@@ -125,14 +102,13 @@ def refreshed(
       max_elements: bound on the elements worked on at once, see `largest_chunk`.
     """
     carries = [unit.carry for unit in units]
-    groups: dict[Any, list[int]] = {}
+    groups: dict[tuple[int, Hashable], list[int]] = {}
     for at, phase in enumerate(phases_of([unit.cost for unit in units], phases)):
-        groups.setdefault((phase, *_likeness(units[at])), []).append(at)
+        groups.setdefault((phase, units[at].likeness), []).append(at)
     busy = jnp.zeros([], bool)
-    for (phase, kind, _), members in groups.items():
-        sources = [units[at].source for at in members]
+    for (phase, _), members in groups.items():
         refresh = functools.partial(
-            _together, functools.partial(function, kind), sources, max_elements
+            worked_on, [units[at] for at in members], function, max_elements
         )
         # One group after the other, as XLA would run side by side what does not depend on each other,
         # and LAPACK's threads do not bear it (jax #39292).
@@ -140,73 +116,6 @@ def refreshed(
         for at, carry in zip(members, found, strict=True):
             carries[at] = carry
     return carries
-
-
-def _likeness(unit: Unit) -> tuple[Any, ...]:
-    """What units must share to be worked on as one batch; first their kind."""
-    arrays, structure = jax.tree.flatten((unit.source, unit.carry))
-    return unit.kind, (structure, *((x.shape[1:], str(x.dtype)) for x in arrays))
-
-
-def _together(
-    function: Callable[[Any, Any], Any],
-    sources: Sequence[Any],
-    max_elements: int | None,
-    carries: Sequence[Any],
-) -> list[Any]:
-    """The carries of some units, refreshed as one batch, or slice by slice of all of them.
-
-    Slices are joined and written back where they were, so that no second copy of the whole is made.
-    """
-    counts = [jax.tree.leaves(carry)[0].shape[0] for carry in carries]
-    elements = sum(math.prod(x.shape[1:]) for x in jax.tree.leaves(sources[0]))
-    most = largest_chunk((elements,), max_elements, REFRESHED_ELSEWHERE)
-    slices = max(1, min(-(-sum(counts) // most), *counts))
-    lengths = [-(-count // slices) for count in counts]
-    # A second size of chunk would be a second program: rather take somewhat more at once.
-    size = sum(lengths) if slices > 1 and sum(lengths) <= 2 * most else most
-
-    def batch(carries: Sequence[Any], sources: Sequence[Any]) -> list[Any]:
-        return joined(
-            lambda carry, source: in_chunks(function, carry, size, beside=source), carries, sources
-        )
-
-    if slices == 1:
-        return batch(carries, sources)
-
-    def one(at: jax.Array, carries: Sequence[Any]) -> list[Any]:
-        starts = [
-            jnp.minimum(at * length, count - length)
-            for count, length in zip(counts, lengths, strict=True)
-        ]
-        old, seen = (
-            [
-                jax.tree.map(lambda x, start=start, length=length: part_of(x, start, length), tree)
-                for tree, start, length in zip(trees, starts, lengths, strict=True)
-            ]
-            for trees in (carries, sources)
-        )
-        found = batch(old, seen)
-        return [
-            jax.tree.map(
-                functools.partial(_written, at=at, start=start, length=length), carry, new, before
-            )
-            for carry, new, before, start, length in zip(
-                carries, found, old, starts, lengths, strict=True
-            )
-        ]
-
-    return jax.lax.fori_loop(0, slices, one, list(carries))
-
-
-def _written(
-    whole: jax.Array, new: jax.Array, old: jax.Array, at: Any, start: Any, length: int
-) -> jax.Array:
-    """`whole` with `new` in its place, but for what the slice before has refreshed already."""
-    if whole.shape[0] % length:
-        fresh = start + jnp.arange(length) >= at * length
-        new = jnp.where(fresh.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
-    return jax.lax.dynamic_update_slice_in_dim(whole, new, start, 0)
 
 
 def once(due: jax.Array, body: Callable[[Any], Any], carry: Any) -> tuple[jax.Array, Any]:
