@@ -282,7 +282,7 @@ def test_gram_matrices_are_summed_where_columns_stay_cut(shape, method):
     names = P(*[None] * (len(shape) - 2), *(("x", "y") if shape[-1] > shape[-2] else ("y", "x")))
     g = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
     updates, programs = {}, {}
-    for distribution in ("whole", "gram"):
+    for distribution in ("whole", "ragged", "gram"):
         polar = NewtonSchulz(dtype=method, distribution=distribution)
         tx = ravine.orthogonalize(polar)
         with jax.set_mesh(mesh):
@@ -295,7 +295,8 @@ def test_gram_matrices_are_summed_where_columns_stay_cut(shape, method):
     tolerance = 1e-5 if method == "float32" else 3e-2
     for found in updates.values():
         assert np.linalg.norm(found - expected) <= tolerance * np.linalg.norm(expected)
-    assert programs["whole"] == {"all-to-all"}
+    # XLA for CPU has no ragged exchange; it is made of even ones.
+    assert programs["whole"] == programs["ragged"] == {"all-to-all"}
     assert "all-reduce" in programs["gram"]
 
 

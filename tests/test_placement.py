@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from ravine.optimizers.matrix.dealing import ragged_all_to_all
 from ravine.optimizers.matrix.distribute import move_in, move_out, whole_matrices
 from ravine.optimizers.matrix.placement import Move, names_of, place, spec
 
@@ -89,11 +90,12 @@ def test_moving_in_brings_the_right_part_and_moving_out_undoes_it(outside, cuts)
         np.testing.assert_array_equal(y, x)
 
 
+@pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize(("count", "work"), [(1, 1), (3, None), (8, 1), (17, 3)])
 @pytest.mark.parametrize(
     ("rows", "columns"), [(("x",), ("y",)), ((), ("y", "x")), ((), ("y",)), ((), ())]
 )
-def test_whole_matrices_are_whole_and_return(count, work, rows, columns):
+def test_whole_matrices_are_whole_and_return(count, work, rows, columns, ragged):
     sizes = {"x": 2, "y": 2, "z": 2}
     mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(count, 8, 12)), jnp.float32)
@@ -104,7 +106,7 @@ def test_whole_matrices_are_whole_and_return(count, work, rows, columns):
         return batch * jnp.sum(jnp.abs(batch), axis=(1, 2), keepdims=True)
 
     names = spec([(), rows, columns])
-    local = lambda x: whole_matrices(function, x, rows, columns, sizes)
+    local = lambda x: whole_matrices(function, x, rows, columns, sizes, ragged=ragged)
     with jax.set_mesh(mesh):
         sharded = jax.device_put(x, NamedSharding(mesh, names))
         found = jax.jit(jax.shard_map(local, in_specs=names, out_specs=names, check_vma=False))(
@@ -116,6 +118,28 @@ def test_whole_matrices_are_whole_and_return(count, work, rows, columns):
         work = 1 if len(rows + columns) == 2 else 2
     assert shapes == [(work, 8, 12)]
     np.testing.assert_allclose(found, function(x), rtol=1e-6)
+
+
+def test_a_ragged_exchange_without_the_collective():
+    """The example in JAX's documentation of it, with rows of two."""
+    data = lambda *values: jnp.repeat(jnp.array(values, jnp.int32)[:, None], 2, axis=1)
+    # By device: operand, output, input offsets, send sizes, output offsets, receive sizes.
+    slices = (((0, 1), (1, 2), (0, 0), (1, 1)), ((0, 1), (1, 1), (1, 2), (2, 1)))
+    first, second = ([jnp.array(x, jnp.int32) for x in device] for device in slices)
+    both = [data(1, 2, 2, 3, 4, 0), data(0, 0, 0, 0, 0, 0, 0, 9)]
+    both += [jnp.concatenate(pair) for pair in zip(first, second, strict=True)]
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    exchange = jax.shard_map(
+        lambda *arguments: ragged_all_to_all(*arguments, ("x",), longest=2),
+        mesh=mesh,
+        in_specs=P("x"),
+        out_specs=P("x"),
+        check_vma=False,
+    )
+    with jax.set_mesh(mesh):
+        found = exchange(*(jax.device_put(x, NamedSharding(mesh, P("x"))) for x in both))
+    # What nothing is written to stays.
+    np.testing.assert_array_equal(found, data(1, 3, 0, 0, 2, 2, 4, 9))
 
 
 def test_names_of_arrays_without_a_mesh():

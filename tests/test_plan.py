@@ -62,6 +62,8 @@ TEXT = """
 ENTRY %main (x: f32[4]) -> f32[4] {
   %w = (f32[4]) while(%x), condition=%cond, body=%body
   %k = f32[4]{0} conditional(%i, %x), branch_computations={%branch, %other}
+  %z = bf16[6]{0} ragged-all-to-all(%k, %o, %a, %b), channel_id=1
+  %v = bf16[60]{0} ragged-all-to-all(f32[4]{0} %k, %o, %a, %b), channel_id=2
   ROOT %y = s8[8]{0} all-to-all(%x), dimensions={0}
 }
 """
@@ -71,6 +73,8 @@ def test_collectives_of_a_program():
     assert collectives(TEXT) == [
         Collective("all-reduce", 32, in_loop=True),
         Collective("all-gather", 64, in_loop=False),
+        Collective("ragged-all-to-all", 12, in_loop=False),
+        Collective("ragged-all-to-all", 16, in_loop=False),
         Collective("all-to-all", 8, in_loop=False),
     ]
 

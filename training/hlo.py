@@ -6,9 +6,10 @@ import re
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128}
 _SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 _COLLECTIVE = re.compile(
-    r"= (?P<type>.*?) (?P<kind>all-gather|all-reduce|all-to-all|ragged-all-to-all|collective-permute"
+    r"= (?P<type>.*?) (?P<kind>all-gather|all-reduce|ragged-all-to-all|all-to-all|collective-permute"
     r"|reduce-scatter)(?P<start>-start)?\("
 )
+_RESULT = re.compile(r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>[a-z]+\d*[a-z0-9]*\[[\d,]*\])")
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
@@ -21,7 +22,8 @@ class Collective:
     kind: str
     """As all-gather or all-to-all."""
     bytes: int
-    """Of its result on one device."""
+    """Of its result on one device. A ragged one has at most these on average: of operand or result,
+    whichever is smaller."""
     in_loop: bool
 
 
@@ -34,7 +36,7 @@ def collectives(text: str) -> list[Collective]:
       ...             "  ROOT %y = f32[8]{0} all-gather(%x), dimensions={0}\n}")
       [Collective(kind='all-gather', bytes=32, in_loop=False)]
     """
-    current, calls, bodies, found = "", {}, set(), []
+    current, calls, bodies, found, results = "", {}, set(), [], {}
     for line in text.splitlines():
         if header := _HEADER.match(line):
             current = header.group(1)
@@ -43,10 +45,15 @@ def collectives(text: str) -> list[Collective]:
             called += re.findall(r"[\w.\-]+", branches)
         calls.setdefault(current, set()).update(called)
         bodies.update(re.findall(r"body=%?([\w.\-]+)", line))
+        if result := _RESULT.match(line):
+            results[result["name"]] = _size(*_SHAPE.findall(result["type"])[0])
         if match := _COLLECTIVE.search(line):
             sizes = [_size(*shape) for shape in _SHAPE.findall(match["type"])]
             # What starts asynchronously returns its operands, then its results.
             size = sizes[-1] if match["start"] and match["kind"] != "all-reduce" else sum(sizes)
+            if match["kind"] == "ragged-all-to-all":
+                operand = line[match.end() :].split(",")[0].rpartition(" ")[2].lstrip("%")
+                size = min(size, results.get(operand, size))
             found.append((match["kind"], size, current))
     looped, waiting = set(), list(bodies)
     while waiting:

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 
 from .distribute import whole_matrices
 from .placement import Names, explicit_sizes, mesh_of, names_of, spec
-from .traffic import OnShards, columns_to_cut
+from .platform import platform
+from .traffic import OnShards, cheapest
 
 MAX_ELEMENTS = {"cpu": 2**21}
 """Elements worked on at once, by platform; `MAX_ELEMENTS_ELSEWHERE` on all others. A CPU gains nothing
@@ -34,7 +35,7 @@ def map_matrices(
     The function must commute with transposition, as orthogonalization does: tall matrices are handed
     to it transposed. This is the one place through which every batch of whole matrices passes. On a
     mesh, each matrix is worked on by one device, see `whole_matrices`, or its columns stay where they
-    are, see `columns_to_cut`.
+    are, see `cheapest`.
 
     Args:
       function: maps a batch `[K, m, n]`, m <= n, to one of the same shape, matrix by matrix.
@@ -100,7 +101,8 @@ def _map_local(
             ]
         )
         sharing = {name: size for name, size in sizes.items() if name not in batch_names}
-        kept = columns_to_cut(function, batch, row_names, column_names, sizes)
+        way = cheapest(function, batch, row_names, column_names, sizes)
+        kept = way.kept
         if kept and isinstance(function, OnShards):
             sharing = {name: size for name, size in sharing.items() if name not in kept}
             work = functools.partial(function, summed=kept)
@@ -108,7 +110,7 @@ def _map_local(
             most = largest_chunk((rows, columns), max_elements)
             work = functools.partial(in_chunks, function, most=most)
         exchanged = tuple(name for name in column_names if name not in kept)
-        done = whole_matrices(work, batch, row_names, exchanged, sharing)
+        done = whole_matrices(work, batch, row_names, exchanged, sharing, ragged=way.ragged)
         lengths = [pieces[index].shape[0] for index, _ in members]
         for (index, wide), part in zip(members, _unjoin(done, lengths), strict=True):
             results[index] = part if wide else jnp.swapaxes(part, 1, 2)
@@ -122,9 +124,7 @@ def largest_chunk(
 ) -> int:
     """How many matrices of a shape are worked on at once; bound as for `map_matrices`."""
     if max_elements is None:
-        device = jax.sharding.get_abstract_mesh().abstract_device
-        platform = jax.default_backend() if device is None else device.platform
-        max_elements = MAX_ELEMENTS.get(platform, elsewhere)
+        max_elements = MAX_ELEMENTS.get(platform(), elsewhere)
     if max_elements < 1:
         raise ValueError(f"max_elements must be at least 1, got {max_elements}.")
     return max(1, max_elements // max(1, math.prod(shape)))

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from .dealing import Deal
 from .placement import Names, Placement, explicit_sizes, mesh_of, names_of, spec
 
 
@@ -86,12 +87,15 @@ def whole_matrices(
     rows: Names,
     columns: Names,
     sizes: Mapping[str, int],
+    *,
+    ragged: bool = False,
 ) -> jax.Array:
     """`function` of matrices whose rows and columns are cut by mesh axes, each on one device, whole.
 
     Every device gives away its tiles of all matrices but its share, and gets all tiles of its share: one
-    `all_to_all`, and one back. The batch is padded with zeros to a multiple of the devices. Mesh axes
-    that cut neither rows nor columns, and on which the batch is the same, share it first.
+    `all_to_all`, and one back, of a batch padded with zeros to a multiple of the devices, or if `ragged`
+    of the matrices alone. Mesh axes that cut neither rows nor columns, and on which the batch is the
+    same, share it first.
     """
     count = batch_KxMxN.shape[0]
     joined = (*rows, *columns)
@@ -104,29 +108,21 @@ def whole_matrices(
     if not joined and not share:
         return function(batch_KxMxN)
     parts = math.prod(sizes[name] for name in share)
-    padding = -count % (parts * tall * wide)
-    x = jnp.pad(batch_KxMxN, ((0, padding), (0, 0), (0, 0)))
+    x = jnp.pad(batch_KxMxN, ((0, -count % parts), (0, 0), (0, 0)))
     if share:
         size = x.shape[0] // parts
         x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(share) * size, size)
     if joined:
-        k, (m, n) = x.shape[0] // (tall * wide), x.shape[1:]
-        tiles = _exchanged(x, joined).reshape(tall, wide, k, m, n)
-        x = function(tiles.transpose(2, 0, 3, 1, 4).reshape(k, tall * m, wide * n))
-        tiles = x.reshape(k, tall, m, wide, n).transpose(1, 3, 0, 2, 4)
-        x = _exchanged(tiles.reshape(tall * wide * k, m, n), joined)
+        deal, (m, n) = Deal(x.shape[0], tall * wide, joined, ragged), x.shape[1:]
+        tiles = deal.out(x).reshape(tall, wide, deal.most, m, n)
+        x = function(tiles.transpose(2, 0, 3, 1, 4).reshape(deal.most, tall * m, wide * n))
+        tiles = x.reshape(deal.most, tall, m, wide, n).transpose(1, 3, 0, 2, 4)
+        x = deal.back(tiles.reshape(tall * wide, deal.most, m, n))
     else:
         x = function(x)
     if share:
         x = jax.lax.all_gather(x, share, axis=0, tiled=True)
     return x[:count]
-
-
-def _exchanged(tiles: jax.Array, names: Names) -> jax.Array:
-    """The i-th part of the first axis to device i, from every device."""
-    # Without the barrier XLA for CPU (JAX 0.10) knows that padding is zero, gives it another layout
-    # than the tiles beside it, and refuses its own program.
-    return jax.lax.all_to_all(jax.lax.optimization_barrier(tiles), names, 0, 0, tiled=True)
 
 
 def total(x: jax.Array, names: Names) -> jax.Array:

@@ -49,8 +49,8 @@ class NewtonSchulz:
         Frobenius norm); without any restart within 1e-4, and a sixth faster.
       halvings: of symmetric products, see :mod:`.symmetric`; ``None`` decides by size.
       precision: of products in float32, which accelerators would else round to fewer bits.
-      distribution: of matrices that a mesh cuts: ``"whole"``, ``"gram"``, or ``"auto"`` for the one that
-        sends fewer bytes, see :mod:`.traffic`.
+      distribution: of matrices that a mesh cuts: ``"whole"``, ``"ragged"``, ``"gram"``, or ``"auto"``
+        for what sends the fewest bytes, ragged on TPU only, see :mod:`.traffic`.
 
     Raises:
       ValueError: for coefficients whose map does not stay positive and bounded on (0, 1], and other
@@ -86,7 +86,7 @@ class NewtonSchulz:
             raise ValueError(f"form must be auto, standard or gram, got {self.form!r}.")
         if self.distribution not in DISTRIBUTIONS:
             raise ValueError(
-                f"distribution must be auto, whole or gram, got {self.distribution!r}."
+                f"distribution must be one of {', '.join(DISTRIBUTIONS)}, got {self.distribution!r}."
             )
         if any(step < 1 for step in self.restarts):
             raise ValueError(f"restarts must be steps of at least 1, got {self.restarts}.")

@@ -1,8 +1,10 @@
 """What it costs to orthogonalize matrices that a mesh cuts, and the way that costs least.
 
 *whole*
-    every matrix is brought to one device, and back; where there are fewer matrices than devices,
-    all are exchanged as if there were one for each;
+    every matrix is brought to one device, and back; where their number does not divide by that of the
+    devices, as many are exchanged as if it did;
+*ragged*
+    the same without those that are not there, by another collective;
 *gram*
     some mesh axes go on cutting the long side of the matrices, and the sums over it, their Gram
     matrices, are added up over those axes: better for few and long matrices.
@@ -11,14 +13,18 @@
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import jax
 
+from .dealing import is_native
 from .placement import Names
 
-Distribution = Literal["auto", "whole", "gram"]
+Distribution = Literal["auto", "whole", "ragged", "gram"]
 DISTRIBUTIONS = get_args(Distribution)
+RAGGED_OVERHEAD = 1.1
+"""How much more a byte costs in a ragged exchange, by assumption: that the usual collective is preferred
+where it sends little more."""
 
 
 @runtime_checkable
@@ -37,9 +43,17 @@ class OnShards(Protocol):
 
 
 def bytes_sent(
-    count: int, rows: int, columns: int, exchanging: int, cutting: int, sums: int, itemsize: int
+    count: int,
+    rows: int,
+    columns: int,
+    exchanging: int,
+    cutting: int,
+    sums: int,
+    itemsize: int,
+    *,
+    ragged: bool = False,
 ) -> float:
-    r"""Bytes that a device sends, to have `count` matrices `[rows, columns]` worked on.
+    r"""Bytes that a device sends on average, to have `count` matrices `[rows, columns]` worked on.
 
     With e devices among which whole matrices (or their shards) are dealt, k of them to each, and c
     that go on cutting their columns,
@@ -48,7 +62,8 @@ def bytes_sent(
         + \text{sums} \cdot 2 \Bigl(1 - \frac1c\Bigr) k m^2 \cdot 4,
         \qquad k = \lceil \text{count} / e \rceil
 
-    the exchange in and out, and the sums of Gram matrices in float32.
+    the exchange in and out, and the sums of Gram matrices in float32. A ragged exchange is of
+    :math:`\text{count} / e` matrices.
 
     Args:
       count: matrices.
@@ -58,6 +73,7 @@ def bytes_sent(
       cutting: c.
       sums: Gram matrices that are needed of every matrix.
       itemsize: s, bytes of an element.
+      ragged: whether only matrices that there are are exchanged.
 
     Example:
       >>> from ravine.optimizers.matrix.traffic import bytes_sent
@@ -67,18 +83,28 @@ def bytes_sent(
       (1835008.0, 57344.0)
     """
     dealt = math.ceil(count / exchanging)
-    exchange = 2 * dealt * rows * columns / cutting * (1 - 1 / exchanging) * itemsize
+    sent = count / exchanging if ragged else dealt
+    exchange = 2 * sent * rows * columns / cutting * (1 - 1 / exchanging) * itemsize
     return exchange + sums * 2 * (1 - 1 / cutting) * dealt * rows**2 * 4
 
 
-def columns_to_cut(
+class Way(NamedTuple):
+    """How matrices are worked on."""
+
+    kept: Names = ()
+    """Mesh axes that go on cutting columns; none for whole matrices."""
+    ragged: bool = False
+    """Whether the others exchange only matrices that there are."""
+
+
+def cheapest(
     method: Callable[[jax.Array], jax.Array] | OnShards,
     batch: jax.Array,
     rows: Names,
     columns: Names,
     sizes: Mapping[str, int],
-) -> Names:
-    """The mesh axes that shall go on cutting columns; none for whole matrices.
+) -> Way:
+    """The way that sends the fewest bytes, of those that the method allows.
 
     Args:
       method: what is done with the matrices; whole ones, unless it is `OnShards`.
@@ -87,26 +113,36 @@ def columns_to_cut(
       columns: those that cut columns.
       sizes: of mesh axes.
     """
-    if not isinstance(method, OnShards) or method.distribution == "whole" or not columns:
-        return ()
+    wanted = method.distribution if isinstance(method, OnShards) else "auto"
     parts = lambda names: math.prod(sizes[name] for name in names)
     count, m, n = batch.shape
     every = parts(rows) * parts(columns)
 
-    def cost(kept: Names) -> float:
-        return bytes_sent(
+    def cost(way: Way) -> float:
+        overhead = RAGGED_OVERHEAD if way.ragged else 1
+        return overhead * bytes_sent(
             count,
             m * parts(rows),
             n * parts(columns),
-            every // parts(kept),
-            parts(kept),
-            method.gram_sums(),
+            every // parts(way.kept),
+            parts(way.kept),
+            method.gram_sums() if isinstance(method, OnShards) else 0,
             batch.dtype.itemsize,
+            ragged=way.ragged,
         )
 
-    some = [
-        kept
-        for length in range(0 if method.distribution == "auto" else 1, len(columns) + 1)
+    if wanted == "whole":
+        return Way()
+    if wanted == "ragged":
+        return Way(ragged=True)
+    fewest, most = int(wanted == "gram" and bool(columns)), len(columns)
+    if not isinstance(method, OnShards):
+        most = 0
+    deals = (False, True) if is_native() else (False,)
+    ways = [
+        Way(kept, ragged)
+        for length in range(fewest, most + 1)
         for kept in itertools.combinations(columns, length)
+        for ragged in deals
     ]
-    return min(some, key=cost)
+    return min(ways, key=cost)
