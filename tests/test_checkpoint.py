@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -138,7 +139,9 @@ def test_nothing_whole_is_refused_and_nothing_removed(tmp_path):
     before = sorted(tmp_path.rglob("*"))
     for step in ("2", "4"):
         halve(largest(tmp_path / step))
-    with pytest.raises(ValueError, match=r"none of the checkpoints in .* is whole .* bytes"):
+    with pytest.raises(
+        ValueError, match=r"none of the checkpoints in .* step 4 was cut off .* bytes"
+    ):
         read(tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -156,8 +159,28 @@ def test_nothing_whole_is_refused_and_nothing_removed(tmp_path):
 )
 def test_other_hyperparameters_are_refused_by_name(other, said, tmp_path):
     write(tmp_path)
-    with pytest.raises(ValueError, match=f"step 4 .* of another configuration .*{said}"):
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=f"step 4 is of another configuration .*{said}"):
         read(tmp_path, identity=other)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_one_of_other_hyperparameters_is_set_aside_and_the_one_before_is_used(tmp_path):
+    folder, other = tmp_path / "run", {**IDENTITY, "optimizer": "lion"}
+    write(folder, steps=(2,))
+    for _ in range(2):
+        write(folder, steps=(6,), identity=other)
+        with pytest.warns(UserWarning, match=r"6 .* 'lion' there .* set aside; .* of step 2"):
+            found, position = read(folder)
+        assert equal(found, 2)
+        assert position == 2
+        # A run that goes on writes step 6 of its own; the other one is whole, if it is wanted.
+        write(folder, steps=(6,))
+        assert equal(read(folder)[0], 6)
+        shutil.rmtree(folder / "6")
+    assert sorted(path.name for path in (tmp_path / "run-refused").iterdir()) == ["6.0", "6.1"]
+    (tmp_path / "run-refused" / "6.1").rename(tmp_path / "run-refused" / "6")
+    assert equal(read(tmp_path / "run-refused", identity=other)[0], 6)
 
 
 def test_every_file_is_under_the_seal(tmp_path):

@@ -7,8 +7,10 @@ process adds a list of the files with their sizes, the seal, and looks at it bef
 """
 
 import concurrent.futures
+import itertools
 import json
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -63,35 +65,49 @@ class Checkpoints:
             self._orbax.delete(found)
 
     def restore(self, state: TrainState, batches: grain.DatasetIterator) -> TrainState:
-        """The newest whole checkpoint in the layout of `state`, or `state` itself when there is none.
+        """The newest checkpoint that can be used, in the layout of `state`; `state` when there is none.
 
-        `batches` is moved to the position it had when the checkpoint was written. Newer checkpoints
-        that are not whole are warned of and removed.
+        `batches` is moved to the position it had when the checkpoint was written. Of newer ones it is
+        said why they are refused: those that were cut off are removed, those of another configuration
+        set aside, in a folder beside this one.
 
         Raises:
-          ValueError: if the checkpoint is of another configuration, or none of them is whole.
+          ValueError: if there are checkpoints, but each was cut off or is of another configuration.
+            Nothing is touched then.
         """
         steps = sorted((found.step for found in self._orbax.checkpoints), reverse=True)
         if not steps:
             return state
         broken = json.loads(from_first(json.dumps([_complaint(self._folder(s)) for s in steps])))
-        whole = next((i for i, complaint in enumerate(broken) if not complaint), None)
-        if whole is None:
+        cut_off, others = {}, {}
+        for step, complaint in zip(steps, broken, strict=True):
+            if complaint:
+                cut_off[step] = f"was cut off ({complaint})"
+                continue
+            metadata: Any = self._orbax.metadata(step).custom_metadata
+            differing = self._differing(metadata["identity"])
+            if not differing:
+                break
+            others[step] = f"is of another configuration ({'; '.join(differing[:3])})"
+        else:
+            why = {**cut_off, **others}[steps[0]]
             raise ValueError(
-                f"none of the checkpoints in {self._orbax.directory} is whole ({broken[0]}); remove "
-                "them to start anew."
+                f"none of the checkpoints in {self._orbax.directory} can be used; that of step "
+                f"{steps[0]} {why}. Use the configuration they were written with, another folder, or "
+                "remove them."
             )
-        metadata: Any = self._orbax.metadata(steps[whole]).custom_metadata
-        self._check_identity(steps[whole], metadata["identity"])
-        for step, complaint in zip(steps[:whole], broken[:whole], strict=True):
-            warnings.warn(
-                f"the checkpoint of step {step} in {self._orbax.directory} was cut off ({complaint}) "
-                f"and is removed; going on from that of step {steps[whole]}.",
-                stacklevel=2,
-            )
-            self._orbax.delete(step)
+        for found, done in ((cut_off, "removed"), (others, "set aside")):
+            for refused, why in found.items():
+                warnings.warn(
+                    f"the checkpoint of step {refused} in {self._orbax.directory} {why} and is {done}; "
+                    f"going on from that of step {step}.",
+                    stacklevel=2,
+                )
+        for refused in cut_off:
+            self._orbax.delete(refused)
+        self._set_aside(others)
         abstract = jax.tree.map(ocp.arrays.to_shape_dtype_struct, state)
-        restored = self._orbax.load(steps[whole], abstract)
+        restored = self._orbax.load(step, abstract)
         batches.set_state(metadata["data"])
         return restored
 
@@ -108,19 +124,28 @@ class Checkpoints:
     def _folder(self, step: int) -> Path:
         return Path(str(self._orbax.directory)) / str(step)
 
-    def _check_identity(self, step: int, found: dict[str, Any]) -> None:
+    def _set_aside(self, steps: Collection[int]) -> None:
+        """Moves checkpoints out of the way of those that will be written."""
+        if not steps:
+            return
+        if is_first():
+            folder = Path(str(self._orbax.directory))
+            aside = folder.with_name(f"{folder.name}-refused")
+            aside.mkdir(exist_ok=True)
+            for step in steps:
+                names = (aside / f"{step}.{n}" for n in itertools.count())
+                self._folder(step).rename(next(name for name in names if not name.exists()))
+        from_first("moved")
+        self._orbax.reload()
+
+    def _differing(self, found: dict[str, Any]) -> list[str]:
+        """What is not as in this configuration."""
         mine, theirs = _leaves(self._identity), _leaves(found)
-        differing = [
+        return [
             f"{name} is {theirs.get(name)!r} there and {mine.get(name)!r} here"
             for name in {**theirs, **mine}
             if mine.get(name) != theirs.get(name)
         ]
-        if differing:
-            raise ValueError(
-                f"the checkpoint of step {step} in {self._orbax.directory} is of another "
-                f"configuration ({'; '.join(differing[:3])}); use the one it was written with, or "
-                "another folder."
-            )
 
 
 def _sizes(folder: Path) -> dict[str, int]:
