@@ -4,8 +4,12 @@ import importlib.util
 import json
 
 import jax
+import jax.numpy as jnp
 import pytest
+import ravine
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from ravine.training.arithmetic import arithmetic
 from ravine.training.cli import main
 from ravine.training.compiling import (
     compiled_train_step,
@@ -79,9 +83,45 @@ def test_collectives_of_a_program():
     ]
 
 
-def test_a_plan_of_what_is_compiled_here():
-    import ravine
+def counted(function, *arguments, devices=1):
+    found = arithmetic(jax.jit(function).trace(*arguments), devices)
+    return found.always, found.sometimes
 
+
+def test_arithmetic_of_loops_branches_and_shards():
+    x, product = jnp.ones((4, 4)), lambda x: x @ x  # of 128 operations
+    assert counted(product, x) == (128, 0)
+    assert counted(product, x, devices=4) == (32, 0)
+    assert counted(lambda x: jax.lax.fori_loop(0, 5, lambda _, x: x @ x, x), x) == (640, 0)
+    once = lambda due, x: jax.lax.while_loop(
+        lambda s: s[0], lambda s: (~s[0], s[1] @ s[1]), (due, x)
+    )
+    assert counted(once, jnp.array(False), x) == (0, 128)
+    nested = lambda due, x: jax.lax.scan(lambda c, _: (once(due, product(c))[1], None), x, None, 3)
+    assert counted(nested, jnp.array(False), x) == (384, 384)
+    assert counted(lambda due, x: jax.lax.cond(due, product, jnp.negative, x), True, x) == (128, 0)
+    mesh = jax.make_mesh((2, 4), ("x", "y"))
+    halves = jax.shard_map(product, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+    assert counted(halves, x, devices=8) == (128, 0)
+    assert counted(lambda x: jnp.linalg.eigh(x)[1], x)[0] == pytest.approx(9 * 4**3, rel=0.2)
+    assert counted(lambda x: jnp.swapaxes(x, 0, 1).reshape(16)[::2] + 1, x) == (8, 0)
+    assert counted(lambda x: jnp.sum(x, axis=0), x) == (16, 0)
+    assert counted(lambda x: x + 1, jnp.int32(1)) == (0, 0)
+
+
+def test_arithmetic_of_optimizers():
+    params = {"dense": {"kernel": jnp.ones((64, 128))}}
+
+    def of(tx):
+        return counted(tx.update, params, tx.init(params), params)
+
+    # Blocks of 32: two Gram matrices and two products of each of eight.
+    assert of(ravine.shampoo(0.1, block=32))[0] == pytest.approx(4 * 8 * 2 * 32**3, rel=0.2)
+    assert of(ravine.shampoo(0.1, block=32))[1] >= 2 * 8 * 9 * 32**3
+    assert of(ravine.adamw(0.1))[1] == 0
+
+
+def test_a_plan_of_what_is_compiled_here():
     devices = jax.devices()[:4]
     explicit = jax.sharding.AxisType.Explicit
     mesh = Mesh([devices[:2], devices[2:]], ("fsdp", "tensor"), axis_types=(explicit,) * 2)
@@ -94,8 +134,6 @@ def test_a_plan_of_what_is_compiled_here():
 
 
 def test_a_train_step_that_is_compiled_here():
-    import ravine
-
     names = ("data", "fsdp", "tensor")
     mesh = jax.make_mesh((2, 2, 2), names, axis_types=(jax.sharding.AxisType.Auto,) * 3)
     model = ModelConfig(vocabulary=64, context=8, width=16, layers=2, heads=2, remat=True)

@@ -14,6 +14,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ..optimizers.mesh import state_shardings
+from .arithmetic import Arithmetic, arithmetic
 from .model import ModelConfig
 from .presets import ModelShape
 from .sharding import batch_sharding, rows_of
@@ -25,6 +26,7 @@ class Compiled:
     """A program, and what it takes."""
 
     program: jax.stages.Compiled
+    arithmetic: Arithmetic
     params: Any
     """Shapes with shardings."""
     state: Any
@@ -43,9 +45,10 @@ def compiled_update(tx: optax.GradientTransformation, params: Any, mesh: Mesh) -
             updates, state = tx.update(grads, state, params)
             return jax.tree.map(lambda p, u: p + u.astype(p.dtype), params, updates), state
 
-        jitted = jax.jit(update, donate_argnums=(1, 2))
-        program = jitted.lower(params, state, params).compile()
-    return Compiled(program, params, state, time.perf_counter() - started)
+        traced = jax.jit(update, donate_argnums=(1, 2)).trace(params, state, params)
+        program = traced.lower().compile()
+    seconds = time.perf_counter() - started
+    return Compiled(program, arithmetic(traced, mesh.size), params, state, seconds)
 
 
 def compiled_train_step(
@@ -74,8 +77,11 @@ def compiled_train_step(
             donate_argnums=0,
             out_shardings=(shardings, metrics),
         )
-        program = step.lower(state, batch).compile()
-    return Compiled(program, state.params, state.opt_state, time.perf_counter() - started)
+        traced = step.trace(state, batch)
+        program = traced.lower().compile()
+    seconds = time.perf_counter() - started
+    counted = arithmetic(traced, mesh.size)
+    return Compiled(program, counted, state.params, state.opt_state, seconds)
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:

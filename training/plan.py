@@ -23,6 +23,7 @@ from rich.table import Table
 
 from ..optimizers.matrix.orthogonalize import NewtonSchulz
 from ..optimizers.registry import OptimizerConfig, near
+from .arithmetic import Arithmetic
 from .compiling import (
     Compiled,
     auto,
@@ -95,7 +96,7 @@ class Plan:
     parameters: int
     state: int
     temporary: int
-    flops: float
+    arithmetic: Arithmetic
     collectives: tuple[Collective, ...]
     repeated: dict[str, int]
     """By path in the state: how many chips hold the same, where more than one do."""
@@ -144,14 +145,14 @@ def _work(config: PlanConfig, shape: ModelShape, mesh: Mesh) -> tuple[Any, int]:
 
 def plan_of(name: str, compiled: Compiled, mesh: Mesh) -> Plan:
     """The plan of what was compiled."""
-    memory, cost = compiled.program.memory_analysis(), compiled.program.cost_analysis() or {}
+    memory = compiled.program.memory_analysis()
     assert memory is not None, "the TPU's compiler always says"
     return Plan(
         name,
         parameters=_bytes(compiled.params),
         state=_bytes(compiled.state),
         temporary=memory.temp_size_in_bytes,
-        flops=float(cost.get("flops", 0.0)),
+        arithmetic=compiled.arithmetic,
         collectives=tuple(collectives(compiled.program.as_text() or "")),
         repeated=_repeated(compiled.state, mesh),
         seconds=compiled.seconds,
@@ -238,13 +239,23 @@ def _show(config: PlanConfig, count: int, tokens: int, plans: list[Plan], consol
     )
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("optimizer")
-    for heading in ("params", "state", "temp.", "GFLOP", "collectives", "moved", "in loops", "s"):
+    for heading in (
+        "params",
+        "state",
+        "temp.",
+        "GFLOP",
+        "now and then",
+        "collectives",
+        "moved",
+        "in loops",
+        "s",
+    ):
         table.add_column(heading, justify="right")
     for found in plans:
         table.add_row(
             found.optimizer,
             *map(_readable, (found.parameters, found.state, found.temporary)),
-            f"{found.flops / 1e9:,.1f}",
+            *(f"{x / 1e9:,.1f}" for x in (found.arithmetic.always, found.arithmetic.sometimes)),
             str(len(found.collectives)),
             _readable(sum(c.bytes for c in found.collectives)),
             str(sum(c.in_loop for c in found.collectives)),
@@ -258,8 +269,11 @@ def _show(config: PlanConfig, count: int, tokens: int, plans: list[Plan], consol
     if config.batch and not tokens:
         model = 6 * count * config.batch / chips
         for found in plans:
-            share = found.flops / model
-            console.print(f"{found.optimizer}: {share:.2%} of the model's {model / 1e9:,.0f} GFLOP")
+            always, more = (x / model for x in dataclasses.astuple(found.arithmetic))
+            console.print(
+                f"{found.optimizer}: {always:.3%} of the model's {model / 1e9:,.0f} GFLOP, and now and "
+                f"then {more:.3%} more"
+            )
     for found in plans:
         for copies in sorted(set(found.repeated.values()), reverse=True):
             paths = [path for path, n in found.repeated.items() if n == copies]
