@@ -31,6 +31,14 @@ def forget():
     jax.clear_caches()
 
 
+@pytest.fixture(scope="session")
+def library():
+    """The default corpus."""
+    from ravine.training.corpus import load_corpus
+
+    return load_corpus()
+
+
 @pytest.fixture
 def getkey():
     """A function that returns a fresh random key at each call, the same sequence in every run."""
