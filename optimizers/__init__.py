@@ -51,7 +51,8 @@ from .schedule_free import (
 )
 from .sgd import sgd
 from .shampoo import ScaleByShampooState, scale_by_shampoo, shampoo
-from .soap import ScaleBySoapState, scale_by_soap, soap, soap_muon
+from .soap import ScaleBySoapState, scale_by_soap, soap
+from .soap_muon import soap_muon
 from .sophia import ScaleBySophiaState, scale_by_sophia, sophia_g, sophia_h
 from .telemetry import TelemetryState, telemetry, with_telemetry
 

@@ -1,0 +1,79 @@
+"""SOAP-Muon: SOAP's direction, orthogonalized."""
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+import optax
+
+from ._by_role import by_role
+from .decay import Mask
+from .matrix_scale import Scale, scale_by_matrix_shape
+from .orthogonal import orthogonalize
+from .roles import COMMON_RULES, MATRIX_ROLES, Role, Rules, axes_of_path
+from .soap import scale_by_soap
+
+
+def soap_muon(
+    learning_rate: optax.ScalarOrSchedule = 0.01,
+    b1: float = 0.95,
+    b2: float = 0.95,
+    eps: float = 1e-8,
+    *,
+    shampoo_b2: float | None = None,
+    every: int = 10,
+    staggered: bool = False,
+    method: Callable[[jax.Array], jax.Array] | None = None,
+    scale: Scale = "moonlight",
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay_mask: Mask | None = None,
+    rules: Rules = COMMON_RULES,
+    matrix_roles: Collection[Role] = MATRIX_ROLES,
+    fallback: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformation:
+    r"""SOAP's direction, orthogonalized: ``scale_by_soap → orthogonalize → scale_by_matrix_shape``.
+
+    Args:
+      learning_rate: a number or a schedule; with ``"moonlight"`` one that suits Muon and AdamW.
+      b1, b2, eps, shampoo_b2, every, staggered: as for :func:`scale_by_soap`.
+      method: maps a batch of matrices to their polar factors; by default ``NewtonSchulz()``.
+      scale: the factor of a matrix's shape, as for :func:`muon`.
+      weight_decay: multiplied by the learning rate; also that of the default fallback.
+      weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
+      rules: role rules.
+      matrix_roles: the roles it takes.
+      fallback: the optimizer of all other parameters; by default AdamW at the same learning rate.
+
+    Source: the records of modded-nanogpt's optimizer track, 2026 (SOAP-Muon); marin #6082.
+
+    Example:
+      >>> import ravine
+      >>> tx = ravine.soap_muon(0.01, weight_decay=0.1)
+    """
+
+    def axes(path: str) -> Any:
+        return axes_of_path(path, rules)
+
+    direction = optax.chain(
+        scale_by_soap(
+            b1,
+            b2,
+            eps,
+            shampoo_b2=shampoo_b2,
+            every=every,
+            staggered=staggered,
+            axes=axes,
+        ),
+        orthogonalize(method, axes=axes),
+        scale_by_matrix_shape(scale, axes=axes),
+    )
+    return by_role(
+        "soap_muon",
+        direction,
+        learning_rate,
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        rules=rules,
+        roles=matrix_roles,
+        fallback=fallback,
+    )
