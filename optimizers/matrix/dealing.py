@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from .placement import Names
-from .platform import platform
+from .platform import device_kind
 
-NATIVE = ("tpu",)
-"""Where `jax.lax.ragged_all_to_all` was compiled; XLA for CPU has none."""
+NATIVE = ("TPU v4", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU7x")
+"""Kinds of devices for which `jax.lax.ragged_all_to_all` compiles, on whole pods. XLA for CPU has none,
+and that for v5e ("TPU v5 lite") refuses it on 16 x 16 chips."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Deal:
 
 def is_native() -> bool:
     """Whether ragged deals are one collective here."""
-    return platform() in NATIVE
+    return device_kind() in NATIVE
 
 
 def _even(tiles: jax.Array, names: Names) -> jax.Array:

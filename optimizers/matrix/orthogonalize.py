@@ -50,7 +50,7 @@ class NewtonSchulz:
       halvings: of symmetric products, see :mod:`.symmetric`; ``None`` decides by size.
       precision: of products in float32, which accelerators would else round to fewer bits.
       distribution: of matrices that a mesh cuts: ``"whole"``, ``"ragged"``, ``"gram"``, or ``"auto"``
-        for what sends the fewest bytes, ragged on TPU only, see :mod:`.traffic`.
+        for what sends the fewest bytes, see :mod:`.traffic` (ragged on some TPUs only).
 
     Raises:
       ValueError: for coefficients whose map does not stay positive and bounded on (0, 1], and other
