@@ -1,6 +1,7 @@
 """Adam in the eigenbases of Kronecker factors, block by block: what `soap` does with a leaf."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -161,18 +162,32 @@ def refreshed_bases(
 def _followed(axes: Any, carry: Any, statistics: Sequence[jax.Array]) -> Any:
     """All bases a QR step on: the first moment rotated into them, the second one permuted."""
     vectors, mu, nu = carry
-    follow = functools.partial(followed, sort=True)
-    found = _by_size(follow, statistics, vectors)
-    both = [[None] * (mu.ndim - 1) for _ in range(2)]
-    permuted = nu
-    for axis, old, (new, columns) in zip(axes, vectors, found, strict=True):
-        both[0][axis], both[1][axis] = old, new
+    found = _by_size(functools.partial(followed, sort=True), statistics, vectors)
+    new, permuted = [basis for basis, _ in found], nu
+    for axis, (_, columns) in zip(axes, found, strict=True):
         index = columns.reshape(
             -1, *(columns.shape[1] if at == axis else 1 for at in range(mu.ndim - 1))
         )
         permuted = jnp.take_along_axis(permuted, index, axis=1 + axis)
-    moved = rotate(rotate(wide(mu), both[0]), both[1], back=True)
-    return [new for new, _ in found], cast(moved, mu.dtype), permuted
+    return new, cast(_turned(axes, wide(mu), vectors, new), mu.dtype), permuted
+
+
+def _turned(
+    axes: Sequence[int], x: jax.Array, old: Sequence[jax.Array], new: Sequence[jax.Array]
+) -> jax.Array:
+    """Blocks in old bases, in new ones: by products of both bases, where these are the smaller ones."""
+    order, sizes = x.ndim - 1, [basis.shape[-1] for basis in old]
+
+    def turned(x: jax.Array, by: Sequence[jax.Array], *, back: bool) -> jax.Array:
+        factors: list[jax.Array | None] = [None] * order
+        for axis, factor in zip(axes, by, strict=True):
+            factors[axis] = factor
+        return rotate(x, factors, back=back)
+
+    if sum(size**3 for size in sizes) > math.prod(x.shape[1:]) * sum(sizes):
+        return turned(turned(x, old, back=False), new, back=True)
+    both = _by_size(lambda new, old: rotate(old, [new, None], back=True), new, old)
+    return turned(x, both, back=False)
 
 
 def _by_size(function: Callable[..., Any], *stacks: Sequence[jax.Array]) -> list[Any]:
