@@ -244,7 +244,7 @@ def _show(config: PlanConfig, count: int, tokens: int, plans: list[Plan], consol
         "state",
         "temp.",
         "GFLOP",
-        "now and then",
+        "at times",
         "collectives",
         "moved",
         "in loops",
@@ -271,8 +271,8 @@ def _show(config: PlanConfig, count: int, tokens: int, plans: list[Plan], consol
         for found in plans:
             always, more = (x / model for x in dataclasses.astuple(found.arithmetic))
             console.print(
-                f"{found.optimizer}: {always:.3%} of the model's {model / 1e9:,.0f} GFLOP, and now and "
-                f"then {more:.3%} more"
+                f"{found.optimizer}: {always:.3%} of the model's {model / 1e9:,.0f} GFLOP, and at "
+                f"times {more:.3%} more"
             )
     for found in plans:
         for copies in sorted(set(found.repeated.values()), reverse=True):
