@@ -12,7 +12,7 @@ import ravine
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ravine.optimizers.matrix.orthogonalize import NewtonSchulz
-from ravine.training.hlo import collectives
+from ravine.training.collectives import collectives
 
 RULES = ((".*", "matrix"),)
 SHAPES = {"a": (8, 16), "b": (16, 8), "stack": (4, 8, 8), "odd": (6, 10), "tall": (24, 4)}

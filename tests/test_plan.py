@@ -18,7 +18,6 @@ from ravine.training.compiling import (
     trainer_model,
 )
 from ravine.training.config import RunConfig
-from ravine.training.hlo import Collective, collectives
 from ravine.training.model import ModelConfig
 from ravine.training.plan import plan_of
 from ravine.training.presets import PRESETS
@@ -53,38 +52,9 @@ def test_every_axis_that_is_sharded_divides(name):
             assert sorted(filter(None, spec)) == ["fsdp", "tensor"]
 
 
-TEXT = """
-%body (p: (f32[4])) -> (f32[4]) {
-  %c = f32[4]{0} fusion(%p), calls=%inner
-}
-%inner (p: f32[4]) -> f32[4] {
-  %r = (f32[2,3]{1,0:T(8,128)}, bf16[4]{0}) all-reduce(%a, %b), to_apply=%add
-}
-%branch (p: f32[4]) -> f32[4] {
-  %s = (bf16[4]{0}, bf16[32]{0}) all-gather-start(%p), dimensions={0}
-}
-ENTRY %main (x: f32[4]) -> f32[4] {
-  %w = (f32[4]) while(%x), condition=%cond, body=%body
-  %k = f32[4]{0} conditional(%i, %x), branch_computations={%branch, %other}
-  %z = bf16[6]{0} ragged-all-to-all(%k, %o, %a, %b), channel_id=1
-  %v = bf16[60]{0} ragged-all-to-all(f32[4]{0} %k, %o, %a, %b), channel_id=2
-  ROOT %y = s8[8]{0} all-to-all(%x), dimensions={0}
-}
-"""
-
-
-def test_collectives_of_a_program():
-    assert collectives(TEXT) == [
-        Collective("all-reduce", 32, in_loop=True),
-        Collective("all-gather", 64, in_loop=False),
-        Collective("ragged-all-to-all", 12, in_loop=False),
-        Collective("ragged-all-to-all", 16, in_loop=False),
-        Collective("all-to-all", 8, in_loop=False),
-    ]
-
-
 def counted(function, *arguments, devices=1):
     found = arithmetic(jax.jit(function).trace(*arguments), devices)
+    assert not found.uncounted
     return found.always, found.sometimes
 
 
@@ -99,7 +69,9 @@ def test_arithmetic_of_loops_branches_and_shards():
     assert counted(once, jnp.array(False), x) == (0, 128)
     nested = lambda due, x: jax.lax.scan(lambda c, _: (once(due, product(c))[1], None), x, None, 3)
     assert counted(nested, jnp.array(False), x) == (384, 384)
-    assert counted(lambda due, x: jax.lax.cond(due, product, jnp.negative, x), True, x) == (128, 0)
+    # Always the cheaper branch; at times the dearer one.
+    either = lambda due, x: jax.lax.cond(due, product, jnp.negative, x)
+    assert counted(either, True, x) == (16, 112)
     mesh = jax.make_mesh((2, 4), ("x", "y"))
     halves = jax.shard_map(product, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
     assert counted(halves, x, devices=8) == (128, 0)
@@ -107,6 +79,64 @@ def test_arithmetic_of_loops_branches_and_shards():
     assert counted(lambda x: jnp.swapaxes(x, 0, 1).reshape(16)[::2] + 1, x) == (8, 0)
     assert counted(lambda x: jnp.sum(x, axis=0), x) == (16, 0)
     assert counted(lambda x: x + 1, jnp.int32(1)) == (0, 0)
+
+
+def image_products(x):
+    kernel = jnp.ones((3, 3, 4, 8))
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes", "operations"),
+    [
+        (lambda x, y: x @ y, [(3, 4), (4, 5)], 2 * 3 * 4 * 5),
+        (lambda x, y: jnp.einsum("bij,bjk->bik", x, y), [(7, 3, 4), (7, 4, 5)], 7 * 2 * 3 * 4 * 5),
+        (image_products, [(2, 6, 6, 4)], 2 * (2 * 4 * 4 * 8) * (3 * 3 * 4)),
+        (
+            lambda x, y: jax.lax.ragged_dot(x, y, jnp.array([2, 4])),
+            [(6, 3), (2, 3, 5)],
+            2 * 6 * 3 * 5,
+        ),
+        # n² for each column on the right.
+        (
+            lambda a, b: jax.lax.linalg.triangular_solve(a, b, left_side=True, lower=True),
+            [(4, 4), (4, 3)],
+            4 * 4 * 3,
+        ),
+        (lambda x: jax.lax.linalg.cholesky(x, symmetrize_input=False), [(6, 6)], 6**3 / 3),
+        (lambda x: jax.lax.linalg.svd(x, full_matrices=False), [(6, 3)], 4 * 108 + 8 * 54 + 9 * 27),
+        (lambda x: jax.lax.linalg.svd(x, compute_uv=False), [(6, 3)], 4 * 54 - 4 / 3 * 27),
+        (lambda x: jnp.sum(jnp.exp(x), axis=1), [(5, 8)], 2 * 40),
+        (
+            lambda x, w: jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, w)[0],
+            [(3, 4), (6, 4, 4)],
+            6 * (2 * 3 * 4 * 4 + 12),
+        ),
+    ],
+    ids="product batch convolution ragged solve cholesky svd values sum scan".split(),  # noqa: SIM905
+)
+def test_arithmetic_of_known_programs_is_exact(function, shapes, operations):
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    found, rest = counted(function, *arguments)
+    assert (round(found, 6), rest) == (round(operations, 6), 0)
+
+
+def test_arithmetic_agrees_with_the_compiler_where_that_counts():
+    def layer(x, w, v):
+        return jax.nn.softmax(jnp.tanh(x @ w) @ v)
+
+    arguments = [jnp.ones(shape) for shape in ((64, 128), (128, 256), (256, 32))]
+    compiled = jax.jit(layer).lower(*arguments).compile()
+    assert counted(layer, *arguments)[0] == pytest.approx(
+        compiled.cost_analysis()["flops"], rel=0.05
+    )
+
+
+def test_what_is_not_counted_is_listed():
+    found = arithmetic(jax.jit(jnp.fft.fft).trace(jnp.ones(8, jnp.complex64)), 1)
+    assert found.uncounted == {"fft"}
 
 
 def test_arithmetic_of_optimizers():
@@ -121,6 +151,16 @@ def test_arithmetic_of_optimizers():
     assert of(ravine.adamw(0.1))[1] == 0
 
 
+def test_curvature_of_sophia_is_not_in_every_step():
+    params = {"kernel": jnp.ones((64, 64))}
+    tx = ravine.sophia_g(0.1, every=10)
+    curvature = lambda params, key: {"kernel": params["kernel"] @ params["kernel"]}
+    update = lambda grads, state: tx.update(grads, state, params, curvature=curvature)
+    always, sometimes = counted(update, params, tx.init(params))
+    assert always < 40 * 64**2
+    assert sometimes >= 2 * 64**3
+
+
 def test_a_plan_of_what_is_compiled_here():
     devices = jax.devices()[:4]
     explicit = jax.sharding.AxisType.Explicit
@@ -129,6 +169,7 @@ def test_a_plan_of_what_is_compiled_here():
     found = plan_of("adam", compiled_update(ravine.scale_by_adam(), params, mesh), mesh)
     assert found.parameters == sum(x.size for x in params.values()) * 2 // 4
     assert found.state == 4 * found.parameters + 4
+    assert found.memory == 6 * found.parameters + 4 + found.temporary
     assert found.collectives == ()
     assert not found.repeated
 

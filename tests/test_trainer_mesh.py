@@ -14,9 +14,9 @@ import ravine
 from jax.sharding import PartitionSpec as P
 from ravine.training import loop
 from ravine.training.cli import main
+from ravine.training.collectives import collectives
 from ravine.training.config import RunConfig
 from ravine.training.corpus import load_corpus
-from ravine.training.hlo import collectives
 from ravine.training.model import ModelConfig
 from ravine.training.outcome import Outcome
 from ravine.training.sharding import (

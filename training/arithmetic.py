@@ -2,7 +2,8 @@
 
 The compiler counts what is in a loop once, however often it runs, and nothing of what it hands to a
 library. Here loops count as often as they run, where that is known while tracing. Elementary operations
-on floats count one for each element of their result, sums one for each element that is added up.
+on floats count one for each element of their result, sums one for each element that is added up. What is
+not known is listed, never taken for nothing.
 """
 
 import dataclasses
@@ -14,20 +15,72 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend import core
 
-# Times n**3, for matrices [n, n]; Golub and Van Loan, 4th edition, sections 4.2, 5.1.6, 5.2.2, 8.3.3.
+# Times n**3, for matrices [n, n]; Golub and Van Loan, 4th edition, chapters 3, 4, 5 and 8.
 _DECOMPOSITIONS = {
     "eigh": 9,
     "geqrf": 4 / 3,
     "householder_product": 4 / 3,
     "qr": 8 / 3,
     "cholesky": 1 / 3,
-    "triangular_solve": 1,
+    "lu": 2 / 3,
 }
 _MOVES = re.compile(
-    "axis_index|barrier|broadcast|concat|constraint|convert|copy|device_put|gather|iota|pad|pcast|permute"
-    "|pvary|reshape|reshard|rev|scatter|select|slice|split|squeeze|to_all|transpose"
+    "axis_index|barrier|broadcast|concat|constraint|convert|copy|device_put|empty|gather|iota|pad|pcast"
+    "|permute|pvary|random|real|imag|reshape|reshard|rev|scatter|select|slice|sort|split|squeeze"
+    "|stop_gradient|to_all|top_k|transpose|while"
 )
-_SUMS = re.compile("reduce_(?!precision)|arg|cum|psum|pmax")
+_SUMS = re.compile("reduce_(?!precision)|arg|cum|psum|pmax|pmin")
+_ELEMENTWISE = frozenset(
+    [
+        "abs",
+        "acos",
+        "acosh",
+        "add",
+        "add_any",
+        "asin",
+        "asinh",
+        "atan",
+        "atan2",
+        "atanh",
+        "cbrt",
+        "ceil",
+        "clamp",
+        "cos",
+        "cosh",
+        "digamma",
+        "div",
+        "erf",
+        "erf_inv",
+        "erfc",
+        "exp",
+        "exp2",
+        "expm1",
+        "floor",
+        "integer_pow",
+        "lgamma",
+        "log",
+        "log1p",
+        "logistic",
+        "max",
+        "min",
+        "mul",
+        "neg",
+        "nextafter",
+        "pow",
+        "reduce_precision",
+        "rem",
+        "round",
+        "rsqrt",
+        "sign",
+        "sin",
+        "sinh",
+        "sqrt",
+        "square",
+        "sub",
+        "tan",
+        "tanh",
+    ]
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,15 +90,21 @@ class Arithmetic:
     always: float = 0.0
     """In every step."""
     sometimes: float = 0.0
-    """More, in a step in which every loop runs once of which it is not known how often it runs; as that
-    in which roots are refreshed."""
+    """More, in a step that takes the longest branch everywhere and runs every loop of unknown length
+    once; as that in which roots are refreshed."""
+    uncounted: frozenset[str] = frozenset()
+    """Primitives on floats of which it is not known what they calculate."""
 
     def __add__(self, other: "Arithmetic") -> "Arithmetic":
-        return Arithmetic(self.always + other.always, self.sometimes + other.sometimes)
+        return Arithmetic(
+            self.always + other.always,
+            self.sometimes + other.sometimes,
+            self.uncounted | other.uncounted,
+        )
 
     def times(self, count: float) -> "Arithmetic":
-        """Of so many times the same."""
-        return Arithmetic(self.always * count, self.sometimes * count)
+        """That of so many times the same."""
+        return Arithmetic(self.always * count, self.sometimes * count, self.uncounted)
 
 
 def arithmetic(traced: Any, devices: int) -> Arithmetic:
@@ -78,10 +137,12 @@ def _of_one(equation: Any, share: float) -> Arithmetic:
         return _of(parameters["jaxpr"].jaxpr, share).times(parameters["length"])
     if name == "while":
         body = _of(parameters["body_jaxpr"].jaxpr, share)
-        return Arithmetic(0.0, body.always + body.sometimes)
+        return Arithmetic(0.0, body.always + body.sometimes, body.uncounted)
     if name == "cond":
-        branches = (_of(branch.jaxpr, share) for branch in parameters["branches"])
-        return max(branches, key=lambda found: found.always + found.sometimes)
+        branches = [_of(branch.jaxpr, share) for branch in parameters["branches"]]
+        least = min(found.always for found in branches)
+        most = max(found.always + found.sometimes for found in branches)
+        return Arithmetic(least, most - least, frozenset().union(*(b.uncounted for b in branches)))
     if name == "shard_map":
         # What is inside is of one device along these axes, whose name differs between versions of JAX.
         here = parameters.get("newly_manual_axes", parameters.get("manual_axes"))
@@ -90,7 +151,12 @@ def _of_one(equation: Any, share: float) -> Arithmetic:
     inner = list(_jaxprs(parameters))
     if inner:
         return sum((_of(jaxpr, share) for jaxpr in inner), Arithmetic())
-    return Arithmetic(share * _operations(name, equation))
+    operations = _operations(name, equation)
+    return (
+        Arithmetic(uncounted=frozenset({name}))
+        if operations is None
+        else Arithmetic(share * operations)
+    )
 
 
 def _jaxprs(parameters: Any) -> Iterator[Any]:
@@ -101,14 +167,37 @@ def _jaxprs(parameters: Any) -> Iterator[Any]:
             yield value
 
 
-def _operations(name: str, equation: Any) -> float:
+def _operations(name: str, equation: Any) -> float | None:
+    """Of one equation; None where that is not known."""
     floats = [x.aval for x in equation.outvars if jnp.issubdtype(x.aval.dtype, jnp.inexact)]
-    if _MOVES.search(name) or not floats:
+    if not floats:
         return 0.0
     result, shapes = floats[0], [x.aval.shape for x in equation.invars]
     if name == "dot_general":
         (contracted, _), _ = equation.params["dimension_numbers"]
         return 2.0 * math.prod(result.shape) * math.prod(shapes[0][axis] for axis in contracted)
+    if name.startswith("ragged_dot"):
+        # Every row meets the matrix of its own group: [m, k] and [groups, k, n].
+        return 2.0 * math.prod(shapes[0]) * shapes[1][-1]
+    if name == "conv_general_dilated":
+        outputs = shapes[1][equation.params["dimension_numbers"].rhs_spec[0]]
+        return 2.0 * math.prod(result.shape) * math.prod(shapes[1]) / outputs
+    if name == "triangular_solve":
+        return float(math.prod(shapes[1]) * shapes[0][-1])
+    if name == "svd":
+        return _svd(shapes[0], vectors=equation.params["compute_uv"])
     if name in _DECOMPOSITIONS:
         return _DECOMPOSITIONS[name] * math.prod(shapes[0]) * shapes[0][-1]
-    return float(math.prod(shapes[0] if _SUMS.match(name) else result.shape))
+    if _SUMS.match(name):
+        return float(math.prod(shapes[0]))
+    if name in _ELEMENTWISE:
+        return float(math.prod(result.shape))
+    return 0.0 if _MOVES.search(name) else None
+
+
+def _svd(shape: tuple[int, ...], *, vectors: bool) -> float:
+    """Golub and Van Loan, 4th edition, figure 8.6.1."""
+    *batch, m, n = shape
+    m, n = max(m, n), min(m, n)
+    each = 4 * m**2 * n + 8 * m * n**2 + 9 * n**3 if vectors else 4 * m * n**2 - 4 / 3 * n**3
+    return math.prod(batch) * each

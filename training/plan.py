@@ -17,13 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from ..optimizers.matrix.orthogonalize import NewtonSchulz
 from ..optimizers.registry import OptimizerConfig, near
 from .arithmetic import Arithmetic
+from .collectives import Collective, collectives
 from .compiling import (
     Compiled,
     auto,
@@ -32,12 +31,10 @@ from .compiling import (
     rows_for,
     trainer_model,
 )
-from .hlo import Collective, collectives
+from .plan_table import HBM, show
 from .presets import PRESETS, ModelShape
 from .sharding import mesh_sizes, sharded_parameters
 
-HBM = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 192}
-"""Gigabytes a chip, by generation (https://cloud.google.com/tpu/docs/system-architecture-tpu-vm)."""
 TOPOLOGIES = (
     "v4:8x8x8",
     "v5e:4x4",
@@ -100,8 +97,25 @@ class Plan:
     collectives: tuple[Collective, ...]
     repeated: dict[str, int]
     """By path in the state: how many chips hold the same, where more than one do."""
+    gradients: int
+    """0 in a train step, where they are among the temporaries."""
     seconds: float
     """To trace and compile."""
+
+    @property
+    def memory(self) -> int:
+        """Bytes of all of it; parameters and state are updated in place."""
+        return self.parameters + self.gradients + self.state + self.temporary
+
+    @property
+    def sent(self) -> float:
+        """Bytes one chip sends in a step, by the rules of `ravine.training.collectives`."""
+        return sum(c.total for c in self.collectives if c.always)
+
+    @property
+    def sent_at_times(self) -> float:
+        """More, in branches and in loops of unknown length."""
+        return sum(c.total for c in self.collectives if not c.always)
 
 
 def plan(config: PlanConfig, console: Console | None = None) -> list[Plan]:
@@ -125,9 +139,10 @@ def plan(config: PlanConfig, console: Console | None = None) -> list[Plan]:
     for name, tx in optimizers.items():
         with console.status(f"compiling {name} for {config.topology}"):
             found = compile_with(tx)
-        plans.append(plan_of(name, found, mesh))
+        plans.append(plan_of(name, found, mesh, is_step=config.train_step))
         count = sum(x.size for x in jax.tree.leaves(found.params))
-    _show(config, count, tokens, plans, console)
+    given = {name: assumed(name, json.loads(config.options)) for name in optimizers}
+    show(config, count, tokens, plans, given, console)
     return plans
 
 
@@ -143,7 +158,7 @@ def _work(config: PlanConfig, shape: ModelShape, mesh: Mesh) -> tuple[Any, int]:
     return lambda tx: compiled_train_step(model, tx, over, rows), rows * model.context
 
 
-def plan_of(name: str, compiled: Compiled, mesh: Mesh) -> Plan:
+def plan_of(name: str, compiled: Compiled, mesh: Mesh, *, is_step: bool = False) -> Plan:
     """The plan of what was compiled."""
     memory = compiled.program.memory_analysis()
     assert memory is not None, "the TPU's compiler always says"
@@ -153,8 +168,9 @@ def plan_of(name: str, compiled: Compiled, mesh: Mesh) -> Plan:
         state=_bytes(compiled.state),
         temporary=memory.temp_size_in_bytes,
         arithmetic=compiled.arithmetic,
-        collectives=tuple(collectives(compiled.program.as_text() or "")),
+        collectives=tuple(collectives(compiled.program.as_text() or "", mesh.size)),
         repeated=_repeated(compiled.state, mesh),
+        gradients=0 if is_step else _bytes(compiled.params),
         seconds=compiled.seconds,
     )
 
@@ -182,8 +198,12 @@ def _build(name: str, options: str) -> optax.GradientTransformation:
         raise ValueError(f"options must be a JSON object, got {options!r}: {error}.") from None
     if not isinstance(given, dict):
         raise ValueError(f"options must be a JSON object, got {options!r}.")
-    defaults = {k: v for k, v in OPTIONS.get(name, {}).items() if k not in given}
-    return OptimizerConfig(name, given).build(1e-3, **defaults)
+    return OptimizerConfig(name, given).build(1e-3, **assumed(name, given))
+
+
+def assumed(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """What the planner sets otherwise than the optimizer's own defaults, unless it is given."""
+    return {k: v for k, v in OPTIONS.get(name, {}).items() if k not in given}
 
 
 def _known(what: str, name: str, table: Any) -> Any:
@@ -223,61 +243,3 @@ def _devices(topology: str, count: int) -> np.ndarray:
             f"{len(devices)}."
         )
     return np.array(devices)
-
-
-def _readable(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
-
-
-def _show(config: PlanConfig, count: int, tokens: int, plans: list[Plan], console: Console) -> None:
-    what = f"a train step of {tokens:,} tokens" if tokens else "one update"
-    chips = math.prod(mesh_sizes(config.mesh).values())
-    console.print(
-        f"{config.model}: {count / 1e9:.2f} billion parameters in bfloat16 on {config.topology} "
-        f"({config.mesh}), {what}; numbers are of one chip with "
-        f"{HBM[config.topology.partition(':')[0]]} GB"
-    )
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("optimizer")
-    for heading in (
-        "params",
-        "state",
-        "temp.",
-        "GFLOP",
-        "at times",
-        "collectives",
-        "moved",
-        "in loops",
-        "s",
-    ):
-        table.add_column(heading, justify="right")
-    for found in plans:
-        table.add_row(
-            found.optimizer,
-            *map(_readable, (found.parameters, found.state, found.temporary)),
-            *(f"{x / 1e9:,.1f}" for x in (found.arithmetic.always, found.arithmetic.sometimes)),
-            str(len(found.collectives)),
-            _readable(sum(c.bytes for c in found.collectives)),
-            str(sum(c.in_loop for c in found.collectives)),
-            f"{found.seconds:.0f}",
-        )
-    console.print(table)
-    for found in plans:
-        kinds = [c.kind for c in found.collectives]
-        said = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
-        console.print(f"{found.optimizer}: {said or 'no collective'}")
-    if config.batch and not tokens:
-        model = 6 * count * config.batch / chips
-        for found in plans:
-            always, more = (x / model for x in dataclasses.astuple(found.arithmetic))
-            console.print(
-                f"{found.optimizer}: {always:.3%} of the model's {model / 1e9:,.0f} GFLOP, and at "
-                f"times {more:.3%} more"
-            )
-    for found in plans:
-        for copies in sorted(set(found.repeated.values()), reverse=True):
-            paths = [path for path, n in found.repeated.items() if n == copies]
-            console.print(
-                f"{found.optimizer}: {len(paths)} arrays of the state are on {copies} chips each, "
-                f"as {paths[0]}"
-            )

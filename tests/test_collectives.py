@@ -1,0 +1,110 @@
+"""What a program communicates: read from texts of two compilers, and counted by hand."""
+
+import json
+from pathlib import Path
+
+import pytest
+from ravine.training.collectives import KINDS, collectives
+from ravine.training.hlo import Program
+
+TEXTS = json.loads((Path(__file__).parent / "golden" / "hlo.json").read_text())
+DEVICES = {"tpu": 16, "cpu": 8}
+BLOCK = 256 * 512 * 4  # bytes of what each device holds; groups are of four
+SENT = {
+    "all-gather": 3 * BLOCK,  # a quarter of [1024, 512] is there, three come and as many go
+    "reduce-scatter": 3 * BLOCK,
+    "all-reduce": 2 * 3 / 4 * BLOCK,
+    "all-to-all": 3 / 4 * BLOCK,
+    "collective-permute": BLOCK,
+    "ragged-all-to-all": 3 / 4 * BLOCK,
+}
+TIMES = {"plain": 1, "loop": 7, "nested": 15, "scan": 12, "branch": 1}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_bytes_are_those_counted_by_hand(name):
+    platform, kind, form = name.split("/")
+    found = collectives(TEXTS[name], DEVICES[platform])
+    assert sum(c.total for c in found) == pytest.approx(SENT[kind] * TIMES[form], rel=0.02)
+    assert {c.always for c in found} == {form != "branch"}
+    assert {c.in_loop for c in found} == {form in ("loop", "nested", "scan")}
+    assert {c.times for c in found} == {TIMES[form]}
+    if platform == "tpu":
+        assert {c.kind for c in found} == {kind}
+
+
+def test_every_kind_has_its_texts():
+    for kind in KINDS:
+        assert sum(name.split("/")[:2] == ["tpu", kind] for name in TEXTS) >= 5
+
+
+WRITTEN = """
+%inner (p: f32[4]) -> f32[4] {
+  %r = (f32[2,3]{1,0:T(8,128)}, bf16[4]{0}) all-reduce(%a, %b), replica_groups=[2,4]<=[8], to_apply=%add
+}
+%all-reduce-scatter.1 (p: f32[8]) -> f32[2] {
+  %p = f32[8]{0} parameter(0)
+  %s = f32[8]{0} all-reduce(%p), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+}
+%body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %c = f32[4]{0} fusion(%p), calls=%inner
+}
+%condition (p: (s32[], f32[4])) -> pred[] {
+  ROOT %unknown = pred[] custom-call(%p)
+}
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %w = (s32[], f32[4]) while(%x), condition=%condition, body=%body
+  %g = ((f32[4], f32[2]), (f32[16], f32[8])) all-gather-start(%x, %z), replica_groups={{0,1,2,3}}
+  %t = (f32[4], f32[4], u32[]{:S(2)}, u32[]) collective-permute-start(%x), source_target_pairs={{0,1},{1,0},{2,2}}
+  %f = f32[2]{0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+  ROOT %y = s8[8]{0} all-to-all(%x), replica_groups={}
+}
+"""
+
+
+def test_forms_that_compilers_write():
+    found = {c.kind: c for c in collectives(WRITTEN, devices=8)}
+    # In a loop of unknown length: counted once, and not among what always happens.
+    summed = found["all-reduce"]
+    assert (summed.sent, summed.times, summed.always) == (2 * 3 / 4 * 32, 1, False)
+    assert summed.in_loop
+    # Operands come before results in what is started, and counters after them.
+    assert found["all-gather"].sent == 3 / 4 * 96
+    # Two of eight devices send to another.
+    assert found["collective-permute"].sent == 2 / 8 * 16
+    # A slice of a sum: eight bytes are kept of thirty-two.
+    assert (found["reduce-scatter"].bytes, found["reduce-scatter"].sent) == (8, 24)
+    # Groups that the text leaves out are of all devices.
+    assert found["all-to-all"].sent == 7 / 8 * 8
+
+
+@pytest.mark.parametrize(
+    ("start", "step", "limit", "times"), [(0, 1, 7, 7), (2, 1, 7, 5), (0, 3, 7, 3), (7, 1, 7, 0)]
+)
+def test_trips_of_a_counter(start, step, limit, times):
+    text = f"""
+%body (p: (s32[], f32[4])) -> (s32[], f32[4]) {{
+  %p = (s32[], f32[4]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = f32[4] get-tuple-element(%p), index=1
+  %one = s32[] constant({step})
+  %next = s32[] add(%i, %one)
+  %y = f32[4] all-to-all(%x), replica_groups={{{{0,1}}}}
+  ROOT %t = (s32[], f32[4]) tuple(%next, %y)
+}}
+%condition (p: (s32[], f32[4])) -> pred[] {{
+  %p = (s32[], f32[4]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %n = s32[] constant({limit})
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}}
+ENTRY %main (x: f32[4]) -> f32[4] {{
+  %x = f32[4] parameter(0)
+  %zero = s32[] constant({start})
+  %copied = s32[] copy(%zero)
+  %t = (s32[], f32[4]) tuple(%copied, %x)
+  ROOT %w = (s32[], f32[4]) while(%t), condition=%condition, body=%body
+}}
+"""
+    assert Program.parse(text).runs["body"][0].times == times
+    assert sum(c.total for c in collectives(text, 2)) == 8 * times
