@@ -55,7 +55,7 @@ WRITTEN = """
 ENTRY %main (x: f32[4]) -> f32[4] {
   %w = (s32[], f32[4]) while(%x), condition=%condition, body=%body
   %g = ((f32[4], f32[2]), (f32[16], f32[8])) all-gather-start(%x, %z), replica_groups={{0,1,2,3}}
-  %t = (f32[4], f32[4], u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,1},{1,0},{2,2}}
+  %t = (f32[4], f32[4], u32[]) collective-permute-start(%x), source_target_pairs={{0,1},{1,0},{2,2}}
   %f = f32[2]{0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
   ROOT %y = s8[8]{0} all-to-all(%x), replica_groups={}
 }
