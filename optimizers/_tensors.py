@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from ._arithmetic import wide_dtype
 from ._blocking import Blocking
 from ._checks import check_real_leaves
+from ._leaves import at_leaves
 from .matrix.distribute import total
 from .matrix.placement import Names
 
@@ -55,8 +56,7 @@ def _map_leaves(
     function: Callable[[Any, Blocking], Any], params: Any, blockings: Sequence[Blocking]
 ) -> Any:
     check_real_leaves(params)
-    leaves, structure = jax.tree.flatten(params)
-    return jax.tree.unflatten(structure, list(map(function, leaves, blockings)))
+    return at_leaves(params, list(map(function, jax.tree.leaves(params), blockings)))
 
 
 def finite_blocks(blocks: jax.Array, order: int, summed: Names = ()) -> tuple[jax.Array, jax.Array]:

@@ -15,6 +15,7 @@ import optax
 
 from ._arithmetic import wide
 from ._checks import check_params_given
+from ._leaves import at_leaves, from_leaves
 from ._matrices import (
     DEFAULT_AXES,
     Axes,
@@ -93,14 +94,14 @@ def keep_parameter_norm(*, axes: Axes = DEFAULT_AXES) -> optax.GradientTransform
     def init(params: optax.Params) -> KeepParameterNormState:
         leaves = split(params, layouts_of(params, axes))
         radius = [tuple(frobenius(piece) for piece in leaf) for leaf in leaves]
-        return KeepParameterNormState(jax.tree.unflatten(jax.tree.structure(params), radius))
+        return KeepParameterNormState(at_leaves(params, radius))
 
     def update(
         updates: optax.Updates, state: KeepParameterNormState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, KeepParameterNormState]:
         check_params_given(params, "keep_parameter_norm")
         layouts = layouts_of(updates, axes)
-        radii = jax.tree.structure(updates).flatten_up_to(state.radius)
+        radii = from_leaves(updates, state.radius)
 
         def bent(u: jax.Array, p: jax.Array, radius: jax.Array) -> jax.Array:
             dtype = radius.dtype

@@ -22,6 +22,7 @@ from ._arithmetic import cast, cast_like, ema, increment, lerp, wide, wide_zeros
 from ._blocking import Blocking, Sides, blockings_of, check_blocking
 from ._by_role import by_role
 from ._checks import check_decay_rates, check_non_negative
+from ._leaves import at_leaves, from_leaves
 from ._matrices import Axes
 from ._tensors import factors_like, finite_blocks, identities
 from ._transformation import transformation
@@ -181,7 +182,7 @@ def scale_by_kl_shampoo(
         finite = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0), updates)
         averaged = cast_like(ema(finite, state.mu, b1), state.mu)
         mu = jax.tree.map(lambda m, old: jnp.where(is_first, old, m), averaged, state.mu)
-        leaves = structure.flatten_up_to(state.factors)
+        leaves = from_leaves(updates, state.factors)
         gradients, means = (
             [
                 blocking.to_blocks(x)
@@ -209,7 +210,7 @@ def scale_by_kl_shampoo(
             new_leaves.append(tuple(new_pieces))
         shards = [blocking.shards for blocking in found]
         new_leaves = _refreshed(new_leaves, shards, schedule, count, balance=balance)
-        state = ScaleByKLShampooState(count, mu, jax.tree.unflatten(structure, new_leaves))
+        state = ScaleByKLShampooState(count, mu, at_leaves(updates, new_leaves))
         return jax.tree.unflatten(structure, directions), state
 
     on_mesh = per_shard(body, init)

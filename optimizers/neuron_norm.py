@@ -12,6 +12,7 @@ import optax
 
 from ._arithmetic import cast_like, ema, lerp, wide, wide_zeros_like
 from ._checks import check_decay_rates, check_non_negative
+from ._leaves import at_leaves, from_leaves
 from ._matrices import (
     DEFAULT_AXES,
     Axes,
@@ -95,21 +96,21 @@ def scale_by_neuron_rms(
         # From the parameters, so that an explicit sharding is inherited.
         leaves = split(wide_zeros_like(params, nu_dtype), layouts_of(params, axes))
         moments = [tuple(_per_neuron(jnp.sum, piece, neurons) for piece in leaf) for leaf in leaves]
-        return ScaleByNeuronRmsState(jax.tree.unflatten(jax.tree.structure(params), moments))
+        return ScaleByNeuronRmsState(at_leaves(params, moments))
 
     def update(
         updates: optax.Updates, state: ScaleByNeuronRmsState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, ScaleByNeuronRmsState]:
         del params
-        structure, layouts = jax.tree.structure(updates), layouts_of(updates, axes)
+        layouts = layouts_of(updates, axes)
         directions, moments = [], []
         for pieces, old in zip(
-            split(updates, layouts), structure.flatten_up_to(state.nu), strict=True
+            split(updates, layouts), from_leaves(updates, state.nu), strict=True
         ):
             pairs = [neuron_rms(piece, nu) for piece, nu in zip(pieces, old, strict=True)]
             directions.append([direction for direction, _ in pairs])
             moments.append(tuple(nu for _, nu in pairs))
-        nu = jax.tree.unflatten(structure, moments)
+        nu = at_leaves(updates, moments)
         return joined(directions, updates, layouts), ScaleByNeuronRmsState(nu)
 
     def neuron_rms(piece: jax.Array, nu: jax.Array) -> tuple[jax.Array, jax.Array]:

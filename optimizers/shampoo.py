@@ -18,6 +18,7 @@ from ._blocking import Blocking, Sides, blockings_of, check_blocking
 from ._by_role import by_role
 from ._checks import check_decay_rates, check_non_negative
 from ._factors import Preconditioner, Storage, grafted
+from ._leaves import at_leaves, from_leaves
 from ._matrices import Axes
 from ._tensors import factors_like, ones_like_scalars
 from ._transformation import transformation
@@ -193,7 +194,7 @@ def scale_by_shampoo(
         mu = ema(finite, state.mu, b1)
         mean = corrected_mean(finite, mu, b1, count, nesterov=nesterov)
         step, nu = size.update(finite, mean, state.nu, count)
-        gradients, old = jax.tree.leaves(updates), structure.flatten_up_to(state.factors)
+        gradients, old = jax.tree.leaves(updates), from_leaves(updates, state.factors)
         factors = preconditioner.refresh(
             preconditioner.learn(gradients, found, old, max_elements),
             found,
@@ -214,8 +215,8 @@ def scale_by_shampoo(
             count,
             cast_like(mu, state.mu),
             cast_like(nu, state.nu),
-            jax.tree.unflatten(structure, factors),
-            jax.tree.unflatten(structure, ratios),
+            at_leaves(updates, factors),
+            at_leaves(updates, ratios),
         )
         return cast_like(jax.tree.unflatten(structure, directions), updates), state
 

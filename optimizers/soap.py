@@ -26,6 +26,7 @@ from ._blocking import Blocking, Sides, blockings_of, check_blocking
 from ._by_role import by_role
 from ._checks import check_decay_rates, check_non_negative
 from ._eigenbases import Piece, Step, new_basis, refreshed_bases, stepped
+from ._leaves import at_leaves, from_leaves
 from ._matrices import Axes
 from ._tensors import blocks_like, factors_like
 from ._transformation import transformation
@@ -139,7 +140,7 @@ def scale_by_soap(
         )
         gradients = jax.tree.leaves(updates)
         kept = zip(
-            *(structure.flatten_up_to(x) for x in (state.mu, state.nu, state.bases)), strict=True
+            *(from_leaves(updates, x) for x in (state.mu, state.nu, state.bases)), strict=True
         )
         leaves = [
             [
@@ -154,9 +155,7 @@ def scale_by_soap(
             for blocking, leaf in zip(found, leaves, strict=True)
         ]
         mu, nu, bases = (
-            jax.tree.unflatten(
-                structure, [tuple(getattr(piece, name) for piece in leaf) for leaf in leaves]
-            )
+            at_leaves(updates, [tuple(getattr(piece, name) for piece in leaf) for leaf in leaves])
             for name in ("mu", "nu", "bases")
         )
         state = ScaleBySoapState(count, mu, nu, bases)

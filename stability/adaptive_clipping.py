@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from ..optimizers._checks import check_params_given
+from ..optimizers._leaves import at_leaves, from_leaves
 from ..optimizers._transformation import transformation
 from ..optimizers.roles import path_string
 from ._arithmetic import global_norm, scale
@@ -127,7 +128,8 @@ def adagc(
         return jnp.full_like(layer_norm(axes, p), jnp.inf, dtype=jnp.float32)
 
     def init(params: optax.Params) -> AdaGCState:
-        return AdaGCState(jnp.zeros([], jnp.int32), map_layers(unknown, layers, params))
+        norms = jax.tree.leaves(map_layers(unknown, layers, params))
+        return AdaGCState(jnp.zeros([], jnp.int32), at_leaves(params, norms))
 
     def update(
         updates: optax.Updates, state: AdaGCState, params: optax.Params | None = None
@@ -136,7 +138,9 @@ def adagc(
         whole = global_norm(updates)
         finite, warm = jnp.isfinite(whole), state.count < warmup
         common = jnp.where(whole > warmup_norm, warmup_norm / whole, 1)
-        norms = map_layers(lambda axes, g: layer_norm(axes, g).astype(jnp.float32), layers, updates)
+        norm_of = lambda axes, g: layer_norm(axes, g).astype(jnp.float32)
+        norms = jax.tree.leaves(map_layers(norm_of, layers, updates))
+        usual = from_leaves(updates, state.norms)
 
         def factor(norm: jax.Array, usual: jax.Array) -> jax.Array:
             own = jnp.where(norm > ratio * usual, ratio * usual / norm, 1)
@@ -149,11 +153,12 @@ def adagc(
             new = jnp.where(warm | jnp.isinf(usual), smallest, mean)
             return jnp.where(finite, new, usual)
 
-        factors = jax.tree.map(factor, norms, state.norms)
+        factors = list(map(factor, norms, usual))
         new = AdaGCState(
             state.count + finite.astype(jnp.int32),
-            jax.tree.map(learnt, norms, state.norms, factors),
+            at_leaves(updates, list(map(learnt, norms, usual, factors))),
         )
-        return jax.tree.map(scale, updates, factors), new
+        leaves, structure = jax.tree.flatten(updates)
+        return jax.tree.unflatten(structure, list(map(scale, leaves, factors))), new
 
     return transformation(init, update)

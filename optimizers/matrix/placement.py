@@ -122,8 +122,11 @@ def names_of(x: Any) -> tuple[Names, ...]:
 
     Only axes of an `Explicit` mesh are in types; of an `Auto` one the compiler decides.
     """
-    spec = () if isinstance(x, np.ndarray) else getattr(_sharding(x), "spec", ())
-    named = [() if n is None else (n,) if isinstance(n, str) else tuple(n) for n in spec]
+    mesh = mesh_of(x)
+    spec = () if mesh is None else _sharding(x).spec
+    explicit = () if mesh is None else explicit_sizes(mesh)
+    found = [() if n is None else (n,) if isinstance(n, str) else tuple(n) for n in spec]
+    named = [tuple(name for name in names if name in explicit) for names in found]
     return (*named, *((),) * (len(x.shape) - len(named)))
 
 
