@@ -5,6 +5,10 @@ query is a noisy copy of. Its logits are products of two weight matrices, so the
 as large as the other; under SGD the curvature rises while it learns, until the step is too long for
 it, and then both grow without bound. One batch in fifty has inputs half as large again. The
 notebook `notebooks/staying_alive.ipynb` shows the curves.
+
+A diverging run is chaotic: rounding decides where it ends. So the bounds leave the spread of eight
+seeds room (five standard deviations of what they bound, at least), and what skipping steps does is
+proved on bad batches, which it is made for, bit by bit.
 """
 
 import functools
@@ -24,12 +28,13 @@ CHANCE = np.log(KEYS)
 
 LOSSES = {"z-loss": {"z_loss": 1e-3}, "soft-cap": {"cap": 10.0}}
 GUARDS = {
-    "skip-step": functools.partial(
-        stability.skip_step, warmup=16, window=64, deviations=2.0, patience=50
-    ),
+    "skip-step": stability.skip_step,
     "clipping": lambda tx: optax.chain(stability.clip_by_global_norm(1.0), tx),
 }
-DEVICES = ("z-loss", "QK-norm", "soft-cap", "skip-step", "clipping")
+DEVICES = ("z-loss", "QK-norm", "soft-cap", "clipping")
+# Steps whose batch is bad, large and wrongly labelled, after the guard has warmed up: once, twice in a
+# row, once more.
+BAD = np.array([100, 200, 201, 320])
 
 
 def draw(key):
@@ -41,6 +46,20 @@ def draw(key):
     noise = 0.5 * jax.random.normal(keys[2], (BATCH, WIDTH))
     factor = jnp.where(jax.random.uniform(keys[3]) < RARE, FACTOR, 1.0)
     return factor * x_BxSxD, factor * (picked + noise), labels_B
+
+
+@functools.cache
+def start_and_data():
+    """Weights and the batch of every step `[steps, seeds, ...]`: drawn once for all devices."""
+
+    def one(key):
+        start, data = jax.random.split(key)
+        weights = jax.random.normal(start, (2, WIDTH, WIDTH)) * WIDTH**-0.5
+        keys = jax.random.split(data, STEPS + len(BAD))
+        return {"query": weights[0], "key": weights[1]}, jax.lax.map(draw, keys)
+
+    keys = jax.random.split(jax.random.key(0), SEEDS)
+    return jax.jit(jax.vmap(one, out_axes=(0, 1)))(keys)
 
 
 def loss_of(params, batch, device):
@@ -55,41 +74,64 @@ def loss_of(params, batch, device):
     return jnp.mean(parts.loss + parts.z_loss), jnp.mean(parts.loss)
 
 
-def train(key, device, rate=RATE):
-    """The loss of every step, without z-loss."""
-    start, data = jax.random.split(key)
-    query, key = jax.random.normal(start, (2, WIDTH, WIDTH)) * WIDTH**-0.5
-    tx = optax.with_extra_args_support(GUARDS.get(device, lambda tx: tx)(ravine.sgd(rate)))
+@functools.cache
+def trainer(device):
+    """A program from rate, start and data to the loss of every step and seed, without z-loss."""
 
-    def step(carry, key):
-        params, state = carry
-        both = jax.value_and_grad(loss_of, has_aux=True)
-        (total, loss), grads = both(params, draw(key), device)
-        updates, state = tx.update(grads, state, params, loss=total)
-        return (optax.apply_updates(params, updates), state), loss
+    def train(rate, params, data):
+        tx = GUARDS.get(device, lambda tx: tx)(ravine.sgd(lambda count: rate))
+        tx = optax.with_extra_args_support(tx)
 
-    params = {"query": query, "key": key}
-    return jax.lax.scan(step, (params, tx.init(params)), jax.random.split(data, STEPS))[1]
+        def step(carry, batch):
+            params, state = carry
+            both = jax.value_and_grad(loss_of, has_aux=True)
+            (total, loss), grads = both(params, batch, device)
+            updates, state = tx.update(grads, state, params, loss=total)
+            return (optax.apply_updates(params, updates), state), loss
+
+        return jax.lax.scan(jax.vmap(step), (params, jax.vmap(tx.init)(params)), data)[1]
+
+    return jax.jit(train)
 
 
 @functools.cache
-def losses(device, rate=RATE):
-    """Of every seed and step."""
-    keys = jax.random.split(jax.random.key(0), SEEDS)
-    return np.asarray(jax.jit(jax.vmap(lambda key: train(key, device, rate)))(keys))
-
-
 def last(device, rate=RATE):
-    """Median of the last fifty steps, of every seed."""
-    return np.median(losses(device, rate)[:, -50:], axis=1)
+    """Median loss of the last fifty steps, of every seed."""
+    params, data = start_and_data()
+    losses = trainer(device)(jnp.float32(rate), params, data)
+    return np.median(losses[-50:], axis=0)
 
 
 def test_the_plain_model_diverges_plainly_and_trains_at_a_lower_rate():
-    assert np.all(~(last("plain") < 10 * CHANCE))  # also where it is not a number
+    # The logarithm of where a run ends has a standard deviation of 1.5; its mean here, of 0.5.
+    assert np.mean(np.log(np.nan_to_num(last("plain"), nan=np.inf))) > np.log(4 * CHANCE)
     assert np.all(last("plain", SAFE_RATE) < CHANCE / 2)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_each_device_alone_keeps_it_training(device):
-    assert np.all(np.isfinite(losses(device)))
-    assert np.all(last(device) < CHANCE / 2)
+    assert np.all(last(device) < CHANCE / 2)  # no NaN is
+
+
+def with_bad_batches(device):
+    """Losses `[steps, seeds]` with bad batches, and with these put off until after the last step."""
+    params, data = start_and_data()
+    wreck = lambda x, wrong: x.at[BAD].set(wrong(x[BAD]))
+    large = lambda x: wreck(x, lambda x: 10 * x)
+    data = (large(data[0]), large(data[1]), wreck(data[2], lambda labels: (labels + 1) % KEYS))
+    put_off = np.argsort(np.isin(np.arange(STEPS + len(BAD)), BAD), kind="stable")
+    # One program, run twice: what is equal in it is equal to the last bit.
+    train = functools.partial(trainer(device), jnp.float32(SAFE_RATE), params)
+    return np.asarray(train(data)), np.asarray(train(jax.tree.map(lambda x: x[put_off], data)))
+
+
+def test_bad_batches_wreck_the_plain_model():
+    with_bad, _ = with_bad_batches("plain")
+    assert np.all(np.median(with_bad[-50:], axis=0) > 10 * CHANCE)
+
+
+def test_skipped_steps_leave_no_trace():
+    """With `skip_step` as it comes, bad batches are as if they had never been, and it trains."""
+    with_bad, without = with_bad_batches("skip-step")
+    np.testing.assert_array_equal(np.delete(with_bad, BAD, axis=0), without[:STEPS])
+    assert np.all(np.median(without[STEPS - 50 : STEPS], axis=0) < CHANCE / 2)
