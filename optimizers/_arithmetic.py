@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._checks import check_real_leaves
+from ..core.tree_checks import check_real_leaves
 
 
 @functools.cache

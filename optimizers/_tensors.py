@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..core.tree_checks import check_real_leaves
 from ._arithmetic import wide_dtype
 from ._blocking import Blocking
-from ._checks import check_real_leaves
 from ._leaves import at_leaves
 from .matrix.distribute import total
 from .matrix.placement import Names

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..core.arguments import checked
 from ._arithmetic import cast, cast_like, increment, wide_dtype, wide_zeros_like
 from ._transformation import with_extra_args
 
@@ -21,6 +22,7 @@ class AccumulateState(NamedTuple):
     inner: Any  # the inner optimizer's
 
 
+@checked
 def accumulate(
     tx: optax.GradientTransformation, every: int | Callable[[jax.Array], jax.Array]
 ) -> optax.GradientTransformationExtraArgs:

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..core.arguments import checked
+from ..core.checks import check_non_negative, check_some_eps
 from ._arithmetic import cast, cast_like, root, wide_dtype, wide_zeros_like
-from ._checks import check_non_negative, check_some_eps
 from ._transformation import transformation
 from .decay import DecayForm, Mask, with_decay
 
@@ -18,6 +19,7 @@ class ScaleByAdagradState(NamedTuple):
     nu: optax.Updates  # like params, nu_dtype: the sum of squared gradients
 
 
+@checked
 def scale_by_adagrad(
     initial_accumulator_value: float = 0.0,
     eps: float = 1e-10,
@@ -78,6 +80,7 @@ def scale_by_adagrad(
     return transformation(init, update)
 
 
+@checked
 def adagrad(
     learning_rate: optax.ScalarOrSchedule = 1e-2,
     initial_accumulator_value: float = 0.0,

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..core.arguments import checked
+from ..core.checks import check_decay_rates, check_some_eps
 from ._arithmetic import (
     bias_correction,
     cast,
@@ -17,7 +19,6 @@ from ._arithmetic import (
     wide,
     wide_zeros_like,
 )
-from ._checks import check_decay_rates, check_some_eps
 from ._transformation import transformation
 from .decay import DecayForm, Mask, with_decay
 
@@ -30,6 +31,7 @@ class ScaleByAdamState(NamedTuple):
     nu: optax.Updates  # like params, nu_dtype: mean of squared gradients
 
 
+@checked
 def scale_by_adam(
     b1: float = 0.9,
     b2: float = 0.999,
@@ -108,6 +110,7 @@ def scale_by_adam(
     return transformation(init, update)
 
 
+@checked
 def adam(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     b1: float = 0.9,
@@ -155,6 +158,7 @@ def adam(
     )
 
 
+@checked
 def adamw(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     b1: float = 0.9,

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..core.arguments import checked
+from ..core.checks import check_decay_rates, check_some_eps
 from ._arithmetic import (
     bias_correction,
     cast,
@@ -20,7 +22,6 @@ from ._arithmetic import (
     wide_dtype,
     wide_zeros_like,
 )
-from ._checks import check_decay_rates, check_some_eps
 from ._transformation import transformation
 from .decay import Mask, with_decay
 
@@ -39,6 +40,7 @@ class ScaleByAdanState(NamedTuple):
     previous: optax.Updates  # like params, at least float32: the last gradient
 
 
+@checked
 def scale_by_adan(
     b1: float = 0.98,
     b2: float = 0.92,
@@ -193,6 +195,7 @@ def restart_adan(opt_state: Any) -> Any:
     )
 
 
+@checked
 def adan_restart_condition(radius: float) -> RestartCondition:
     r"""The condition of the paper's theory: :math:`k \sum_{s \le k} \lVert \cdot \rVert^2 > R^2`.
 
@@ -213,6 +216,7 @@ def adan_restart_condition(radius: float) -> RestartCondition:
     return lambda count, path: count.astype(path.dtype) * path > radius**2
 
 
+@checked
 def adan(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     b1: float = 0.98,

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..core.arguments import checked
+from ..core.checks import check_decay_rates, check_non_negative, check_some_eps
 from ._arithmetic import (
     bias_correction,
     cast,
@@ -19,7 +21,6 @@ from ._arithmetic import (
     wide_zeros_like,
     widest,
 )
-from ._checks import check_decay_rates, check_non_negative, check_some_eps
 from ._transformation import transformation
 from .decay import DecayForm, Mask, with_decay
 
@@ -33,6 +34,7 @@ class ScaleByAdemamixState(NamedTuple):
     nu: optax.Updates  # like params, nu_dtype: mean of squared gradients
 
 
+@checked
 def scale_by_ademamix(
     b1: float = 0.9,
     b2: float = 0.999,
@@ -149,6 +151,7 @@ def _log(decay: Any) -> Any:
     return math.log(decay) if isinstance(decay, (int, float)) else jnp.log1p(decay - 1)
 
 
+@checked
 def ademamix(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     b1: float = 0.9,

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..core.arguments import checked
 from ._arithmetic import cast, wide, wide_dtype
 from ._transformation import with_extra_args
 from .adam import scale_by_adam
@@ -15,6 +16,7 @@ from .lion import scale_by_lion
 Rescale = Literal["clamped", "smoothed"]
 
 
+@checked
 def cautious(
     direction: optax.GradientTransformation, *, rescale: Rescale = "clamped"
 ) -> optax.GradientTransformationExtraArgs:
@@ -69,6 +71,7 @@ def cautious(
     return with_extra_args(inner.init, update)
 
 
+@checked
 def cautious_adamw(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     b1: float = 0.9,
@@ -109,6 +112,7 @@ def cautious_adamw(
     )
 
 
+@checked
 def cautious_lion(
     learning_rate: optax.ScalarOrSchedule = 1e-4,
     b1: float = 0.95,

@@ -6,10 +6,12 @@ from typing import Any
 import jax
 import optax
 
-from ._checks import is_part
+from ..core.arguments import checked
+from ..core.tree_checks import is_part
 from .roles import COMMON_RULES, Role, Rules, assign_roles, path_string
 
 
+@checked
 def combine_by_role(
     optimizers: Mapping[str, optax.GradientTransformation],
     assignment: Mapping[Role, str],

@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..core.arguments import checked
 from ._arithmetic import wide
 
 Curvature = Callable[[Any, jax.Array], Any]
 """From parameters and a random key to an estimate of the diagonal, a tree like the parameters."""
 
 
+@checked
 def gauss_newton_bartlett(
     logits_fn: Callable[[Any], jax.Array],
     *,
@@ -70,6 +72,7 @@ def gauss_newton_bartlett(
     return estimate
 
 
+@checked
 def hutchinson(
     loss_fn: Callable[[Any], jax.Array], *, samples: int = 1, axis_name: Any = None
 ) -> Curvature:

@@ -18,18 +18,22 @@ it, ``independent`` that of its paper.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from ..core.arguments import checked
+from ..core.checks import check_non_negative
+from ..core.tree_checks import as_mask, check_mask, check_params_given
 from ._arithmetic import cast, increment, scalar, wide_dtype
-from ._checks import check_mask, check_non_negative, check_params_given
 from ._transformation import transformation
 from .learning_rate import evaluate, scale_by_learning_rate
 
-Mask = Any | Callable[[optax.Params], Any]
+Mask = Annotated[
+    Any | Callable[[optax.Params], Any], as_mask, "a tree of booleans, or a function that makes one"
+]
 DecayForm = Literal["coupled", "independent", "adamc", "l2", "proximal", "cautious"]
 
 
@@ -39,6 +43,7 @@ class AddDecayedWeightsState(NamedTuple):
     count: jax.Array  # int32 scalar, updates made so far under a schedule; 0 without one
 
 
+@checked
 def add_decayed_weights(
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Mask | None = None,
@@ -150,6 +155,7 @@ def _check_form(form: str, learning_rate: Any, peak_learning_rate: Any) -> None:
     check_non_negative(peak_learning_rate=peak_learning_rate)
 
 
+@checked
 def with_decay(
     direction: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,
@@ -205,6 +211,7 @@ def decay_or_identity(
     return optax.identity() if _is_zero(weight_decay) else add_decayed_weights(weight_decay, mask)
 
 
+@checked
 def add_cautious_decay(
     weight_decay: optax.ScalarOrSchedule = 0.0, mask: Mask | None = None
 ) -> optax.GradientTransformation:

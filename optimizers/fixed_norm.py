@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from ..core.arguments import checked
+from ..core.tree_checks import check_params_given
 from ._arithmetic import wide
-from ._checks import check_params_given
 from ._leaves import at_leaves, from_leaves
 from ._matrices import (
     DEFAULT_AXES,
@@ -34,6 +35,7 @@ def _unit(x_LxMxN: jax.Array) -> jax.Array:
     return safe_divide(wide(x_LxMxN), frobenius(x_LxMxN))
 
 
+@checked
 def scale_by_parameter_norm(*, axes: Axes = DEFAULT_AXES) -> optax.GradientTransformation:
     """Gives the update of every matrix the Frobenius norm of the matrix itself.
 
@@ -71,6 +73,7 @@ class KeepParameterNormState(NamedTuple):
     radius: Any  # like params, a tuple of [L, 1, 1] a leaf: the norms at init
 
 
+@checked
 def keep_parameter_norm(*, axes: Axes = DEFAULT_AXES) -> optax.GradientTransformation:
     """Last in a chain: bends every update so that each matrix keeps the norm it had at `init`.
 

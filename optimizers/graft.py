@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..core.arguments import MaybeInfinite, checked
+from ..core.checks import check_decay_rates, check_non_negative
 from ._arithmetic import bias_correction, ema, increment, root, scalar, wide, wide_zeros_like
-from ._checks import check_decay_rates, check_non_negative
 from ._transformation import transformation
 from .matrix.distribute import largest, total
 from .matrix.placement import Names
@@ -138,11 +139,12 @@ class GraftState(NamedTuple):
     magnitude: Any  # state of the magnitude's transformation
 
 
+@checked
 def graft(
     direction: optax.GradientTransformation,
     magnitude: optax.GradientTransformation,
     *,
-    start: float = 1,
+    start: MaybeInfinite = 1,
 ) -> optax.GradientTransformation:
     r"""The direction of one transformation with the norm of another's update, parameter by parameter.
 

@@ -18,10 +18,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..core.arguments import checked
+from ..core.checks import check_decay_rates, check_non_negative
 from ._arithmetic import cast, cast_like, ema, increment, lerp, wide, wide_zeros_like
 from ._blocking import Blocking, Sides, blockings_of, check_blocking
 from ._by_role import by_role
-from ._checks import check_decay_rates, check_non_negative
 from ._leaves import at_leaves, from_leaves
 from ._matrices import Axes
 from ._tensors import factors_like, finite_blocks, identities
@@ -53,6 +54,7 @@ class ScaleByKLShampooState(NamedTuple):
     factors: Any  # like params: a tuple (tensors) of tuples (axes) of KLFactor, or None without one
 
 
+@checked
 def scale_by_kl_shampoo(
     b1: float = 0.9,
     b2: float = 0.98,
@@ -318,6 +320,7 @@ def _balanced(factors: Sequence[KLFactor | None], due: jax.Array) -> tuple[KLFac
     return tuple(scaled(factor) for factor in factors)
 
 
+@checked
 def kl_shampoo(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     b1: float = 0.9,

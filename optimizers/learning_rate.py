@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..core.arguments import checked
+from ..core.checks import check_non_negative
+from ..core.tree_checks import check_real_leaves
 from ._arithmetic import cast, increment, scalar, wide, wide_dtype
-from ._checks import check_non_negative, check_real_leaves
 from ._transformation import transformation
 
 
@@ -23,6 +25,7 @@ def evaluate(value: Any, count: jax.Array) -> Any:
     return value(count) if callable(value) else value
 
 
+@checked
 def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     r"""Multiplies updates by :math:`-\eta_t`, in float32 even where the updates are bfloat16.
 

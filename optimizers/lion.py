@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from ..core.arguments import checked
+from ..core.checks import check_decay_rates
 from ._arithmetic import cast_like, ema, sign, wide_zeros_like
-from ._checks import check_decay_rates
 from ._transformation import transformation
 from .decay import DecayForm, Mask, with_decay
 
@@ -17,6 +18,7 @@ class ScaleByLionState(NamedTuple):
     mu: optax.Updates  # like params, mu_dtype: mean of gradients
 
 
+@checked
 def scale_by_lion(
     b1: float = 0.9, b2: float = 0.99, *, mu_dtype: Any = None
 ) -> optax.GradientTransformation:
@@ -60,6 +62,7 @@ def scale_by_lion(
     return transformation(init, update)
 
 
+@checked
 def lion(
     learning_rate: optax.ScalarOrSchedule = 1e-4,
     b1: float = 0.9,

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..core.arguments import checked
+from ..core.checks import check_decay_rates, check_non_negative
 from ._arithmetic import cast, cast_like, scalar, wide, wide_dtype, wide_zeros_like
 from ._by_role import by_role
-from ._checks import check_decay_rates, check_non_negative
 from ._transformation import transformation
 from .adam import scale_by_adam
 from .decay import Mask
@@ -23,6 +24,7 @@ class ReduceVarianceState(NamedTuple):
     previous: optax.Updates  # like params, at least float32: the last gradient
 
 
+@checked
 def reduce_variance(
     gamma: float = 0.025, b1: float = 0.95, *, rules: Rules | None = None
 ) -> optax.GradientTransformation:
@@ -88,6 +90,7 @@ def _matrix_axes(axes: MatrixAxes, leaf: jax.Array) -> tuple[int, ...]:
     return tuple({a % leaf.ndim for a in axes.rows + axes.columns if -leaf.ndim <= a < leaf.ndim})
 
 
+@checked
 def mars(
     learning_rate: optax.ScalarOrSchedule = 3e-3,
     b1: float = 0.95,

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 import jax
 import optax
 
+from ..core.arguments import checked
 from ._arithmetic import cast, wide
 from ._matrices import DEFAULT_AXES, Axes, stateless_on_matrices
 
@@ -40,6 +41,7 @@ def shape_factor(rule: Scale, fan_in: int, fan_out: int) -> float:
     raise ValueError(f"unknown scale {rule!r}; known: {', '.join(get_args(Scale))}.")
 
 
+@checked
 def scale_by_matrix_shape(
     rule: Scale = "keller", *, axes: Axes = DEFAULT_AXES
 ) -> optax.GradientTransformation:

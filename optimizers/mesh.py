@@ -13,12 +13,14 @@ import jax
 import optax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+from ..core.arguments import checked
 from ._transformation import with_extra_args
 from .matrix.distribute import resharded, resharded_as
 from .matrix.placement import explicit_sizes, mesh_of, names_of, place, spec
 from .roles import path_string
 
 
+@checked
 def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> Any:
     """The shardings of a transformation's state, for parameters sharded as these; nothing is computed.
 
@@ -61,6 +63,7 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> A
     return jax.tree.map(lambda x: NamedSharding(mesh, spec(names_of(x))), state)
 
 
+@checked
 def on_mesh(
     tx: optax.GradientTransformation, param_specs: Any, mesh: Any = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -140,6 +143,7 @@ def on_mesh(
     return with_extra_args(init, update)
 
 
+@checked
 def split_state(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     r"""An element-wise optimizer whose state is spread over all devices (ZeRO, stage 1).
 

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..core.arguments import checked
+from ..core.checks import check_decay_rates
 from ._arithmetic import cast, cast_like, ema, increment, lerp, scalar, wide_dtype, wide_zeros_like
-from ._checks import check_decay_rates
 from ._transformation import transformation
 
 
@@ -18,6 +19,7 @@ class ScaleByMomentumState(NamedTuple):
     mu: optax.Updates  # like params, mu_dtype: the velocity
 
 
+@checked
 def scale_by_momentum(
     momentum: float = 0.9,
     *,
@@ -94,6 +96,7 @@ class ScaleByEmaMomentumState(NamedTuple):
     mu: optax.Updates  # like params, mu_dtype: mean of gradients
 
 
+@checked
 def scale_by_ema_momentum(
     b1: float = 0.95, *, nesterov: bool = False, mu_dtype: Any = None
 ) -> optax.GradientTransformation:

@@ -23,9 +23,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..core.arguments import checked
+from ..core.checks import check_decay_rates
 from ._arithmetic import sign
 from ._by_role import by_role
-from ._checks import check_decay_rates
 from ._matrices import DEFAULT_AXES, Axes
 from .decay import Mask, add_cautious_decay
 from .matrix_scale import Scale, scale_by_matrix_shape
@@ -38,6 +39,7 @@ KELLER_FALLBACK_RATIO = 3e-4 / 0.02
 """AdamW's learning rate to Muon's, in Keller Jordan's ``muon.py``."""
 
 
+@checked
 def scale_by_muon(
     b1: float = 0.95,
     *,
@@ -92,6 +94,7 @@ def scale_by_muon(
     )
 
 
+@checked
 def muon(
     learning_rate: optax.ScalarOrSchedule = 0.02,
     b1: float = 0.95,
@@ -187,6 +190,7 @@ def muon(
     )
 
 
+@checked
 def normuon(
     learning_rate: optax.ScalarOrSchedule = 0.02,
     b1: float = 0.95,
@@ -239,6 +243,7 @@ def normuon(
     )
 
 
+@checked
 def adamuon(
     learning_rate: optax.ScalarOrSchedule = 0.02,
     b1: float = 0.95,

@@ -4,10 +4,12 @@ from typing import Any
 
 import optax
 
+from ..core.arguments import checked
 from .adam import adamw
 from .decay import DecayForm, Mask
 
 
+@checked
 def nadam(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     b1: float = 0.9,
@@ -55,6 +57,7 @@ def nadam(
     )
 
 
+@checked
 def nadamw(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     b1: float = 0.9,

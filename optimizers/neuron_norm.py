@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..core.arguments import checked
+from ..core.checks import check_decay_rates, check_non_negative
 from ._arithmetic import cast_like, ema, lerp, wide, wide_zeros_like
-from ._checks import check_decay_rates, check_non_negative
 from ._leaves import at_leaves, from_leaves
 from ._matrices import (
     DEFAULT_AXES,
@@ -50,6 +51,7 @@ class ScaleByNeuronRmsState(NamedTuple):
     nu: Any  # like params, a tuple of [L, 1, N] or [L, M, 1] a leaf: mean square of each neuron
 
 
+@checked
 def scale_by_neuron_rms(
     b2: float = 0.95,
     eps: float = 1e-10,
@@ -132,6 +134,7 @@ class ScaleByElementRmsState(NamedTuple):
     nu: optax.Updates  # like params, nu_dtype: mean of squared updates
 
 
+@checked
 def scale_by_element_rms(
     b2: float = 0.95, eps: float = 1e-8, *, nu_dtype: Any = None
 ) -> optax.GradientTransformation:
@@ -172,6 +175,7 @@ def scale_by_element_rms(
     return transformation(init, update)
 
 
+@checked
 def equilibrate(
     *, neurons: Neurons = "out", axes: Axes = DEFAULT_AXES
 ) -> optax.GradientTransformation:
@@ -203,6 +207,7 @@ def equilibrate(
     return stateless_on_matrices(even, axes)
 
 
+@checked
 def renormalize(
     rms: float | None = None, *, axes: Axes = DEFAULT_AXES
 ) -> optax.GradientTransformation:

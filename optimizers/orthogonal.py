@@ -5,12 +5,14 @@ from collections.abc import Callable
 import jax
 import optax
 
+from ..core.arguments import checked
 from ._matrices import DEFAULT_AXES, Axes, joined, layouts_of, no_state, split
 from ._transformation import transformation
 from .matrix.batching import map_matrices
 from .matrix.orthogonalize import NewtonSchulz
 
 
+@checked
 def orthogonalize(
     method: Callable[[jax.Array], jax.Array] | None = None,
     *,

@@ -1,7 +1,6 @@
 """Optimizers by name: one table that the command line, the tests and the notebooks share."""
 
 import dataclasses
-import difflib
 import inspect
 import json
 from collections.abc import Callable
@@ -10,9 +9,13 @@ from typing import Any
 import numpy as np
 import optax
 
+from ..core.arguments import checked
+from ..core.checks import near
+
 _BUILDERS: dict[str, Callable[..., optax.GradientTransformation]] = {}
 
 
+@checked
 def register(name: str, builder: Callable[..., optax.GradientTransformation]) -> None:
     """Adds `builder`, whose first argument is the learning rate, under `name`.
 
@@ -51,12 +54,7 @@ def names() -> tuple[str, ...]:
     return tuple(_BUILDERS)
 
 
-def near(name: str, known: Any) -> str:
-    """``did you mean ...`` for a name that is not known, else the list of those that are."""
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}."
-
-
+@checked
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """A registered optimizer and the hyperparameters that differ from its defaults.

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..core.arguments import checked
+from ..core.checks import check_decay_rates, check_some_eps
 from ._arithmetic import cast, cast_like, ema, root, wide_zeros_like
-from ._checks import check_decay_rates, check_some_eps
 from ._transformation import transformation
 from .decay import DecayForm, Mask, with_decay
 from .momentum import scale_by_momentum
@@ -20,6 +21,7 @@ class ScaleByRmspropState(NamedTuple):
     mu: optax.Updates | None  # like params, nu_dtype: mean of gradients when centered
 
 
+@checked
 def scale_by_rmsprop(
     b2: float = 0.99,
     eps: float = 1e-8,
@@ -85,6 +87,7 @@ def scale_by_rmsprop(
     return transformation(init, update)
 
 
+@checked
 def rmsprop(
     learning_rate: optax.ScalarOrSchedule = 1e-2,
     b2: float = 0.99,

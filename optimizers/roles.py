@@ -12,7 +12,8 @@ from typing import Any, Literal, NamedTuple, cast
 import jax
 import numpy as np
 
-from ._checks import is_part
+from ..core.arguments import checked
+from ..core.tree_checks import is_part
 from .matrix.layout import DEFAULT, Layout, MatrixAxes, layout
 
 Role = Literal["embedding", "head", "matrix", "norm", "bias", "router", "convolution"]
@@ -153,6 +154,7 @@ def path_string(path: Iterable[Any]) -> str:
     return "/".join(map(str, parts))
 
 
+@checked
 def assign_roles(params: Any, rules: Rules = RAVINE_RULES) -> Any:
     """The role of every parameter, as a tree shaped like `params`.
 
@@ -174,6 +176,7 @@ def assign_roles(params: Any, rules: Rules = RAVINE_RULES) -> Any:
     return jax.tree.unflatten(jax.tree.structure(params), roles)
 
 
+@checked
 def mask_by_role(roles: Iterable[Role], rules: Rules = RAVINE_RULES) -> Any:
     """A mask for ``optax.masked`` or ``weight_decay_mask=``: true for the given roles.
 
@@ -193,6 +196,7 @@ def mask_by_role(roles: Iterable[Role], rules: Rules = RAVINE_RULES) -> Any:
     return lambda params: jax.tree.map(lambda role: role in selected, assign_roles(params, rules))
 
 
+@checked
 def axes_of_path(path: str, rules: Rules = RAVINE_RULES) -> MatrixAxes:
     """Rows and columns of the parameter at a path, by the rule that decides it.
 
@@ -211,6 +215,7 @@ def axes_of_path(path: str, rules: Rules = RAVINE_RULES) -> MatrixAxes:
     return _axes(_decide(path, _complete(rules))[1])
 
 
+@checked
 def layouts(
     params: Any,
     rules: Rules = RAVINE_RULES,
@@ -245,6 +250,7 @@ def layouts(
     return jax.tree.unflatten(jax.tree.structure(params), found)
 
 
+@checked
 def role_table(
     params: Any,
     rules: Rules = RAVINE_RULES,
@@ -289,6 +295,7 @@ def role_table(
     return "\n".join(lines)
 
 
+@checked
 def axes_from_names(
     names: Sequence[str | None],
     rows: Collection[str],

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..core.arguments import checked
+from ..core.checks import check_decay_rates, check_non_negative
+from ..core.tree_checks import check_params_given, check_real_leaves
 from ._arithmetic import cast, cast_like, increment, scalar, wide, wide_dtype, widest
-from ._checks import check_decay_rates, check_non_negative, check_params_given, check_real_leaves
 from ._transformation import states_of, with_extra_args
 from .adam import scale_by_adam
 from .decay import DecayForm, Mask, with_decay
@@ -25,6 +27,7 @@ class ScheduleFreeState(NamedTuple):
     base: Any  # the base optimizer's
 
 
+@checked
 def schedule_free(
     base: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,
@@ -154,6 +157,7 @@ def schedule_free_eval_params(opt_state: Any, params: optax.Params) -> optax.Par
     return params
 
 
+@checked
 def schedule_free_sgd(
     learning_rate: optax.ScalarOrSchedule = 1.0,
     b1: float = 0.9,
@@ -194,6 +198,7 @@ def schedule_free_sgd(
     )
 
 
+@checked
 def schedule_free_adamw(
     learning_rate: optax.ScalarOrSchedule = 2.5e-3,
     b1: float = 0.9,

@@ -4,10 +4,12 @@ from typing import Any
 
 import optax
 
+from ..core.arguments import checked
 from .decay import DecayForm, Mask, with_decay
 from .momentum import scale_by_momentum
 
 
+@checked
 def sgd(
     learning_rate: optax.ScalarOrSchedule,
     momentum: float = 0.0,

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..core.arguments import MaybeInfinite, checked
+from ..core.checks import check_decay_rates, check_non_negative
 from ._arithmetic import cast_like, corrected_mean, ema, increment, wide_zeros_like
 from ._blocking import Blocking, Sides, blockings_of, check_blocking
 from ._by_role import by_role
-from ._checks import check_decay_rates, check_non_negative
 from ._factors import Preconditioner, Storage, grafted
 from ._leaves import at_leaves, from_leaves
 from ._matrices import Axes
@@ -45,13 +46,14 @@ class ScaleByShampooState(NamedTuple):
     graft_ratio: Any  # like params: a tuple of [L, *counts], by how much the graft scaled a block
 
 
+@checked
 def scale_by_shampoo(
     b1: float = 0.9,
     b2: float = 0.99,
     *,
     nesterov: bool = False,
     every: int = 10,
-    start: float | None = None,
+    start: MaybeInfinite | None = None,
     staggered: bool = False,
     block: int | None = 512,
     limit: int = 8192,
@@ -231,6 +233,7 @@ def scale_by_shampoo(
     return transformation(init, update)
 
 
+@checked
 def shampoo(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     b1: float = 0.9,
@@ -238,7 +241,7 @@ def shampoo(
     *,
     nesterov: bool = False,
     every: int = 10,
-    start: float | None = None,
+    start: MaybeInfinite | None = None,
     staggered: bool = False,
     block: int | None = 512,
     limit: int = 8192,

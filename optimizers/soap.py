@@ -21,10 +21,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..core.arguments import checked
+from ..core.checks import check_decay_rates, check_non_negative
 from ._arithmetic import bias_correction, increment
 from ._blocking import Blocking, Sides, blockings_of, check_blocking
 from ._by_role import by_role
-from ._checks import check_decay_rates, check_non_negative
 from ._eigenbases import Piece, Step, new_basis, refreshed_bases, stepped
 from ._leaves import at_leaves, from_leaves
 from ._matrices import Axes
@@ -46,6 +47,7 @@ class ScaleBySoapState(NamedTuple):
     bases: Any  # like params: a tuple (tensors) of tuples (axes) of Basis, or None without one
 
 
+@checked
 def scale_by_soap(
     b1: float = 0.95,
     b2: float = 0.95,
@@ -172,6 +174,7 @@ def scale_by_soap(
     return transformation(init, update)
 
 
+@checked
 def soap(
     learning_rate: optax.ScalarOrSchedule = 3e-3,
     b1: float = 0.95,

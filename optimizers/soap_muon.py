@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import optax
 
+from ..core.arguments import checked
 from ._by_role import by_role
 from .decay import Mask
 from .matrix_scale import Scale, scale_by_matrix_shape
@@ -14,6 +15,7 @@ from .roles import COMMON_RULES, MATRIX_ROLES, Role, Rules, axes_of_path
 from .soap import scale_by_soap
 
 
+@checked
 def soap_muon(
     learning_rate: optax.ScalarOrSchedule = 0.01,
     b1: float = 0.95,

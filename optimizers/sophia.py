@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..core.arguments import checked
+from ..core.checks import check_decay_rates, check_non_negative
+from ..core.tree_checks import check_params_given
 from ._arithmetic import (
     bias_correction,
     cast,
@@ -16,7 +19,6 @@ from ._arithmetic import (
     wide,
     wide_zeros_like,
 )
-from ._checks import check_decay_rates, check_non_negative, check_params_given
 from ._transformation import with_extra_args
 from .curvature import Curvature
 from .decay import DecayForm, Mask, with_decay
@@ -31,6 +33,7 @@ class ScaleBySophiaState(NamedTuple):
     nu: optax.Updates  # like params, nu_dtype: mean of estimates of the Hessian's diagonal
 
 
+@checked
 def scale_by_sophia(
     b1: float = 0.965,
     b2: float = 0.99,
@@ -167,6 +170,7 @@ def _part_like(found: Any, like: Any) -> Any:
     )
 
 
+@checked
 def sophia_g(
     learning_rate: optax.ScalarOrSchedule = 1e-4,
     b1: float = 0.965,
@@ -228,6 +232,7 @@ def sophia_g(
     return optax.with_extra_args_support(tx)
 
 
+@checked
 def sophia_h(
     learning_rate: optax.ScalarOrSchedule = 1e-4,
     b1: float = 0.965,

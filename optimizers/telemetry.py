@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._checks import check_params_given
+from ..core.arguments import checked
+from ..core.tree_checks import check_params_given
 from ._sizes import sizes_by_role
 from ._transformation import states_of, with_extra_args
 from .learning_rate import ScaleByLearningRateState
@@ -21,6 +22,7 @@ class TelemetryState(NamedTuple):
     inner: Any  # the inner optimizer's
 
 
+@checked
 def with_telemetry(
     tx: optax.GradientTransformation, rules: Rules = COMMON_RULES
 ) -> optax.GradientTransformationExtraArgs:

@@ -9,7 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ..core.arguments import checked
 
+
+@checked
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """A pure function `count -> value`, with words and boundaries for people.

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ._checks import check_finite, check_length, check_whole
+from ..core.arguments import checked
+from ..core.checks import check_finite, check_whole
+from ._checks import check_length
 from ._schedule import evaluate
 
 
@@ -41,6 +43,7 @@ def _rates(decay: optax.ScalarOrSchedule, steps: int) -> np.ndarray:
     return np.full(steps, decay, np.float64)
 
 
+@checked
 def ema(decay: optax.ScalarOrSchedule = 0.999) -> ParameterAverage:
     r"""An exponential moving average that starts at the initial parameters.
 
@@ -80,6 +83,7 @@ def ema(decay: optax.ScalarOrSchedule = 0.999) -> ParameterAverage:
     return ParameterAverage(init, update, lambda state: state.kept)
 
 
+@checked
 def lawa(window: int, every: int = 1) -> ParameterAverage:
     """The plain mean of the latest checkpoints.
 
@@ -128,6 +132,7 @@ def lawa(window: int, every: int = 1) -> ParameterAverage:
     return ParameterAverage(init, update, average)
 
 
+@checked
 def merge(checkpoints: Sequence[Any], weights: Sequence[float]) -> Any:
     r"""A weighted sum of checkpoints, :math:`\sum_j c_j \theta_j`, in float32.
 
@@ -209,6 +214,7 @@ def decay_of_merge(weights: Any) -> np.ndarray:
     return np.cumsum(c[::-1])[::-1][1:]
 
 
+@checked
 def ema_weights(decay: optax.ScalarOrSchedule, steps: int) -> np.ndarray:
     r"""How much :func:`ema` weighs each of :math:`\theta_0 \dots \theta_n`.
 
@@ -240,6 +246,7 @@ class UpdateWeights(NamedTuple):
     updates: np.ndarray  # [steps] of each past update, in units of -1 / weight decay
 
 
+@checked
 def update_weights(
     schedule: optax.Schedule, weight_decay: optax.ScalarOrSchedule, steps: int
 ) -> UpdateWeights:

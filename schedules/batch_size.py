@@ -11,13 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ..core.arguments import checked
+from ..core.checks import check_amount, check_ratio, check_whole
 from ._arithmetic import select
-from ._checks import check_boundaries, check_length, check_ratio, check_whole
+from ._checks import check_boundaries, check_length
 from ._schedule import Schedule, as_count, boundaries_of, evaluate, words_of
 from .operators import join
 from .piecewise import piecewise
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class BatchSizes:
     """A batch size for every count, looked up right-continuously.
@@ -73,7 +76,7 @@ class BatchSizes:
 
     def count_at(self, examples: int) -> int:
         """The first count at which at least so many examples have been seen."""
-        check_whole(0, examples=examples)
+        check_amount(0, examples=examples)
         starts = self._starts()
         phase = max(bisect.bisect_left(starts, examples) - 1, 0)
         past = -(-(examples - starts[phase]) // self.sizes[phase])
@@ -110,6 +113,7 @@ def _of_stages(sizes: Sequence[int], starts: Sequence[int]) -> BatchSizes:
     return BatchSizes(tuple(s for _, s in kept), tuple(c for c, _ in kept[1:]))
 
 
+@checked
 def batch_ramp(start: int, end: int, increment: int, examples: int) -> BatchSizes:
     """From a small batch to a large one by equal increments, each for as many examples.
 
@@ -132,7 +136,8 @@ def batch_ramp(start: int, end: int, increment: int, examples: int) -> BatchSize
       >>> ravine.schedules.batch_ramp(4, 12, 4, examples=80)
       BatchSizes(sizes=(4, 8, 12), boundaries=(10, 15))
     """
-    check_whole(1, start=start, end=end, increment=increment, examples=examples)
+    check_whole(1, start=start, end=end, increment=increment)
+    check_amount(1, examples=examples)
     if end < start or (end - start) % increment:
         raise ValueError(
             f"increment {increment} must divide the way from {start} up to {end}; choose a "
@@ -144,6 +149,7 @@ def batch_ramp(start: int, end: int, increment: int, examples: int) -> BatchSize
     return _of_stages(sizes, starts)
 
 
+@checked
 def follow_data(schedule: optax.Schedule, batch: BatchSizes) -> Schedule:
     """A schedule whose clock is the data: with the batch it moves faster.
 
@@ -171,6 +177,7 @@ def follow_data(schedule: optax.Schedule, batch: BatchSizes) -> Schedule:
     )
 
 
+@checked
 def seesaw(
     schedule: optax.Schedule, steps: int, batch_size: int, factor: float = 0.5
 ) -> tuple[Schedule, BatchSizes]:

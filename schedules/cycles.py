@@ -8,14 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..core.arguments import checked
+from ..core.checks import check_finite, check_name, check_positive, check_ratio, check_whole
 from ._arithmetic import between, raised, rounded, select, times
-from ._checks import check_finite, check_fits, check_name, check_positive, check_ratio, check_whole
+from ._checks import check_fits
 from ._schedule import Schedule
 from .piecewise import piecewise
 
 MOST_SELECTS = 64  # longer chains are slower than a remainder and a power
 
 
+@checked
 def restarts(first_period: int, period_factor: float, steps: int) -> tuple[int, ...]:
     r"""The counts below `steps` at which SGDR restarts.
 
@@ -48,6 +51,7 @@ def restarts(first_period: int, period_factor: float, steps: int) -> tuple[int, 
     return tuple(counts)
 
 
+@checked
 def sgdr(
     peak: float,
     steps: int,
@@ -137,6 +141,7 @@ def _next(first_period: int, period_factor: float, steps: int) -> int:
 MODES = ("triangular", "triangular2", "exp_range")
 
 
+@checked
 def cyclic(
     peak: float,
     rise_steps: int,
@@ -196,6 +201,7 @@ def cyclic(
     return Schedule(function, f"{mode} cycles of {period} updates", marks)
 
 
+@checked
 def one_cycle(
     peak: float,
     steps: int,

@@ -5,14 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ..core.arguments import checked
+from ..core.checks import check_finite, check_positive, check_whole
 from ._arithmetic import select
-from ._checks import check_finite, check_fits, check_positive, check_whole
+from ._checks import check_fits
 from ._schedule import Schedule
 from .batch_size import BatchSizes
 from .operators import join, ramp
 from .shapes import constant
 
 
+@checked
 def decay_rate(half_life: float, per_step: float = 1.0) -> float:
     r"""The decay rate that halves a moment in `half_life`.
 
@@ -37,6 +40,7 @@ def decay_rate(half_life: float, per_step: float = 1.0) -> float:
     return 2.0 ** (-per_step / half_life)
 
 
+@checked
 def half_life(decay_rate: float, per_step: float = 1.0) -> float:
     r"""The inverse of :func:`decay_rate`: :math:`h = -n / \log_2 \beta`.
 
@@ -58,6 +62,7 @@ def half_life(decay_rate: float, per_step: float = 1.0) -> float:
     return -per_step / float(np.log2(decay_rate))
 
 
+@checked
 def half_life_in_tokens(half_life: float, batch: BatchSizes, context: int) -> Schedule:
     """A decay rate whose half-life in tokens stays while the batch grows.
 
@@ -87,6 +92,7 @@ def half_life_in_tokens(half_life: float, batch: BatchSizes, context: int) -> Sc
     )
 
 
+@checked
 def ema_horizon(horizon: float, share: float = 1.0) -> Schedule:
     r"""The decay rate of an average whose horizon grows with the run, up to a limit.
 
@@ -123,6 +129,7 @@ def ema_horizon(horizon: float, share: float = 1.0) -> Schedule:
     return Schedule(function, f"decay rate of a horizon growing to {horizon:g}", (0, reached))
 
 
+@checked
 def momentum(
     start: float,
     peak: float,

@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..core.arguments import checked
+from ..core.checks import check_finite, check_positive, check_whole
 from ._arithmetic import power, times
-from ._checks import check_finite, check_positive, check_whole
 from ._schedule import Schedule
 
 
+@checked
 def inverse_sqrt(peak: float, timescale: int = 10_000) -> Schedule:
     r"""An inverse square root that starts at its peak.
 
@@ -42,6 +44,7 @@ def inverse_sqrt(peak: float, timescale: int = 10_000) -> Schedule:
     return Schedule(function, "inverse square root")
 
 
+@checked
 def noam(peak: float, warmup_steps: int = 4000) -> Schedule:
     r"""The original Transformer's schedule, its own warm-up included; :math:`s = t + 1`.
 
@@ -78,6 +81,7 @@ def noam(peak: float, warmup_steps: int = 4000) -> Schedule:
     )
 
 
+@checked
 def t5(peak: float, timescale: int = 10_000) -> Schedule:
     r"""Constant, then an inverse square root of the count.
 
@@ -107,6 +111,7 @@ def t5(peak: float, timescale: int = 10_000) -> Schedule:
     return Schedule(function, "constant, then inverse square root", (0, timescale))
 
 
+@checked
 def power_law(
     peak: float,
     tokens_per_step: int,

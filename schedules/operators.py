@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ..core.arguments import checked
+from ..core.checks import LARGEST_COUNT, check_amount, check_name, check_ratio, check_whole
 from ._arithmetic import between, half_cosine, progress, raised, rounded, times
-from ._checks import check_boundaries, check_length, check_name, check_ratio, check_whole, is_whole
+from ._checks import check_boundaries, check_length
 from ._schedule import Schedule, boundaries_of, evaluate, value_at, words_of
 from .shapes import decay
 
@@ -19,6 +21,7 @@ RAMPS: dict[str, Callable[[jax.Array], jax.Array]] = {  # what is left to climb
 }
 
 
+@checked
 def ramp(start: float, end: float, steps: int, shape: str = "linear") -> Schedule:
     r"""From one value to another, up or down, with :math:`x = \min(t / T, 1)`.
 
@@ -60,6 +63,7 @@ def ramp(start: float, end: float, steps: int, shape: str = "linear") -> Schedul
     return Schedule(function, f"{shape} ramp", (0, steps))
 
 
+@checked
 def warmup(
     body: optax.Schedule,
     steps: int,
@@ -106,6 +110,7 @@ def warmup(
     return Schedule(joined.function, f"{shape} warm-up, then {words_of(body)}", joined.boundaries)
 
 
+@checked
 def join(schedules: Sequence[optax.Schedule], boundaries: Sequence[int]) -> Schedule:
     """One schedule after another, each counted from the boundary at which it begins.
 
@@ -148,6 +153,7 @@ def join(schedules: Sequence[optax.Schedule], boundaries: Sequence[int]) -> Sche
     return Schedule(function, words, tuple(sorted(marks | set(starts))))
 
 
+@checked
 def product(*schedules: optax.Schedule) -> Schedule:
     """Schedules multiplied with each other, all on the same count.
 
@@ -178,6 +184,7 @@ def product(*schedules: optax.Schedule) -> Schedule:
     return Schedule(function, " times ".join(map(words_of, schedules)), tuple(marks))
 
 
+@checked
 def anneal_from(
     schedule: optax.Schedule,
     step: int,
@@ -216,6 +223,7 @@ def anneal_from(
     return _branch(schedule, step, tail)
 
 
+@checked
 def rewarm(schedule: optax.Schedule, step: int, duration: int, then: optax.Schedule) -> Schedule:
     """Continues a run on new data.
 
@@ -251,6 +259,7 @@ def _branch(schedule: optax.Schedule, step: int, tail: optax.Schedule) -> Schedu
     return join([schedule, tail], [step]) if step else shift(tail, 0)
 
 
+@checked
 def shift(schedule: optax.Schedule, by: int) -> Schedule:
     """The schedule `by` updates later, holding its first value until then.
 
@@ -266,8 +275,7 @@ def shift(schedule: optax.Schedule, by: int) -> Schedule:
       >>> [float(ravine.schedules.shift(ravine.schedules.linear(1.0, 2), 1)(t)) for t in range(4)]
       [1.0, 1.0, 0.5, 0.0]
     """
-    if not is_whole(by):
-        raise ValueError(f"by must be a whole number, got {by!r}.")
+    check_amount(-LARGEST_COUNT, by=by)
     marks = {0, *(mark + by for mark in boundaries_of(schedule) if mark + by > 0)}
     return Schedule(
         lambda count: evaluate(schedule, jnp.maximum(count - by, 0)),
@@ -276,6 +284,7 @@ def shift(schedule: optax.Schedule, by: int) -> Schedule:
     )
 
 
+@checked
 def repeat(schedule: optax.Schedule, period: int, times: int | None = None) -> Schedule:
     """The first `period` counts of a schedule, again and again.
 

@@ -6,21 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..core.arguments import checked
+from ..core.checks import check_finite, check_name, check_positive, check_ratio, check_whole
 from ._arithmetic import half_cosine, raised, rounded, select, times
-from ._checks import (
-    check_boundaries,
-    check_finite,
-    check_length,
-    check_name,
-    check_positive,
-    check_ratio,
-    check_whole,
-)
+from ._checks import check_boundaries, check_length
 from ._schedule import Schedule
 
 INTERPOLATIONS = ("none", "linear", "cosine")
 
 
+@checked
 def piecewise(
     peak: float,
     boundaries: Sequence[int],
@@ -77,6 +72,7 @@ def piecewise(
     return Schedule(function, f"{interpolate} through {len(values)} points", starts)
 
 
+@checked
 def step_decay(peak: float, every: int, factor: float = 0.1, *, end_ratio: float = 0.0) -> Schedule:
     r"""Multiplies by a factor every so often.
 

@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 
-from ._checks import check_fits, check_ratio, check_whole
+from ..core.arguments import checked
+from ..core.checks import check_ratio, check_whole
+from ._checks import check_fits
 from ._schedule import Schedule
 from .operators import anneal_from, join, warmup
 from .shapes import constant, cosine
 
 
+@checked
 def wsd(
     peak: float,
     steps: int,
@@ -48,6 +51,7 @@ def wsd(
     return warmup(anneal_from(constant(peak), stable, cooldown, shape, end_ratio), warmup_steps)
 
 
+@checked
 def wsd_s(
     peak: float,
     steps: int,
@@ -98,6 +102,7 @@ def wsd_s(
     return join(parts, bounds)
 
 
+@checked
 def infinite_cosine(
     peak: float,
     steps: int,

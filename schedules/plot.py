@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ._checks import check_length, check_whole
+from ..core.arguments import checked
+from ..core.checks import check_whole
+from ._checks import check_length
 from ._schedule import boundaries_of, evaluate, value_at, words_of
 
 if TYPE_CHECKING:
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 MOST_BOUNDARIES = 6
 
 
+@checked
 def describe(schedule: optax.Schedule) -> str:
     """What a schedule does, in one line: its phases, and its values at their boundaries.
 
@@ -36,6 +39,7 @@ def describe(schedule: optax.Schedule) -> str:
     return f"{words_of(schedule)}: {', '.join(parts)}"
 
 
+@checked
 def plot(*schedules: optax.Schedule, steps: int, labels: Sequence[str] | None = None) -> "Figure":
     """A figure of schedules over a run.
 

@@ -6,7 +6,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ._checks import check_fits, check_name, check_whole
+from ..core.arguments import checked
+from ..core.checks import check_name, check_whole
+from ._checks import check_fits
 from ._schedule import Schedule
 from .cycles import cyclic, one_cycle, sgdr
 from .horizonless import inverse_sqrt, noam, power_law, t5
@@ -67,6 +69,7 @@ def schedule_names() -> tuple[str, ...]:
     return tuple(_BUILDERS)
 
 
+@checked
 def parse_options(name: str, text: str) -> dict[str, Any]:
     """Options of a schedule from words such as ``decay_steps=60, shape=1-sqrt``.
 
@@ -97,6 +100,7 @@ def parse_options(name: str, text: str) -> dict[str, Any]:
     return options
 
 
+@checked
 def for_run(
     name: str,
     peak: float,

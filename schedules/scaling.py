@@ -5,9 +5,11 @@ Ratios are new over old: :math:`\kappa = B' / B`.
 
 import math
 
-from ._checks import check_name, check_positive
+from ..core.arguments import checked
+from ..core.checks import check_name, check_positive
 
 
+@checked
 def scale_learning_rate(learning_rate: float, batch_ratio: float, rule: str = "sqrt") -> float:
     r"""The learning rate of another batch size.
 
@@ -35,6 +37,7 @@ def scale_learning_rate(learning_rate: float, batch_ratio: float, rule: str = "s
     return learning_rate * (math.sqrt(batch_ratio) if rule == "sqrt" else batch_ratio)
 
 
+@checked
 def scale_beta(beta: float, batch_ratio: float, rule: str = "half_life") -> float:
     r"""The decay rate of a moment at another batch size.
 
@@ -72,6 +75,7 @@ def scale_beta(beta: float, batch_ratio: float, rule: str = "half_life") -> floa
     return scaled
 
 
+@checked
 def scale_eps(eps: float, batch_ratio: float) -> float:
     r"""Adam's epsilon at another batch size: :math:`\epsilon' = \epsilon / \sqrt{\kappa}`.
 
@@ -94,6 +98,7 @@ def scale_eps(eps: float, batch_ratio: float) -> float:
     return eps / math.sqrt(batch_ratio)
 
 
+@checked
 def scale_weight_decay(
     weight_decay: float, batch_ratio: float = 1.0, token_ratio: float = 1.0
 ) -> float:
@@ -123,6 +128,7 @@ def scale_weight_decay(
     return weight_decay * math.sqrt(batch_ratio) / token_ratio
 
 
+@checked
 def scale_with_width(
     learning_rate: float, weight_decay: float, width_ratio: float
 ) -> tuple[float, float]:
@@ -156,6 +162,7 @@ def scale_with_width(
     return learning_rate / width_ratio, weight_decay * width_ratio
 
 
+@checked
 def time_scale(learning_rate: float, weight_decay: float, steps: int = 1) -> float:
     r"""How far back AdamW's average of updates reaches, :math:`1 / (\eta \lambda T)`.
 

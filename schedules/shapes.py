@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..core.arguments import checked
+from ..core.checks import check_finite, check_name, check_positive, check_ratio, check_whole
 from ._arithmetic import between, half_cosine, power, progress, raised, rounded, times
-from ._checks import check_finite, check_name, check_positive, check_ratio, check_whole
 from ._schedule import Schedule
 
 
+@checked
 def constant(value: float) -> Schedule:
     r"""The same value at every count.
 
@@ -61,6 +63,7 @@ def _proportional(
     return Schedule(function, words, (0, steps))
 
 
+@checked
 def linear(peak: float, steps: int, end_ratio: float = 0.0) -> Schedule:
     r"""A straight line, with :math:`x = \min(t / T, 1)`.
 
@@ -85,6 +88,7 @@ def linear(peak: float, steps: int, end_ratio: float = 0.0) -> Schedule:
     return _fall("linear", peak, steps, end_ratio, lambda x: 1.0 - x)
 
 
+@checked
 def decay_to_zero(peak: float, steps: int) -> Schedule:
     r"""A straight line to zero; the last update, at count T - 1, still takes :math:`\eta / T`.
 
@@ -106,6 +110,7 @@ def decay_to_zero(peak: float, steps: int) -> Schedule:
     return _fall("decay to zero", peak, steps, 0.0, lambda x: 1.0 - x)
 
 
+@checked
 def polynomial(
     peak: float, steps: int, end_ratio: float = 0.0, *, exponent: float = 2.0
 ) -> Schedule:
@@ -134,6 +139,7 @@ def polynomial(
     return _fall(words, peak, steps, end_ratio, lambda x: power(1.0 - x, exponent))
 
 
+@checked
 def cosine(peak: float, steps: int, end_ratio: float = 0.0, *, exponent: float = 1.0) -> Schedule:
     r"""Half a period of a cosine, with :math:`x = \min(t / T, 1)`.
 
@@ -172,6 +178,7 @@ def cosine(peak: float, steps: int, end_ratio: float = 0.0, *, exponent: float =
     return Schedule(function, words, (0, steps))
 
 
+@checked
 def exponential(peak: float, steps: int, end_ratio: float = 0.1) -> Schedule:
     r"""The same factor at every update, with :math:`x = \min(t / T, 1)`.
 
@@ -196,6 +203,7 @@ def exponential(peak: float, steps: int, end_ratio: float = 0.1) -> Schedule:
     return _proportional("exponential", peak, steps, end_ratio, lambda x: raised(end_ratio, x))
 
 
+@checked
 def inverse(peak: float, steps: int, end_ratio: float = 0.1) -> Schedule:
     r"""A straight line of the reciprocal, with :math:`x = \min(t / T, 1)`.
 
@@ -221,6 +229,7 @@ def inverse(peak: float, steps: int, end_ratio: float = 0.1) -> Schedule:
     )
 
 
+@checked
 def one_minus_sqrt(peak: float, steps: int, end_ratio: float = 0.0) -> Schedule:
     r"""Steep first, flat later, with :math:`x = \min(t / T, 1)`.
 
@@ -244,6 +253,7 @@ def one_minus_sqrt(peak: float, steps: int, end_ratio: float = 0.0) -> Schedule:
     return _fall("1 - sqrt", peak, steps, end_ratio, lambda x: 1.0 - jnp.sqrt(x))
 
 
+@checked
 def square(peak: float, steps: int, end_ratio: float = 0.0) -> Schedule:
     r"""Flat first, steep later, with :math:`x = \min(t / T, 1)`.
 
@@ -267,6 +277,7 @@ def square(peak: float, steps: int, end_ratio: float = 0.0) -> Schedule:
     return _fall("square", peak, steps, end_ratio, lambda x: 1.0 - rounded(x * x))
 
 
+@checked
 def mirror_cosine(peak: float, steps: int, end_ratio: float = 0.0) -> Schedule:
     r"""The cosine mirrored at the straight line, with :math:`x = \min(t / T, 1)`.
 
@@ -304,6 +315,7 @@ DECAYS: dict[str, Callable[[float, int, float], Schedule]] = {
 }
 
 
+@checked
 def decay(peak: float, steps: int, shape: str = "linear", end_ratio: float = 0.0) -> Schedule:
     """A decay whose shape is given by name.
 

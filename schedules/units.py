@@ -3,12 +3,14 @@
 import dataclasses
 import math
 
-from ._checks import check_name, check_ratio, check_whole, is_number
+from ..core.arguments import checked
+from ..core.checks import check_amount, check_name, check_ratio, check_whole, number
 from .batch_size import BatchSizes
 
 UNITS = ("steps", "tokens", "examples", "fraction")
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Duration:
     """An amount and its unit, made by :func:`steps`, :func:`tokens`, :func:`examples`, :func:`fraction`.
@@ -34,12 +36,13 @@ class Duration:
         if self.unit == "fraction":
             check_ratio(fraction=self.amount)
             return
-        amount = self.amount
-        if is_number(amount) and float(amount).is_integer():  # 1e9 tokens
+        amount = number("amount", self.amount)
+        if isinstance(amount, float) and amount.is_integer():  # 1e9 tokens
             object.__setattr__(self, "amount", int(amount))
-        check_whole(0, **{self.unit: self.amount})
+        check_amount(0, **{self.unit: self.amount})
 
 
+@checked
 def steps(amount: float) -> Duration:
     """So many updates.
 
@@ -51,6 +54,7 @@ def steps(amount: float) -> Duration:
     return Duration(amount, "steps")
 
 
+@checked
 def tokens(amount: float) -> Duration:
     """So many tokens.
 
@@ -62,6 +66,7 @@ def tokens(amount: float) -> Duration:
     return Duration(amount, "tokens")
 
 
+@checked
 def examples(amount: float) -> Duration:
     """So many examples, which are sequences.
 
@@ -73,6 +78,7 @@ def examples(amount: float) -> Duration:
     return Duration(amount, "examples")
 
 
+@checked
 def fraction(amount: float) -> Duration:
     """A share of the run's updates (of its data, where durations are asked for in ticks).
 
@@ -84,6 +90,7 @@ def fraction(amount: float) -> Duration:
     return Duration(amount, "fraction")
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Run:
     """What durations are resolved against.

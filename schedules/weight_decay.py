@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..core.arguments import checked
+from ..core.checks import check_finite, check_positive
 from ._arithmetic import times
-from ._checks import check_finite, check_positive
 from ._schedule import Schedule, boundaries_of, evaluate, words_of
 from .shapes import constant, decay
 
@@ -23,6 +24,7 @@ def _check(weight_decay: float) -> None:
         raise ValueError(f"weight_decay must not be negative, got {weight_decay!r}.")
 
 
+@checked
 def coupled_decay(weight_decay: float) -> Schedule:
     r"""A constant coefficient: an update removes the share :math:`\eta_t \lambda`.
 
@@ -43,6 +45,7 @@ def coupled_decay(weight_decay: float) -> Schedule:
     return constant(weight_decay)
 
 
+@checked
 def independent_decay(
     weight_decay: float,
     learning_rate: optax.Schedule,
@@ -87,6 +90,7 @@ def independent_decay(
     return Schedule(function, "independent weight decay", boundaries_of(learning_rate))
 
 
+@checked
 def adamc_decay(weight_decay: float, learning_rate: optax.Schedule, peak: float) -> Schedule:
     r"""A coefficient that falls with the learning rate (AdamC).
 
@@ -122,6 +126,7 @@ def adamc_decay(weight_decay: float, learning_rate: optax.Schedule, peak: float)
     return Schedule(function, words, boundaries_of(learning_rate))
 
 
+@checked
 def decay_to_none(weight_decay: float, steps: int, shape: str = "cosine") -> Schedule:
     """A coefficient that falls to zero over the run.
 

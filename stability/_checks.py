@@ -1,4 +1,4 @@
-"""Refusals: one sentence that names the culprit and the mend."""
+"""Refusals: one sentence that names the problem and the fix."""
 
 import math
 from typing import Any
@@ -6,29 +6,6 @@ from typing import Any
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-
-from ..optimizers._checks import is_number
-
-
-def check_positive(**values: Any) -> None:
-    """Raises unless every value that is a number is finite and more than zero; None passes."""
-    for name, value in values.items():
-        if is_number(value) and not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name} must be positive and finite, got {value!r}.")
-
-
-def check_share(**values: Any) -> None:
-    """Raises unless every value that is a number lies in [0, 1)."""
-    for name, value in values.items():
-        if is_number(value) and not 0 <= value < 1:
-            raise ValueError(f"{name} must lie in [0, 1), got {value!r}.")
-
-
-def check_whole(least: int, **values: Any) -> None:
-    """Raises unless every value is a Python integer of at least `least`."""
-    for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
 
 
 def check_cap(cap: Any) -> None:

@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ..core.arguments import checked
 from ..optimizers._arithmetic import wide
 from ..optimizers.roles import path_string
 
 
+@checked
 class Stacked(NamedTuple):
     """Which leaves are stacked layers: those whose path a regular expression finds.
 

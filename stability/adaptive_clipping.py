@@ -7,15 +7,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ..optimizers._checks import check_params_given
 from ..optimizers._leaves import at_leaves, from_leaves
+from ..core.arguments import checked
+from ..core.checks import check_decay_rates, check_positive, check_whole
+from ..core.tree_checks import check_params_given
 from ..optimizers._transformation import transformation
 from ..optimizers.roles import path_string
 from ._arithmetic import global_norm, scale
-from ._checks import check_positive, check_share, check_whole
 from ._layers import STACKED, Stacked, layer_norm, map_layers, within_layer
 
 
+@checked
 def clip_adaptively(
     ratio: float = 0.01,
     eps: float = 1e-3,
@@ -78,6 +80,7 @@ class AdaGCState(NamedTuple):
     norms: Any  # like params, float32, size 1 but along layers: their usual norms; inf before any
 
 
+@checked
 def adagc(
     ratio: float = 1.05,
     decay: float = 0.98,
@@ -118,7 +121,7 @@ def adagc(
       [0.5]
       [0.525]
     """
-    check_share(decay=decay)
+    check_decay_rates(decay=decay)
     check_positive(ratio=ratio, warmup_norm=warmup_norm)
     if ratio < 1:
         raise ValueError(f"ratio must be at least 1, or every gradient is clipped, got {ratio!r}.")

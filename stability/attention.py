@@ -9,11 +9,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ..core.arguments import checked
+from ..core.checks import check_positive
 from ..optimizers._arithmetic import wide, wide_dtype
-from ._checks import check_positive
 from .soft_cap import soft_cap
 
 
+@checked
 def rms_normalize(
     x: jax.Array, gain: jax.Array | None = None, *, axes: tuple[int, ...] = (-1,), eps: float = 1e-6
 ) -> jax.Array:
@@ -43,6 +45,7 @@ def rms_normalize(
     return found.astype(x.dtype)
 
 
+@checked
 def qk_norm(
     queries_BxTxHxK: jax.Array,
     keys_BxSxGxK: jax.Array,
@@ -82,6 +85,7 @@ def qk_norm(
     return queries, rms_normalize(keys_BxSxGxK, key_gain, axes=axes, eps=eps)
 
 
+@checked
 def attention_logits(
     queries_BxTxHxK: jax.Array,
     keys_BxSxGxK: jax.Array,
@@ -143,6 +147,7 @@ def attention_logits(
     return logits * (width**-0.5 if scale is None else scale)
 
 
+@checked
 def safe_softmax(logits: jax.Array, where: jax.Array | None = None) -> jax.Array:
     """Softmax over the last axis, of the entries that count; a row in which none does is zero.
 
@@ -165,6 +170,7 @@ def safe_softmax(logits: jax.Array, where: jax.Array | None = None) -> jax.Array
     return shares / jnp.where(total == 0, 1, total)
 
 
+@checked
 def max_logits(logits_BxHxTxS: jax.Array, where: jax.Array | None = None) -> jax.Array:
     """The largest logit of each head that counts, `[H]` float32 without gradient; -inf if none does.
 
@@ -193,6 +199,7 @@ class AttentionOutput(NamedTuple):
     """`[H]`, float32: what :func:`qk_clip` takes, before the soft-cap."""
 
 
+@checked
 def attention(
     queries_BxTxHxK: jax.Array,
     keys_BxSxGxK: jax.Array,

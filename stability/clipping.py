@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..core.arguments import checked
+from ..core.checks import check_positive
 from ..optimizers._transformation import transformation
 from ._arithmetic import global_norm, scale
-from ._checks import check_positive
 from ._layers import STACKED, Stacked, layer_rms, map_layers
 
 
+@checked
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     r"""Scales the whole gradient down to a norm of at most c.
 
@@ -50,6 +52,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     return transformation(optax.init_empty_state, update)
 
 
+@checked
 def clip_by_block_rms(
     max_rms: float = 1.0, *, layers: Stacked = STACKED
 ) -> optax.GradientTransformation:

@@ -5,9 +5,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ..core.arguments import checked
+from ..core.checks import check_decay_rates, check_non_negative
 from ..optimizers._arithmetic import wide
-from ..optimizers._checks import check_non_negative
-from ._checks import check_labels, check_share
+from ._checks import check_labels
 from .log_sum_exp import log_sum_exp
 from .soft_cap import soft_cap
 
@@ -23,6 +24,7 @@ class CrossEntropy(NamedTuple):
     """Log-sum-exp of the logits that count, cap applied."""
 
 
+@checked
 def cross_entropy(
     logits: jax.Array,
     labels: jax.Array,
@@ -71,7 +73,7 @@ def cross_entropy(
       [5.5452, 0.0031, 5.5452]
     """
     check_non_negative(z_loss=z_loss)
-    check_share(label_smoothing=label_smoothing)
+    check_decay_rates(label_smoothing=label_smoothing)
     if jnp.shape(labels) != logits.shape[:-1]:
         raise ValueError(
             "logits must have the shape of the labels and one axis more, got "

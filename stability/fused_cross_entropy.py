@@ -17,9 +17,10 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
+from ..core.arguments import checked
+from ..core.checks import check_decay_rates, check_non_negative, check_whole
 from ..optimizers._arithmetic import wide_dtype
-from ..optimizers._checks import check_non_negative
-from ._checks import check_labels, check_same_shape, check_share, check_whole
+from ._checks import check_labels, check_same_shape
 from .cross_entropy import CrossEntropy
 from .soft_cap import soft_cap
 
@@ -35,6 +36,7 @@ class _Options(NamedTuple):
     precision: Any
 
 
+@checked
 def fused_cross_entropy(
     hidden: jax.Array,
     unembedding_DxV: jax.Array,
@@ -104,7 +106,7 @@ def fused_cross_entropy(
       (5.5522, 5.5491)
     """
     check_non_negative(z_loss=z_loss)
-    check_share(label_smoothing=label_smoothing)
+    check_decay_rates(label_smoothing=label_smoothing)
     soft_cap(jnp.zeros([]), cap)
     shape, width = labels.shape, hidden.shape[-1]
     if hidden.shape[:-1] != shape:

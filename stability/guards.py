@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..core.arguments import checked
+from ..core.checks import check_positive, check_whole
 from ..optimizers._transformation import with_extra_args
 from ._arithmetic import global_norm
-from ._checks import check_extra_given, check_positive, check_whole
+from ._checks import check_extra_given
 from ._window import Window, empty_window, push, threshold
 
 
@@ -26,6 +28,7 @@ class FiniteGateState(NamedTuple):
     inner: Any  # the inner optimizer's
 
 
+@checked
 def finite_gate(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """`tx`, but a step with anything infinite or not a number in its gradients or its loss is not made.
 
@@ -89,6 +92,7 @@ class SkipStepState(NamedTuple):
     inner: Any  # the inner optimizer's
 
 
+@checked
 def skip_step(
     tx: optax.GradientTransformation,
     *,

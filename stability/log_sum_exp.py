@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 
+from ..core.arguments import checked
 from ..optimizers._arithmetic import wide
 
 
+@checked
 def log_sum_exp(
     logits: jax.Array, where: jax.Array | None = None, *, axis: int = -1, keepdims: bool = False
 ) -> jax.Array:

@@ -3,10 +3,12 @@
 import jax
 import jax.numpy as jnp
 
+from ..core.arguments import checked
 from ..optimizers._arithmetic import wide
 from .log_sum_exp import log_sum_exp
 
 
+@checked
 def logit_statistics(
     logits: jax.Array, where: jax.Array | None = None, sampled: jax.Array | bool = True
 ) -> dict[str, jax.Array]:

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from ..core.arguments import checked
 from ..optimizers._arithmetic import wide
 from ._checks import check_labels, check_same_shape
 from .cross_entropy import cross_entropy
 
 
+@checked
 def token_mean(
     values: jax.Array,
     weights: jax.Array | None = None,
@@ -40,6 +42,7 @@ def token_mean(
     return total / jnp.where(weight > 0, weight, 1)
 
 
+@checked
 def document_weights(documents_BxT1: jax.Array) -> jax.Array:
     """Which next tokens belong to the document of the token before: weights of the targets, `[B, T]`.
 
@@ -56,6 +59,7 @@ def document_weights(documents_BxT1: jax.Array) -> jax.Array:
     return (before == after) & (after >= 0)
 
 
+@checked
 def next_token_loss(
     logits_BxTxV: jax.Array,
     targets_BxT: jax.Array,

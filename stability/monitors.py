@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import tree_leaves_with_path
 
-from ..optimizers._checks import check_params_given
+from ..core.arguments import checked
+from ..core.checks import check_positive, check_whole
+from ..core.tree_checks import check_params_given
 from ..optimizers._sizes import sizes_by_role
 from ..optimizers._transformation import states_of, with_extra_args
 from ..optimizers.roles import COMMON_RULES, Rules, assign_roles, path_string
 from ._arithmetic import global_norm
-from ._checks import check_positive, check_whole
 from ._layers import STACKED, Stacked
 from ._moment_measures import eps_shares, momentum_ranks
 from ._moments import moment_leaves
@@ -31,6 +32,7 @@ class MonitorState(NamedTuple):
     inner: Any  # the inner optimizer's
 
 
+@checked
 def with_monitors(
     tx: optax.GradientTransformation,
     rules: Rules = COMMON_RULES,

@@ -26,15 +26,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..core.arguments import checked
+from ..core.checks import check_positive
+from ..core.tree_checks import check_params_given
 from ..optimizers._arithmetic import wide
-from ..optimizers._checks import check_params_given
 from ..optimizers._transformation import with_extra_args
 from ..optimizers.roles import path_string
-from ._checks import check_extra_given, check_positive
+from ._checks import check_extra_given
 
 Part = Literal["own", "shared", "fixed"]
 
 
+@checked
 class HeadWeights(NamedTuple):
     """Where the heads are in a parameter that makes queries or keys.
 
@@ -55,6 +58,7 @@ class HeadWeights(NamedTuple):
     """The axis of the heads: of size `heads`, followed by that of the coordinates, or of both joined."""
 
 
+@checked
 def qk_clip(
     threshold: float, weights: Mapping[str, HeadWeights]
 ) -> optax.GradientTransformationExtraArgs:

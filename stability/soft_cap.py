@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 
+from ..core.arguments import checked
 from ._checks import check_cap
 
 
+@checked
 def soft_cap(logits: jax.Array, cap: float | None) -> jax.Array:
     r""":math:`c \tanh(z / c)`, the identity near zero and never beyond :math:`\pm c`.
 

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..core.arguments import checked
+from ..core.checks import check_positive, check_whole
 from ..optimizers._arithmetic import wide
 from ..optimizers._transformation import with_extra_args
-from ._checks import check_positive, check_whole
 from ._moments import map_moments, moment_state
 
 
@@ -20,6 +21,7 @@ class SpamState(NamedTuple):
     inner: Any  # the direction's
 
 
+@checked
 def spam(
     direction: optax.GradientTransformation,
     *,

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..core.arguments import checked
+from ..core.tree_checks import check_params_given
 from ..optimizers._arithmetic import wide
-from ..optimizers._checks import check_params_given
 from ..optimizers._transformation import transformation
 from ..optimizers.roles import path_string
 
@@ -31,6 +32,7 @@ def _normalized(x: jax.Array, axis: int) -> jax.Array:
     return x / jnp.where(norm > 0, norm, 1)
 
 
+@checked
 def unit_norm(params: optax.Params, axis: Axis = -1) -> optax.Params:
     """The parameters with norm one along an axis: for the start, before :func:`keep_unit_norm`.
 
@@ -54,6 +56,7 @@ def unit_norm(params: optax.Params, axis: Axis = -1) -> optax.Params:
     return jax.tree_util.tree_map_with_path(normalized, params)
 
 
+@checked
 def keep_unit_norm(axis: Axis = -1) -> optax.GradientTransformation:
     r"""Last in a chain: bends every update so that the weights end with norm one along an axis.
 

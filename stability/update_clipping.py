@@ -6,15 +6,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..core.arguments import checked
+from ..core.checks import check_decay_rates, check_positive, check_whole
 from ..optimizers._arithmetic import wide
 from ..optimizers._transformation import transformation, with_extra_args
 from ._arithmetic import global_norm, scale
-from ._checks import check_positive, check_share, check_whole
 from ._layers import STACKED, Stacked, layer_rms, map_layers
 from ._moments import moment_state
 from ._window import Window, empty_window, push, threshold
 
 
+@checked
 def with_update_clipping(
     direction: optax.GradientTransformation,
     b2: float = 0.999,
@@ -55,7 +57,7 @@ def with_update_clipping(
       [1.]
       [1.]
     """
-    check_share(b2=b2)
+    check_decay_rates(b2=b2)
     check_positive(eps=eps)
     inner = optax.with_extra_args_support(direction)
 
@@ -88,6 +90,7 @@ class ClipUpdateNormState(NamedTuple):
     norms: Window  # of the updates before clipping
 
 
+@checked
 def clip_update_norm(
     *, deviations: float = 3.0, window: int = 128, warmup: int = 64
 ) -> optax.GradientTransformation:

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..core.arguments import checked
+from ..core.checks import check_decay_rates, check_positive, check_whole
 from ..optimizers._transformation import transformation
 from ._arithmetic import global_norm, scale
-from ._checks import check_positive, check_share, check_whole
 
 
 class ZClipState(NamedTuple):
@@ -19,6 +20,7 @@ class ZClipState(NamedTuple):
     variance: jax.Array  # float32 scalar, of their norms
 
 
+@checked
 def zclip(
     z_threshold: float = 2.5,
     decay: float = 0.97,
@@ -66,7 +68,7 @@ def zclip(
       [1.3004]
     """
     check_positive(z_threshold=z_threshold, max_norm=max_norm, eps=eps)
-    check_share(decay=decay)
+    check_decay_rates(decay=decay)
     check_whole(1, warmup=warmup)
 
     def init(params: optax.Params) -> ZClipState:

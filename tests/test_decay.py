@@ -84,7 +84,7 @@ def test_bfloat16_updates_of_float32_parameters_keep_their_dtype(form):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"form": "decoupled"}, "unknown form.*coupled, independent"),
+        ({"form": "decoupled"}, "form must be one of 'coupled', 'independent'"),
         ({"form": "proximal"}, "needs a learning_rate"),
         ({"form": "coupled", "learning_rate": 0.1}, "does not take a learning_rate"),
         ({"form": "adamc", "learning_rate": lambda c: 0.1}, r"with_decay.*peak_learning_rate"),

@@ -100,11 +100,11 @@ def test_counts_that_are_not_whole_are_refused(count):
 REFUSED = {
     "steps must be a whole number of at least 1, got 0": lambda: s.linear(1.0, 0),
     "steps must be a whole number of at least 1, got -3": lambda: s.cosine(1.0, -3),
-    "got 10.0; give int(steps)": lambda: s.linear(1.0, 10.0),
-    "steps must be a whole number of at least 1, got True": lambda: s.linear(1.0, True),
+    "steps must be a whole number, got 10.0; give 10": lambda: s.linear(1.0, 10.0),
+    "steps must be a whole number, got True": lambda: s.linear(1.0, True),
     "steps must be a whole number of at least 0, got -1": lambda: s.warmup(s.constant(1.0), -1),
-    "peak must be finite": lambda: s.linear(float("nan"), 10),
-    "value must be finite": lambda: s.constant(float("inf")),
+    "peak must be a finite number": lambda: s.linear(float("nan"), 10),
+    "value must be a finite number": lambda: s.constant(float("inf")),
     "end_ratio must lie in [0, 1]": lambda: s.cosine(1.0, 10, 1.5),
     "exponent must be positive": lambda: s.cosine(1.0, 10, exponent=0),
     "exponent must be positive and": lambda: s.polynomial(1.0, 10, exponent=-1),
@@ -124,7 +124,7 @@ REFUSED = {
     "unknown shape of a cycle 'cosines'": lambda: s.one_cycle(1.0, 10, shape="cosines"),
     "boundaries must rise, but 3 follows 5": lambda: s.piecewise(1.0, [5, 3], [0.5, 0.2]),
     "boundaries must rise, but 2 follows 2": lambda: s.join([s.constant(1.0)] * 3, [2, 2]),
-    "boundaries must be a whole number of at least 1, got 2.5": lambda: s.join(
+    "boundaries must be a sequence of which each is a whole number": lambda: s.join(
         [s.constant(1.0)] * 2, [2.5]
     ),
     "ratios must have 2 entries": lambda: s.piecewise(1.0, [3, 5], [0.5]),

@@ -19,8 +19,9 @@ import optax
 from jax.sharding import AxisType, Mesh
 from rich.console import Console
 
+from ..core.checks import near
 from ..optimizers.matrix.orthogonalize import NewtonSchulz
-from ..optimizers.registry import OptimizerConfig, near
+from ..optimizers.registry import OptimizerConfig
 from .arithmetic import Arithmetic
 from .collectives import Collective, collectives
 from .compiling import (

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from ..core.checks import near
 from ..optimizers.matrix.placement import mesh_of
 from ..optimizers.mesh import check_specs
-from ..optimizers.registry import near
 from ..optimizers.roles import path_string
 from .presets import ModelShape
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 
-from ..optimizers.registry import near
+from ..core.checks import near
 
 
 def parse_numbers(text: str, known: Collection[str], what: str) -> dict[str, float]:

@@ -22,15 +22,18 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from ...core.arguments import checked
+from ...core.checks import check_whole
 from .coefficients import Steps, check_coefficients, named_coefficients
 from .distribute import largest, total
 from .placement import Names
 from .symmetric import cost_share, halvings, product, symmetric_product
-from .traffic import DISTRIBUTIONS, Distribution
+from .traffic import Distribution
 
 Form = Literal["auto", "standard", "gram"]
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class NewtonSchulz:
     r"""How matrices are orthogonalized; call it on a batch.
@@ -40,8 +43,8 @@ class NewtonSchulz:
         tuple of :math:`(a, b, c)`, one a step.
       steps: how many, for a preset.
       lower: for ``"polar_express"``, the smallest singular value that shall come near one.
-      dtype: of the products' inputs: ``"float32"``, ``"bfloat16"`` or ``"float16"``. Norms and sums
-        are float32 in any case.
+      dtype: of the products' inputs: float32, bfloat16 or float16, by name or as ``jnp.bfloat16``;
+        kept by name. Norms and sums are float32 in any case.
       form: ``"standard"``, ``"gram"``, or ``"auto"`` for the one that multiplies less; in bfloat16
         that is the standard form, as eight bits are too few for :math:`R`.
       restarts: steps before which the gram form starts anew. Restarted before step 3 it stays
@@ -71,27 +74,22 @@ class NewtonSchulz:
     coefficients: str | Steps = "keller"
     steps: int = 5
     lower: float = 1e-3
-    dtype: str = "float32"
+    dtype: Any = "float32"
     form: Form = "auto"
     restarts: tuple[int, ...] = (3,)
     halvings: int | None = None
-    precision: Any = "highest"
+    precision: jax.lax.PrecisionLike = "highest"
     distribution: Distribution = "auto"
 
     def __post_init__(self) -> None:
         self.table()
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {self.dtype!r}.")
-        if self.form not in ("auto", "standard", "gram"):
-            raise ValueError(f"form must be auto, standard or gram, got {self.form!r}.")
-        if self.distribution not in DISTRIBUTIONS:
-            raise ValueError(
-                f"distribution must be one of {', '.join(DISTRIBUTIONS)}, got {self.distribution!r}."
-            )
+        dtype = jnp.dtype(self.dtype).name
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}.")
+        object.__setattr__(self, "dtype", dtype)
         if any(step < 1 for step in self.restarts):
             raise ValueError(f"restarts must be steps of at least 1, got {self.restarts}.")
-        if self.halvings is not None and self.halvings < 0:
-            raise ValueError(f"halvings must not be negative, got {self.halvings}.")
+        check_whole(0, halvings=self.halvings)
 
     def table(self) -> Steps:
         """The coefficients of every step."""

@@ -15,9 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ...core.arguments import MaybeInfinite, checked
 from .together import Unit, worked_on
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Refresh:
     """The schedule; steps are counted from one.
@@ -39,7 +41,7 @@ class Refresh:
     """
 
     every: int = 10
-    start: float | None = None
+    start: MaybeInfinite | None = None
     staggered: bool = False
 
     def __post_init__(self) -> None:

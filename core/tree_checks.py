@@ -1,42 +1,10 @@
-"""Refusals at construction and `init`: one sentence that names the culprit and the mend."""
+"""Checks of trees: of parameters, and of what has to have their shape."""
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-
-
-def is_number(value: Any) -> bool:
-    """Whether there is a value to check; traced and array hyperparameters have none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def check_decay_rates(**rates: Any) -> None:
-    """Raises unless every exponential decay rate (a beta) lies in [0, 1)."""
-    for name, rate in rates.items():
-        if is_number(rate) and not 0.0 <= rate < 1.0:
-            raise ValueError(
-                f"{name} must lie in [0, 1), got {rate!r}; common values are 0.9 to 0.999."
-            )
-
-
-def check_non_negative(**values: Any) -> None:
-    """Raises unless every value is finite and at least zero."""
-    for name, value in values.items():
-        if is_number(value) and not (math.isfinite(value) and value >= 0.0):
-            raise ValueError(f"{name} must be finite and not negative, got {value!r}.")
-
-
-def check_some_eps(eps: Any, eps_root: Any) -> None:
-    """Raises when nothing keeps a root of zero away from a denominator."""
-    check_non_negative(eps=eps, eps_root=eps_root)
-    if is_number(eps) and is_number(eps_root) and eps == 0 and eps_root == 0:
-        raise ValueError(
-            "eps and eps_root are both 0, so a parameter whose gradients are all zero would be "
-            "updated by 0/0; give eps > 0."
-        )
 
 
 def check_real_leaves(params: Any) -> None:
@@ -65,6 +33,22 @@ def is_part(params: Any) -> bool:
         return isinstance(node, optax.MaskedNode)
 
     return any(map(is_taken, jax.tree.leaves(params, is_leaf=is_taken)))
+
+
+def as_mask(mask: Any) -> Any:
+    """A tree of booleans, or a function that makes one from the parameters, as it is.
+
+    Raises:
+      ValueError: for anything else.
+    """
+    leaves = jax.tree.leaves(mask)
+    if callable(mask) or (leaves and all(map(_is_truth, leaves))):
+        return mask
+    raise ValueError("masks are booleans")
+
+
+def _is_truth(leaf: Any) -> bool:
+    return isinstance(leaf, bool) or getattr(leaf, "dtype", None) == jnp.bool_
 
 
 def check_mask(mask: Any, params: Any, name: str) -> None:

@@ -1,0 +1,274 @@
+"""Arguments are what the signature says: `checked` refuses all others, each by its name.
+
+What the annotation of an argument tells is checked here, once for all builders: kinds of values. Which
+numbers of a kind make sense is said in the builders, with :mod:`.checks`.
+"""
+
+import collections.abc
+import functools
+import inspect
+import math
+import types
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from .checks import near, number, shown
+
+
+class Refused(ValueError):
+    """A value of another kind; what it says, if anything, is a hint."""
+
+
+Builder = TypeVar("Builder", bound=Callable[..., Any])
+
+MaybeInfinite = Annotated[float, "may be infinite"]
+"""A number of steps that may be infinite, for never."""
+
+
+class Kind(NamedTuple):
+    """What an argument may be."""
+
+    words: str
+    """After ``must be``."""
+    convert: Callable[[Any], Any]
+    """The value to go on with, or an error: `Refused`, or what the conversion itself raises."""
+
+
+def checked(builder: Builder) -> Builder:
+    """A builder, or a class, that refuses arguments of other kinds than its signature has.
+
+    Scalars of NumPy become Python's, which builders may look at; of JAX's, whole numbers and truth
+    values alone do, since others may be traced at the next call. Dtypes may be given in any way that
+    JAX takes, and become ``jnp.dtype``.
+    """
+    signature = inspect.signature(builder)
+    if not isinstance(builder, type):
+        return checked_call(builder, signature)
+    method = "__new__" if issubclass(builder, tuple) else "__init__"
+    setattr(builder, method, checked_call(getattr(builder, method), signature, skipped=1))
+    return cast(Any, builder)
+
+
+def checked_call(function: Any, signature: inspect.Signature, skipped: int = 0) -> Any:
+    """`function`, whose arguments after the first few are checked."""
+
+    @functools.cache
+    def kinds() -> dict[str, Kind]:
+        return {name: kind_of(p.annotation, name) for name, p in signature.parameters.items()}
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            bound = signature.bind(*args[skipped:], **kwargs)
+        except TypeError:
+            return function(*args, **kwargs)  # Python names what is missing or too much
+        for name, value in bound.arguments.items():
+            kind, form = kinds()[name], signature.parameters[name].kind
+            if form is inspect.Parameter.VAR_POSITIONAL:
+                new: Any = tuple(converted(name, kind, each) for each in value)
+            elif form is inspect.Parameter.VAR_KEYWORD:
+                new = {key: converted(key, kind, each) for key, each in value.items()}
+            else:
+                new = converted(name, kind, value)
+            bound.arguments[name] = new
+        return function(*args[:skipped], *bound.args, **bound.kwargs)
+
+    return call
+
+
+def converted(name: str, kind: Kind, value: Any) -> Any:
+    """`value` as the kind has it.
+
+    Raises:
+      ValueError: if it is of another kind.
+    """
+    try:
+        return kind.convert(value)
+    except (ValueError, TypeError) as error:
+        hint = f"; {_hint(error)}" if _hint(error) else "."
+        raise ValueError(f"{name} must be {kind.words}, got {shown(value)}{hint}") from None
+
+
+def _hint(error: Exception) -> str:
+    return str(error) if isinstance(error, Refused) else ""
+
+
+def kind_of(annotation: Any, name: str) -> Kind:
+    """The kind that an annotation means; of what it does not tell, anything."""
+    if annotation is Any:
+        return _any_of([DTYPE, NONE]) if name.endswith("dtype") else ANYTHING
+    if annotation in SPECIAL:
+        return SPECIAL[annotation]
+    origin, inside = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        if callable(inside[1]):
+            return Kind(inside[2], inside[1])
+        return REAL if inside[0] is float else kind_of(inside[0], name)
+    if origin in (Union, types.UnionType):
+        # An array beside a number is a number in an array, as in `optax.ScalarOrSchedule`.
+        members = [m for m in inside if not (m is jax.Array and float in inside)]
+        return _any_of([kind_of(member, name) for member in members])
+    if origin is Literal:
+        return _one_of(inside)
+    if origin in (collections.abc.Sequence, tuple):
+        each = inside[0] if len(inside) == 1 or inside[1:] == (...,) else Any
+        return _sequence(kind_of(each, name))
+    if origin is not None:
+        annotation = origin
+    if annotation in PLAIN:
+        return PLAIN[annotation]
+    if isinstance(annotation, type):
+        return _instance(annotation)
+    return ANYTHING
+
+
+def _any_of(kinds: Sequence[Kind]) -> Kind:
+    if ANYTHING in kinds:
+        return ANYTHING
+    words = [kind.words for kind in kinds]
+
+    def convert(value: Any) -> Any:
+        hints = []
+        for kind in kinds:
+            try:
+                return kind.convert(value)
+            except (ValueError, TypeError) as error:
+                hints.append(_hint(error))
+        raise Refused(max(hints, key=len))
+
+    return Kind(" or ".join(dict.fromkeys(words)), convert)
+
+
+def _one_of(names: Sequence[Any]) -> Kind:
+    def convert(value: Any) -> Any:
+        if isinstance(value, str) and value in names:
+            return value
+        raise Refused(near(value, names) if isinstance(value, str) else "")
+
+    return Kind(f"one of {', '.join(map(repr, names))}", convert)
+
+
+def _sequence(each: Kind) -> Kind:
+    def convert(value: Any) -> Any:
+        is_array = isinstance(value, (np.ndarray, jax.Array)) and value.ndim == 1
+        if not is_array and not isinstance(value, (list, tuple, range)):
+            raise Refused
+        if each is ANYTHING:
+            return value
+        return tuple(each.convert(element) for element in value)
+
+    return Kind("a sequence" + (f" of which each is {each.words}" if each.words else ""), convert)
+
+
+def _instance(kind: type) -> Kind:
+    if getattr(kind, "_is_protocol", False):  # those here are functions with more to say
+        return PLAIN[collections.abc.Callable]
+
+    def convert(value: Any) -> Any:
+        is_text = isinstance(value, (str, bytes)) and kind is not str
+        if isinstance(value, kind) and not is_text:
+            return value
+        raise Refused
+
+    return Kind(WORDS.get(kind, f"a {kind.__name__}"), convert)
+
+
+def _none(value: Any) -> None:
+    if value is not None:
+        raise Refused
+
+
+def _real(value: Any, *, finite: bool = False) -> Any:
+    if value is None or callable(value):
+        raise Refused
+    found = number("it", value)
+    if found is not None and finite and not math.isfinite(found):
+        raise Refused
+    return value if found is None or isinstance(value, jax.Array) else found
+
+
+def _whole(value: Any) -> Any:
+    if value is None or callable(value):
+        raise Refused
+    found = number("it", value)
+    if isinstance(found, float) and found.is_integer():
+        raise Refused(f"give {int(found)}.")
+    if isinstance(found, float) or (found is None and not jnp.issubdtype(value.dtype, jnp.integer)):
+        raise Refused
+    return value if found is None else found
+
+
+def _truth(value: Any) -> Any:
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if isinstance(value, (np.ndarray, jax.Array)) and value.ndim == 0 and value.dtype == bool:
+        return value if isinstance(value, jax.core.Tracer) else bool(value)
+    raise Refused
+
+
+def _array(value: Any) -> Any:
+    if isinstance(value, (jax.Array, np.ndarray, np.generic)) and value.dtype != object:
+        return value
+    raise Refused
+
+
+def _function(value: Any) -> Any:
+    if isinstance(value, type):
+        raise Refused(f"give an instance, as {value.__name__}()")
+    if callable(value):
+        return value
+    raise Refused
+
+
+def _precision(value: Any) -> Any:
+    if isinstance(value, str) and value not in jax.lax.DotAlgorithmPreset.__members__:
+        jax.lax.Precision(value)
+    if value is None or isinstance(value, (str, tuple, *_PRECISION_TYPES)):
+        return value
+    raise Refused
+
+
+def as_dtype(value: Any) -> Any:
+    """A floating-point dtype, given as ``jnp.bfloat16``, ``np.dtype`` or ``"bfloat16"``.
+
+    Raises:
+      ValueError: for anything else.
+    """
+    if value is None or (isinstance(value, str) and value not in FLOATS):
+        raise Refused(near(value, FLOATS) if value else "")
+    dtype = jax.dtypes.canonicalize_dtype(float) if value is float else jnp.dtype(value)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise Refused
+    return dtype
+
+
+FLOATS = ("float32", "bfloat16", "float16", "float64")
+ANYTHING = Kind("", lambda value: value)
+NONE = Kind("None", _none)
+REAL = Kind("a number", _real)
+DTYPE = Kind("a floating-point dtype such as jnp.bfloat16", as_dtype)
+_PRECISION_TYPES = (jax.lax.Precision, jax.lax.DotAlgorithm, jax.lax.DotAlgorithmPreset)
+SPECIAL = {
+    optax.Params: ANYTHING,  # a tree
+    jax.lax.PrecisionLike: Kind("a precision such as 'highest'", _precision),
+}
+PLAIN: dict[Any, Kind] = {
+    types.NoneType: NONE,
+    float: Kind("a finite number", functools.partial(_real, finite=True)),
+    int: Kind("a whole number", _whole),
+    bool: Kind("True or False", _truth),
+    jax.Array: Kind("an array", _array),
+    collections.abc.Callable: Kind("a function", _function),
+}
+WORDS = {
+    str: "a string",
+    optax.GradientTransformation: "a gradient transformation such as ravine.adamw(1e-3)",
+    collections.abc.Mapping: "a mapping",
+    collections.abc.Collection: "a collection",
+}
