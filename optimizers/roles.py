@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple, cast
 import jax
 import numpy as np
 
-from ..core.arguments import checked
 from ..core.tree_checks import is_part
 from .matrix.layout import DEFAULT, Layout, MatrixAxes, layout
 
@@ -154,7 +153,6 @@ def path_string(path: Iterable[Any]) -> str:
     return "/".join(map(str, parts))
 
 
-@checked
 def assign_roles(params: Any, rules: Rules = RAVINE_RULES) -> Any:
     """The role of every parameter, as a tree shaped like `params`.
 
@@ -176,7 +174,6 @@ def assign_roles(params: Any, rules: Rules = RAVINE_RULES) -> Any:
     return jax.tree.unflatten(jax.tree.structure(params), roles)
 
 
-@checked
 def mask_by_role(roles: Iterable[Role], rules: Rules = RAVINE_RULES) -> Any:
     """A mask for ``optax.masked`` or ``weight_decay_mask=``: true for the given roles.
 
@@ -196,7 +193,6 @@ def mask_by_role(roles: Iterable[Role], rules: Rules = RAVINE_RULES) -> Any:
     return lambda params: jax.tree.map(lambda role: role in selected, assign_roles(params, rules))
 
 
-@checked
 def axes_of_path(path: str, rules: Rules = RAVINE_RULES) -> MatrixAxes:
     """Rows and columns of the parameter at a path, by the rule that decides it.
 
@@ -215,7 +211,6 @@ def axes_of_path(path: str, rules: Rules = RAVINE_RULES) -> MatrixAxes:
     return _axes(_decide(path, _complete(rules))[1])
 
 
-@checked
 def layouts(
     params: Any,
     rules: Rules = RAVINE_RULES,
@@ -250,7 +245,6 @@ def layouts(
     return jax.tree.unflatten(jax.tree.structure(params), found)
 
 
-@checked
 def role_table(
     params: Any,
     rules: Rules = RAVINE_RULES,
@@ -295,7 +289,6 @@ def role_table(
     return "\n".join(lines)
 
 
-@checked
 def axes_from_names(
     names: Sequence[str | None],
     rows: Collection[str],

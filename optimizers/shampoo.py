@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from ..core.arguments import MaybeInfinite, checked
-from ..core.checks import check_decay_rates, check_non_negative
+from ..core.checks import check_decay_rates, check_non_negative, number
 from ._arithmetic import cast_like, corrected_mean, ema, increment, wide_zeros_like
 from ._blocking import Blocking, Sides, blockings_of, check_blocking
 from ._by_role import by_role
@@ -145,7 +145,7 @@ def scale_by_shampoo(
              [0., 1.]], dtype=float32)
     """
     check_decay_rates(b1=b1)
-    if not (isinstance(b2, (int, float)) and b2 == 1):
+    if number("b2", b2) != 1:
         check_decay_rates(b2=b2)
     check_blocking(block, limit, sides)
     check_non_negative(ridge=ridge, absolute_ridge=absolute_ridge, tolerance=tolerance)

@@ -15,12 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ...core.arguments import checked
 from .placement import Names, names_of, spec
 from .shards import reshape
 
 
-@checked
 @dataclasses.dataclass(frozen=True)
 class MatrixAxes:
     """Which axes of a leaf are the rows and the columns of its matrices; all others are batch.
