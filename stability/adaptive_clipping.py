@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ..optimizers._leaves import at_leaves, from_leaves
 from ..core.arguments import checked
 from ..core.checks import check_decay_rates, check_positive, check_whole
 from ..core.tree_checks import check_params_given
+from ..optimizers._leaves import at_leaves, from_leaves
 from ..optimizers._transformation import transformation
 from ..optimizers.roles import path_string
 from ._arithmetic import global_norm, scale
