@@ -17,6 +17,7 @@ from .curvature import gauss_newton_bartlett, hutchinson
 from .decay import AddDecayedWeightsState, add_cautious_decay, add_decayed_weights, with_decay
 from .fixed_norm import KeepParameterNormState, keep_parameter_norm, scale_by_parameter_norm
 from .graft import GraftState, graft
+from .inject import inject_hyperparams
 from .kl_shampoo import ScaleByKLShampooState, kl_shampoo, scale_by_kl_shampoo
 from .learning_rate import ScaleByLearningRateState, scale_by_learning_rate
 from .lion import ScaleByLionState, lion, scale_by_lion
@@ -126,6 +127,7 @@ __all__ = [
     "gauss_newton_bartlett",
     "graft",
     "hutchinson",
+    "inject_hyperparams",
     "keep_parameter_norm",
     "kl_shampoo",
     "lion",

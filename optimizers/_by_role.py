@@ -8,7 +8,7 @@ import optax
 
 from .adam import adamw
 from .decay import Mask, decay_or_identity
-from .learning_rate import scale_by_learning_rate
+from .learning_rate import as_fallback, scale_by_learning_rate
 from .roles import Role, Rules, assign_roles
 
 
@@ -57,4 +57,4 @@ def by_role(
         found = assign_roles(params, rules)
         return jax.tree.map(lambda role: name if role in roles else "fallback", found)
 
-    return optax.partition({name: chain, "fallback": fallback}, labels)
+    return optax.partition({name: chain, "fallback": as_fallback(fallback)}, labels)

@@ -40,7 +40,7 @@ DecayForm = Literal["coupled", "independent", "adamc", "l2", "proximal", "cautio
 class AddDecayedWeightsState(NamedTuple):
     """State of `add_decayed_weights`."""
 
-    count: jax.Array  # int32 scalar, updates made so far under a schedule; 0 without one
+    count: jax.Array  # int32 scalar, updates so far, those that a guard skipped included
 
 
 @checked
@@ -113,8 +113,7 @@ def add_decayed_weights(
                 return cast((wide_u - factor * wide_p) / (1 + factor), u.dtype)
             return cast(wide_u + factor * wide_p, u.dtype)
 
-        if callable(weight_decay) or callable(learning_rate):
-            state = AddDecayedWeightsState(increment(state.count))
+        state = AddDecayedWeightsState(increment(state.count))
         return jax.tree.map(decayed, updates, params), state
 
     tx = transformation(init, update)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from ..core.arguments import checked
-from ..core.checks import check_decay_rates, check_non_negative
+from ..core.checks import check_decay_rates, check_non_negative, check_positive
 from ._arithmetic import cast, cast_like, ema, increment, lerp, wide, wide_zeros_like
 from ._blocking import Blocking, Sides, blockings_of, check_blocking
 from ._by_role import by_role
@@ -115,11 +115,7 @@ def scale_by_kl_shampoo(
     """
     check_decay_rates(b1=b1, b2=b2)
     check_non_negative(eps=eps)
-    if not initial_eigenvalue > 0 or not max_inverse_root > 0:
-        raise ValueError(
-            "initial_eigenvalue and max_inverse_root must be positive, got "
-            f"{initial_eigenvalue!r} and {max_inverse_root!r}."
-        )
+    check_positive(initial_eigenvalue=initial_eigenvalue, max_inverse_root=max_inverse_root)
     check_blocking(block, limit, sides)
     schedule = Refresh(every)
 

@@ -13,7 +13,7 @@ from ._arithmetic import cast, cast_like, increment, scalar, wide, wide_dtype, w
 from ._transformation import states_of, with_extra_args
 from .adam import scale_by_adam
 from .decay import DecayForm, Mask, with_decay
-from .learning_rate import evaluate
+from .learning_rate import RATE_STATES, evaluate
 
 
 class ScheduleFreeState(NamedTuple):
@@ -103,14 +103,16 @@ def schedule_free(
         check_params_given(params, "schedule_free")
         count = increment(state.count)
         dtype = state.peak.dtype
-        peak = jnp.maximum(state.peak, jnp.asarray(evaluate(learning_rate, state.count), dtype))
+        wide_updates = jax.tree.map(wide, updates)
+        steps, base_state = inner.update(wide_updates, state.base, params, **extra)
+        used = [rate[1] for rate in states_of(RATE_STATES, base_state)]
+        rate = used[0] if len(used) == 1 else evaluate(learning_rate, state.count)
+        peak = jnp.maximum(state.peak, jnp.asarray(rate).astype(dtype))
         weight = peak ** jnp.asarray(weight_lr_power, dtype)
         weight *= count.astype(dtype) ** jnp.asarray(weight_power, dtype)
         weight_sum = state.weight_sum + weight
         share = weight / jnp.where(weight_sum > 0, weight_sum, 1)
 
-        wide_updates = jax.tree.map(wide, updates)
-        steps, base_state = inner.update(wide_updates, state.base, params, **extra)
         z = jax.tree.map(lambda z, step: wide(z) + cast(step, wide(z).dtype), state.z, steps)
         # As differences, so that nothing moves where x and z are equal.
         x = jax.tree.map(lambda x, z: wide(x) + cast(share, z.dtype) * (z - wide(x)), state.x, z)

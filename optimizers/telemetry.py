@@ -11,7 +11,7 @@ from ..core.arguments import checked
 from ..core.tree_checks import check_params_given
 from ._sizes import sizes_by_role
 from ._transformation import states_of, with_extra_args
-from .learning_rate import ScaleByLearningRateState
+from .learning_rate import RATE_STATES
 from .roles import COMMON_RULES, Rules, assign_roles
 
 
@@ -26,7 +26,7 @@ class TelemetryState(NamedTuple):
 def with_telemetry(
     tx: optax.GradientTransformation, rules: Rules = COMMON_RULES
 ) -> optax.GradientTransformationExtraArgs:
-    """`tx`, with its learning rate and the sizes of what it saw and did in its state.
+    """`tx`, with the sizes of what it saw and did in its state, for :func:`telemetry` to read.
 
     For every role in the rules there are ``gradient_norm``, ``update_norm`` and ``parameter_norm``
     (before the update), and the same as ``..._rms``, the norm over the root of the number of
@@ -34,7 +34,8 @@ def with_telemetry(
     structure does not depend on the parameters.
 
     Learning rates are those of every :func:`scale_by_learning_rate` inside: ``learning_rate`` if
-    there is one, else ``learning_rate/muon`` and so on, by the names of ``optax.partition``.
+    there is one, else ``learning_rate/muon`` and so on, by the names of ``optax.partition``. They are
+    read where the optimizer itself keeps the rate that it used last.
 
     Norms are float32 whatever the gradients are. Something that is not finite shows in its role, and
     updates are what they are without telemetry.
@@ -60,8 +61,8 @@ def with_telemetry(
     inner = optax.with_extra_args_support(tx)
     known = sorted({rule[1] for rule in rules})
 
-    def measure(roles: Any, inner_state: Any, **trees: Any) -> dict[str, jax.Array]:
-        found = _learning_rates(inner_state)
+    def measure(roles: Any, **trees: Any) -> dict[str, jax.Array]:
+        found: dict[str, jax.Array] = {}
         for what, tree in trees.items():
             found |= sizes_by_role(what, tree, roles, known)
         return dict(sorted(found.items()))
@@ -71,7 +72,7 @@ def with_telemetry(
         zeros = jax.tree.map(lambda p: jnp.zeros([], p.dtype), params)
         roles = assign_roles(params, rules)
         trees = {"gradient": zeros, "update": zeros, "parameter": zeros}
-        return TelemetryState(measure(roles, inner_state, **trees), inner_state)
+        return TelemetryState(measure(roles, **trees), inner_state)
 
     def update(
         updates: optax.Updates,
@@ -82,11 +83,7 @@ def with_telemetry(
         check_params_given(params, "with_telemetry")
         done, inner_state = inner.update(updates, state.inner, params, **extra)
         metrics = measure(
-            assign_roles(params, rules),
-            inner_state,
-            gradient=updates,
-            update=done,
-            parameter=params,
+            assign_roles(params, rules), gradient=updates, update=done, parameter=params
         )
         return done, TelemetryState(metrics, inner_state)
 
@@ -94,7 +91,7 @@ def with_telemetry(
 
 
 def telemetry(opt_state: Any) -> dict[str, jax.Array]:
-    """The metrics in a state, however deep `with_telemetry` is in it; also of ``nnx.Optimizer``.
+    """Metrics and learning rates in a state, however deep `with_telemetry` is; of ``nnx.Optimizer`` too.
 
     Args:
       opt_state: an optimizer's state, or ``optimizer.opt_state`` of a ``flax.nnx.Optimizer``.
@@ -113,13 +110,14 @@ def telemetry(opt_state: Any) -> dict[str, jax.Array]:
         raise ValueError(
             f"this state holds {len(found)} with_telemetry, not one; wrap the whole optimizer in it."
         )
-    return {name: jnp.asarray(value[...]) for name, value in found[0].metrics.items()}
+    values = {**found[0].metrics, **_learning_rates(found[0].inner)}
+    return {name: jnp.asarray(values[name][...]) for name in sorted(values)}
 
 
 def _learning_rates(state: Any) -> dict[str, jax.Array]:
-    is_rate = lambda node: isinstance(node, ScaleByLearningRateState)
+    is_rate = lambda node: isinstance(node, RATE_STATES)
     nodes = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_rate)
-    found = [(path, node.learning_rate) for path, node in nodes if is_rate(node)]
+    found = [(path, node[1]) for path, node in nodes if is_rate(node)]
     if len(found) == 1:
         return {"learning_rate": found[0][1]}
     rates: dict[str, jax.Array] = {}

@@ -68,16 +68,20 @@ def sgdr(
         (1 + \cos \tfrac{\pi (t - b_i)}{b_{i+1} - b_i})\right)
         \quad (b_i \le t < b_{i+1})
 
-    The boundaries :math:`b_i` are those of :func:`restarts`, whole numbers known beforehand: a
-    cycle found by a floating-point logarithm misses restarts. From count `steps` on the value
-    stays; where a cycle ends there, it is the end of that cycle.
+    By default three cycles fill the run, with boundaries at :math:`T (m^i - 1) / (m^3 - 1)`, rounded,
+    so that the value at `steps` is the floor; a run too short for three has two, or one.
+
+    With `first_period` the boundaries :math:`b_i` are those of :func:`restarts`. From count `steps` on
+    the value stays: at the floor if a cycle ends there, else at what the cycle cut off has reached,
+    which just after a restart is near the peak. Boundaries are whole numbers known beforehand: a
+    cycle found by a floating-point logarithm misses restarts.
 
     Args:
       peak: :math:`\eta`, the value at count 0.
       steps: the length of the run.
       end_ratio: :math:`e` in [0, 1], the floor of a cycle relative to its peak.
-      first_period: :math:`T_0` in updates; by default a seventh of the run, so that three cycles
-        with factor 2 fill it.
+      first_period: :math:`T_0` in updates; by default such that three cycles fill the run, a seventh of
+        it with factor 2.
       period_factor: :math:`m` of :func:`restarts`, at least 1.
       peak_factor: :math:`\gamma` in (0, 1], which multiplies the peak at every restart.
 
@@ -91,17 +95,21 @@ def sgdr(
       >>> schedule = ravine.schedules.sgdr(1.0, 14, first_period=2, peak_factor=0.5)
       >>> [round(float(schedule(t)), 3) for t in (0, 1, 2, 4, 6, 14)]
       [1.0, 0.5, 0.5, 0.25, 0.25, 0.0]
+      >>> ravine.schedules.sgdr(1.0, 240).boundaries
+      (0, 34, 103, 240)
     """
     check_finite(peak=peak)
     check_whole(1, steps=steps)
     check_ratio(end_ratio=end_ratio, peak_factor=peak_factor)
     check_positive(peak_factor=peak_factor)
-    first = first_period if first_period is not None else max(1, round(steps / 7))
-    check_whole(1, first_period=first)
-    check_fits({"first_period": first}, steps)
-    bounds = restarts(first, period_factor, steps)
-    after = restarts(first, period_factor, steps + 1)
-    last = after[-1] if after and after[-1] == steps else _next(first, period_factor, steps)
+    if first_period is None:
+        bounds, last = _filling(period_factor, steps), steps
+        first = (*bounds, last)[0]
+    else:
+        check_whole(1, first_period=first_period)
+        check_fits({"first_period": first_period}, steps)
+        first, bounds = first_period, restarts(first_period, period_factor, steps)
+        last = _next(first, period_factor, steps)
 
     def cycle(count: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Updates since the restart, one over the period, and the peak."""
@@ -128,6 +136,19 @@ def sgdr(
 
     words = f"cosine with {len(bounds)} warm restarts"
     return Schedule(function, words, (0, *bounds, steps))
+
+
+def _filling(period_factor: float, steps: int, cycles: int = 3) -> tuple[int, ...]:
+    """Restarts such that so many cycles fill a run, or fewer where one would have no update."""
+    check_finite(period_factor=period_factor)
+    if period_factor < 1:
+        raise ValueError(f"period_factor must be at least 1, got {period_factor!r}.")
+    factor = Fraction(str(period_factor))
+    ends = [sum(factor**j for j in range(i)) for i in range(1, cycles + 1)]
+    bounds = [round(steps * end / ends[-1]) for end in ends]
+    if all(after > before for before, after in itertools.pairwise((0, *bounds))):
+        return tuple(bounds[:-1])
+    return _filling(period_factor, steps, cycles - 1)
 
 
 def _next(first_period: int, period_factor: float, steps: int) -> int:

@@ -1,5 +1,6 @@
 """Schedules for people: a figure, and one line of words."""
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,9 @@ MOST_BOUNDARIES = 6
 
 @checked
 def describe(schedule: optax.Schedule) -> str:
-    """What a schedule does, in one line: its phases, and its values at their boundaries.
+    """What a schedule does, in one line: its phases, and its values where they begin and end.
+
+    Where the value jumps, that of the count before is shown too, with which a phase ends.
 
     Args:
       schedule: any schedule; one that is not of this library tells its name only.
@@ -33,10 +36,20 @@ def describe(schedule: optax.Schedule) -> str:
     """
     marks = boundaries_of(schedule)
     shown = marks if len(marks) <= MOST_BOUNDARIES else (*marks[: MOST_BOUNDARIES - 1], marks[-1])
-    parts = [f"{value_at(schedule, mark):.4g} at {mark}" for mark in shown]
+    counts = sorted({*shown, *(mark - 1 for mark in shown if _jumps_at(schedule, mark))})
+    parts = [f"{value_at(schedule, count):.4g} at {count}" for count in counts]
     if len(shown) < len(marks):
         parts.insert(-1, "...")
     return f"{words_of(schedule)}: {', '.join(parts)}"
+
+
+def _jumps_at(schedule: optax.Schedule, mark: int) -> bool:
+    """Whether the value changes by far more into this count than just before and after."""
+    if mark < 1:
+        return False
+    values = [value_at(schedule, max(mark + offset, 0)) for offset in (-2, -1, 0, 1)]
+    before, jump, after = (abs(b - a) for a, b in itertools.pairwise(values))
+    return jump > 3 * max(before, after)
 
 
 @checked

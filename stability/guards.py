@@ -1,8 +1,8 @@
-"""Guards: a step that would harm is not made, and leaves no trace.
+"""Guards: a step that would harm is not made, and leaves no trace but the time it took.
 
 What is skipped is decided before the optimizer runs, and it then does not run at all: a select, never a
-product with zero, which would keep NaN. All that is remembered is in the state, so it is
-checkpointed and takes no round trip to the host.
+product with zero, which would keep NaN. Schedules go on, so that they stay in step with the run. All
+that is remembered is in the state, so it is checkpointed and takes no round trip to the host.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ import optax
 
 from ..core.arguments import checked
 from ..core.checks import check_positive, check_whole
+from ..optimizers._clock import advance
 from ..optimizers._transformation import with_extra_args
 from ._arithmetic import global_norm
 from ._checks import check_extra_given
@@ -32,9 +33,11 @@ class FiniteGateState(NamedTuple):
 def finite_gate(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """`tx`, but a step with anything infinite or not a number in its gradients or its loss is not made.
 
-    Then the parameters and the state of `tx` stay what they are, bit by bit. Put it around the whole
-    chain: clipping an infinite gradient makes no finite one. The update takes ``loss=`` if there is one
-    to look at; other extra arguments, and it, reach `tx`.
+    Then the parameters and the state of `tx` stay what they are, bit by bit, but for the counts that
+    schedules are called with: time goes on, and step t takes the learning rate of count t however many
+    steps were skipped before it. Put it around the whole chain: clipping an infinite gradient makes no
+    finite one. The update takes ``loss=`` if there is one to look at; other extra arguments, and it,
+    reach `tx`.
 
     ``optax.apply_if_finite`` gives up after a number of bad steps in a row and makes the next bad one;
     this never does, so have the loop look at ``in_a_row``.
@@ -112,9 +115,11 @@ def skip_step(
     with mean and standard deviation over the window of steps *that were made*: nothing infinite, no
     NaN and no spike enters it. The deviation counts for at least a hundredth of the mean.
 
-    A skipped step leaves parameters and the state of `tx` as they are, bit by bit. Its schedules do not
-    advance. After `patience` finite outliers with no step between them the next finite one is taken for
-    a new level: the step is made and the windows start anew with it. What is not finite is never let in.
+    A skipped step leaves parameters and the state of `tx` as they are, bit by bit, but for the counts
+    that schedules are called with: time goes on, and step t takes the learning rate of count t however
+    many steps were skipped before it. After `patience` finite outliers with no step between them the
+    next finite one is taken for a new level: the step is made and the windows start again with it.
+    What is not finite is never let in.
 
     The update takes ``loss=``, which is handed on to `tx` with all other extra arguments.
 
@@ -205,7 +210,7 @@ def skip_step(
 def _run_if(
     made: jax.Array, run: Callable[[], tuple[Any, Any]], updates: optax.Updates, inner_state: Any
 ) -> tuple[Any, Any]:
-    """What `run` gives where the step is made, else updates that change nothing and the same state."""
+    """What `run` gives where the step is made, else no change and the state as it is, but later."""
 
     def in_dtypes_of_updates() -> tuple[Any, Any]:
         found, state = run()
@@ -213,4 +218,4 @@ def _run_if(
 
     # -0, since adding 0 would turn a parameter of -0 into 0.
     unchanged = lambda: jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates)
-    return jax.lax.cond(made, in_dtypes_of_updates, lambda: (unchanged(), inner_state))
+    return jax.lax.cond(made, in_dtypes_of_updates, lambda: (unchanged(), advance(inner_state)))

@@ -79,6 +79,18 @@ def bits(tree):
     return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
 
 
+def untimed(inner):
+    """The chain's state without the clock of its learning rate, and that clock."""
+    clip, (moments, decay, rate) = inner
+    return (clip, moments, rate._replace(count=0)), (int(decay.count), int(rate.count))
+
+
+def assert_same_but_later(inner, expected, count):
+    state, clocks = untimed(inner)
+    assert bits(state) == bits(untimed(expected)[0])
+    assert clocks == (count, count)
+
+
 def spoil_everywhere(batch, value):
     grads = jax.tree.map(lambda g: g * np.float32(value), batch["grads"])
     return {"loss": batch["loss"], "grads": grads}
@@ -130,11 +142,11 @@ def assert_no_trace(kind, clean, position, bad_ones):
         assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(weights))
         if before < 0:
             assert bits(weights) == bits(params())
-            assert bits(state.inner) == bits(start(kind)[1].inner)
+            assert_same_but_later(state.inner, start(kind)[1].inner, step + 1)
             continue
         other_weights, other_state = at(expected, before)
         assert bits(weights) == bits(other_weights)
-        assert bits(state.inner) == bits(other_state.inner)
+        assert_same_but_later(state.inner, other_state.inner, step + 1)
         if kind != "finite":
             assert bits((state.losses, state.norms)) == bits(
                 (other_state.losses, other_state.norms)
@@ -216,6 +228,47 @@ def test_a_series_that_does_not_move_is_no_outlier():
     batches = jax.tree.map(lambda x: np.broadcast_to(x, (STEPS, *np.shape(x))), clean)
     batches["loss"] = np.float32(batches["loss"] * (1 + 1e-6 * np.arange(STEPS)))
     assert int(at(runner("skip")(batches), -1)[1].skipped) == 0
+
+
+def optax_injected(rate):
+    return optax.inject_hyperparams(optax.sgd)(rate)
+
+
+@pytest.mark.parametrize("build", [ravine.sgd, ravine.adamw, optax.sgd, optax_injected])
+@pytest.mark.parametrize("wrap", [finite_gate, functools.partial(skip_step, warmup=1)])
+def test_schedules_go_on_while_steps_are_skipped(build, wrap):
+    rates = 0.1 * 2.0 ** -np.arange(10)
+    tx = wrap(build(lambda count: jnp.asarray(rates, jnp.float32)[count]))
+    weights = jnp.zeros(3)  # nothing decays
+    state, used = tx.init(weights), []
+    update = jax.jit(tx.update)
+    for step in range(10):
+        bad = step in (3, 4, 7)
+        grads = jnp.full(3, jnp.nan if bad else 1.0)
+        updates, state = update(grads, state, weights, loss=jnp.float32(1.0))
+        used.append(float(-updates[0]))
+        counts = [int(count) for _, count in optax.tree.get_all_with_path(state.inner, "count")]
+        made = step + 1 - int(state.skipped)
+        expected = [made] if build is ravine.adamw else []
+        assert counts == expected + [step + 1] * (len(counts) - len(expected))
+    expected = np.where(np.isin(np.arange(10), (3, 4, 7)), 0.0, rates)
+    np.testing.assert_allclose(used, expected, rtol=1e-3)
+
+
+def test_a_skipped_micro_step_is_no_time_for_what_accumulates():
+    tx = finite_gate(ravine.accumulate(ravine.sgd(0.1), 2))
+    _, state = tx.update(jnp.full(2, jnp.nan), tx.init(jnp.ones(2)), jnp.ones(2))
+    assert int(optax.tree.get(state.inner.inner, "count")) == 0
+
+
+def test_averages_are_weighed_by_the_rate_of_the_step():
+    rate = lambda count: jnp.float32(1.0) + count.astype(jnp.float32)
+    tx = finite_gate(ravine.schedule_free_sgd(rate))
+    state = tx.init(jnp.ones(2))
+    for grads in (jnp.full(2, jnp.nan), jnp.ones(2)):
+        _, state = tx.update(grads, state, jnp.ones(2))
+    assert float(state.inner.peak) == 2.0
+    assert int(state.inner.count) == 1
 
 
 @pytest.mark.parametrize("kind", ["finite", "skip"])

@@ -1,7 +1,10 @@
 """Properties that hold for any lengths, drawn by hypothesis."""
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ravine import schedules as s
@@ -98,3 +101,22 @@ def test_merge_weights_and_decay_are_each_others_inverse(decay):
     assert weights.min() >= 0
     np.testing.assert_allclose(weights.sum(), 1.0)
     np.testing.assert_allclose(s.decay_of_merge(weights), decay, atol=1e-12)
+
+
+@pytest.mark.parametrize("factor", [1, 1.5, 2, 3])
+@pytest.mark.parametrize("stride", [29, pytest.param(1, marks=pytest.mark.slow)])
+def test_restarts_by_default_fill_the_run(factor, stride):
+    """Every run ends at the floor; periods grow by the factor, up to rounding."""
+    for steps in range(3, 2001):
+        schedule = s.sgdr(1.0, steps, 0.1, period_factor=factor)
+        periods = np.diff(schedule.boundaries)
+        assert schedule.boundaries[0] == 0
+        assert schedule.boundaries[-1] == steps
+        assert len(periods) == 3 or steps < 2 * (1 + factor + factor**2)
+        assert min(periods) >= 1
+        for before, after in itertools.pairwise(periods):
+            assert abs(after - factor * before) <= 1 + factor
+        if (steps - 3) % stride == 0:
+            v = np.asarray(schedule(jnp.asarray([0, steps - 1, steps, steps + 7])), np.float64)
+            np.testing.assert_allclose(v[[0, 2, 3]], [1.0, 0.1, 0.1], rtol=1e-6)
+            assert v[1] <= 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * (1 - 1 / periods[-1]))) + 1e-6

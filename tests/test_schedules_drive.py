@@ -308,6 +308,9 @@ def test_a_description_tells_phases_boundaries_and_values():
         "linear warm-up, then cosine, then linear: "
         "0.01 at 0, 1 at 99, 1 at 100, 0.5 at 550, 0 at 600"
     )
+    assert s.describe(s.sgdr(1.0, 240)).endswith(
+        "1 at 0, 0.002133 at 33, 1 at 34, 0.0005182 at 102, 1 at 103, 0 at 240"
+    )
     assert s.describe(s.sgdr(1.0, 1000, first_period=50, period_factor=1)).count("...") == 1
     assert s.describe(optax.constant_schedule(0.5)).endswith(": 0.5 at 0")
 

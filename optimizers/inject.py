@@ -1,0 +1,61 @@
+"""Hyperparameters in the state, where a schedule or a hand can change them."""
+
+import inspect
+import typing
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+from ..core.arguments import checked
+from .learning_rate import as_injected
+
+
+@checked
+def inject_hyperparams(
+    builder: Callable[..., optax.GradientTransformation], *, static_args: typing.Iterable[str] = ()
+) -> Callable[..., optax.GradientTransformationExtraArgs]:
+    """``optax.inject_hyperparams``, which knows what of a builder's arguments may be injected.
+
+    Those are the numbers that may be any in a range and change during a run: the learning rate, decay
+    rates, weight decay, epsilons. What decides on shapes or on the program itself stays as it is given:
+    whole numbers such as ``every`` and ``block``, booleans, masks, names, dtypes.
+
+    The learning rate may be a schedule, as may the others. ``optax.tree.get(state, "learning_rate")``
+    reads the rate and ``optax.tree.set(state, learning_rate=jnp.asarray(0.1))`` sets one that is not
+    scheduled.
+
+    Args:
+      builder: of Ravine's or Optax's optimizers, or your own; an argument is injected if its annotation
+        takes a float, or, where there is none, its default is a float.
+      static_args: names of further arguments to leave as they are.
+
+    Returns:
+      A function with the arguments of `builder`.
+
+    Raises:
+      ValueError: for static arguments that the builder does not have.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, ravine
+      >>> tx = ravine.inject_hyperparams(ravine.shampoo)(1e-3, every=20, rules=[("", "matrix")])
+      >>> state = tx.init({"kernel": jnp.ones((2, 3))})
+      >>> float(optax.tree.get(state, "learning_rate"))
+      0.0010000000474974513
+      >>> "b2" in state.hyperparams, "every" in state.hyperparams
+      (True, False)
+    """
+    parameters = inspect.signature(builder, eval_str=True).parameters
+    static = {name for name, parameter in parameters.items() if not _takes_float(parameter)}
+
+    def injectable(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
+        return as_injected(builder(*args, **kwargs))
+
+    injectable.__signature__ = inspect.signature(builder)  # pyright: ignore[reportFunctionMemberAccess]
+    return optax.inject_hyperparams(injectable, static_args=static | set(static_args))
+
+
+def _takes_float(parameter: inspect.Parameter) -> bool:
+    if parameter.annotation is inspect.Parameter.empty:
+        return isinstance(parameter.default, float)
+    return float in (parameter.annotation, *typing.get_args(parameter.annotation))

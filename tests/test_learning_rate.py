@@ -1,0 +1,106 @@
+"""The learning rate in a state is the one that was used, and its clock never stands still."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import ravine
+from ravine import schedules as s
+
+PARAMS = {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}
+GRADS = {"kernel": jnp.eye(4, 3), "bias": jnp.arange(3.0)}
+
+
+def steps(tx, state, number):
+    """The sizes of the bias's update, and the state after so many updates."""
+    seen = []
+    for _ in range(number):
+        updates, state = tx.update(GRADS, state, PARAMS)
+        seen.append(float(-updates["bias"][1]))
+    return seen, state
+
+
+def clocks(state):
+    return [int(count) for _, count in optax.tree.get_all_with_path(state, "count")]
+
+
+def test_a_schedule_takes_over_a_run_at_a_constant_rate():
+    decay = lambda count: 1.0 / (1.0 + jnp.asarray(count, jnp.float32))
+    build = lambda rate: ravine.adamw(rate, weight_decay=decay)
+    constant = build(0.1)
+    _, state = steps(constant, constant.init(PARAMS), 10)
+    branch = build(s.anneal_from(s.constant(0.1), 10, 4, "linear"))
+    rates = []
+    for _ in range(3):
+        _, state = steps(branch, state, 1)
+        rates.append(float(optax.tree.get(state, "learning_rate")))
+    assert clocks(state) == [13, 13, 13]
+    np.testing.assert_allclose(rates, [0.1, 0.075, 0.05], rtol=1e-6)
+
+
+@pytest.mark.parametrize("decay", [0.1, lambda count: 0.1])
+def test_every_clock_advances_whatever_the_decay_is(decay):
+    for form in ("coupled", "adamc", "proximal"):
+        tx = ravine.adamw(0.1, weight_decay=decay, weight_decay_form=form)
+        assert clocks(steps(tx, tx.init(PARAMS), 2)[1]) == [2, 2, 2]
+
+
+def test_the_rate_that_is_set_is_used_until_it_is_set_again():
+    tx = ravine.sgd(lambda count: 0.5 / (1.0 + jnp.asarray(count, jnp.float32)))
+    update = jax.jit(tx.update)
+    state = tx.init(PARAMS)
+    sizes, expected = [], [0.5, 0.25, 0.125, 0.125, 0.1]
+    for step, _ in enumerate(expected):
+        if step == 2:
+            state = optax.tree.set(state, learning_rate=0.125)
+        if step == 4:  # back to the schedule
+            state = optax.tree.set(state, learning_rate=optax.tree.get(state, "scheduled"))
+        updates, state = update(GRADS, state, PARAMS)
+        sizes.append(float(-updates["bias"][1]))
+        assert float(optax.tree.get(state, "learning_rate")) == pytest.approx(sizes[-1])
+    np.testing.assert_allclose(sizes, expected, rtol=1e-6)
+
+
+def test_a_rate_that_is_not_a_number_does_not_stay():
+    tx = ravine.sgd(lambda count: jnp.where(count == 1, jnp.nan, 0.5))
+    seen, _ = steps(tx, tx.init(PARAMS), 4)
+    np.testing.assert_array_equal(seen, [0.5, np.nan, 0.5, 0.5])
+
+
+def test_a_chain_with_a_fallback_has_one_learning_rate():
+    tx = ravine.with_telemetry(ravine.muon(0.1, fallback_learning_rate=0.01, weight_decay=0.0))
+    state = tx.init(PARAMS)
+    seen, state = steps(tx, state, 1)
+    assert float(optax.tree.get(state, "learning_rate")) == np.float32(0.1)
+    assert float(optax.tree.get(state, "fallback_learning_rate")) == np.float32(0.01)
+    np.testing.assert_allclose(seen, 0.01, rtol=1e-5)
+    state = optax.tree.set(state, learning_rate=0.3, fallback_learning_rate=0.03)
+    seen, state = steps(tx, state, 1)
+    np.testing.assert_allclose(seen, 0.03, rtol=1e-5)
+    found = ravine.telemetry(state)
+    np.testing.assert_allclose(found["learning_rate/muon"], 0.3)
+    np.testing.assert_allclose(found["learning_rate/fallback"], 0.03)
+
+
+def test_telemetry_follows_a_schedule_that_was_replaced():
+    before, after = (ravine.with_telemetry(ravine.sgd(rate)) for rate in (s.constant(0.5), 0.25))
+    state = steps(before, before.init(PARAMS), 2)[1]
+    seen, state = steps(after, state, 1)
+    assert seen == [0.25]
+    assert float(ravine.telemetry(state)["learning_rate"]) == 0.25
+
+
+def test_an_injected_rate_is_found_once_and_can_be_set():
+    tx = ravine.inject_hyperparams(ravine.adamw)(0.5, weight_decay=0.0)
+    state = tx.init(PARAMS)
+    assert float(optax.tree.get(state, "learning_rate")) == 0.5
+    state = optax.tree.set(state, learning_rate=jnp.float32(0.25))
+    seen, _ = steps(tx, state, 1)
+    np.testing.assert_allclose(seen, 0.25, rtol=1e-3)
+
+
+def test_schedule_free_weighs_by_the_rate_that_was_used():
+    tx = ravine.schedule_free_sgd(1.0)
+    state = optax.tree.set(tx.init(PARAMS), learning_rate=3.0)
+    assert float(steps(tx, state, 1)[1].peak) == 3.0
