@@ -6,9 +6,11 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from ravine.training import loop
+from ravine.training import step as step_module
 from ravine.training.cli import main
 from ravine.training.config import RunConfig
 from ravine.training.corpus import load_corpus
@@ -121,6 +123,54 @@ def test_a_run_that_cannot_return_has_diverged(monkeypatch, tmp_path, corpus):
         found = train(monkeypatch, tmp_path / "run", corpus, run, bad=(2,))
     assert found.status == "diverged"
     assert len(found.steps) == 3
+
+
+def train_skipping(monkeypatch, folder, corpus, bad):
+    """A guarded run in which the losses of some batches are NaN; records tell the rate in the state."""
+    losses, make_step = step_module._trained_loss, loop.make_train_step
+
+    def spoiled(*args):
+        def loss(params, batch):
+            value, said = losses(*args)(params, batch)
+            return value * jnp.where(batch[0, 0] == BAD, jnp.nan, 1.0).astype(jnp.float32), said
+
+        return loss
+
+    def telling(*args, **kwargs):
+        def step(state, batch):
+            state, metrics = make_step(*args, **kwargs)(state, batch)
+            return state, metrics | {"used": optax.tree.get(state.opt_state, "learning_rate")}
+
+        return step
+
+    run = RunConfig(steps=6, model=MODEL, skip_spikes=True, warmup_steps=0, **SIZES)
+    with monkeypatch.context() as patch:
+        patch.setattr(step_module, "_trained_loss", spoiled)
+        patch.setattr(loop, "make_train_step", telling)
+        patch.setattr(loop, "optimizer_milliseconds", lambda *args: math.nan)
+        make_batches = loop.train_batches
+        patch.setattr(loop, "train_batches", lambda *a, **k: Spoiled(make_batches(*a, **k), bad))
+        (entrant,) = line_up("adamw")
+        folder.mkdir()
+        outcome = Outcome(entrant.name, entrant.learning_rate)
+        return loop.train(run, entrant.build(run), corpus, outcome, folder)
+
+
+def test_the_rate_that_is_logged_was_used_also_after_skipped_steps(monkeypatch, tmp_path, corpus):
+    found = train_skipping(monkeypatch, tmp_path / "run", corpus, bad=(1, 2))
+    assert found.status == "finished"
+    assert [record["skipped"] for record in found.steps] == [0, 1, 2, 2, 2, 2]
+    made = [record for record in found.steps if record["step"] not in (1, 2)]
+    for record in made:
+        assert record["learning_rate"] == pytest.approx(record["used"], rel=1e-6)
+    assert len({record["learning_rate"] for record in made}) == len(made)
+
+
+def test_a_run_whose_steps_are_all_skipped_says_so(monkeypatch, tmp_path, corpus):
+    with pytest.warns(UserWarning, match="learned nothing: all 6 steps were skipped"):
+        found = train_skipping(monkeypatch, tmp_path / "run", corpus, bad=range(6))
+    assert found.status == "diverged"
+    assert found.final_loss == math.inf
 
 
 def test_monitors_say_what_goes_on_and_change_nothing(monkeypatch, tmp_path, corpus):

@@ -15,7 +15,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from ..stability import monitored
+from ..optimizers._transformation import states_of
+from ..stability import FiniteGateState, SkipStepState, monitored
 from .checkpoint import Checkpoints
 from .config import RunConfig, to_json
 from .corpus import Corpus
@@ -71,7 +72,8 @@ def train(
         one device.
 
     Returns:
-      `outcome`, its status ``finished``, or ``diverged`` if a loss stopped being finite.
+      `outcome`, its status ``finished``, or ``diverged`` if a loss stopped being finite or a guard
+      skipped every step.
     """
     mesh = mesh or build_mesh()
     with jax.set_mesh(mesh):
@@ -140,6 +142,8 @@ def _train(
             values = {name: float(value) for name, value in metrics.items()}
             if run.monitor_every and step % run.monitor_every == 0:
                 values |= {name: float(value) for name, value in monitored(opt_state).items()}
+            if guard := _guard(opt_state):
+                values["skipped"] = int(guard.skipped)
             rate = float(rates[step])
             return {"step": step, "seconds": clock.seconds, "learning_rate": rate, **values}
 
@@ -184,6 +188,15 @@ def _train(
                     return outcome
             if checkpoints is not None and done % run.checkpoint_every == 0:
                 checkpoints.save(state, batches)
+    guard = _guard(state.opt_state)
+    if guard and int(guard.skipped) >= done:
+        warnings.warn(
+            f"{outcome.name} learned nothing: all {done} steps were skipped, as their losses or gradients "
+            "were not finite; look at the data and the model before the learning rate.",
+            stacklevel=3,
+        )
+        outcome.status = "diverged"
+        return outcome
     outcome.optimizer_milliseconds = optimizer_milliseconds(run.model, tx, state)
     outcome.status = "finished"
     return outcome
@@ -213,6 +226,11 @@ def optimizer_milliseconds(
         opt_state, params = jax.block_until_ready(compiled(grads, opt_state, params))
         times.append(time.perf_counter() - started)
     return 1e3 * float(np.median(times))
+
+
+def _guard(opt_state: Any) -> SkipStepState | FiniteGateState | None:
+    """The state of the outermost guard."""
+    return next(iter(states_of((SkipStepState, FiniteGateState), opt_state)), None)
 
 
 def _bytes(tree: Any) -> int:
