@@ -1,12 +1,13 @@
 """A direction for the roles it suits, another optimizer for the rest."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Hashable
 from typing import Any
 
 import jax
 import optax
 
 from .adam import adamw
+from .curvature import with_whole_curvature
 from .decay import Mask, decay_or_identity
 from .learning_rate import as_fallback, scale_by_learning_rate
 from .roles import Role, Rules, assign_roles
@@ -57,4 +58,8 @@ def by_role(
         found = assign_roles(params, rules)
         return jax.tree.map(lambda role: name if role in roles else "fallback", found)
 
-    return optax.partition({name: chain, "fallback": as_fallback(fallback)}, labels)
+    parts: dict[Hashable, optax.GradientTransformation] = {
+        name: chain,
+        "fallback": as_fallback(fallback),
+    }
+    return with_whole_curvature(optax.partition(parts, labels))

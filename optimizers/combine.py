@@ -8,6 +8,7 @@ import optax
 
 from ..core.arguments import checked
 from ..core.tree_checks import is_part
+from .curvature import with_whole_curvature
 from .roles import COMMON_RULES, Role, Rules, assign_roles, path_string
 
 
@@ -76,4 +77,4 @@ def combine_by_role(
         return found
 
     transforms: dict[Hashable, optax.GradientTransformation] = {**optimizers}
-    return optax.partition(transforms, labels)
+    return with_whole_curvature(optax.partition(transforms, labels))

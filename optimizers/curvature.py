@@ -2,6 +2,10 @@
 
 An estimator is a function ``(params, key) -> tree like params``. It closes over the batch, so a new
 one is made at every step, and :func:`scale_by_sophia` calls it at some of them.
+
+An optimizer of a part of the parameters calls it with that part alone. `combine_by_role` and optimizers
+with a fallback fill in the rest; in ``optax.masked`` and ``optax.partition``, give the estimator
+``params=``.
 """
 
 from collections.abc import Callable
@@ -12,7 +16,9 @@ import jax.numpy as jnp
 import optax
 
 from ..core.arguments import checked
+from ..core.tree_checks import is_part
 from ._arithmetic import wide
+from ._transformation import with_extra_args
 
 Curvature = Callable[[Any, jax.Array], Any]
 """From parameters and a random key to an estimate of the diagonal, a tree like the parameters."""
@@ -22,6 +28,7 @@ Curvature = Callable[[Any, jax.Array], Any]
 def gauss_newton_bartlett(
     logits_fn: Callable[[Any], jax.Array],
     *,
+    params: optax.Params | None = None,
     where: jax.Array | None = None,
     axis_name: Any = None,
 ) -> Curvature:
@@ -36,6 +43,7 @@ def gauss_newton_bartlett(
 
     Args:
       logits_fn: from parameters to logits `[..., classes]` of the batch at hand.
+      params: all parameters, for an optimizer of a part of them: the rest is held fixed.
       where: `[...]`, which predictions count; by default all.
       axis_name: under ``shard_map``, the mesh axes over which the batch is split: every device samples
         its own labels, gradients are averaged over all. Not needed under ``jit``.
@@ -51,13 +59,15 @@ def gauss_newton_bartlett(
       (2, 3)
     """
 
+    logits_of = _of_part(logits_fn, params)
+
     def estimate(params: Any, key: jax.Array) -> Any:
         params = _varying(params, axis_name)
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
 
         def total_loss(params: Any) -> tuple[jax.Array, jax.Array]:
-            logits = wide(logits_fn(params))
+            logits = wide(logits_of(params))
             labels = jax.random.categorical(key, jax.lax.stop_gradient(logits))
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
             counted = jnp.ones(losses.shape, bool) if where is None else where.astype(bool)
@@ -74,7 +84,11 @@ def gauss_newton_bartlett(
 
 @checked
 def hutchinson(
-    loss_fn: Callable[[Any], jax.Array], *, samples: int = 1, axis_name: Any = None
+    loss_fn: Callable[[Any], jax.Array],
+    *,
+    params: optax.Params | None = None,
+    samples: int = 1,
+    axis_name: Any = None,
 ) -> Curvature:
     r"""Products of the Hessian with random signs (Sophia-H).
 
@@ -85,6 +99,7 @@ def hutchinson(
 
     Args:
       loss_fn: from parameters to the mean loss of the batch at hand.
+      params: all parameters, for an optimizer of a part of them: the rest is held fixed.
       samples: S.
       axis_name: under ``shard_map``, the mesh axes over which the batch is split: all devices take the
         same signs, products are averaged. Not needed under ``jit``.
@@ -103,10 +118,12 @@ def hutchinson(
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples!r}.")
 
+    loss_of = _of_part(loss_fn, params)
+
     def once(params: Any, key: jax.Array) -> Any:
         signs = optax.tree.random_like(key, params, sampler=jax.random.rademacher)
         point, tangent = _varying((params, signs), axis_name)
-        _, product = jax.jvp(jax.grad(loss_fn), (point,), (tangent,))
+        _, product = jax.jvp(jax.grad(loss_of), (point,), (tangent,))
         if axis_name is not None:
             product = jax.lax.pmean(product, axis_name)
         return jax.tree.map(lambda r, hr: wide(r) * wide(hr), signs, product)
@@ -116,6 +133,50 @@ def hutchinson(
         return jax.tree.map(lambda h: jnp.mean(h, axis=0), found)
 
     return estimate
+
+
+def filled(part: Any, whole: Any) -> Any:
+    """`part`, with the leaves of `whole` where `optax.masked` or `optax.partition` took them out."""
+    is_taken = lambda node: isinstance(node, optax.MaskedNode)
+    return jax.tree.map(
+        lambda node, rest: rest if is_taken(node) else node, part, whole, is_leaf=is_taken
+    )
+
+
+def with_whole_curvature(
+    tx: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """`tx`, which splits the parameters, so that ``curvature=`` is always called with all of them."""
+    inner = optax.with_extra_args_support(tx)
+
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
+    ) -> tuple[optax.Updates, Any]:
+        curvature = extra.get("curvature")
+        if curvature is not None and params is not None:
+            extra["curvature"] = lambda part, key: curvature(filled(part, params), key)
+        return inner.update(updates, state, params, **extra)
+
+    return with_extra_args(inner.init, update)
+
+
+def _of_part(function: Callable[[Any], Any], whole: Any) -> Callable[[Any], Any]:
+    """A function of all parameters, as one of those that `whole` is not needed for."""
+
+    def call(params: Any) -> Any:
+        if whole is not None:
+            return function(filled(params, whole))
+        try:
+            return function(params)
+        except Exception as error:
+            if not is_part(params):
+                raise
+            raise ValueError(
+                "the optimizer has a part of the parameters, and the model needs all; give the "
+                "estimator all of them, as in gauss_newton_bartlett(logits_fn, params=params)."
+            ) from error
+
+    return call
 
 
 def _varying(tree: Any, axis_name: Any) -> Any:

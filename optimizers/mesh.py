@@ -7,6 +7,7 @@ spreads the state of an element-wise one over the devices that would hold copies
 """
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -69,7 +70,8 @@ def on_mesh(
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation with parameters sharded as said, under a mesh with `Auto` axes.
 
-    Inside, axes are `Explicit`; results are `Auto` again. Under an `Explicit` mesh it changes nothing.
+    Inside, axes are `Explicit`; results are `Auto` again, and so are parameters for ``curvature=``.
+    Under an `Explicit` mesh it changes nothing.
 
     Args:
       tx: any transformation that works under an `Explicit` mesh, as all of Ravine's do.
@@ -128,6 +130,8 @@ def on_mesh(
         state_specs = jax.tree.map(lambda s: s.spec, state_shardings(tx, structs))
         # Functions, as Sophia's curvature, are no arguments of a traced function.
         functions = {name: value for name, value in extra.items() if callable(value)}
+        if "curvature" in functions:
+            functions["curvature"] = _with_auto_axes(functions["curvature"])
         arrays = {name: value for name, value in extra.items() if not callable(value)}
         whole = jax.tree.map(lambda _: PartitionSpec(), arrays)
         params_specs = None if params is None else param_specs
@@ -204,6 +208,22 @@ def check_specs(params: Any, specs: Any, mesh: Any) -> None:
                 )
 
     jax.tree_util.tree_map_with_path(check, params, specs)
+
+
+def _with_auto_axes(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function from a tree to one like it, computed with `Auto` axes where the tree's are `Explicit`.
+
+    An optimizer works with the latter, and hands its curvature parameters of that kind; the model, under
+    an `Auto` mesh, wants the former.
+    """
+
+    def call(tree: Any, *arguments: Any) -> Any:
+        if mesh_of(jax.tree.leaves(tree)[0]) is None:
+            return function(tree, *arguments)
+        shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, tree)
+        return jax.sharding.auto_axes(function, out_sharding=shardings)(tree, *arguments)
+
+    return call
 
 
 def _split_names(leaf: Any) -> Any:

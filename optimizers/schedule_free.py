@@ -136,10 +136,11 @@ def schedule_free_eval_params(opt_state: Any, params: optax.Params) -> optax.Par
     Args:
       opt_state: the optimizer's whole state, however deep `schedule_free` is in it: chained, masked,
         partitioned, accumulated.
-      params: the parameters in training.
+      params: the parameters in training; with ``optimizer.opt_state`` of a ``flax.nnx.Optimizer``, the
+        ``nnx.state(model, nnx.Param)`` that it is for; the result goes to ``nnx.update(model, ...)``.
 
     Raises:
-      ValueError: if there is no `schedule_free` in the state.
+      ValueError: if there is no `schedule_free` in the state, or it is for other parameters.
 
     Example:
       >>> import jax.numpy as jnp, optax, ravine
@@ -151,12 +152,20 @@ def schedule_free_eval_params(opt_state: Any, params: optax.Params) -> optax.Par
     found = states_of(ScheduleFreeState, opt_state)
     if not found:
         raise ValueError("this state holds no schedule_free; evaluate the parameters themselves.")
-    is_masked = lambda node: isinstance(node, optax.MaskedNode)
+    # By their paths, as variables of Flax NNX are of one kind in the state and of another in the model,
+    # and what is masked is not in the state.
+    averages: dict[Any, Any] = {}
     for state in found:
-        params = jax.tree.map(
-            lambda x, p: p if is_masked(x) else cast(x, p.dtype), state.x, params, is_leaf=is_masked
+        averages |= dict(jax.tree_util.tree_leaves_with_path(state.x))
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+    if unknown := averages.keys() - dict(leaves).keys():
+        path = jax.tree_util.keystr(next(iter(unknown)))
+        raise ValueError(
+            f"the state has an average of {path}, which is not in params; give the parameters that the "
+            "optimizer was made for, nnx.state(model, nnx.Param) of a Flax NNX model."
         )
-    return params
+    best = [cast(averages.get(path, p), p.dtype) for path, p in leaves]
+    return jax.tree.unflatten(structure, best)
 
 
 @checked

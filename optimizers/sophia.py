@@ -57,7 +57,8 @@ def scale_by_sophia(
     The update takes ``curvature=``, a function from parameters and a random key to
     :math:`\hat h`, as :func:`gauss_newton_bartlett` or :func:`hutchinson` makes it from the batch at
     hand. It is called every k updates, inside ``lax.cond``; its key comes from `seed` and the count, so
-    that all devices and restarts agree. A step it is called at uses what it finds.
+    that all devices and restarts agree. In ``optax.masked`` and ``optax.partition`` give it
+    ``params=``. A step it is called at uses what it finds.
 
     ``win_rate`` in the state, the share of coordinates that are not clipped, is healthy between 0.1
     and 0.5; tune `rho` by it.

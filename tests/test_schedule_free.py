@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 import ravine
+from flax import nnx
 
 
 def run(tx, params, grads, steps):
@@ -81,3 +82,35 @@ def test_muon_may_be_the_base():
     params = {"kernel": jnp.ones((4, 3))}
     params, state = run(tx, params, {"kernel": jnp.eye(4, 3)}, 2)
     assert jnp.all(jnp.isfinite(ravine.schedule_free_eval_params(state, params)["kernel"]))
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_flax_models_are_evaluated_at_the_average(jitted):
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    plain = nnx.as_pure(nnx.state(model, nnx.Param))
+    tx = optax.chain(optax.clip(1.0), ravine.schedule_free_sgd(0.5))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    def step(model, optimizer):
+        optimizer.update(model, nnx.grad(lambda m: jnp.sum(m(jnp.ones((1, 2))) ** 2))(model))
+
+    step = nnx.jit(step) if jitted else step
+    for _ in range(3):
+        step(model, optimizer)
+    graphdef = nnx.graphdef(model)
+    loss = lambda p: jnp.sum(nnx.merge(graphdef, p)(jnp.ones((1, 2))) ** 2)
+    state, params = tx.init(plain), plain
+    for _ in range(3):
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        params = optax.apply_updates(params, updates)
+    average = ravine.schedule_free_eval_params(optimizer.opt_state, nnx.state(model, nnx.Param))
+    nnx.update(model, average)
+    expected = ravine.schedule_free_eval_params(state, params)
+    found = nnx.as_pure(nnx.state(model, nnx.Param))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)
+
+
+def test_parameters_of_another_model_are_refused():
+    state = ravine.schedule_free_sgd(0.5).init({"a": jnp.ones(2)})
+    with pytest.raises(ValueError, match=r"average of \['a'\], which is not in params"):
+        ravine.schedule_free_eval_params(state, {"b": jnp.ones(2)})

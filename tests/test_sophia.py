@@ -112,23 +112,6 @@ def test_equals_optaxs_sophia_where_the_hessian_is_constant():
     np.testing.assert_allclose(mine, other, rtol=2e-5)
 
 
-def test_by_role_with_the_whole_parameters_bound():
-    params = {"kernel": WEIGHTS, "bias": jnp.zeros(3)}
-    whole = ravine.gauss_newton_bartlett(lambda p: INPUTS @ p["kernel"] + p["bias"][None])
-    tx = ravine.combine_by_role(
-        {"sophia": ravine.sophia_g(0.1, start=0), "sgd": ravine.sgd(0.1)},
-        {"matrix": "sophia", "bias": "sgd"},
-    )
-    grads = jax.tree.map(jnp.ones_like, params)
-    curvature = lambda _, key: whole(params, key)
-    _, state = jax.jit(functools.partial(tx.update, curvature=curvature))(
-        grads, tx.init(params), params
-    )
-    nu = optax.tree.get(state, "nu")
-    assert jnp.all(nu["kernel"] > 0)
-    assert isinstance(nu["bias"], optax.MaskedNode)
-
-
 def test_in_an_nnx_loop():
     model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
     labels = jnp.argmax(INPUTS[:, :3], axis=-1)

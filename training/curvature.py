@@ -5,6 +5,8 @@ from typing import Any
 
 from flax import nnx
 
+from ..optimizers.curvature import filled
+
 
 def of_parameters(
     model: nnx.Module, function: Callable[[Any], Any], wrt: Any = nnx.Param
@@ -14,7 +16,8 @@ def of_parameters(
     Works inside ``nnx.jit``, with batches sharded or not.
 
     Args:
-      model: the model; what is not a parameter in it is held fixed.
+      model: the model. What is not a parameter in it, as the statistics of ``nnx.BatchNorm`` and the
+        keys of ``nnx.Dropout``, has the values that it has now, and does not change.
       function: from a model to logits or to a loss.
       wrt: which variables are parameters, as for ``nnx.Optimizer``.
 
@@ -30,5 +33,7 @@ def of_parameters(
       >>> logits = of_parameters(model, lambda m: m(inputs))
       >>> _ = optimizer.update(model, grads, curvature=ravine.gauss_newton_bartlett(logits))
     """
-    graphdef, _, rest = nnx.split(model, wrt, ...)
-    return lambda params: function(nnx.merge(graphdef, params, rest))
+    graphdef, own, rest = nnx.split(model, wrt, ...)
+    own, rest = nnx.as_pure((own, rest))
+    # From values alone, so that batch statistics and keys of dropout change in the copy only.
+    return lambda params: function(nnx.merge(graphdef, filled(params, own), rest))

@@ -191,8 +191,8 @@ def _train(
     guard = _guard(state.opt_state)
     if guard and int(guard.skipped) >= done:
         warnings.warn(
-            f"{outcome.name} learned nothing: all {done} steps were skipped, as their losses or gradients "
-            "were not finite; look at the data and the model before the learning rate.",
+            f"{outcome.name} learned nothing: all {done} steps were skipped, as their losses or "
+            "gradients were not finite; look at the data and the model before the learning rate.",
             stacklevel=3,
         )
         outcome.status = "diverged"

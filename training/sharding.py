@@ -5,14 +5,13 @@ here of parameters, of the batch, and, by `constrained`, of the stream through t
 """
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ..core.checks import near
-from ..optimizers.matrix.placement import mesh_of
 from ..optimizers.mesh import check_specs
 from ..optimizers.roles import path_string
 from .presets import ModelShape
@@ -167,22 +166,6 @@ def constrained(x: jax.Array, *entries: str | None) -> jax.Array:
     rows = tuple(name for name in ROWS if name in mesh.shape)
     named = {"rows": rows, **{name: name for name in mesh.axis_names}}
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*map(named.get, entries)))
-
-
-def with_auto_axes(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function from a tree to one like it, computed with `Auto` axes where the tree's are `Explicit`.
-
-    An optimizer works with the latter, and hands its curvature parameters of that kind; the model wants
-    the former.
-    """
-
-    def call(tree: Any, *arguments: Any) -> Any:
-        if mesh_of(jax.tree.leaves(tree)[0]) is None:
-            return function(tree, *arguments)
-        shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, tree)
-        return jax.sharding.auto_axes(function, out_sharding=shardings)(tree, *arguments)
-
-    return call
 
 
 def sharded_parameters(shape: ModelShape, mesh: Mesh, *, layers_only: bool = False) -> Any:

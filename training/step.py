@@ -15,7 +15,7 @@ from ..optimizers.mesh import on_mesh, state_shardings
 from ..stability import cross_entropy, logit_statistics, next_token_loss, token_mean
 from .gradients import micro_batch_value_and_grad
 from .model import ModelConfig, Transformer
-from .sharding import parameter_shardings, with_auto_axes
+from .sharding import parameter_shardings
 
 Batch = Any  # int32 [B, T + 1]: inputs are [:, :-1], targets [:, 1:]
 
@@ -161,7 +161,7 @@ def make_train_step(
         logits = lambda params: nnx.merge(graphdef, params)(inputs)
         extra = {
             "loss": loss,
-            "curvature": with_auto_axes(gauss_newton_bartlett(logits)),
+            "curvature": gauss_newton_bartlett(logits, params=state.params),
             "max_logits": jnp.max(highest_NxLxH, axis=0),
         }
         if monitor_every:
