@@ -16,6 +16,7 @@ import optax
 import ravine
 from measure import Contender, heading, write
 from peers.gpt_tree import fill, gpt_tree
+from ravine.optimizers.roles import IN_OUT
 
 PAIRS = {
     "sgd": (lambda: ravine.sgd(1e-3), lambda: optax.sgd(1e-3)),
@@ -70,7 +71,7 @@ MICRO_STEPS = 8
 
 def accumulation(repeats: int) -> tuple[float, float, float]:
     """Milliseconds of eight micro-steps of Muon, by `accumulate` and by `optax.MultiSteps`."""
-    muon = ravine.muon(0.02, rules=[(".*", "matrix")])
+    muon = ravine.muon(0.02, rules=[(".*", "matrix", IN_OUT)])
     txs = (ravine.accumulate(muon, MICRO_STEPS), optax.MultiSteps(muon, MICRO_STEPS))
     contenders = [Contender(tx, gpt_tree()) for tx in txs]
     for contender in contenders:

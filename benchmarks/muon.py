@@ -18,6 +18,7 @@ import optax
 import ravine
 from measure import Contender, heading, write
 from peers.gpt_tree import fill, gpt_tree
+from ravine.optimizers.roles import IN_OUT
 
 
 def many_leaves() -> dict:
@@ -30,7 +31,7 @@ def many_leaves() -> dict:
 
 
 def ours() -> optax.GradientTransformation:
-    return ravine.muon(0.02, rules=[(".*", "matrix")], weight_decay=0.0)
+    return ravine.muon(0.02, rules=[(".*", "matrix", IN_OUT)], weight_decay=0.0)
 
 
 def theirs() -> optax.GradientTransformation:

@@ -21,9 +21,10 @@ import optax
 import ravine
 from measure import Contender, heading, write
 from peers.gpt_tree import gpt_tree
+from ravine.optimizers.roles import IN_OUT
 
 HERE = Path(__file__).parent
-RULES = ((".*", "matrix"),)
+RULES = ((".*", "matrix", IN_OUT),)
 OURS = {
     "ravine.shampoo": lambda: ravine.shampoo(1e-3, rules=RULES),
     "ravine.shampoo, staggered": lambda: ravine.shampoo(1e-3, rules=RULES, staggered=True),

@@ -15,6 +15,7 @@ from .cautious import cautious, cautious_adamw, cautious_lion
 from .combine import combine_by_role
 from .curvature import gauss_newton_bartlett, hutchinson
 from .decay import AddDecayedWeightsState, add_cautious_decay, add_decayed_weights, with_decay
+from .explain import explain
 from .fixed_norm import KeepParameterNormState, keep_parameter_norm, scale_by_parameter_norm
 from .graft import GraftState, graft
 from .inject import inject_hyperparams
@@ -22,6 +23,7 @@ from .kl_shampoo import ScaleByKLShampooState, kl_shampoo, scale_by_kl_shampoo
 from .learning_rate import ScaleByLearningRateState, scale_by_learning_rate
 from .lion import ScaleByLionState, lion, scale_by_lion
 from .mars import ReduceVarianceState, mars, reduce_variance
+from .matrix.layout import MatrixAxes
 from .matrix_scale import scale_by_matrix_shape
 from .mesh import on_mesh, split_state, state_shardings
 from .momentum import (
@@ -43,6 +45,17 @@ from .neuron_norm import (
 from .orthogonal import orthogonalize
 from .registry import OptimizerConfig, names, register
 from .rmsprop import ScaleByRmspropState, rmsprop, scale_by_rmsprop
+from .roles import (
+    COMMON_RULES,
+    EQUINOX_RULES,
+    HAIKU_RULES,
+    HUGGING_FACE_RULES,
+    LINEN_RULES,
+    MAXTEXT_RULES,
+    NNX_RULES,
+    Rule,
+    role_table,
+)
 from .schedule_free import (
     ScheduleFreeState,
     schedule_free,
@@ -86,12 +99,21 @@ for _builder in (
     register(_builder.__name__, _builder)
 
 __all__ = [
+    "COMMON_RULES",
+    "EQUINOX_RULES",
+    "HAIKU_RULES",
+    "HUGGING_FACE_RULES",
+    "LINEN_RULES",
+    "MAXTEXT_RULES",
+    "NNX_RULES",
     "AccumulateState",
     "AddDecayedWeightsState",
     "GraftState",
     "KeepParameterNormState",
+    "MatrixAxes",
     "OptimizerConfig",
     "ReduceVarianceState",
+    "Rule",
     "ScaleByAdagradState",
     "ScaleByAdamState",
     "ScaleByAdanState",
@@ -124,6 +146,7 @@ __all__ = [
     "cautious_lion",
     "combine_by_role",
     "equilibrate",
+    "explain",
     "gauss_newton_bartlett",
     "graft",
     "hutchinson",
@@ -144,6 +167,7 @@ __all__ = [
     "renormalize",
     "restart_adan",
     "rmsprop",
+    "role_table",
     "scale_by_adagrad",
     "scale_by_adam",
     "scale_by_adan",

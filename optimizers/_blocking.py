@@ -180,6 +180,25 @@ def blockings_of(
     return [blocking(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
+def blocks_in_words(blockings: Sequence[Blocking]) -> list[str]:
+    """Of every leaf its blocks, and the sizes of their factors."""
+
+    def words(batch: int, grid: BlockGrid, marks: tuple[bool, ...]) -> str:
+        sizes = "x".join(map(str, grid.sizes)) or "1"
+        factors = ", ".join(
+            str(n) if has else "none" for n, has in zip(grid.sizes, marks, strict=True)
+        )
+        count = batch * math.prod(grid.counts)
+        return f"{count} block{'s' if count > 1 else ''} of {sizes}, factors of {factors or 'none'}"
+
+    found = []
+    for blocking in blockings:
+        lengths = [1] if blocking.layout is None else [p[0] for p in blocking.layout.pieces]
+        parts = zip(lengths, blocking.grids, blocking.factored, strict=True)
+        found.append("; ".join(words(*part) for part in parts))
+    return found
+
+
 def _factored(shape: tuple[int, ...], limit: int, sides: Sides) -> tuple[bool, ...]:
     within = [0 < size <= limit for size in shape]
     if sides != "both" and len(shape) > 1:

@@ -1,26 +1,31 @@
 """A direction for the roles it suits, another optimizer for the rest."""
 
-from collections.abc import Collection, Hashable
+import functools
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 import optax
 
+from ..core.tree_checks import is_part
+from ._matrices import DEFAULT_AXES, Axes
+from ._transformation import with_extra_args
 from .adam import adamw
 from .curvature import with_whole_curvature
 from .decay import Mask, decay_or_identity
 from .learning_rate import as_fallback, scale_by_learning_rate
-from .roles import Role, Rules, assign_roles
+from .matrix.layout import MatrixAxes
+from .roles import Role, Rules, check_roles, complete, decide, matrices
 
 
 def by_role(
     name: str,
-    direction: optax.GradientTransformation,
+    direction: Callable[[Axes], optax.GradientTransformation],
     learning_rate: optax.ScalarOrSchedule,
     *,
     weight_decay: optax.ScalarOrSchedule,
     weight_decay_mask: Mask | None,
-    rules: Rules,
+    rules: Rules | None,
     roles: Collection[Role],
     fallback: optax.GradientTransformation | None,
     decay: optax.GradientTransformation | None = None,
@@ -31,11 +36,11 @@ def by_role(
 
     Args:
       name: of the first part, in the state of ``optax.partition``.
-      direction: for trees of those parameters alone.
+      direction: for trees of those parameters alone, made of the rows and columns of each, by path.
       learning_rate: of the direction.
       weight_decay: of both.
       weight_decay_mask: of both.
-      rules: role rules.
+      rules: role rules; None for the default.
       roles: those the direction takes.
       fallback: complete with its learning rate; None for AdamW with b2 0.95.
       decay: takes the place of decoupled decay.
@@ -52,14 +57,40 @@ def by_role(
             weight_decay=weight_decay,
             weight_decay_mask=weight_decay_mask,
         )
-    chain = optax.chain(direction, decay, scale_by_learning_rate(learning_rate))
+    fallback = as_fallback(fallback)
+    complete(rules)
+    check_roles(f"the roles of {name}", roles)
+    link = scale_by_learning_rate(learning_rate)
+    direction(DEFAULT_AXES)  # Values out of range are refused here, before there are parameters.
 
-    def labels(params: Any) -> Any:
-        found = assign_roles(params, rules)
-        return jax.tree.map(lambda role: name if role in roles else "fallback", found)
+    @functools.lru_cache(maxsize=8)
+    def chain(axes: tuple[tuple[str, MatrixAxes], ...]) -> optax.GradientTransformation:
+        return optax.chain(direction(dict(axes).__getitem__), decay, link)
 
-    parts: dict[Hashable, optax.GradientTransformation] = {
-        name: chain,
-        "fallback": as_fallback(fallback),
-    }
-    return with_whole_curvature(optax.partition(parts, labels))
+    def parts(tree: Any) -> optax.GradientTransformationExtraArgs:
+        decided = decide(tree, rules, roles)
+        mine = tuple((d.path, d.axes) for d in decided if d.role in roles and d.axes is not None)
+        if decided and not mine and not is_part(tree):
+            raise ValueError(
+                f"{name} gets no parameter: none has the role {' or '.join(roles)}; correct the rules, "
+                "or take the optimizer that the rest is left to."
+            )
+        labels = [name if d.role in roles else "fallback" for d in decided]
+        labels = jax.tree.unflatten(jax.tree.structure(tree), labels)
+        return optax.partition({name: chain(mine), "fallback": fallback}, lambda _: labels)
+
+    def init(params: Any) -> Any:
+        return parts(params).init(params)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        return parts(updates).update(updates, state, params, **extra)
+
+    def describe(tree: Any) -> dict[str, list[Any]]:
+        decided = decide(tree, rules, roles)
+        return {
+            "optimizer": [name if d.role in roles else "fallback" for d in decided],
+            "role": [d.role for d in decided],
+            "matrices": [matrices(d) if d.role in roles else "-" for d in decided],
+        }
+
+    return with_whole_curvature(with_extra_args(init, update, describe))

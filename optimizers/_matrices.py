@@ -18,6 +18,12 @@ Axes = MatrixAxes | Callable[[str], MatrixAxes]
 """Axes of all leaves, or a function from a leaf's path to its axes."""
 
 
+def axes_of_leaves(tree: Any, axes: Axes) -> list[MatrixAxes]:
+    """The axes of every leaf, in the order of the leaves."""
+    paths = [path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    return [axes if isinstance(axes, MatrixAxes) else axes(path) for path in paths]
+
+
 def layouts_of(tree: Any, axes: Axes) -> list[Layout]:
     """The layout of every leaf, in the order of the leaves."""
 

@@ -8,6 +8,14 @@ import jax.numpy as jnp
 
 from ._arithmetic import wide
 
+NO_METRICS: Any = 0.0
+"""In the place of metrics where no parameter is known: one leaf, a prefix of any of them."""
+
+
+def total_norm(norms: Sequence[jax.Array]) -> jax.Array:
+    """The norm of all together."""
+    return jnp.sqrt(sum((jnp.square(norm) for norm in norms), start=jnp.zeros([], jnp.float32)))
+
 
 def sizes_by_role(what: str, tree: Any, roles: Any, known: Sequence[str]) -> dict[str, jax.Array]:
     """``what_norm/role`` and ``what_rms/role``, float32, for every known role; 0 where none has it.

@@ -1,24 +1,74 @@
-"""Constructors of transformations, typed for states that are `NamedTuple`s of our own."""
+"""Constructors of transformations, typed for states that are `NamedTuple`s of our own.
 
-from collections.abc import Callable
-from typing import Any
+What is made here can be watched: while :func:`watching`, every `init` tells which parameters it was
+given, and what its link does to each. So a whole optimizer explains itself, through ``optax.chain``,
+``partition`` and ``masked``, in the words of the code that runs.
+"""
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import optax
 
+Describe = Callable[[Any], Mapping[str, Any]]
+"""From the parameters to what is to be said: texts of all of them, or lists with one for each leaf."""
+
+
+class Link(NamedTuple):
+    """A transformation, and the parameters it was given."""
+
+    name: str  # of the function that makes it
+    params: Any
+    says: Mapping[str, Any]
+
+
+_links: contextvars.ContextVar[list[Link] | None] = contextvars.ContextVar("links", default=None)
+
 
 def transformation(
-    init: Callable[..., Any], update: Callable[..., tuple[Any, Any]]
+    init: Callable[..., Any],
+    update: Callable[..., tuple[Any, Any]],
+    describe: Describe | None = None,
 ) -> optax.GradientTransformation:
-    """`optax.GradientTransformation(init, update)`."""
-    return optax.GradientTransformation(init, update)
+    """`optax.GradientTransformation(init, update)`, that can be watched."""
+    return optax.GradientTransformation(_watched(init, update, describe), update)
 
 
 def with_extra_args(
-    init: Callable[..., Any], update: Callable[..., tuple[Any, Any]]
+    init: Callable[..., Any],
+    update: Callable[..., tuple[Any, Any]],
+    describe: Describe | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """`optax.GradientTransformationExtraArgs(init, update)`."""
-    return optax.GradientTransformationExtraArgs(init, update)
+    """`optax.GradientTransformationExtraArgs(init, update)`, that can be watched."""
+    return optax.GradientTransformationExtraArgs(_watched(init, update, describe), update)
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[list[Link]]:
+    """Collects the links whose `init` is called inside, in the order of the calls."""
+    links: list[Link] = []
+    token = _links.set(links)
+    try:
+        yield links
+    finally:
+        _links.reset(token)
+
+
+def _watched(init: Any, update: Any, describe: Describe | None) -> Callable[..., Any]:
+    name = update.__qualname__.partition(".")[0].lstrip("_")
+
+    @functools.wraps(init)
+    def watched(params: Any, *args: Any, **kwargs: Any) -> Any:
+        links = _links.get()
+        if links is not None:
+            links.append(Link(name, params, {} if describe is None else describe(params)))
+        return init(params, *args, **kwargs)
+
+    return watched
 
 
 def states_of(kind: type | tuple[type, ...], opt_state: Any) -> list[Any]:

@@ -8,19 +8,20 @@ import optax
 
 from ..core.arguments import checked
 from ..core.tree_checks import is_part
+from ._transformation import with_extra_args
 from .curvature import with_whole_curvature
-from .roles import COMMON_RULES, Role, Rules, assign_roles, path_string
+from .roles import Role, Rules, assign_roles, check_roles, complete, path_string
 
 
 @checked
 def combine_by_role(
     optimizers: Mapping[str, optax.GradientTransformation],
     assignment: Mapping[Role, str],
-    rules: Rules = COMMON_RULES,
+    rules: Rules | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Gives every parameter the optimizer of its role: ``optax.partition`` with role rules.
 
-    ``role_table(params, rules, assignment)`` prints who gets what.
+    :func:`ravine.explain` prints who gets what.
 
     Args:
       optimizers: name -> optimizer, complete with its learning rate.
@@ -34,18 +35,19 @@ def combine_by_role(
 
     Example:
       >>> import jax.numpy as jnp, ravine
-      >>> from ravine.optimizers.roles import role_table
       >>> params = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
       >>> assignment = {"matrix": "lion", "bias": "sgd"}
       >>> tx = ravine.combine_by_role(
       ...     {"lion": ravine.lion(1e-4), "sgd": ravine.sgd(0.1)}, assignment
       ... )
       >>> state = tx.init(params)
-      >>> print(role_table(params, ravine.optimizers.roles.COMMON_RULES, assignment))
+      >>> print(ravine.role_table(params, tx=tx))
       path          shape   role    matrices                      optimizer  decay
       dense/bias    (3,)    bias    -                             sgd        no
       dense/kernel  (2, 3)  matrix  [batch 1, rows 2, columns 3]  lion       no
     """
+    complete(rules)
+    check_roles("the assignment", list(assignment))
     for role, name in assignment.items():
         if name not in optimizers:
             raise ValueError(
@@ -77,4 +79,13 @@ def combine_by_role(
         return found
 
     transforms: dict[Hashable, optax.GradientTransformation] = {**optimizers}
-    return with_whole_curvature(optax.partition(transforms, labels))
+    inner = optax.partition(transforms, labels)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        return inner.update(updates, state, params, **extra)
+
+    def describe(params: Any) -> dict[str, list[Any]]:
+        roles = jax.tree.leaves(assign_roles(params, rules))
+        return {"optimizer": jax.tree.leaves(labels(params)), "role": roles}
+
+    return with_whole_curvature(with_extra_args(inner.init, update, describe))

@@ -29,7 +29,7 @@ from ..core.checks import check_non_negative
 from ..core.tree_checks import as_mask, check_mask, check_params_given
 from ._arithmetic import cast, increment, scalar, wide_dtype
 from ._transformation import transformation
-from .learning_rate import evaluate, scale_by_learning_rate
+from .learning_rate import evaluate, in_words, scale_by_learning_rate
 
 Mask = Annotated[
     Any | Callable[[optax.Params], Any], as_mask, "a tree of booleans, or a function that makes one"
@@ -116,7 +116,11 @@ def add_decayed_weights(
         state = AddDecayedWeightsState(increment(state.count))
         return jax.tree.map(decayed, updates, params), state
 
-    tx = transformation(init, update)
+    def describe(params: optax.Params) -> dict[str, str]:
+        del params
+        return {"decay": in_words(weight_decay) + ("" if form == "coupled" else f" {form}")}
+
+    tx = transformation(init, update, describe)
     if mask is None:
         return tx
     masked = optax.masked(tx, mask)
@@ -125,7 +129,7 @@ def add_decayed_weights(
         check_mask(mask, params, "weight_decay_mask")
         return masked.init(params)
 
-    return transformation(checked_init, masked.update)
+    return optax.GradientTransformation(checked_init, masked.update)
 
 
 def _is_zero(value: Any) -> bool:

@@ -21,7 +21,7 @@ import optax
 from ..core.arguments import checked
 from ..core.checks import check_decay_rates, check_non_negative, check_positive
 from ._arithmetic import cast, cast_like, ema, increment, lerp, wide, wide_zeros_like
-from ._blocking import Blocking, Sides, blockings_of, check_blocking
+from ._blocking import Blocking, Sides, blockings_of, blocks_in_words, check_blocking
 from ._by_role import by_role
 from ._leaves import at_leaves, from_leaves
 from ._matrices import Axes
@@ -34,7 +34,7 @@ from .matrix.kronecker import mode_gram, mode_product, rotate
 from .matrix.refresh import Refresh, refreshed
 from .matrix.shards import flat_axes, flat_batch, reshape
 from .matrix.together import Unit, together
-from .roles import COMMON_RULES, Role, Rules, axes_of_path
+from .roles import Role, Rules
 from .shampoo import SHAMPOO_ROLES
 
 
@@ -219,7 +219,10 @@ def scale_by_kl_shampoo(
         del params
         return on_mesh(updates, state, blockings(updates))
 
-    return transformation(init, update)
+    def describe(params: optax.Params) -> dict[str, list[str]]:
+        return {"how": blocks_in_words(blockings(params))}
+
+    return transformation(init, update, describe)
 
 
 def _unit(blocks: jax.Array, mean: jax.Array, factors: Sequence[KLFactor | None]) -> Unit:
@@ -332,7 +335,7 @@ def kl_shampoo(
     mu_dtype: Any = None,
     weight_decay: optax.ScalarOrSchedule = 0.01,
     weight_decay_mask: Mask | None = None,
-    rules: Rules = COMMON_RULES,
+    rules: Rules | None = None,
     shampoo_roles: Collection[Role] = SHAMPOO_ROLES,
     fallback: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformation:
@@ -344,7 +347,7 @@ def kl_shampoo(
         :func:`scale_by_kl_shampoo`.
       weight_decay: multiplied by the learning rate; also that of the default fallback.
       weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
-      rules: role rules; by default those for Ravine's, NNX's and Linen's names.
+      rules: role rules; by default ``ravine.COMMON_RULES``.
       shampoo_roles: the roles that it takes; all need rows and columns.
       fallback: the optimizer of all other parameters, complete with its learning rate; by default
         AdamW at the same learning rate.
@@ -361,7 +364,8 @@ def kl_shampoo(
       >>> tx = ravine.kl_shampoo(1e-3, every=5)
       >>> updates, state = tx.update(params, tx.init(params), params)
     """
-    direction = scale_by_kl_shampoo(
+    direction = functools.partial(
+        scale_by_kl_shampoo,
         b1,
         b2,
         eps,
@@ -371,12 +375,11 @@ def kl_shampoo(
         block=block,
         limit=limit,
         sides=sides,
-        axes=lambda path: axes_of_path(path, rules),
         mu_dtype=mu_dtype,
     )
     return by_role(
         "kl_shampoo",
-        direction,
+        lambda axes: direction(axes=axes),
         learning_rate,
         weight_decay=weight_decay,
         weight_decay_mask=weight_decay_mask,

@@ -48,6 +48,14 @@ def evaluate(value: Any, count: jax.Array) -> Any:
     return value(count) if callable(value) else value
 
 
+def in_words(value: Any) -> str:
+    """A scalar, or a schedule and what it begins with."""
+    if not callable(value):
+        return f"{value:g}" if isinstance(value, (int, float)) else "an array"
+    with jax.ensure_compile_time_eval():
+        return f"schedule from {float(jnp.asarray(evaluate(value, jnp.zeros([], jnp.int32)))):g}"
+
+
 @checked
 def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     r"""Multiplies updates by :math:`-\eta_t`, in float32 even where the updates are bfloat16.
@@ -100,7 +108,11 @@ def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.Gradi
         state = ScaleByLearningRateState(increment(state.count), rate, scheduled)
         return jax.tree.map(scaled, updates), state
 
-    return transformation(init, update)
+    def describe(params: optax.Params) -> dict[str, str]:
+        del params
+        return {"learning rate": in_words(learning_rate)}
+
+    return transformation(init, update, describe)
 
 
 def _kept(rate: Any) -> jax.Array:

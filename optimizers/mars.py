@@ -1,6 +1,6 @@
 """MARS: variance reduction by the change of the gradient, in front of any adaptive direction."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,11 +11,12 @@ from ..core.arguments import checked
 from ..core.checks import check_decay_rates, check_non_negative
 from ._arithmetic import cast, cast_like, scalar, wide, wide_dtype, wide_zeros_like
 from ._by_role import by_role
+from ._matrices import Axes, axes_of_leaves
 from ._transformation import transformation
 from .adam import scale_by_adam
 from .decay import Mask
 from .matrix.layout import MatrixAxes
-from .roles import COMMON_RULES, Role, Rules, axes_of_path, path_string
+from .roles import IN_OUT, MATRIX_ROLES, Role, Rules, complete, decide
 
 
 class ReduceVarianceState(NamedTuple):
@@ -56,6 +57,18 @@ def reduce_variance(
       >>> tx.update(jnp.array([0.2]), tx.init(jnp.zeros(1)))[0].round(4)
       Array([0.295], dtype=float32)
     """
+    if rules is None:
+        return _reduce_variance(gamma, b1, lambda tree: [None] * len(jax.tree.leaves(tree)))
+    complete(rules)
+    return _reduce_variance(
+        gamma, b1, lambda tree: [d.axes or IN_OUT for d in decide(tree, rules, MATRIX_ROLES)]
+    )
+
+
+def _reduce_variance(
+    gamma: float, b1: float, axes_of: Callable[[Any], Sequence[MatrixAxes | None]]
+) -> optax.GradientTransformation:
+    """`reduce_variance`, with what finds rows and columns of all leaves; None clips a leaf whole."""
     check_non_negative(gamma=gamma)
     check_decay_rates(b1=b1)
 
@@ -68,17 +81,17 @@ def reduce_variance(
         del params
         share = gamma * (b1 / (1 - b1))
 
-        def corrected(path: Any, g: jax.Array, last: jax.Array) -> jax.Array:
+        def corrected(g: jax.Array, last: jax.Array, axes: MatrixAxes | None) -> jax.Array:
             dtype = wide_dtype(g.dtype, last.dtype)
             change = cast(g, dtype) - cast(last, dtype)
             c = cast(g, dtype) + scalar(share, dtype) * change
-            axes = (
-                None if rules is None else _matrix_axes(axes_of_path(path_string(path), rules), g)
-            )
-            norm = jnp.sqrt(jnp.sum(jnp.square(c), axes, keepdims=True))
+            within = None if axes is None else _matrix_axes(axes, g)
+            norm = jnp.sqrt(jnp.sum(jnp.square(c), within, keepdims=True))
             return cast(c / jnp.maximum(norm, 1), g.dtype)
 
-        found = jax.tree_util.tree_map_with_path(corrected, updates, state.previous)
+        leaves, structure = jax.tree.flatten(updates)
+        last = structure.flatten_up_to(state.previous)
+        found = jax.tree.unflatten(structure, map(corrected, leaves, last, axes_of(updates)))
         previous = cast_like(jax.tree.map(wide, updates), state.previous)
         return found, ReduceVarianceState(previous)
 
@@ -102,7 +115,7 @@ def mars(
     nu_dtype: Any = None,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     weight_decay_mask: Mask | None = None,
-    rules: Rules = COMMON_RULES,
+    rules: Rules | None = None,
     roles: Collection[Role] = ("matrix", "convolution", "embedding", "head"),
     fallback: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformation:
@@ -123,7 +136,7 @@ def mars(
       weight_decay: :math:`\lambda`, multiplied by the learning rate; also that of the default
         fallback, for which the official default is 0.1.
       weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
-      rules: role rules; by default those for Ravine's, NNX's and Linen's names.
+      rules: role rules; by default ``ravine.COMMON_RULES``.
       roles: those that MARS takes. The official file takes what is 2-D, or with ``optimize_1d``
         everything.
       fallback: the optimizer of all others, complete with its learning rate; by default AdamW with
@@ -140,12 +153,16 @@ def mars(
       >>> tx = ravine.mars(weight_decay=0.1)
       >>> updates, state = tx.update(params, tx.init(params), params)
     """
+
+    def direction(axes: Axes) -> optax.GradientTransformation:
+        return optax.chain(
+            _reduce_variance(gamma, b1, lambda tree: axes_of_leaves(tree, axes)),
+            scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
+        )
+
     return by_role(
         "mars",
-        optax.chain(
-            reduce_variance(gamma, b1, rules=rules),
-            scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
-        ),
+        direction,
         learning_rate,
         weight_decay=weight_decay,
         weight_decay_mask=weight_decay_mask,

@@ -33,7 +33,9 @@ from .matrix_scale import Scale, scale_by_matrix_shape
 from .momentum import scale_by_ema_momentum
 from .neuron_norm import renormalize, scale_by_element_rms, scale_by_neuron_rms
 from .orthogonal import orthogonalize
-from .roles import COMMON_RULES, MATRIX_ROLES, Role, Rules, axes_of_path
+from .roles import MATRIX_ROLES, Role, Rules
+
+Link = optax.GradientTransformation | Callable[[Axes], optax.GradientTransformation]
 
 KELLER_FALLBACK_RATIO = 3e-4 / 0.02
 """AdamW's learning rate to Muon's, in Keller Jordan's ``muon.py``."""
@@ -103,12 +105,12 @@ def muon(
     method: Callable[[jax.Array], jax.Array] | None = None,
     scale: Scale = "keller",
     pre: optax.GradientTransformation | None = None,
-    post: optax.GradientTransformation | None = None,
+    post: Link | None = None,
     mu_dtype: Any = None,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     weight_decay_mask: Mask | None = None,
     cautious: bool = False,
-    rules: Rules = COMMON_RULES,
+    rules: Rules | None = None,
     matrix_roles: Collection[Role] = MATRIX_ROLES,
     fallback: optax.GradientTransformation | None = None,
     fallback_learning_rate: optax.ScalarOrSchedule | None = None,
@@ -129,13 +131,13 @@ def muon(
       scale: the factor of a matrix's shape. With ``"moonlight"`` one learning rate suits Muon and
         AdamW.
       pre: a transformation between momentum and orthogonalization.
-      post: a transformation between orthogonalization and scale.
+      post: a transformation between orthogonalization and scale, or what makes one of the axes.
       mu_dtype: dtype of the momentum; by default at least float32.
       weight_decay: :math:`\lambda`, multiplied by the learning rate; also that of the default
         fallback.
       weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
       cautious: decay matrices only where decay and update agree, see :func:`add_cautious_decay`.
-      rules: role rules; by default those for Ravine's, NNX's and Linen's names.
+      rules: role rules; by default ``ravine.COMMON_RULES``.
       matrix_roles: the roles that Muon takes.
       fallback: the optimizer of all other parameters, complete with its learning rate; by default
         AdamW with b1 0.9, b2 0.95.
@@ -159,25 +161,26 @@ def muon(
     if fallback is not None and fallback_learning_rate is not None:
         raise ValueError("fallback brings its own learning rate; drop fallback_learning_rate.")
 
-    def axes(path: str) -> Any:
-        return axes_of_path(path, rules)
-
     if fallback_learning_rate is None:
         ratio = 1.0 if scale == "moonlight" else KELLER_FALLBACK_RATIO
         fallback_learning_rate = _times(ratio, learning_rate)
-    return by_role(
-        "muon",
-        scale_by_muon(
+
+    def direction(axes: Axes) -> optax.GradientTransformation:
+        return scale_by_muon(
             b1,
             nesterov=nesterov,
             method=method,
             scale=scale,
             pre=pre,
-            post=post,
+            post=post(axes) if callable(post) else post,
             axes=axes,
             mu_dtype=mu_dtype,
             max_elements=max_elements,
-        ),
+        )
+
+    return by_role(
+        "muon",
+        direction,
         learning_rate,
         weight_decay=weight_decay,
         weight_decay_mask=weight_decay_mask,
@@ -203,7 +206,7 @@ def normuon(
     weight_decay: optax.ScalarOrSchedule = 0.0,
     weight_decay_mask: Mask | None = None,
     cautious: bool = False,
-    rules: Rules = COMMON_RULES,
+    rules: Rules | None = None,
     matrix_roles: Collection[Role] = MATRIX_ROLES,
     fallback: optax.GradientTransformation | None = None,
     fallback_learning_rate: optax.ScalarOrSchedule | None = None,
@@ -230,7 +233,7 @@ def normuon(
         nesterov=nesterov,
         method=method,
         scale=scale,
-        post=scale_by_neuron_rms(b2, axes=lambda path: axes_of_path(path, rules)),
+        post=lambda axes: scale_by_neuron_rms(b2, axes=axes),
         mu_dtype=mu_dtype,
         weight_decay=weight_decay,
         weight_decay_mask=weight_decay_mask,
@@ -254,7 +257,7 @@ def adamuon(
     weight_decay: optax.ScalarOrSchedule = 0.0,
     weight_decay_mask: Mask | None = None,
     cautious: bool = False,
-    rules: Rules = COMMON_RULES,
+    rules: Rules | None = None,
     matrix_roles: Collection[Role] = MATRIX_ROLES,
     fallback: optax.GradientTransformation | None = None,
     fallback_learning_rate: optax.ScalarOrSchedule | None = None,
@@ -278,7 +281,6 @@ def adamuon(
     check_decay_rates(b1=b1)
     if fallback is None and fallback_learning_rate is None:
         fallback_learning_rate = learning_rate
-    rms = renormalize(0.2, axes=lambda path: axes_of_path(path, rules))
     return muon(
         learning_rate,
         b1,
@@ -286,7 +288,7 @@ def adamuon(
         method=method,
         scale="none",
         pre=optax.stateless_with_tree_map(lambda u, _: sign(jnp.asarray(u))),
-        post=optax.chain(scale_by_element_rms(b1), rms),
+        post=lambda axes: optax.chain(scale_by_element_rms(b1), renormalize(0.2, axes=axes)),
         mu_dtype=mu_dtype,
         weight_decay=weight_decay,
         weight_decay_mask=weight_decay_mask,

@@ -57,4 +57,8 @@ def orthogonalize(
         done = iter(map_matrices(polar, flat, max_elements))
         return joined([[next(done) for _ in leaf] for leaf in pieces], updates, layouts), state
 
-    return transformation(no_state(axes), update)
+    def describe(params: optax.Params) -> dict[str, str]:
+        del params
+        return {"how": f"polar factor by {getattr(polar, '__name__', type(polar).__name__)}"}
+
+    return transformation(no_state(axes), update, describe)

@@ -1,4 +1,4 @@
-"""Roles: which parameter is what, decided by its path, never by its number of axes.
+"""Roles: which parameter is what, decided by its path, never by its number of axes alone.
 
 Under scanned layers a norm's scale is 2-D and a matrix 3-D, and an embedding is as 2-D as any
 matrix; so ordered rules over the path say what a parameter is, and which of its axes are rows and
@@ -7,161 +7,256 @@ columns. The first rule that matches decides, and every parameter must be matche
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast, get_args
 
 import jax
 import numpy as np
 
+from ..core.checks import near
 from ..core.tree_checks import is_part
-from .matrix.layout import DEFAULT, Layout, MatrixAxes, layout
+from ._paths import path_string
+from ._probe import probe
+from ._table import text_table
+from .matrix.layout import Layout, MatrixAxes, layout
+from .refusal import refusal
+from .rules import (
+    ATTENTION_IN,
+    ATTENTION_OUT,
+    COMMON_RULES,
+    CONVOLUTION,
+    EQUINOX_RULES,
+    HAIKU_RULES,
+    HUGGING_FACE_RULES,
+    IN_OUT,
+    LINEN_RULES,
+    MATRIX_ROLES,
+    MAXTEXT_RULES,
+    NNX_RULES,
+    OUT_IN,
+    RAVINE_RULES,
+    Role,
+    Rule,
+    Rules,
+    window,
+)
 
-Role = Literal["embedding", "head", "matrix", "norm", "bias", "router", "convolution"]
+__all__ = [
+    "ATTENTION_IN",
+    "ATTENTION_OUT",
+    "COMMON_RULES",
+    "CONVOLUTION",
+    "EQUINOX_RULES",
+    "HAIKU_RULES",
+    "HUGGING_FACE_RULES",
+    "IN_OUT",
+    "LINEN_RULES",
+    "MATRIX_ROLES",
+    "MAXTEXT_RULES",
+    "NNX_RULES",
+    "OUT_IN",
+    "RAVINE_RULES",
+    "Decided",
+    "Role",
+    "Rule",
+    "Rules",
+    "assign_roles",
+    "axes_from_names",
+    "axes_of_path",
+    "check_roles",
+    "complete",
+    "decide",
+    "known_roles",
+    "layouts",
+    "mask_by_role",
+    "matrices",
+    "path_string",
+    "role_table",
+]
 
 
-MATRIX_ROLES: tuple[Role, ...] = ("matrix", "convolution")
+class Decided(NamedTuple):
+    """What the rules say of one parameter."""
+
+    path: str
+    shape: tuple[int, ...]
+    role: Role | None
+    """None if no rule matches."""
+    axes: MatrixAxes | None
+    """Rows and columns; None if it is not known what the axes mean."""
+
+    def layout(self) -> Layout:
+        """As matrices."""
+        assert self.axes is not None
+        return layout(self.shape, self.axes, self.path)
 
 
-class Rule(NamedTuple):
-    """What the parameters are whose path a regular expression finds.
+def check_roles(name: str, roles: Iterable[str]) -> None:
+    """Raises for a role that there is none of, in the argument called `name`.
 
     Example:
-      >>> from ravine.optimizers.roles import NNX_RULES, Rule
-      >>> rules = [Rule("classifier/kernel$", "head"), *NNX_RULES]  # the first match decides
+      >>> from ravine.optimizers.roles import check_roles
+      >>> check_roles("matrix_roles", ["matrix"])
     """
-
-    pattern: str
-    """A regular expression, searched in the path (`re.search`)."""
-    role: Role
-    axes: MatrixAxes | None = None
-    """Rows and columns; None for `[..., in, out]`, and `CONVOLUTION` for convolutions."""
-    required: bool = True
-    """Refuse parameters of which it decides none: it is misspelt, or an earlier rule takes them."""
+    known = get_args(Role)
+    for role in (roles,) if isinstance(roles, str) else roles:
+        if role not in known:
+            raise ValueError(f"{name} has {role!r}, which is no role; {near(str(role), known)}")
+    if isinstance(roles, str):
+        raise ValueError(f"{name} must be a sequence of roles, not a string; write [{roles!r}].")
 
 
-Rules = Sequence[Rule | tuple[str, Role] | tuple[str, Role, MatrixAxes | None]]
+def complete(rules: Rules | None) -> tuple[Rule, ...]:
+    """Rules as `Rule`; those of the default for None.
 
-CONVOLUTION = MatrixAxes((-4, -3, -2), (-1,))
-"""`[..., height, width, in, out]`, layers scanned or not. A convolution over time, `[..., time, in,
-out]`, needs a rule with `MatrixAxes((-3, -2), (-1,))`; one over volumes, `((-5, -4, -3, -2), (-1,))`.
-Depthwise convolutions are no matrices: give them another role."""
-ATTENTION_IN = MatrixAxes((-3,), (-2, -1))
-"""`[..., in, heads, head width]`: Flax's query, key and value. ``column_parts=heads``, on a copy by
-`dataclasses.replace`, makes each head its own matrix."""
-ATTENTION_OUT = MatrixAxes((-3, -2), (-1,))
-"""`[..., heads, head width, out]`: Flax's output projection."""
-
-RAVINE_RULES: Rules = (
-    Rule(r"(^|/)embed/embedding$", "embedding"),
-    Rule(r"(^|/)head/kernel$", "head"),
-    Rule(r"norm/scale$", "norm"),
-    Rule(r"/kernel$", "matrix"),
-)
-"""Rules for the model of ``ravine.training``."""
-
-_SHARED = (
-    Rule(r"embedding$", "embedding", required=False),
-    Rule(r"(^|/)(lm_head|head|logits|logits_dense)/kernel$", "head", required=False),
-    Rule(r"(^|[/_])router/kernel$", "router", required=False),
-    Rule(r"(^|[/_])scale$", "norm", required=False),
-    Rule(r"(^|[/_])bias$", "bias", required=False),
-)
-_CONVOLUTION = Rule(r"(^|/)[^/]*[Cc]onv(?!Local)[^/]*/kernel$", "convolution", required=False)
-
-LINEN_RULES: Rules = (
-    *_SHARED,
-    Rule(r"Attention_\d+/(query|key|value)/kernel$", "matrix", ATTENTION_IN, required=False),
-    Rule(r"Attention_\d+/out/kernel$", "matrix", ATTENTION_OUT, required=False),
-    _CONVOLUTION,
-    # All kernels but those whose axes depend on a module that the path does not tell.
-    Rule(
-        r"^(?!(.*/)?(query|key|value|out|(ConvLocal|DenseGeneral|Einsum)_\d+)/kernel$).*kernel$",
-        "matrix",
-        required=False,
-    ),
-)
-"""Rules for Flax Linen, with the names it gives to modules (``Dense_0``, ``Conv_0``).
-
-An output head is known by one of the names lm_head, head, logits, logits_dense; one called
-``Dense_7`` needs a rule in front, or it is a matrix. ``query``, ``key``, ``value`` and ``out`` match
-only in an attention that Linen named, and kernels of ``DenseGeneral`` never: the path does not tell
-their axes."""
-
-NNX_RULES: Rules = (
-    *_SHARED,
-    Rule(r"(^|/)(query|key|value)/kernel$", "matrix", ATTENTION_IN, required=False),
-    Rule(r"(^|/)out/kernel$", "matrix", ATTENTION_OUT, required=False),
-    _CONVOLUTION,
-    Rule(r"kernel$|lora_[ab]$", "matrix", required=False),
-)
-"""Rules for Flax NNX, where modules have the names of your attributes.
-
-``query``, ``key``, ``value`` and ``out`` are taken for those of ``nnx.MultiHeadAttention``, an
-attribute with ``conv`` in its name for a convolution, any other kernel for `[..., in, out]`. Where
-they are something else, as scanned ``nnx.Linear`` called ``query``, put rules in front."""
-
-COMMON_RULES: Rules = (
-    Rule(r"(^|/)layers/attention/(query|key|value)/kernel$", "matrix", required=False),
-    Rule(r"(^|/)lora_[ab]$", "matrix", required=False),
-    *LINEN_RULES,
-)
-"""Rules for models of ``ravine.training``, Linen and NNX alike, but for what names cannot tell.
-
-``query``, ``key`` and ``value`` are `[..., in, out]` in ``layers/attention``, as Ravine's model has
-them, and Flax's in an attention that Linen named; elsewhere they and ``out`` match no rule, and
-`NNX_RULES` or rules of your own decide."""
-
-MAXTEXT_RULES: Rules = (
-    *_SHARED,
-    Rule(r"(^|/)sinks$", "bias", required=False),
-    Rule(r"(^|[/_])gate/kernel$", "router", required=False),
-    Rule(
-        r"(^|/)(query|key|value|wq_b|wkv_b)/kernel$",
-        "matrix",
-        MatrixAxes((0,), (-2, -1)),
-        required=False,
-    ),
-    Rule(r"(^|/)out/kernel$", "matrix", MatrixAxes((0, -2), (-1,)), required=False),
-    Rule(
-        r"(^|/)(wi|wi_0|wi_1|wo|wq_a|wkv_a)/kernel$",
-        "matrix",
-        MatrixAxes((0,), (-1,)),
-        required=False,
-    ),
-    Rule(r"MoeBlock_\d+/(wi_0|wi_1|wo)$", "matrix", required=False),
-)
-"""Rules for text decoders of MaxText, dense, MLA and mixture of experts (August 2026).
-
-Its scanned layers are at axis 1 (``param_scan_axis``): `[in, layers, heads, head width]`, `[heads,
-layers, head width, out]`, `[in, layers, out]`, experts `[experts, layers, in, out]`. Unscanned ones
-are right too. ``qkv_proj`` (``fused_qkv``) needs the numbers of heads, so a rule of yours."""
-
-
-def path_string(path: Iterable[Any]) -> str:
-    """A key path as ``layers/attention/query/kernel``; Flax's trailing ``.value`` is left out.
+    Raises:
+      ValueError: for an empty list, a role that there is none of, or a pattern that is no regular
+        expression.
 
     Example:
-      >>> import jax
-      >>> from ravine.optimizers.roles import path_string
-      >>> [path_string(path) for path, _ in jax.tree.leaves_with_path({"a": {"b": [1, 2]}})]
-      ['a/b/0', 'a/b/1']
+      >>> from ravine.optimizers.roles import complete
+      >>> complete([("scale$", "norm")])[0].role
+      'norm'
     """
-    keys = tuple(path)
-    # An attribute of a variable or a box; an entry `["value"]` of a dictionary is a name.
-    if len(keys) > 1 and getattr(keys[-1], "name", None) in ("value", "raw_value"):
-        keys = keys[:-1]
-    parts = (getattr(k, "name", getattr(k, "key", getattr(k, "idx", k))) for k in keys)
-    return "/".join(map(str, parts))
+    found = tuple(
+        Rule(*cast(Any, rule)) for rule in (COMMON_RULES if rules is None else tuple(rules))
+    )
+    for rule in found:
+        check_roles(f"the role rule for {rule.pattern!r}", [rule.role])
+        try:
+            re.compile(rule.pattern)
+        except re.error as error:
+            raise ValueError(
+                f"the role rule {rule.pattern!r} is no regular expression: {error}; correct it."
+            ) from error
+    return found
 
 
-def assign_roles(params: Any, rules: Rules = RAVINE_RULES) -> Any:
+def decide(
+    params: Any,
+    rules: Rules | None = None,
+    needed: Collection[Role] = (),
+    *,
+    lenient: bool = False,
+) -> list[Decided]:
+    """What every parameter is, in the order of the leaves.
+
+    Args:
+      params: a tree of arrays, or of their shapes.
+      rules: as for `assign_roles`.
+      needed: roles whose rows and columns must be known.
+      lenient: parameters that no rule matches get the role ``other``.
+
+    Raises:
+      ValueError: unless `lenient`, for all parameters that no rule matches or whose axes are needed
+        and unknown, together; or a required rule that decides no parameter.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ravine.optimizers.roles import decide
+      >>> decide({"up": {"kernel": jnp.ones((2, 3))}})[0].axes
+      MatrixAxes(rows=(-2,), columns=(-1,), row_parts=1, column_parts=1)
+    """
+    ready = complete(rules)
+    leaves = [
+        (path_string(path), tuple(np.shape(leaf)))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    ]
+    layers, modules = _layer_axes(leaves, ready), _modules(leaves)
+    used, decided = set(), []
+    for name, shape in leaves:
+        ndim = len(shape) - layers.get(name, 0)
+        beside = modules[_module(name)[0]]
+        index = next(
+            (
+                i
+                for i, rule in enumerate(ready)
+                if (rule.ndim is None or rule.ndim == ndim)
+                and re.search(rule.pattern, name)
+                and (rule.where is None or rule.where(beside))
+            ),
+            None,
+        )
+        if index is None:
+            decided.append(Decided(name, shape, "other" if lenient else None, None))
+            continue
+        used.add(index)
+        rule = ready[index]
+        decided.append(Decided(name, shape, rule.role, _axes(rule, ndim)))
+    if lenient:
+        return decided
+    unclear = [d for d in decided if d.role is None or (d.role in needed and d.axes is None)]
+    if unclear:
+        raise ValueError(refusal(unclear, dict(leaves), default=rules is None))
+    unused = [r.pattern for i, r in enumerate(ready) if r.required and i not in used]
+    if unused and decided and not is_part(params):
+        raise ValueError(
+            f"the role rule {unused[0]!r} decides no parameter: no path matches it, or an earlier "
+            "rule takes them all; correct or remove it, or make it Rule(..., required=False)."
+        )
+    return decided
+
+
+def _axes(rule: Rule, ndim: int) -> MatrixAxes | None:
+    """The axes of a parameter with so many, those of stacked layers not counted."""
+    if rule.axes is not None:
+        return rule.axes
+    if rule.role == "convolution":
+        return window(ndim) if ndim > 2 else None
+    # Of a vector the layout says what is wrong.
+    return IN_OUT if ndim <= 2 else None
+
+
+def _module(path: str) -> tuple[str, str]:
+    """The module two levels above, and the path from there."""
+    parts = path.split("/")
+    return "/".join(parts[:-2]), "/".join(parts[-2:])
+
+
+def _modules(leaves: Sequence[tuple[str, Any]]) -> Mapping[str, dict[str, tuple[int, ...]]]:
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in leaves:
+        module, rest = _module(name)
+        found.setdefault(module, {})[rest] = shape
+    return found
+
+
+def _layer_axes(
+    leaves: Sequence[tuple[str, tuple[int, ...]]], rules: Sequence[Rule]
+) -> dict[str, int]:
+    """How many leading axes of a parameter stack layers, by path, where there are any.
+
+    A norm has one axis. If one has more, and all parameters of the module it is in begin with the same,
+    these stack layers (``nnx.vmap``, ``nn.scan``); and so for the modules around it.
+    """
+    by_name = [rule for rule in rules if rule.ndim is None and rule.where is None]
+    found: dict[str, int] = {}
+    for name, shape in leaves:
+        if len(shape) < 2 or name in found:
+            continue
+        first = next((rule.role for rule in by_name if re.search(rule.pattern, name)), None)
+        if first != "norm":
+            continue
+        lead = shape[:-1]
+        for end in range(name.count("/"), -1, -1):
+            prefix = "".join(f"{part}/" for part in name.split("/")[:end])
+            inside = {path: other for path, other in leaves if path.startswith(prefix)}
+            if any(other[: len(lead)] != lead for other in inside.values()):
+                break
+            found |= dict.fromkeys(inside, len(lead))
+    return found
+
+
+def assign_roles(params: Any, rules: Rules | None = None) -> Any:
     """The role of every parameter, as a tree shaped like `params`.
 
     Args:
       params: a tree of arrays, or of their shapes.
-      rules: ordered `Rule`, or plain tuples of its first fields; the first that matches decides.
+      rules: ordered `Rule`, or plain tuples of its first fields; the first that matches decides. By
+        default ``ravine.COMMON_RULES``.
 
     Raises:
-      ValueError: if a parameter matches no rule, or a required rule decides no parameter.
+      ValueError: if parameters match no rule (all are listed), a role is misspelt, or a required rule
+        decides no parameter.
 
     Example:
       >>> import jax.numpy as jnp
@@ -170,11 +265,24 @@ def assign_roles(params: Any, rules: Rules = RAVINE_RULES) -> Any:
       >>> assign_roles({"kernel": jnp.ones((2, 2)), "scale": jnp.ones(2)}, rules)
       {'kernel': 'matrix', 'scale': 'norm'}
     """
-    roles = [rule.role for _, _, rule in _decided(params, rules)]
+    roles = [found.role for found in decide(params, rules)]
     return jax.tree.unflatten(jax.tree.structure(params), roles)
 
 
-def mask_by_role(roles: Iterable[Role], rules: Rules = RAVINE_RULES) -> Any:
+def known_roles(params: Any, rules: Rules | None = None) -> Any:
+    """As `assign_roles`, with the role ``other`` where no rule matches.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ravine.optimizers.roles import known_roles
+      >>> known_roles({"kernel": jnp.ones((2, 2)), "strange": jnp.ones(2)})
+      {'kernel': 'matrix', 'strange': 'other'}
+    """
+    roles = [found.role for found in decide(params, rules, lenient=True)]
+    return jax.tree.unflatten(jax.tree.structure(params), roles)
+
+
+def mask_by_role(roles: Iterable[Role], rules: Rules | None = None) -> Any:
     """A mask for ``optax.masked`` or ``weight_decay_mask=``: true for the given roles.
 
     Args:
@@ -184,36 +292,57 @@ def mask_by_role(roles: Iterable[Role], rules: Rules = RAVINE_RULES) -> Any:
     Returns:
       A function from parameters to a tree of booleans.
 
+    Raises:
+      ValueError: for a misspelt role; and where the mask is made, as `assign_roles`.
+
     Example:
       >>> import ravine
       >>> from ravine.optimizers.roles import mask_by_role
       >>> tx = ravine.adamw(1e-3, weight_decay_mask=mask_by_role(["matrix"]))
     """
+    check_roles("mask_by_role", roles)
+    complete(rules)
     selected = frozenset(roles)
     return lambda params: jax.tree.map(lambda role: role in selected, assign_roles(params, rules))
 
 
-def axes_of_path(path: str, rules: Rules = RAVINE_RULES) -> MatrixAxes:
+def axes_of_path(path: str, rules: Rules | None = None, ndim: int | None = None) -> MatrixAxes:
     """Rows and columns of the parameter at a path, by the rule that decides it.
+
+    Rules that look at what stands beside a parameter do not count here.
 
     Args:
       path: as of `path_string`.
       rules: as for `assign_roles`.
+      ndim: how many axes the parameter has, those of stacked layers not counted; None passes over
+        rules that ask, and takes `[..., in, out]` where a rule says nothing.
 
     Raises:
-      ValueError: if no rule matches.
+      ValueError: if no rule matches, or what the axes mean is not known.
 
     Example:
-      >>> from ravine.optimizers.roles import LINEN_RULES, axes_of_path
-      >>> axes_of_path("Conv_0/kernel", LINEN_RULES).rows
+      >>> from ravine.optimizers.roles import axes_of_path
+      >>> axes_of_path("Conv_0/kernel", ndim=4).rows
       (-4, -3, -2)
     """
-    return _axes(_decide(path, _complete(rules))[1])
+    for rule in complete(rules):
+        asks = rule.where is not None or rule.ndim not in (None, ndim)
+        if not asks and re.search(rule.pattern, path):
+            if ndim is None and rule.role == "convolution":
+                return rule.axes or CONVOLUTION
+            found = _axes(rule, 2 if ndim is None else ndim)
+            if found is None:
+                raise ValueError(
+                    f"the role rule {rule.pattern!r} does not say which of the {ndim} axes of "
+                    f"{path!r} are rows and columns; give it MatrixAxes(rows, columns)."
+                )
+            return found
+    raise ValueError(f"no role rule matches the parameter {path!r}; add one for it.")
 
 
 def layouts(
     params: Any,
-    rules: Rules = RAVINE_RULES,
+    rules: Rules | None = None,
     roles: Collection[Role] = MATRIX_ROLES,
 ) -> Any:
     """The layout of every parameter that holds matrices, None for all others.
@@ -230,8 +359,8 @@ def layouts(
       A tree shaped like `params`, of `Layout` and None.
 
     Raises:
-      ValueError: as `assign_roles`, and if a parameter's shape does not have the axes of its rule, as
-        a vector that is called a matrix.
+      ValueError: as `assign_roles`; for parameters of which it is not known what their axes mean; and
+        if a parameter's shape does not have the axes of its rule, as a vector that is called a matrix.
 
     Example:
       >>> import jax.numpy as jnp
@@ -241,52 +370,9 @@ def layouts(
       >>> found["kernel"].pieces, found["scale"]
       (((3, 2, 5),), None)
     """
-    found = [_layout(*decided, roles) for decided in _decided(params, rules)]
+    check_roles("roles", roles)
+    found = [d.layout() if d.role in roles else None for d in decide(params, rules, roles)]
     return jax.tree.unflatten(jax.tree.structure(params), found)
-
-
-def role_table(
-    params: Any,
-    rules: Rules = RAVINE_RULES,
-    optimizers: Mapping[Role, str] | None = None,
-    decay: Collection[Role] = (),
-) -> str:
-    """A table to print: what each parameter is taken for, and what is done to it.
-
-    Args:
-      params: a tree of arrays, or of their shapes.
-      rules: as for `assign_roles`.
-      optimizers: the name of each role's optimizer.
-      decay: the roles that decay.
-
-    Raises:
-      ValueError: as `layouts`, and if `optimizers` lacks a role.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from ravine.optimizers.roles import role_table
-      >>> params = {"kernel": jnp.ones((3, 2, 5)), "scale": jnp.ones((3, 2))}
-      >>> rules = [("scale$", "norm"), ("kernel$", "matrix")]
-      >>> print(role_table(params, rules, {"matrix": "muon", "norm": "adamw"}, ["matrix"]))
-      path    shape      role    matrices                      optimizer  decay
-      kernel  (3, 2, 5)  matrix  [batch 3, rows 2, columns 5]  muon       yes
-      scale   (3, 2)     norm    -                             adamw      no
-    """
-    table = [("path", "shape", "role", "matrices", "optimizer", "decay")]
-    for name, leaf, rule in _decided(params, rules):
-        if optimizers is not None and rule.role not in optimizers:
-            raise ValueError(
-                f"optimizers has none for the role {rule.role!r} of {name!r}; add one."
-            )
-        found = _layout(name, leaf, rule, MATRIX_ROLES)
-        pieces = found.pieces if found else ()
-        matrices = " + ".join(f"[batch {b}, rows {m}, columns {n}]" for b, m, n in pieces)
-        optimizer = optimizers[rule.role] if optimizers is not None else "-"
-        decays = "yes" if rule.role in decay else "no"
-        table.append((name, str(np.shape(leaf)), rule.role, matrices or "-", optimizer, decays))
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in table)
-    return "\n".join(lines)
 
 
 def axes_from_names(
@@ -328,37 +414,50 @@ def axes_from_names(
     return MatrixAxes(*chosen)
 
 
-def _complete(rules: Rules) -> list[Rule]:
-    return [Rule(*cast(Any, rule)) for rule in rules]
+def role_table(params: Any, rules: Rules | None = None, tx: Any = None) -> str:
+    """A table to print: what each parameter is taken for, and what an optimizer does to it.
+
+    :func:`ravine.explain` tells more of an optimizer.
+
+    Args:
+      params: a tree of arrays, or of their shapes.
+      rules: as for `assign_roles`.
+      tx: an optimizer, for the columns ``optimizer`` and ``decay``, read off the optimizer itself.
+
+    Raises:
+      ValueError: as `assign_roles`.
+
+    Example:
+      >>> import jax.numpy as jnp, ravine
+      >>> params = {"kernel": jnp.ones((3, 2, 5)), "scale": jnp.ones((3, 2))}
+      >>> tx = ravine.muon(0.02, weight_decay=0.1)
+      >>> print(ravine.role_table(params, tx=tx))
+      path    shape      role    matrices                      optimizer  decay
+      kernel  (3, 2, 5)  matrix  [batch 3, rows 2, columns 5]  muon       0.1
+      scale   (3, 2)     norm    -                             adam       0.1
+    """
+    table = [("path", "shape", "role", "matrices", "optimizer", "decay")]
+    found = {} if tx is None else probe(tx, params)[0]
+    for d in decide(params, rules):
+        optimizer, decay = "-", "-"
+        if d.path in found:
+            optimizer = found[d.path].optimizer
+            decay = found[d.path].says.get("decay", "no")
+        seen_as = matrices(d) if d.role in MATRIX_ROLES else "-"
+        table.append((d.path, str(d.shape), str(d.role), seen_as, optimizer, decay))
+    return text_table(table)
 
 
-def _decide(path: str, rules: Sequence[Rule]) -> tuple[int, Rule]:
-    for index, rule in enumerate(rules):
-        if re.search(rule.pattern, path):
-            return index, rule
-    raise ValueError(f"no role rule matches the parameter {path!r}; add one for it.")
+def matrices(d: Decided) -> str:
+    """The matrices in a parameter, in words.
 
-
-def _decided(params: Any, rules: Rules) -> list[tuple[str, Any, Rule]]:
-    """Path, leaf and rule of every parameter, in the order of the leaves."""
-    complete, used, decided = _complete(rules), set(), []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name = path_string(path)
-        index, rule = _decide(name, complete)
-        used.add(index)
-        decided.append((name, leaf, rule))
-    unused = [r.pattern for i, r in enumerate(complete) if r.required and i not in used]
-    if unused and decided and not is_part(params):
-        raise ValueError(
-            f"the role rule {unused[0]!r} decides no parameter: no path matches it, or an earlier "
-            "rule takes them all; correct or remove it, or make it Rule(..., required=False)."
-        )
-    return decided
-
-
-def _axes(rule: Rule) -> MatrixAxes:
-    return rule.axes or (CONVOLUTION if rule.role == "convolution" else DEFAULT)
-
-
-def _layout(name: str, leaf: Any, rule: Rule, roles: Collection[str]) -> Layout | None:
-    return layout(np.shape(leaf), _axes(rule), name) if rule.role in roles else None
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ravine.optimizers.roles import decide, matrices
+      >>> matrices(decide({"kernel": jnp.ones((2, 5))})[0])
+      '[batch 1, rows 2, columns 5]'
+    """
+    if d.axes is None:
+        return "? (say which axes are rows and columns)"
+    pieces = d.layout().pieces
+    return " + ".join(f"[batch {b}, rows {m}, columns {n}]" for b, m, n in pieces)

@@ -6,6 +6,7 @@ What can go wrong is kept in the block where it happens: a gradient that is not 
 statistics alone, a root that fails its certificate leaves the previous root in place.
 """
 
+import functools
 from collections.abc import Collection, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -16,7 +17,7 @@ import optax
 from ..core.arguments import MaybeInfinite, checked
 from ..core.checks import check_decay_rates, check_non_negative, number
 from ._arithmetic import cast_like, corrected_mean, ema, increment, wide_zeros_like
-from ._blocking import Blocking, Sides, blockings_of, check_blocking
+from ._blocking import Blocking, Sides, blockings_of, blocks_in_words, check_blocking
 from ._by_role import by_role
 from ._factors import Preconditioner, Storage, grafted
 from ._leaves import at_leaves, from_leaves
@@ -28,7 +29,7 @@ from .graft import Graft, magnitude
 from .matrix.distribute import per_shard
 from .matrix.refresh import Refresh
 from .matrix.roots import Method, exponent_fraction
-from .roles import COMMON_RULES, Role, Rules, axes_of_path
+from .roles import Role, Rules
 
 Statistics = Literal["gram", "kl"]
 SHAMPOO_ROLES: tuple[Role, ...] = ("matrix", "convolution", "embedding", "head")
@@ -230,7 +231,10 @@ def scale_by_shampoo(
         del params
         return on_mesh(updates, state, blockings(updates))
 
-    return transformation(init, update)
+    def describe(params: optax.Params) -> dict[str, list[str]]:
+        return {"how": blocks_in_words(blockings(params))}
+
+    return transformation(init, update, describe)
 
 
 @checked
@@ -263,7 +267,7 @@ def shampoo(
     packed: bool = False,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     weight_decay_mask: Mask | None = None,
-    rules: Rules = COMMON_RULES,
+    rules: Rules | None = None,
     shampoo_roles: Collection[Role] = SHAMPOO_ROLES,
     fallback: optax.GradientTransformation | None = None,
     max_elements: int | None = None,
@@ -283,7 +287,7 @@ def shampoo(
       weight_decay: :math:`\lambda`, multiplied by the learning rate; also that of the default
         fallback.
       weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
-      rules: role rules; by default those for Ravine's, NNX's and Linen's names.
+      rules: role rules; by default ``ravine.COMMON_RULES``.
       shampoo_roles: the roles that Shampoo takes; all need rows and columns.
       fallback: the optimizer of all other parameters (norms, biases), complete with its learning rate;
         by default AdamW at the same learning rate.
@@ -300,7 +304,8 @@ def shampoo(
       >>> tx = ravine.shampoo(1e-3, every=5, weight_decay=0.1)
       >>> updates, state = tx.update(params, tx.init(params), params)
     """
-    direction = scale_by_shampoo(
+    direction = functools.partial(
+        scale_by_shampoo,
         b1,
         b2,
         nesterov=nesterov,
@@ -321,7 +326,6 @@ def shampoo(
         graft_b2=graft_b2,
         graft_eps=graft_eps,
         graft_per=graft_per,
-        axes=lambda path: axes_of_path(path, rules),
         mu_dtype=mu_dtype,
         nu_dtype=nu_dtype,
         factor_dtype=factor_dtype,
@@ -330,7 +334,7 @@ def shampoo(
     )
     return by_role(
         "shampoo",
-        direction,
+        lambda axes: direction(axes=axes),
         learning_rate,
         weight_decay=weight_decay,
         weight_decay_mask=weight_decay_mask,

@@ -14,6 +14,7 @@ One thing differs: the authors decay the parameters after the step, which multip
 :math:`1 - \eta\lambda`; here decay is a link of its own, as in AdamW.
 """
 
+import functools
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ import optax
 from ..core.arguments import checked
 from ..core.checks import check_decay_rates, check_non_negative
 from ._arithmetic import bias_correction, increment
-from ._blocking import Blocking, Sides, blockings_of, check_blocking
+from ._blocking import Blocking, Sides, blockings_of, blocks_in_words, check_blocking
 from ._by_role import by_role
 from ._eigenbases import Piece, Step, new_basis, refreshed_bases, stepped
 from ._leaves import at_leaves, from_leaves
@@ -34,7 +35,7 @@ from ._transformation import transformation
 from .decay import Mask
 from .matrix.distribute import per_shard
 from .matrix.refresh import Refresh
-from .roles import COMMON_RULES, Role, Rules, axes_of_path
+from .roles import Role, Rules
 from .shampoo import SHAMPOO_ROLES
 
 
@@ -171,7 +172,10 @@ def scale_by_soap(
         del params
         return on_mesh(updates, state, blockings(updates))
 
-    return transformation(init, update)
+    def describe(params: optax.Params) -> dict[str, list[str]]:
+        return {"how": blocks_in_words(blockings(params))}
+
+    return transformation(init, update, describe)
 
 
 @checked
@@ -191,7 +195,7 @@ def soap(
     nu_dtype: Any = None,
     weight_decay: optax.ScalarOrSchedule = 0.01,
     weight_decay_mask: Mask | None = None,
-    rules: Rules = COMMON_RULES,
+    rules: Rules | None = None,
     soap_roles: Collection[Role] = SHAMPOO_ROLES,
     fallback: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformation:
@@ -203,7 +207,7 @@ def soap(
         :func:`scale_by_soap`.
       weight_decay: multiplied by the learning rate; also that of the default fallback.
       weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
-      rules: role rules; by default those for Ravine's, NNX's and Linen's names.
+      rules: role rules; by default ``ravine.COMMON_RULES``.
       soap_roles: the roles that SOAP takes; all need rows and columns.
       fallback: the optimizer of all other parameters, complete with its learning rate; by default
         AdamW at the same learning rate.
@@ -220,7 +224,8 @@ def soap(
       >>> tx = ravine.soap(3e-3, every=5)
       >>> updates, state = tx.update(params, tx.init(params), params)
     """
-    direction = scale_by_soap(
+    direction = functools.partial(
+        scale_by_soap,
         b1,
         b2,
         eps,
@@ -230,13 +235,12 @@ def soap(
         block=block,
         limit=limit,
         sides=sides,
-        axes=lambda path: axes_of_path(path, rules),
         mu_dtype=mu_dtype,
         nu_dtype=nu_dtype,
     )
     return by_role(
         "soap",
-        direction,
+        lambda axes: direction(axes=axes),
         learning_rate,
         weight_decay=weight_decay,
         weight_decay_mask=weight_decay_mask,

@@ -1,17 +1,17 @@
 """SOAP-Muon: SOAP's direction, orthogonalized."""
 
 from collections.abc import Callable, Collection
-from typing import Any
 
 import jax
 import optax
 
 from ..core.arguments import checked
 from ._by_role import by_role
+from ._matrices import Axes
 from .decay import Mask
 from .matrix_scale import Scale, scale_by_matrix_shape
 from .orthogonal import orthogonalize
-from .roles import COMMON_RULES, MATRIX_ROLES, Role, Rules, axes_of_path
+from .roles import MATRIX_ROLES, Role, Rules
 from .soap import scale_by_soap
 
 
@@ -29,7 +29,7 @@ def soap_muon(
     scale: Scale = "moonlight",
     weight_decay: optax.ScalarOrSchedule = 0.0,
     weight_decay_mask: Mask | None = None,
-    rules: Rules = COMMON_RULES,
+    rules: Rules | None = None,
     matrix_roles: Collection[Role] = MATRIX_ROLES,
     fallback: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformation:
@@ -42,7 +42,7 @@ def soap_muon(
       scale: the factor of a matrix's shape, as for :func:`muon`.
       weight_decay: multiplied by the learning rate; also that of the default fallback.
       weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
-      rules: role rules.
+      rules: role rules; by default ``ravine.COMMON_RULES``.
       matrix_roles: the roles it takes.
       fallback: the optimizer of all other parameters; by default AdamW at the same learning rate.
 
@@ -53,22 +53,21 @@ def soap_muon(
       >>> tx = ravine.soap_muon(0.01, weight_decay=0.1)
     """
 
-    def axes(path: str) -> Any:
-        return axes_of_path(path, rules)
+    def direction(axes: Axes) -> optax.GradientTransformation:
+        return optax.chain(
+            scale_by_soap(
+                b1,
+                b2,
+                eps,
+                shampoo_b2=shampoo_b2,
+                every=every,
+                staggered=staggered,
+                axes=axes,
+            ),
+            orthogonalize(method, axes=axes),
+            scale_by_matrix_shape(scale, axes=axes),
+        )
 
-    direction = optax.chain(
-        scale_by_soap(
-            b1,
-            b2,
-            eps,
-            shampoo_b2=shampoo_b2,
-            every=every,
-            staggered=staggered,
-            axes=axes,
-        ),
-        orthogonalize(method, axes=axes),
-        scale_by_matrix_shape(scale, axes=axes),
-    )
     return by_role(
         "soap_muon",
         direction,

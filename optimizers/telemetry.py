@@ -9,10 +9,10 @@ import optax
 
 from ..core.arguments import checked
 from ..core.tree_checks import check_params_given
-from ._sizes import sizes_by_role
+from ._sizes import NO_METRICS, sizes_by_role, total_norm
 from ._transformation import states_of, with_extra_args
 from .learning_rate import RATE_STATES
-from .roles import COMMON_RULES, Rules, assign_roles
+from .roles import Rules, complete, known_roles
 
 
 class TelemetryState(NamedTuple):
@@ -24,14 +24,14 @@ class TelemetryState(NamedTuple):
 
 @checked
 def with_telemetry(
-    tx: optax.GradientTransformation, rules: Rules = COMMON_RULES
+    tx: optax.GradientTransformation, rules: Rules | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """`tx`, with the sizes of what it saw and did in its state, for :func:`telemetry` to read.
 
-    For every role in the rules there are ``gradient_norm``, ``update_norm`` and ``parameter_norm``
+    For every role in the model there are ``gradient_norm``, ``update_norm`` and ``parameter_norm``
     (before the update), and the same as ``..._rms``, the norm over the root of the number of
-    coordinates: ``metrics["update_rms/matrix"]``. A role that no parameter has reads 0, so that the
-    structure does not depend on the parameters.
+    coordinates: ``metrics["update_rms/matrix"]``; and ``gradient_norm`` of all together. A parameter
+    that no rule covers has the role ``other``, so any model can be watched.
 
     Learning rates are those of every :func:`scale_by_learning_rate` inside: ``learning_rate`` if
     there is one, else ``learning_rate/muon`` and so on, by the names of ``optax.partition``. They are
@@ -45,7 +45,7 @@ def with_telemetry(
       rules: role rules, see :func:`ravine.optimizers.roles.assign_roles`.
 
     Raises:
-      ValueError: for parameters that no rule covers, or an update without parameters.
+      ValueError: for a misspelt role in the rules, or an update without parameters.
 
     Example:
       >>> import jax.numpy as jnp, ravine
@@ -54,25 +54,32 @@ def with_telemetry(
       >>> _, state = tx.update(params, tx.init(params), params)
       >>> {name: float(value) for name, value in ravine.telemetry(state).items()}
       ... # doctest: +NORMALIZE_WHITESPACE
-      {'gradient_norm/matrix': 2.0, 'gradient_rms/matrix': 1.0, 'learning_rate': 0.5,
-       'parameter_norm/matrix': 2.0, 'parameter_rms/matrix': 1.0, 'update_norm/matrix': 1.0,
-       'update_rms/matrix': 0.5}
+      {'gradient_norm': 2.0, 'gradient_norm/matrix': 2.0, 'gradient_rms/matrix': 1.0,
+       'learning_rate': 0.5, 'parameter_norm/matrix': 2.0, 'parameter_rms/matrix': 1.0,
+       'update_norm/matrix': 1.0, 'update_rms/matrix': 0.5}
     """
     inner = optax.with_extra_args_support(tx)
-    known = sorted({rule[1] for rule in rules})
+    complete(rules)
 
-    def measure(roles: Any, **trees: Any) -> dict[str, jax.Array]:
+    def measure(**trees: Any) -> dict[str, jax.Array]:
+        roles = known_roles(trees["parameter"], rules)
+        known = sorted(set(jax.tree.leaves(roles)))
         found: dict[str, jax.Array] = {}
         for what, tree in trees.items():
             found |= sizes_by_role(what, tree, roles, known)
+        found["gradient_norm"] = total_norm([found[f"gradient_norm/{role}"] for role in known])
         return dict(sorted(found.items()))
 
     def init(params: optax.Params) -> TelemetryState:
         inner_state = inner.init(params)
-        zeros = jax.tree.map(lambda p: jnp.zeros([], p.dtype), params)
-        roles = assign_roles(params, rules)
+        if not jax.tree.leaves(params):
+            # The placeholder of optax.tree.map_params, which does not tell the roles of the model.
+            return TelemetryState(NO_METRICS, inner_state)
+        zeros = jax.tree.map(jnp.zeros_like, params)
         trees = {"gradient": zeros, "update": zeros, "parameter": zeros}
-        return TelemetryState(measure(roles, **trees), inner_state)
+        shapes = jax.eval_shape(measure, **trees)
+        none = {name: jnp.zeros([], jnp.float32) for name in shapes}
+        return TelemetryState(none, inner_state)
 
     def update(
         updates: optax.Updates,
@@ -82,9 +89,7 @@ def with_telemetry(
     ) -> tuple[optax.Updates, TelemetryState]:
         check_params_given(params, "with_telemetry")
         done, inner_state = inner.update(updates, state.inner, params, **extra)
-        metrics = measure(
-            assign_roles(params, rules), gradient=updates, update=done, parameter=params
-        )
+        metrics = measure(gradient=updates, update=done, parameter=params)
         return done, TelemetryState(metrics, inner_state)
 
     return with_extra_args(init, update)

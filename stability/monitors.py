@@ -11,9 +11,9 @@ from jax.tree_util import tree_leaves_with_path
 from ..core.arguments import checked
 from ..core.checks import check_positive, check_whole
 from ..core.tree_checks import check_params_given
-from ..optimizers._sizes import sizes_by_role
+from ..optimizers._sizes import NO_METRICS, sizes_by_role, total_norm
 from ..optimizers._transformation import states_of, with_extra_args
-from ..optimizers.roles import COMMON_RULES, Rules, assign_roles, path_string
+from ..optimizers.roles import Rules, complete, known_roles, path_string
 from ._arithmetic import global_norm
 from ._layers import STACKED, Stacked
 from ._moment_measures import eps_shares, momentum_ranks
@@ -35,7 +35,7 @@ class MonitorState(NamedTuple):
 @checked
 def with_monitors(
     tx: optax.GradientTransformation,
-    rules: Rules = COMMON_RULES,
+    rules: Rules | None = None,
     *,
     every: int = 10,
     eps: float = 1e-8,
@@ -49,7 +49,8 @@ def with_monitors(
     Every step, with loss and gradient norm x: ``spike_score/loss`` and ``spike_score/gradient_norm``,
     the share of steps so far with :math:`x > \mu + k \sigma` of the last ones, or x not finite.
 
-    Every so many steps, for each role in the rules: ``gradient_norm``, ``update_norm``,
+    Every so many steps, for each role in the model, ``other`` where no rule covers a parameter:
+    ``gradient_norm``, ``update_norm``,
     ``parameter_norm`` and each as ``..._rms``; ``update_ratio``, the RMS of the update over that of
     the weights; and, where the state has such moments, ``eps_share``, the share of elements with
     :math:`\sqrt{v} < 10 \epsilon`, of which Adam's denominator is no longer the gradient's size, and
@@ -76,8 +77,8 @@ def with_monitors(
       layers: which leaves are stacked layers.
 
     Raises:
-      ValueError: for values out of range, parameters that no rule covers, an update without
-        parameters, or other measurements than were named.
+      ValueError: for values out of range, a misspelt role in the rules, an update without parameters,
+        or other measurements than were named.
 
     Source: OLMo-core, ``stability_monitor.py`` (spike score); Wortsman et al., 2023,
     https://arxiv.org/abs/2309.14322 (gradients below epsilon).
@@ -96,13 +97,15 @@ def with_monitors(
     check_whole(1, every=every, window=window)
     inner = optax.with_extra_args_support(tx)
     names = tuple(measured)
-    known = sorted({rule[1] for rule in rules})
+    complete(rules)
 
     def measure(trees: Mapping[str, Any], inner_state: Any) -> dict[str, jax.Array]:
-        roles = assign_roles(trees["parameter"], rules)
+        roles = known_roles(trees["parameter"], rules)
+        known = sorted(set(jax.tree.leaves(roles)))
         found: dict[str, jax.Array] = {}
         for what, tree in trees.items():
             found |= sizes_by_role(what, tree, roles, known)
+        found["gradient_norm"] = total_norm([found[f"gradient_norm/{role}"] for role in known])
         for role in known:
             rms = found[f"parameter_rms/{role}"]
             found[f"update_ratio/{role}"] = found[f"update_rms/{role}"] / jnp.where(rms > 0, rms, 1)
@@ -114,8 +117,11 @@ def with_monitors(
         inner_state = inner.init(params)
         zeros = jax.tree.map(jnp.zeros_like, params)
         trees = {"gradient": zeros, "update": zeros, "parameter": zeros}
-        found = [*jax.eval_shape(measure, trees, inner_state), *names]
-        metrics = {name: jnp.zeros([], jnp.float32) for name in sorted(found)}
+        if jax.tree.leaves(params):
+            found = [*jax.eval_shape(measure, trees, inner_state), *names]
+            metrics = {name: jnp.zeros([], jnp.float32) for name in sorted(found)}
+        else:  # The placeholder of optax.tree.map_params.
+            metrics = NO_METRICS
         losses, norms = (empty_window(window) for _ in range(2))
         count, spikes = jnp.zeros([], jnp.int32), jnp.zeros(2, jnp.int32)
         return MonitorState(count, losses, norms, spikes, metrics, inner_state)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import ravine
+from ravine.optimizers.roles import IN_OUT
 
 
 def builder(name: str):
@@ -30,6 +31,10 @@ def builder(name: str):
         return optax.GradientTransformationExtraArgs(tx.init, update)
 
     return with_curvature
+
+
+# Leading axes are batches of matrices.
+ALL_MATRICES = ((".*", "matrix", IN_OUT),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +98,7 @@ def matrices(name: str, learning_rate: float, hyperparameters: Any = (), **field
     return Row(
         name,
         learning_rate,
-        {"rules": ((".*", "matrix"),), **dict(hyperparameters)},
+        {"rules": ALL_MATRICES, **dict(hyperparameters)},
         needs_matrices=True,
         **{"sharded_tolerance": 1e-5, **fields},
     )
@@ -139,7 +144,7 @@ TABLE = (
         constant_learning_rate=1e-3,
     ),
     Row("ademamix", 0.2, {"b3": 0.99}, constant_learning_rate=1e-3),
-    Row("mars", 0.2, {"rules": ((".*", "matrix"),)}),
+    Row("mars", 0.2, {"rules": ALL_MATRICES}),
     Row(
         "sophia_g",
         0.1,

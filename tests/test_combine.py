@@ -29,11 +29,13 @@ def test_every_role_gets_its_optimizer():
 
 
 def test_one_table_says_who_gets_what():
-    lines = role_table(PARAMS, RULES, ASSIGNMENT, decay=["matrix"]).splitlines()
+    lion = ravine.lion(0.1, weight_decay=0.5)
+    tx = ravine.combine_by_role({"lion": lion, "sgd": ravine.sgd(0.5)}, ASSIGNMENT, RULES)
+    lines = role_table(PARAMS, RULES, tx).splitlines()
     cells = {line.split()[0]: line.split()[-2:] for line in lines[1:]}
     assert cells == {
         "embedding": ["sgd", "no"],
-        "layers/kernel": ["lion", "yes"],
+        "layers/kernel": ["lion", "0.5"],
         "layers/scale": ["sgd", "no"],
     }
 
@@ -46,8 +48,10 @@ def test_faults():
     left_out = ravine.combine_by_role(optimizers(), {"matrix": "lion", "norm": "sgd"}, RULES)
     with pytest.raises(ValueError, match=r"'embedding' has the role 'embedding'.*assign it"):
         left_out.init(PARAMS)
+    with pytest.raises(ValueError, match=r"the assignment has 'martix'.*did you mean matrix"):
+        ravine.combine_by_role(optimizers(), {"martix": "lion", "norm": "sgd"})
     unused = ravine.combine_by_role(optimizers(), {"matrix": "lion", "router": "sgd"}, [RULES[1]])
     with pytest.raises(ValueError, match="'sgd' gets no parameter"):
         unused.init({"kernel": jnp.ones((2, 2))})
-    with pytest.raises(ValueError, match="no role rule matches"):
+    with pytest.raises(ValueError, match="match no role rule"):
         ravine.combine_by_role(optimizers(), ASSIGNMENT, RULES[:2]).init(PARAMS)

@@ -12,9 +12,10 @@ import ravine
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ravine.optimizers.matrix.orthogonalize import NewtonSchulz
+from ravine.optimizers.roles import IN_OUT
 from ravine.training.collectives import collectives
 
-RULES = ((".*", "matrix"),)
+RULES = ((".*", "matrix", IN_OUT),)
 SHAPES = {"a": (8, 16), "b": (16, 8), "stack": (4, 8, 8), "odd": (6, 10), "tall": (24, 4)}
 SQUARES = {"square": (8, 8), "turned": (8, 8)}
 COMMON = {"rules": RULES, "every": 2}

@@ -13,11 +13,11 @@ import pytest
 import ravine
 from ravine.optimizers.matrix.layout import MatrixAxes
 from ravine.optimizers.matrix.orthogonalize import NewtonSchulz
-from ravine.optimizers.roles import Rule
+from ravine.optimizers.roles import IN_OUT, Rule
 
 from .golden import muon as golden
 
-EVERYTHING = ((".*", "matrix"),)
+EVERYTHING = ((".*", "matrix", IN_OUT),)
 BFLOAT16 = NewtonSchulz(dtype="bfloat16", form="standard")
 # Case of the goldens: ours. Sums (heavy ball) and means have the same directions.
 BUILDERS = {

@@ -1,0 +1,25 @@
+"""Paths of parameters as text."""
+
+from collections.abc import Iterable
+from typing import Any
+
+
+def path_string(path: Iterable[Any]) -> str:
+    """A key path as ``layers/attention/query/kernel``; Flax's trailing ``.value`` is left out.
+
+    Example:
+      >>> import jax
+      >>> from ravine.optimizers.roles import path_string
+      >>> [path_string(path) for path, _ in jax.tree.leaves_with_path({"a": {"b": [1, 2]}})]
+      ['a/b/0', 'a/b/1']
+    """
+    return "/".join(key_names(path))
+
+
+def key_names(path: Iterable[Any]) -> tuple[str, ...]:
+    """The names in a key path, without Flax's trailing ``.value``."""
+    keys = tuple(path)
+    # An attribute of a variable or a box; an entry `["value"]` of a dictionary is a name.
+    if len(keys) > 1 and getattr(keys[-1], "name", None) in ("value", "raw_value"):
+        keys = keys[:-1]
+    return tuple(str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", k)))) for k in keys)

@@ -1,0 +1,93 @@
+"""Explanations: what an optimizer does to every parameter, read off the optimizer itself."""
+
+import dataclasses
+from typing import Any
+
+from ._probe import probe
+from ._table import text_table
+from .roles import MATRIX_ROLES, Rules, decide, matrices
+
+
+@dataclasses.dataclass(frozen=True)
+class Explained:
+    """What an optimizer does to one parameter; texts are empty where it does no such thing."""
+
+    path: str
+    shape: tuple[int, ...]
+    role: str
+    matrices: str
+    """How its axes are read as matrices."""
+    optimizer: str
+    """``muon`` and the like; or the transformations of a chain; of other libraries their states."""
+    how: str
+    """Factors of its blocks, or the way it is orthogonalized."""
+    learning_rate: str
+    decay: str
+    state_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """A row for every parameter; printed, a table."""
+
+    rows: tuple[Explained, ...]
+    shared_bytes: int
+    """Of what belongs to no parameter, as counts."""
+
+    def __str__(self) -> str:
+        fields = [field.name for field in dataclasses.fields(Explained)]
+        headings = [name.replace("_", " ") for name in fields]
+        cells = [[_text(getattr(row, name)) for name in fields] for row in self.rows]
+        total = sum(row.state_bytes for row in self.rows) + self.shared_bytes
+        tail = f"state: {total:,} bytes, {self.shared_bytes:,} of them shared"
+        return f"{text_table([headings, *cells])}\n{tail}"
+
+
+def explain(tx: Any, params: Any, rules: Rules | None = None) -> Explanation:
+    """What `tx` does to every parameter: a table, found by calling its `init` on shapes.
+
+    It sees through ``optax.chain``, ``partition``, ``masked``, `with_telemetry` and whatever else calls
+    `init` of what it wraps. Of transformations that are not Ravine's it tells what their states hold.
+
+    Args:
+      tx: any Optax transformation.
+      params: a tree of arrays, or of their shapes; of NNX, ``nnx.state(model, nnx.Param)``.
+      rules: for the roles of parameters that the optimizer does not decide about itself.
+
+    Returns:
+      An object with ``rows`` to look through, that prints as a table.
+
+    Raises:
+      ValueError: as `init` does.
+
+    Example:
+      >>> import jax.numpy as jnp, ravine
+      >>> params = {"up": {"kernel": jnp.ones((8, 6)), "bias": jnp.ones(6)}}
+      >>> explanation = ravine.explain(ravine.shampoo(1e-3, block=4, weight_decay=0.1), params)
+      >>> [(row.path, row.role, row.optimizer) for row in explanation.rows]
+      [('up/bias', 'bias', 'adam'), ('up/kernel', 'matrix', 'shampoo')]
+      >>> explanation.rows[1].how
+      '4 blocks of 4x3, factors of 4, 3'
+    """
+    found, shared = probe(tx, params)
+    rows = []
+    for d in decide(params, rules, lenient=True):
+        says = found[d.path].says
+        rows.append(
+            Explained(
+                d.path,
+                d.shape,
+                says.get("role", d.role or "other"),
+                says.get("matrices", matrices(d) if d.role in MATRIX_ROLES else "-"),
+                found[d.path].optimizer,
+                says.get("how", ""),
+                says.get("learning rate", ""),
+                says.get("decay", ""),
+                found[d.path].bytes,
+            )
+        )
+    return Explanation(tuple(rows), shared)
+
+
+def _text(value: Any) -> str:
+    return f"{value:,}" if type(value) is int else str(value) or "-"

@@ -1,0 +1,65 @@
+"""What is said of parameters that the rules do not decide: all of them, and rules to correct."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .matrix.layout import MatrixAxes
+
+
+def refusal(unclear: Sequence[Any], shapes: Mapping[str, tuple[int, ...]], *, default: bool) -> str:
+    """A message with every parameter in question and a ``rules=`` to paste and correct.
+
+    Args:
+      unclear: `Decided` without a role, or without axes.
+      shapes: of all parameters, by path.
+      default: whether the rules are the default.
+    """
+    width = max(len(d.path) for d in unclear)
+    across = max(len(str(d.shape)) for d in unclear)
+    lines = [
+        f"  {d.path or '(the root)':<{width}}  {d.shape!s:<{across}}  {_problem(d)}"
+        for d in unclear
+    ]
+    rules: dict[str, str] = {}
+    for d in unclear:
+        # A pattern for all layers of a list.
+        pattern = "/".join(
+            r"\d+" if part.isdigit() else re.escape(part) for part in d.path.split("/")
+        )
+        role, axes, comment = _suggestion(d, shapes)
+        rules[f"    (r{f'^{pattern}$'!r}, {role!r}{axes}),".replace("\\\\", "\\")] = comment
+    last = "    *ravine.COMMON_RULES," if default else "    *rules,  # those you gave"
+    return "\n".join(
+        [
+            f"{len(unclear)} of {len(shapes)} parameters match no role rule, or it is not known what "
+            "their axes mean:",
+            *lines,
+            "Say what they are; paste this and correct it:",
+            "rules=[",
+            *(f"{rule}  # {comment}" if comment else rule for rule, comment in rules.items()),
+            last,
+            "]",
+        ]
+    )
+
+
+def _problem(d: Any) -> str:
+    if d.role is None:
+        return "no role rule matches"
+    return f"a {d.role}: which axes are its rows (in), which its columns (out)?"
+
+
+def _suggestion(d: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, str, str]:
+    """Role, axes as text, and what to look at."""
+    ndim, name = len(d.shape), d.path.lower()
+    if ndim < 2:
+        return ("norm" if re.search("norm|scale|gain|gamma", name) else "bias"), "", ""
+    role = d.role or ("embedding" if "emb" in name else "matrix")
+    if ndim == 2:
+        return role, "", "matrix, embedding, head, norm (of stacked layers) or other?"
+    # The axes of a bias are those of the outputs.
+    bias = shapes.get(re.sub(r"[^/]+$", "bias", d.path), ())
+    outputs = len(bias) if 0 < len(bias) < ndim and d.shape[-len(bias) :] == bias else 1
+    axes = MatrixAxes(tuple(range(-ndim, -outputs)), tuple(range(-outputs, 0)))
+    return role, f", ravine.MatrixAxes({axes.rows}, {axes.columns})", f"{d.shape}: in, out?"

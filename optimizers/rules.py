@@ -1,0 +1,260 @@
+"""Rules: what a path says of a parameter, and ready sets of them for the libraries people use.
+
+A rule decides a parameter by its path, and where names are not enough by the number of its axes or by
+what stands beside it. It never decides what three or more axes mean without being told: those of a
+convolution, of Flax's attention and of stacked experts are known, all others are asked for.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+from .matrix.layout import MatrixAxes
+
+Role = Literal["embedding", "head", "matrix", "norm", "bias", "router", "convolution", "other"]
+MATRIX_ROLES: tuple[Role, ...] = ("matrix", "convolution")
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Paths below a module, as ``query/kernel``, and their shapes."""
+
+
+class Rule(NamedTuple):
+    """What the parameters are whose path a regular expression finds.
+
+    Example:
+      >>> import ravine
+      >>> rules = [ravine.Rule("^final/kernel$", "head"), *ravine.COMMON_RULES]  # the first decides
+    """
+
+    pattern: str
+    """A regular expression, searched in the path (`re.search`)."""
+    role: Role
+    axes: MatrixAxes | None = None
+    """Rows and columns. None: `[in, out]` for matrices and `[*window, in, out]` for convolutions,
+    behind axes of stacked layers; a matrix with more axes than that is refused."""
+    required: bool = True
+    """Refuse parameters of which it decides none: it is misspelt, or an earlier rule takes them."""
+    ndim: int | None = None
+    """Decide only parameters of so many axes, those of stacked layers not counted."""
+    where: Callable[[Shapes], bool] | None = None
+    """Decide only where this holds of the shapes in the module, two levels above the parameter."""
+
+
+Rules = Sequence[Rule | tuple[str, Role] | tuple[str, Role, MatrixAxes | None]]
+
+IN_OUT = MatrixAxes((-2,), (-1,))
+"""`[..., in, out]`: whatever stands in front is a batch of matrices."""
+OUT_IN = MatrixAxes((-1,), (-2,))
+"""`[..., out, in]`: Equinox and PyTorch."""
+CONVOLUTION = MatrixAxes((-4, -3, -2), (-1,))
+"""`[..., height, width, in, out]`: Flax and Haiku. A depthwise convolution is no matrix; give it
+another role."""
+ATTENTION_IN = MatrixAxes((-3,), (-2, -1))
+"""`[..., in, heads, head width]`: Flax's query, key and value. ``column_parts=heads``, on a copy by
+`dataclasses.replace`, makes each head its own matrix."""
+ATTENTION_OUT = MatrixAxes((-3, -2), (-1,))
+"""`[..., heads, head width, out]`: Flax's output projection."""
+
+
+def window(ndim: int) -> MatrixAxes:
+    """Axes of a convolution `[*window, in, out]` with so many axes in all."""
+    return MatrixAxes(tuple(range(-ndim, -1)), (-1,))
+
+
+def _maybe(pattern: str, role: Role, axes: MatrixAxes | None = None, **when: object) -> Rule:
+    return Rule(pattern, role, axes, required=False, **when)  # type: ignore[arg-type]
+
+
+_INPUTS = ("query", "key", "value", "q", "k", "v", "q_proj", "k_proj", "v_proj", "wq", "wk", "wv")
+_OUTPUTS = ("out", "output", "o", "o_proj", "out_proj", "wo", "proj")
+
+
+def _has_heads(shapes: Shapes) -> bool:
+    """Whether some output projection takes up the heads that some query makes."""
+    makes = [shapes.get(f"{name}/kernel", ()) for name in _INPUTS]
+    takes = [shapes.get(f"{name}/kernel", ()) for name in _OUTPUTS]
+    return any(
+        len(i) > 2
+        and i[-2:] == o[-3:-1]
+        and i[:-3] == o[:-3]
+        # As many heads as inputs as width: the same could be stacked `[layers, in, out]`.
+        and len({*i[-3:]}) > 1
+        for i in makes
+        for o in takes
+    )
+
+
+def _is_ravine(shapes: Shapes) -> bool:
+    """Whether this is a stacked module of Ravine's model."""
+    return any(len(shapes.get(f"{name}/kernel", ())) == 3 for name in ("output", "down"))
+
+
+_HEAD = (
+    r"(^|/)(?!\w*(multi|attention|per)_?head)((\w+_)?head|(\w+_)?logits(_dense)?|(\w+_)?classifier"
+    r"|unembed(ding|der)?|embed_out|qa_outputs)"
+)
+_NORM = r"(^|/)([^/]*[nN]orm[^/]*|ln_?[^/]*|[^/]*_ln(_[^/]*)?)"
+_EMBED = r"(^|/)([^/]*[eE]mbed[^/]*|wte|wpe|(tok|token|pos|word)_emb[^/]*)"
+_WINDOWS = (3, 4, 5)
+
+_NAMED = (
+    _maybe(rf"{_HEAD}(/(kernel|w))?$", "head"),
+    _maybe(rf"{_HEAD}/weight$", "head", OUT_IN),
+    _maybe(r"(^|/)(cls|cls_token|class_token|class_embedding|mask_token|dist\w*_token)$", "other"),
+    _maybe(r"(^|/)negative_slope$", "other"),
+    _maybe(r"(^|/)pos\w*_?emb\w*$", "embedding", IN_OUT, ndim=3),  # [1, positions, width]
+    _maybe(r"embedd?ings?$|(^|/)(wte|wpe|embed|(tok|token|pos|word)_emb\w*)$", "embedding"),
+    _maybe(r"(^|[/_])scale$", "norm"),
+    _maybe(rf"{_NORM}/(weight|gamma|gain|w|g)$", "norm"),
+    _maybe(rf"{_NORM}$", "norm", ndim=1),
+    _maybe(r"(^|[/_])bias(_\w+)?$|(^|/)(b\d*|b_\w+|offset|beta)$", "bias"),
+    _maybe(r"(^|[/_])router(/(kernel|weight|w))?$", "router"),
+    _maybe(r"(^|/)[^/]*[mM][oO][eE][^/]*/gate(/(kernel|weight|w))?$", "router"),
+)
+
+_FLAX = (
+    # Ravine's own model: [layers, in, out].
+    _maybe(
+        r"(^|/)layers/(attention/(query|key|value|output)|feed_forward/(gate|up|down))/kernel$",
+        "matrix",
+        IN_OUT,
+        where=_is_ravine,
+    ),
+    # Stacked or not: their shapes tell.
+    *(
+        _maybe(rf"(^|/)({'|'.join(names)})/kernel$", "matrix", axes, ndim=n, where=_has_heads)
+        for names, axes in ((_INPUTS, ATTENTION_IN), (_OUTPUTS, ATTENTION_OUT))
+        for n in (3, 4)
+    ),
+    _maybe(r"(^|/)ConvLocal_\d+/kernel$", "matrix", IN_OUT),  # [*positions, window x in, out]
+    *(
+        _maybe(
+            r"(^|/)([^/]*[cC]onv(?!Local|LSTM)[^/]*|ConvLSTMCell_\d+/(ih|hh)"
+            r"|patch_embed\w*(/proj(ection)?)?)/kernel$",
+            "convolution",
+            window(n),
+            ndim=n,
+        )
+        for n in _WINDOWS
+    ),
+)
+
+_EXPERTS = (
+    # [experts, in, out], whether the kernels are the modules' or the layer's own.
+    _maybe(
+        r"(^|/)[^/]*([eE]xperts|[mM][oO][eE])[^/]*/(?!\d)(.*/)?(kernel|[wW]\w*|\w+_proj)$(?<!weight)",
+        "matrix",
+        IN_OUT,
+        ndim=3,
+    ),
+    _maybe(r"(^|/)[^/]*[eE]xperts[^/]*/(?!\d)(.*/)?weight$", "matrix", OUT_IN, ndim=3),
+    _maybe(r"(^|/)(wi|wo|wi_\d)$", "matrix", IN_OUT, ndim=3),
+)
+
+_EQUINOX = (
+    _maybe(r"(^|/)\w+_index/init/\d+$", "other"),  # Equinox's state, not a parameter
+    _maybe(r"(^|/)g$", "norm"),  # WeightNorm
+    _maybe(rf"{_EMBED}/weight$", "embedding"),
+    *(
+        _maybe(
+            r"(^|/)[^/]*[cC]onv[^/]*/weight$",
+            "convolution",
+            MatrixAxes(tuple(range(1 - n, 0)), (-n,)),
+            ndim=n,
+        )
+        for n in _WINDOWS
+    ),
+    _maybe(r"(^|/)weight$", "norm", ndim=1),
+    _maybe(r"(^|/)weight(_ih|_hh)?$", "matrix", OUT_IN, ndim=2),
+)
+
+_HAIKU = (
+    _maybe(rf"{_EMBED}/(w|embeddings)$", "embedding"),
+    _maybe(
+        r"(^|/)[^/]*conv2_d_transpose[^/]*/w$",
+        "convolution",
+        MatrixAxes((-4, -3, -1), (-2,)),
+        ndim=4,
+    ),
+    *(
+        _maybe(
+            r"(^|/)[^/]*conv(?!\w*transpose)\w*(/(input|hidden)_to_hidden)?/w$",
+            "convolution",
+            window(n),
+            ndim=n,
+        )
+        for n in _WINDOWS
+    ),
+)
+
+_PLAIN = (
+    # `[(w, b), ...]`
+    _maybe(r"(^|/)\d+/0$", "matrix", ndim=2),
+    _maybe(r"(^|/)\d+/1$", "bias", ndim=1),
+    _maybe(r"(^|/)(kernel|lora_[ab]|[wW]\d*|[wW]_?[a-zA-Z]{1,8}(_?\d)?)$", "matrix"),
+)
+
+RAVINE_RULES: Rules = (
+    Rule(r"(^|/)embed/embedding$", "embedding"),
+    Rule(r"(^|/)head/kernel$", "head"),
+    Rule(r"norm/scale$", "norm"),
+    Rule(r"/kernel$", "matrix", IN_OUT),
+)
+"""Rules for the model of ``ravine.training``."""
+
+COMMON_RULES: Rules = (*_NAMED, *_FLAX, *_EXPERTS, *_EQUINOX, *_HAIKU, *_PLAIN)
+"""The default: names that Flax NNX, Linen, Equinox, Haiku and plain JAX give to parameters.
+
+Heads are known by names as ``head``, ``lm_head``, ``logits``, ``classifier``, ``unembed``; one called
+``Dense_7`` needs a rule in front, or it is a matrix. A convolution has ``conv`` or ``patch_embed`` in
+the name of its module. ``query/kernel [in, heads, width]`` is known by an ``out/kernel [heads, width,
+out]`` beside it. Kernels of ``LinearGeneral``, ``DenseGeneral`` and ``Einsum`` with three or more
+axes are asked for."""
+
+LINEN_RULES: Rules = COMMON_RULES
+"""Rules for Flax Linen: the default."""
+
+NNX_RULES: Rules = (
+    _maybe(r"(^|/)(query|key|value)/kernel$", "matrix", ATTENTION_IN, ndim=3),
+    _maybe(r"(^|/)out/kernel$", "matrix", ATTENTION_OUT, ndim=3),
+    *COMMON_RULES,
+)
+"""Rules for Flax NNX: the default, with ``query``, ``key``, ``value`` and ``out`` of three axes taken
+for those of ``nnx.MultiHeadAttention`` wherever they are."""
+
+EQUINOX_RULES: Rules = (*_NAMED, *_EXPERTS, *_EQUINOX, *_PLAIN)
+"""Rules for Equinox, whose weights are `[out, in]`."""
+
+HAIKU_RULES: Rules = (*_NAMED, *_EXPERTS, *_HAIKU, *_PLAIN)
+"""Rules for Haiku, with parameters called ``w`` and ``b``."""
+
+HUGGING_FACE_RULES: Rules = (
+    # GPT-2 keeps [out, in], and query, key and value in one.
+    _maybe(r"(^|/)c_attn/kernel$", "matrix", MatrixAxes((-1,), (-2,), column_parts=3)),
+    _maybe(r"(^|/)c_(fc|proj)/kernel$", "matrix", OUT_IN),
+    _maybe(r"(^|/)classifier/out_proj/kernel$", "head"),
+    _maybe(r"(^|/)classifier/dense/kernel$", "matrix"),
+    _maybe(r"(^|/)(score|(seq_relationship|decoder|\w*_projection))/kernel$", "head"),
+    *COMMON_RULES,
+)
+"""Rules for Hugging Face's Flax models: the default, with GPT-2's kernels `[out, in]`."""
+
+MAXTEXT_RULES: Rules = (
+    _maybe(r"(^|/)(lm_head|logits|logits_dense)/kernel$", "head"),
+    _maybe(r"embedding$", "embedding"),
+    _maybe(r"(^|[/_])scale$", "norm"),
+    _maybe(r"(^|[/_])bias$|(^|/)sinks$", "bias"),
+    _maybe(r"(^|[/_])(router|gate)/kernel$", "router"),
+    _maybe(
+        r"(^|/)(query|key|value|wq_b|wkv_b)/kernel$",
+        "matrix",
+        MatrixAxes((0,), (-2, -1)),
+    ),
+    _maybe(r"(^|/)out/kernel$", "matrix", MatrixAxes((0, -2), (-1,))),
+    _maybe(r"(^|/)(wi|wi_0|wi_1|wo|wq_a|wkv_a)/kernel$", "matrix", MatrixAxes((0,), (-1,))),
+    _maybe(r"MoeBlock_\d+/(wi_0|wi_1|wo)$", "matrix", IN_OUT),
+)
+"""Rules for text decoders of MaxText, dense, MLA and mixture of experts (August 2026).
+
+Its scanned layers are at axis 1 (``param_scan_axis``): `[in, layers, heads, head width]`, `[heads,
+layers, head width, out]`, `[in, layers, out]`, experts `[experts, layers, in, out]`. Unscanned ones
+are right too. ``qkv_proj`` (``fused_qkv``) needs the numbers of heads, so a rule of yours."""
