@@ -56,6 +56,7 @@ from .roles import (
     Rule,
     role_table,
 )
+from .root_failures import RefusedRoot, root_failures
 from .schedule_free import (
     ScheduleFreeState,
     schedule_free,
@@ -113,6 +114,7 @@ __all__ = [
     "MatrixAxes",
     "OptimizerConfig",
     "ReduceVarianceState",
+    "RefusedRoot",
     "Rule",
     "ScaleByAdagradState",
     "ScaleByAdamState",
@@ -168,6 +170,7 @@ __all__ = [
     "restart_adan",
     "rmsprop",
     "role_table",
+    "root_failures",
     "scale_by_adagrad",
     "scale_by_adam",
     "scale_by_adan",

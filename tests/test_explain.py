@@ -1,0 +1,128 @@
+"""Explanations are read off the optimizer: what they say is what it does."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import ravine
+from flax import nnx
+
+PARAMS = {
+    "head": {"kernel": jnp.ones((8, 12))},
+    "norm": {"scale": jnp.ones(8)},
+    "strange": jnp.ones(3),
+    "up": {"kernel": jnp.ones((8, 6)), "bias": jnp.ones(6)},
+}
+KNOWN = {name: value for name, value in PARAMS.items() if name != "strange"}
+
+
+def rows(tx, params=KNOWN):
+    return {row.path: row for row in ravine.explain(tx, params).rows}
+
+
+def state_bytes(tx, params):
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(tx.init, params)))
+
+
+@pytest.mark.parametrize("name", ravine.names())
+def test_bytes_add_up_for_every_optimizer(name):
+    tx = getattr(ravine, name)(1e-3)
+    found = ravine.explain(tx, KNOWN)
+    total = sum(row.state_bytes for row in found.rows) + found.shared_bytes
+    assert total == state_bytes(tx, KNOWN)
+    assert found.shared_bytes < 100
+    assert {row.learning_rate for row in found.rows} <= {"0.001", "1.5e-05"}
+    assert all(row.optimizer not in ("-", "") for row in found.rows)
+
+
+def wrapped(tx):
+    clipped = optax.chain(optax.clip_by_global_norm(1.0), ravine.with_telemetry(tx))
+    return optax.partition(
+        {"train": clipped, "freeze": optax.set_to_zero()},
+        lambda p: jax.tree_util.tree_map_with_path(
+            lambda path, _: "freeze" if "norm" in str(path) else "train", p
+        ),
+    )
+
+
+def test_it_sees_through_wrappers():
+    decayed = ravine.optimizers.roles.mask_by_role(["matrix"])
+    tx = ravine.shampoo(
+        optax.linear_schedule(0.25, 0.5, 10), block=4, weight_decay=0.1, weight_decay_mask=decayed
+    )
+    plain, found = rows(tx), rows(wrapped(tx))
+    assert plain["up/kernel"] == found["up/kernel"]
+    kernel = found["up/kernel"]
+    assert (kernel.role, kernel.optimizer) == ("matrix", "shampoo")
+    assert kernel.how == "4 blocks of 4x3, factors of 4, 3"
+    assert (kernel.learning_rate, kernel.decay) == ("schedule from 0.25", "0.1")
+    assert (found["up/bias"].optimizer, found["up/bias"].decay) == ("adam", "")
+    assert (plain["norm/scale"].optimizer, found["norm/scale"].optimizer) == ("adam", "-")
+    assert found["norm/scale"].state_bytes == 0
+
+
+def test_who_is_said_to_get_what_gets_it():
+    """Updates tell: Muon's have the RMS of its scale, and frozen ones none."""
+    tx = ravine.combine_by_role(
+        {"m": ravine.muon(0.5), "s": ravine.sgd(0.25)},
+        {"matrix": "m", "head": "s", "norm": "s", "bias": "s"},
+    )
+    found = rows(tx)
+    assert {path: row.optimizer for path, row in found.items()} == {
+        "head/kernel": "s",
+        "norm/scale": "s",
+        "up/bias": "s",
+        "up/kernel": "muon",
+    }
+    grads = jax.tree.map(lambda p: jnp.full_like(p, 2.0), KNOWN)
+    updates, _ = tx.update(grads, tx.init(KNOWN), KNOWN)
+    np.testing.assert_allclose(
+        updates["head"]["kernel"], -2.0 * float(found["head/kernel"].learning_rate)
+    )
+    assert abs(float(updates["up"]["kernel"][0, 0]) + 0.5) > 0.1
+
+
+def test_optimizers_of_others():
+    found = rows(optax.adamw(1e-3), PARAMS)
+    assert {row.optimizer for row in found.values()} == {"Adam"}
+    assert found["strange"].role == "other"
+    assert found["up/kernel"].state_bytes == 2 * 4 * 48
+    assert {row.learning_rate for row in found.values()} == {""}
+
+
+def test_a_table_of_an_nnx_model():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.mix = nnx.MultiHeadAttention(2, 8, rngs=rngs)
+            self.before = nnx.LayerNorm(8, rngs=rngs)
+
+    params = nnx.state(Model(nnx.Rngs(0)), nnx.Param)
+    text = str(ravine.explain(ravine.soap(1e-3), params))
+    header, *lines = text.splitlines()
+    assert header.split()[:4] == ["path", "shape", "role", "matrices"]
+    query = next(line for line in lines if line.startswith("mix/query/kernel"))
+    assert "1 block of 8x8, factors of 8, 8" in query
+    assert lines[-1].startswith("state: ")
+
+
+def test_blocks_whose_roots_were_refused():
+    params = {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}
+    grads = {"kernel": jnp.arange(24.0).reshape(4, 6) ** 2, "bias": jnp.ones(6)}
+    for tolerance, blocks in ((10.0, 0), (0.0, 8)):
+        tx = ravine.shampoo(1e-3, every=1, block=3, tolerance=tolerance)
+        state = tx.init(params)
+        for _ in range(2):
+            _, state = tx.update(grads, state, params)
+        refused = ravine.root_failures(state)
+        assert sum(map(len, refused.values())) == blocks
+        assert all(root.refused == 2 for root in refused.get("kernel", ()))
+    model = nnx.Linear(4, 6, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    for _ in range(2):
+        optimizer.update(model, nnx.state(nnx.Linear(4, 6, rngs=nnx.Rngs(1)), nnx.Param))
+    assert {(r.axis, r.refused) for r in ravine.root_failures(optimizer.opt_state)["kernel"]} == {
+        (0, 2),
+        (1, 2),
+    }
+    assert ravine.root_failures(ravine.adamw(1e-3).init(params)) == {}
