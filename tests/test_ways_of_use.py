@@ -1,88 +1,137 @@
-"""Every registered optimizer in every place where people put optimizers: the same numbers everywhere."""
+"""Every registered optimizer in every place where people put optimizers: the same numbers everywhere.
 
+A way of use changes the trees that an optimizer sees, never the arithmetic. So updates are compiled as
+functions of leaves in one order: all ways of one optimizer share a program, and are equal to the bit.
+"""
+
+import dataclasses
 import functools
+import pickle
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import equinox as eqx
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import ravine
+from flax import linen as nn
 from flax import nnx
 from flax.nnx.spmd import get_var_pspec
+from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding
+from orbax.checkpoint import v1 as ocp
 
 from .optimizers_table import builder
 
 STEPS = 3
-SPECS = {"dense": {"bias": (None,), "kernel": ("data", "model")}, "norm": {"scale": (None,)}}
+SPECS = {
+    "dense": {"bias": (None,), "kernel": ("data", "model")},
+    "embed": {"embedding": ("data", None)},
+    "norm": {"scale": (None,)},
+}
+# Of the same making as one of the others: `make test-slow` tries them all over.
+ALIKE = {
+    "adagrad",
+    "rmsprop",
+    "adam",
+    "nadam",
+    "nadamw",
+    "lion",
+    "adan",
+    "ademamix",
+    "mars",
+    "cautious_adamw",
+    "cautious_lion",
+    "sophia_h",
+    "schedule_free_sgd",
+    "muon",
+    "adamuon",
+    "soap_muon",
+}
 
 every_optimizer = pytest.mark.parametrize("name", ravine.names())
+some_optimizers = pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n in ALIKE else []) for n in ravine.names()],
+)
 
 
-def tree(seed):
+def tree(seed=0):
     """Parameters, or gradients with another seed: correlated, with a spectrum that falls off."""
     rng = np.random.default_rng(seed)
-    left, right = (np.linalg.qr(rng.normal(size=(n, n)))[0] for n in (4, 6))
-    spectrum = np.eye(4, 6) * np.arange(1.0, 7.0) ** -1.5
-    array = lambda x: jnp.asarray(x, jnp.float32)
+
+    def matrix(rows, columns):
+        left, right = (np.linalg.qr(rng.normal(size=(n, n)))[0] for n in (rows, columns))
+        spectrum = np.arange(1.0, 1.0 + max(rows, columns)) ** -1.5
+        return left @ (np.eye(rows, columns) * spectrum[:columns]) @ right
+
+    shapes = {"bias": (4,), "kernel": (4, 4), "embedding": (8, 4), "scale": (4,)}
+    make = lambda shape: matrix(*shape) if len(shape) == 2 else rng.normal(size=shape)
     return {
-        "dense": {"bias": array(rng.normal(size=6)), "kernel": array(left @ spectrum @ right)},
-        "norm": {"scale": array(rng.normal(size=4))},
+        module: {name: jnp.asarray(make(shapes[name]), jnp.float32) for name in group}
+        for module, group in SPECS.items()
     }
 
 
-GRADIENTS = [tree(seed) for seed in range(1, STEPS + 1)]
+TUPLE_RULES = (("0/0", "bias"), ("0/1", "matrix"), ("1/0", "embedding"), ("2/0", "norm"))
+
+
+class Compiled(NamedTuple):
+    """An optimizer whose update is compiled as a function of leaves."""
+
+    init: Callable[..., Any]
+    run: Callable[..., Any]
+
+    def update(self, grads, state, params):
+        leaves, structure = jax.tree.flatten((grads, state, params))
+        done = self.run(structure, leaves)
+        return jax.tree.unflatten(jax.tree.structure((grads, state)), done)
 
 
 @functools.cache
-def build(name):
-    options = {"every": 2} if ravine.OptimizerConfig(name).accepts("every") else {}
-    return builder(name)(1e-2, **options)
+def build(name, rules=None):
+    """The optimizer with few hyperparameters, and rules if it takes any."""
+    config = ravine.OptimizerConfig(name)
+    # An axis longer than the limit has no factor: None is among what is kept.
+    options = {"every": 2, "limit": 4} | ({} if rules is None else {"rules": rules})
+    accepted = {key: value for key, value in options.items() if config.accepts(key)}
+    return builder(name)(ravine.schedules.linear(1e-2, 10), **accepted)
+
+
+@functools.cache
+def compiled(name, rules=None):
+    tx = build(name, rules)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(structure, leaves):
+        grads, state, params = jax.tree.unflatten(structure, leaves)
+        done, found = jax.tree.flatten(tx.update(grads, state, params))
+        assert found == jax.tree.structure((grads, state))
+        return done
+
+    return Compiled(tx.init, run)
+
+
+def go_on(tx, params, state, gradients):
+    for grads in gradients:
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def loop(tx, convert):
+    """Parameters and state after the steps, with trees converted from dictionaries."""
+    params = convert(tree())
+    return go_on(tx, params, tx.init(params), map(convert, map(tree, range(1, STEPS + 1))))
 
 
 @functools.cache
 def plain(name):
-    """Parameters and state after the steps, in plain dictionaries."""
-    tx = build(name)
-
-    @jax.jit
-    def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    params, state = tree(0), tx.init(tree(0))
-    for grads in GRADIENTS:
-        params, state = step(params, state, grads)
-    return params, state
-
-
-class Model(nnx.Module):
-    """The tree as a module of NNX."""
-
-    def __init__(self, seed=0, *, partitioned=False):
-        for name, group in tree(seed).items():
-            module = nnx.Module()
-            for key, value in group.items():
-                sharding = {"out_sharding": SPECS[name][key]} if partitioned else {}
-                setattr(module, key, nnx.Param(value, **sharding))
-            setattr(self, name, module)
-
-
-def update(model, optimizer, grads):
-    optimizer.update(model, grads)
-
-
-def train(name, update, wrt=nnx.Param, **options):
-    """Parameters and state after the steps in an `nnx.Optimizer`."""
-    model = Model(**options)
-    optimizer = nnx.Optimizer(model, build(name), wrt=wrt)
-    structure = jax.tree.structure(nnx.as_pure(optimizer.opt_state))
-    for seed in range(1, STEPS + 1):
-        update(model, optimizer, nnx.state(Model(seed, **options), wrt))
-    state = nnx.as_pure(optimizer.opt_state)
-    assert jax.tree.structure(state) == structure
-    return nnx.as_pure(nnx.state(model)), state
+    return loop(compiled(name), lambda tree: tree)
 
 
 def assert_same(found, expected, tolerance=0.0):
@@ -92,9 +141,45 @@ def assert_same(found, expected, tolerance=0.0):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.max(np.abs(b), initial=0))
 
 
+# Flax NNX
+
+
+class Model(nnx.Module):
+    """The tree as a module of NNX, with a parameter that is not trained."""
+
+    def __init__(self, seed=0, *, partitioned=False):
+        self.frozen = nnx.Param(jnp.ones((3, 3)))
+        for name, group in tree(seed).items():
+            module = nnx.Module()
+            for key, value in group.items():
+                sharding = {"out_sharding": SPECS[name][key]} if partitioned else {}
+                setattr(module, key, nnx.Param(value, **sharding))
+            setattr(self, name, module)
+
+
+TRAINED = nnx.All(nnx.Param, nnx.Not(nnx.PathContains("frozen")))
+
+
+def nnx_update(model, optimizer, grads):
+    optimizer.update(model, grads)
+
+
+def nnx_train(tx, update=nnx_update, **options):
+    model = Model()
+    optimizer = nnx.Optimizer(model, tx, wrt=TRAINED, **options)
+    for seed in range(1, STEPS + 1):
+        update(model, optimizer, nnx.state(Model(seed), TRAINED))
+    return nnx_result(model, optimizer)
+
+
+def nnx_result(model, optimizer):
+    return nnx.as_pure(nnx.state(model, TRAINED)), nnx.as_pure(optimizer.opt_state)
+
+
 @every_optimizer
 def test_nnx_jitted(name):
-    assert_same(train(name, nnx.jit(update)), plain(name))
+    # A program of its own, in which the update may be contracted with what follows.
+    assert_same(nnx_train(build(name), nnx.jit(nnx_update)), plain(name), 1e-5)
 
 
 @every_optimizer
@@ -103,7 +188,7 @@ def test_nnx_with_partitioned_variables(name):
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
     with jax.set_mesh(mesh):
         model = Model(partitioned=True)
-        optimizer = nnx.Optimizer(model, build(name), wrt=nnx.Param)
+        optimizer = nnx.Optimizer(model, build(name), wrt=TRAINED)
         before = jax.eval_shape(lambda: nnx.state(optimizer))
         is_variable = lambda node: isinstance(node, nnx.Variable)
         for variable in jax.tree.leaves(nnx.state(optimizer), is_leaf=is_variable):
@@ -113,8 +198,193 @@ def test_nnx_with_partitioned_variables(name):
         @jax.eval_shape
         def after():
             new = nnx.clone(optimizer)
-            new.update(nnx.clone(model), nnx.state(Model(1, partitioned=True), nnx.Param))
+            new.update(nnx.clone(model), nnx.state(Model(1, partitioned=True), TRAINED))
             return nnx.state(new)
 
         assert jax.tree.structure(after) == jax.tree.structure(before)
         assert jax.tree.leaves(after) == jax.tree.leaves(before)
+
+
+# Flax Linen
+
+
+def boxed(tree):
+    """With the boxes of `nn.with_partitioning`."""
+    return jax.tree.map(nn.Partitioned, tree, SPECS, is_leaf=lambda x: isinstance(x, jax.Array))
+
+
+def linen_state(tx, convert=boxed):
+    return TrainState.create(apply_fn=None, params=convert(tree()), tx=tx)
+
+
+def linen_train(tx, convert=boxed):
+    state = linen_state(tx, convert)
+    for seed in range(1, STEPS + 1):
+        state = state.apply_gradients(grads=convert(tree(seed)))
+    return state.params, state.opt_state
+
+
+@some_optimizers
+def test_linen_boxes_say_how_the_state_is_sharded(name):
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
+    state = jax.eval_shape(lambda: linen_state(build(name)))
+
+    def check(spec, tree):
+        for x in jax.tree.leaves(tree):
+            NamedSharding(mesh, spec).shard_shape(x.shape)
+
+    jax.tree.map(check, nn.get_partition_spec(state), nn.unbox(state))
+
+
+# Equinox, dataclasses, tuples
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Record:
+    bias: Any = None
+    dense: Any = None
+    embed: Any = None
+    embedding: Any = None
+    kernel: Any = None
+    norm: Any = None
+    scale: Any = None
+
+
+class Module(eqx.Module):
+    """With something that is no array, which `eqx.filter` replaces by None."""
+
+    bias: Any = None
+    dense: Any = None
+    embed: Any = None
+    embedding: Any = None
+    kernel: Any = None
+    norm: Any = None
+    scale: Any = None
+    activation: Callable[..., Any] = jax.nn.relu
+
+
+def records(kind):
+    """A function from dictionaries to objects of a kind."""
+    convert = lambda tree: kind(
+        **{k: convert(v) if type(v) is dict else v for k, v in tree.items()}
+    )
+    return convert
+
+
+def equinox_train(tx):
+    convert = records(Module)
+    model = convert(tree())
+    state = tx.init(eqx.filter(model, eqx.is_inexact_array))
+    for seed in range(1, STEPS + 1):
+        grads = eqx.filter(convert(tree(seed)), eqx.is_inexact_array)
+        updates, state = tx.update(grads, state, eqx.filter(model, eqx.is_inexact_array))
+        model = eqx.apply_updates(model, updates)
+    return eqx.filter(model, eqx.is_inexact_array), state
+
+
+WAYS = {
+    "nnx eager": nnx_train,
+    "nnx without graph": functools.partial(nnx_train, graph=False),
+    "nnx variables": lambda tx: loop(tx, lambda t: nnx.State(jax.tree.map(nnx.Param, t))),
+    "linen": functools.partial(linen_train, convert=lambda tree: tree),
+    "linen boxes": linen_train,
+    "frozen dict": lambda tx: loop(tx, flax.core.freeze),
+    "equinox": equinox_train,
+    "dataclass": lambda tx: loop(tx, records(Record)),
+}
+
+
+@some_optimizers
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_of_use(name, way):
+    assert_same(WAYS[way](compiled(name)), plain(name))
+
+
+@some_optimizers
+def test_tuples(name):
+    convert = lambda t: tuple(tuple(group.values()) for group in t.values())
+    assert_same(loop(compiled(name, TUPLE_RULES), convert), plain(name))
+
+
+# Checkpoints: after two steps saved, restored into a fresh start, and on to the third
+
+
+def unlike(tree):
+    """A fresh start to restore into: nothing of what was saved is in it."""
+    return jax.tree.map(jnp.zeros_like, tree)
+
+
+def with_orbax(path, saved, like):
+    ocp.save(path, saved)
+    shapes = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    return ocp.load(path, jax.tree.map(shapes, like))
+
+
+def with_pickle(path, saved, like):
+    path.write_bytes(pickle.dumps(saved))
+    return pickle.loads(path.read_bytes())
+
+
+def with_flax(path, saved, like):
+    path.write_bytes(flax.serialization.to_bytes(saved))
+    # It restores NumPy arrays, which NNX cannot write to.
+    return jax.tree.map(jnp.asarray, flax.serialization.from_bytes(like, path.read_bytes()))
+
+
+def with_equinox(path, saved, like):
+    eqx.tree_serialise_leaves(path, saved)
+    return eqx.tree_deserialise_leaves(path, like)
+
+
+def dictionaries(tx, restore):
+    params, state = go_on(tx, tree(), tx.init(tree()), [tree(1), tree(2)])
+    params, state = restore((params, state), unlike((params, state)))
+    return go_on(tx, params, state, [tree(3)])
+
+
+def linen(tx, restore):
+    state = linen_state(tx)
+    for seed in (1, 2):
+        state = state.apply_gradients(grads=boxed(tree(seed)))
+    saved = (state.params, state.opt_state)
+    params, opt_state = restore(saved, unlike(saved))
+    state = state.replace(params=params, opt_state=opt_state).apply_gradients(grads=boxed(tree(3)))
+    return state.params, state.opt_state
+
+
+def modules(tx, restore):
+    saved, fresh = (
+        (model, nnx.Optimizer(model, tx, wrt=TRAINED)) for model in (Model(), Model(seed=7))
+    )
+    for seed in (1, 2):
+        nnx_update(*saved, nnx.state(Model(seed), TRAINED))
+    pure = lambda nodes: tuple(nnx.to_pure_dict(nnx.state(node)) for node in nodes)
+    for node, found in zip(fresh, restore(pure(saved), pure(fresh)), strict=True):
+        state = nnx.state(node)
+        nnx.replace_by_pure_dict(state, found)
+        nnx.update(node, state)
+    nnx_update(*fresh, nnx.state(Model(3), TRAINED))
+    return nnx_result(*fresh)
+
+
+CHECKPOINTS = {
+    "dictionaries, Orbax": (dictionaries, with_orbax),
+    "dictionaries, pickle": (dictionaries, with_pickle),
+    "dictionaries, Flax": (dictionaries, with_flax),
+    "dictionaries, Equinox": (dictionaries, with_equinox),
+    "Linen, Orbax": (linen, with_orbax),
+    "Linen, Flax": (linen, with_flax),
+    "Linen, pickle": (linen, with_pickle),
+    "NNX, Orbax": (modules, with_orbax),
+    "NNX, Flax": (modules, with_flax),
+    "NNX, pickle": (modules, with_pickle),
+}
+
+
+@some_optimizers
+@pytest.mark.parametrize("way", CHECKPOINTS)
+def test_saved_restored_and_on(name, way, tmp_path):
+    train, store = CHECKPOINTS[way]
+    restore = lambda saved, like: store(tmp_path / "saved", saved, like)
+    assert_same(train(compiled(name), restore), plain(name))
