@@ -75,12 +75,16 @@ def on_mesh(
 
     Args:
       tx: any transformation that works under an `Explicit` mesh, as all of Ravine's do.
-      param_specs: a tree like the parameters of `PartitionSpec`.
-      mesh: the mesh; by default that of ``jax.set_mesh``.
+      param_specs: how parameters are sharded: a tree like them of `PartitionSpec` or `NamedSharding`, or
+        the parameters themselves, if they are on a mesh; only their shardings are kept. With Flax,
+        ``nnx.state(model, nnx.Param)``, or ``nnx.get_partition_spec`` of it. Parameters are found by
+        their paths, so that ``optax.masked`` may leave some out.
+      mesh: the mesh; by default that of ``jax.set_mesh``, else that of the parameters' shardings.
 
     Raises:
-      ValueError: at `init` or the update: without a mesh, or for a specification that names axes
-        the mesh does not have, or that does not divide the parameter.
+      ValueError: for parameters none of which is on a mesh; at `init` or the update: without a mesh, for
+        a parameter that has no specification, or for a specification that names axes the mesh does not
+        have, or that does not divide the parameter.
 
     Example:
       >>> import jax, jax.numpy as jnp, ravine
@@ -90,42 +94,61 @@ def on_mesh(
       >>> state = jax.jit(tx.init)({"kernel": jnp.ones((4, 2))})
     """
     tx = optax.with_extra_args_support(tx)
+    known, found_mesh = _known_specs(param_specs)
 
     def abstract() -> AbstractMesh:
-        found = jax.sharding.get_abstract_mesh() if mesh is None else mesh.abstract_mesh
+        current = jax.sharding.get_abstract_mesh()
+        chosen = mesh if mesh is not None else found_mesh if current.empty else None
+        found = current if chosen is None else chosen.abstract_mesh
         if found.empty:
             raise ValueError(
                 "there is no mesh; call under jax.set_mesh(mesh), or give on_mesh one."
             )
         return found
 
-    def typed(function: Any, in_sharding: Any, *arguments: Any) -> Any:
-        found = abstract()
+    def typed(function: Any, specs: Any, *arguments: Any) -> Any:
+        # As leaves: trees of Flax are no trees of specifications.
+        leaves, structure = jax.tree.flatten(arguments)
+        of_leaves = lambda *leaves: function(*jax.tree.unflatten(structure, leaves))
+        in_sharding = tuple(jax.tree.leaves(specs))
         with contextlib.ExitStack() as stack:
             if jax.sharding.get_abstract_mesh().empty:
-                stack.enter_context(jax.sharding.use_abstract_mesh(found))
-            return jax.sharding.explicit_axes(function, in_sharding=in_sharding)(*arguments)
+                stack.enter_context(jax.sharding.use_abstract_mesh(abstract()))
+            return jax.sharding.explicit_axes(of_leaves, in_sharding=in_sharding)(*leaves)
 
     def passes_through(tree: Any) -> bool:
         # Optax's tree.map_params initialises a placeholder.
         return not jax.tree.leaves(tree) or set(abstract().axis_types) == {AxisType.Explicit}
 
+    def specs_of(tree: Any) -> Any:
+        def spec_of(path: Any, x: Any) -> PartitionSpec:
+            name = path_string(path)
+            if name not in known:
+                raise ValueError(
+                    f"on_mesh was not told how the parameter {name!r} of shape {tuple(x.shape)} is "
+                    "sharded; give it all parameters, or a PartitionSpec for each."
+                )
+            return known[name]
+
+        specs = jax.tree_util.tree_map_with_path(spec_of, tree)
+        check_specs(tree, specs, abstract())
+        return specs
+
     def init(params: optax.Params) -> Any:
-        if passes_through(params):
-            return tx.init(params)
-        check_specs(params, param_specs, abstract())
-        return typed(tx.init, (param_specs,), params)
+        return (
+            tx.init(params) if passes_through(params) else typed(tx.init, specs_of(params), params)
+        )
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, Any]:
         if passes_through(updates):
             return tx.update(updates, state, params, **extra)
-        found = abstract()
+        found, specs = abstract(), specs_of(updates)
         structs = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(found, s)),
             updates,
-            param_specs,
+            specs,
         )
         state_specs = jax.tree.map(lambda s: s.spec, state_shardings(tx, structs))
         # Functions, as Sophia's curvature, are no arguments of a traced function.
@@ -134,10 +157,9 @@ def on_mesh(
             functions["curvature"] = _with_auto_axes(functions["curvature"])
         arrays = {name: value for name, value in extra.items() if not callable(value)}
         whole = jax.tree.map(lambda _: PartitionSpec(), arrays)
-        params_specs = None if params is None else param_specs
         return typed(
             lambda u, s, p, arrays: tx.update(u, s, p, **arrays, **functions),
-            (param_specs, state_specs, params_specs, whole),
+            (specs, state_specs, None if params is None else specs, whole),
             updates,
             state,
             params,
@@ -147,7 +169,25 @@ def on_mesh(
     return with_extra_args(init, update)
 
 
-@checked
+def _known_specs(params: Any) -> tuple[dict[str, PartitionSpec], Any]:
+    """Specifications by the parameters' paths, and the mesh if their shardings tell it."""
+    known, mesh = {}, None
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        sharding = (
+            x if isinstance(x, NamedSharding | PartitionSpec) else getattr(x, "sharding", None)
+        )
+        if isinstance(sharding, NamedSharding):
+            mesh, sharding = sharding.mesh, sharding.spec
+        known[path_string(path)] = sharding
+    if not any(isinstance(s, PartitionSpec) for s in known.values()):
+        raise ValueError(
+            "on_mesh needs to know how parameters are sharded, and none of these has a NamedSharding; "
+            "place them with jax.device_put, or give a tree like them of PartitionSpec."
+        )
+    specs = {n: s if isinstance(s, PartitionSpec) else PartitionSpec() for n, s in known.items()}
+    return specs, mesh
+
+
 def split_state(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     r"""An element-wise optimizer whose state is spread over all devices (ZeRO, stage 1).
 

@@ -23,6 +23,7 @@ from flax import nnx
 from flax.nnx.spmd import get_var_pspec
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
 from .optimizers_table import builder
@@ -203,6 +204,60 @@ def test_nnx_with_partitioned_variables(name):
 
         assert jax.tree.structure(after) == jax.tree.structure(before)
         assert jax.tree.leaves(after) == jax.tree.leaves(before)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "shampoo"])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_nnx_on_a_mesh(name, kind):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
+    with jax.set_mesh(mesh):
+        model = Model(partitioned=True)
+        tx = build(name)
+        if kind == AxisType.Auto:
+            tx = ravine.on_mesh(tx, nnx.state(model, TRAINED))
+        optimizer = nnx.Optimizer(model, tx, wrt=TRAINED)
+        placed = lambda: [x.sharding for x in jax.tree.leaves(nnx.state(optimizer)) if x.ndim]
+        before = placed()
+        update = nnx.jit(nnx_update)
+        for seed in range(1, STEPS + 1):
+            update(model, optimizer, nnx.state(Model(seed, partitioned=True), TRAINED))
+    assert_same(nnx_result(model, optimizer)[0], plain(name)[0], 1e-5)
+    same = lambda a, b, x: a.is_equivalent_to(b, x.ndim)
+    state = [x for x in jax.tree.leaves(nnx.state(optimizer)) if x.ndim]
+    assert all(map(same, placed(), before, state))
+    assert model.dense.kernel.sharding.spec == P("data", "model")
+
+
+def test_on_mesh_takes_what_says_how_parameters_are_sharded():
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
+    params = {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}
+    specs = {"kernel": P("data", "model"), "bias": P()}
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    struct = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+    boxes = {"kernel": nn.Partitioned(specs["kernel"], ("data", "model")), "bias": specs["bias"]}
+    placed, states = jax.device_put(params, shardings), set()
+    for given in (
+        specs,
+        shardings,
+        placed,
+        jax.tree.map(struct, params, shardings),
+        nnx.State(jax.tree.map(nnx.Param, specs)),
+        boxes,
+        {"kernel": shardings["kernel"], "bias": params["bias"]},
+    ):
+        tx = ravine.on_mesh(ravine.scale_by_adam(), given)
+        part = optax.masked(tx, {"kernel": True, "bias": False})
+        with jax.set_mesh(mesh):
+            whole, alone = (jax.jit(init)(placed) for init in (tx.init, part.init))
+        states.add((whole.mu["kernel"].sharding.spec, whole.mu["bias"].sharding.spec))
+        states.add((alone.inner_state.mu["kernel"].sharding.spec, P()))
+    assert states == {(P("data", "model"), P())}
+    # The mesh of the shardings will do.
+    jax.jit(ravine.on_mesh(ravine.scale_by_adam(), shardings).init)(placed)
+    with pytest.raises(ValueError, match=r"not told how the parameter 'bias' of shape \(4,\)"):
+        ravine.on_mesh(ravine.scale_by_adam(), {"kernel": P()}, mesh).init(params)
+    with pytest.raises(ValueError, match="none of these has a NamedSharding"):
+        ravine.on_mesh(ravine.scale_by_adam(), params, mesh)
 
 
 # Flax Linen
