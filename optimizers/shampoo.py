@@ -95,6 +95,9 @@ def scale_by_shampoo(
     A scalar has no factor, and so the graft's step; a vector has one, of all its elements, unless it is
     longer than `limit`. :func:`shampoo` sends vectors to another optimizer.
 
+    An update cannot be differentiated in reverse mode (``jax.grad``), as roots are found in loops of no
+    fixed length; in forward mode (``jax.jvp``) it can.
+
     Args:
       b1: decay rate of the momentum, in [0, 1).
       b2: decay rate of statistics, in [0, 1]; 1 sums them up.

@@ -260,6 +260,22 @@ def test_on_mesh_takes_what_says_how_parameters_are_sharded():
         ravine.on_mesh(ravine.scale_by_adam(), params, mesh)
 
 
+# Derivatives through an update
+
+
+def test_shampoo_is_differentiated_in_forward_mode():
+    tx = ravine.scale_by_shampoo(every=1, graft="none", ridge=1e-2)
+    params, grads = tree()["dense"]["kernel"], tree(1)["dense"]["kernel"]
+    update = lambda g: tx.update(g, tx.init(params))[0]
+    direction = tree(2)["dense"]["kernel"]
+    slope = jax.jit(lambda g: jax.jvp(update, (g,), (direction,))[1])(grads)
+    step = 1e-2
+    ahead, behind = (jax.jit(update)(grads + sign * step * direction) for sign in (1, -1))
+    np.testing.assert_allclose(slope, (ahead - behind) / (2 * step), atol=2e-2)
+    with pytest.raises(ValueError, match="Reverse-mode differentiation"):
+        jax.grad(lambda g: jnp.sum(update(g)))(grads)
+
+
 # Flax Linen
 
 
