@@ -1,6 +1,7 @@
 """Ready rules on everything that Flax, Equinox and Haiku ship, and on names people give."""
 
 import inspect
+import pathlib
 import re
 
 import equinox as eqx
@@ -456,3 +457,18 @@ def test_signatures_are_short():
         defaults = {k: repr(p.default) for k, p in signature.parameters.items()}
         assert max(map(len, defaults.values())) < 60, name
         assert defaults.get("rules", "None") == "None", name
+
+
+def test_the_page_on_roles_runs():
+    page = (pathlib.Path(__file__).parent.parent / "docs" / "roles.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    namespace: dict = {}
+    for block in blocks:
+        exec(block, namespace)
+    assert len(blocks) == 2
+    assert len(namespace["rules"]) > len(ravine.COMMON_RULES)
+    # What it shows of a refusal is what is printed.
+    params = shapes({"qkv": {"kernel": (16, 3, 4, 4), "bias": (3, 4, 4)}})
+    with pytest.raises(ValueError) as refused:
+        ravine.shampoo(3e-3).init(params)
+    assert str(refused.value).partition("parameters")[2] in page
