@@ -64,7 +64,7 @@ def _run(command: str, words: list[str]) -> int:
             plan(config, Console(width=None if sys.stdout.isatty() else 110))
             return 0
         outcomes = race(_parse(RaceConfig, command, words))
-    except ValueError as error:
+    except (ValueError, _EmptyPath) as error:
         return _refuse(str(error))
     except RunFailed as error:
         return _refuse(str(error), 1)
@@ -110,10 +110,14 @@ def _parse(config: Any, command: str, words: list[str]) -> Any:
 
 def _path(text: str) -> Path:
     if not text.strip():
-        raise ValueError(
-            "an empty path, which would be the current folder; name it, or leave it out"
+        raise _EmptyPath(
+            "a path is empty and would be the current folder: name it or leave it out."
         )
     return Path(text)
+
+
+class _EmptyPath(Exception):
+    """Not a `ValueError`, of which tyro would make a page."""
 
 
 def _one_line(boxed: str) -> str:

@@ -202,6 +202,8 @@ def _folder(root: Path, skip: tuple[str, ...], endings: tuple[str, ...] = ("",))
 
 
 def _unreadable(error: OSError) -> None:
+    if isinstance(error, FileNotFoundError):  # gone since its name was read
+        return
     raise ValueError(
         f"{error.filename}: {error.strerror}; make it readable or leave it out."
     ) from error

@@ -109,7 +109,7 @@ def _removable(
             raise ValueError(f"{out} does not exist; --resume needs the --out of an earlier race.")
         return [], []
     if not out.is_dir():
-        raise ValueError(f"{out} is a file; give --out a folder.")
+        raise ValueError(f"{out} is not a folder; give --out one.")
     ours = {name + end for name in (LOCK, HOLDER, RACE) for end in ("", ".tmp")} - {RACE}
     empty = ours.issuperset(os.listdir(out))
     found = _manifest(out)

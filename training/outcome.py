@@ -70,24 +70,24 @@ class Outcome:
         Raises:
           ValueError: for a file that is damaged, by its name.
         """
-        file = folder / "outcome.json"
+        file, metrics_file = folder / "outcome.json", folder / "metrics.jsonl"
         if not file.exists():
+            if metrics_file.exists():
+                read_records(metrics_file)
             return False
         fix = "remove it, and the run goes on from its newest checkpoint or starts again"
         summary = read_json(file, fix)
         names = {f.name for f in dataclasses.fields(self)} - {"steps", "evaluations"}
         if set(summary) != names or summary["name"] != self.name:
             raise ValueError(f"{file} is damaged (not an outcome of {self.name}); {fix}.")
-        if not (folder / "metrics.jsonl").exists():
-            raise ValueError(
-                f"{folder / 'metrics.jsonl'} is missing; remove {file}, and {fix[11:]}."
-            )
+        if not metrics_file.exists():
+            raise ValueError(f"{metrics_file} is missing; remove {file}, and {fix[11:]}.")
         for name, value in summary.items():
             setattr(self, name, math.nan if value is None else value)
-        entries = read_records(folder / "metrics.jsonl")
+        entries = read_records(metrics_file)
         until = run.steps if self.status == "finished" else 0
         entries, complaints = audited(entries, run, until)
-        warn(folder / "metrics.jsonl", complaints)
+        warn(metrics_file, complaints)
         self.add(entries)
         return True
 

@@ -104,13 +104,18 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
                 _check_data(config, out)
                 flags = {"overwrite": config.overwrite, "resume": config.resume}
                 stack.enter_context(claimed(out, identity, **flags))
-                if config.resume:
-                    ended = [
-                        check_meta(out / entrant.name, run, entrant, corpus)
-                        and outcome.load(out / entrant.name, run)
-                        for entrant, outcome in zip(entrants, outcomes, strict=True)
-                    ]
-                write_report(out, outcomes, run, corpus)
+                try:
+                    if config.resume:
+                        ended = [
+                            check_meta(out / entrant.name, run, entrant, corpus)
+                            and outcome.load(out / entrant.name, run)
+                            for entrant, outcome in zip(entrants, outcomes, strict=True)
+                        ]
+                    write_report(out, outcomes, run, corpus)
+                except OSError as error:
+                    raise ValueError(
+                        f"{said(error)}; put that right or give another --out."
+                    ) from error
         out = Path(from_first(str(out.absolute())))
         ended = json.loads(from_first(json.dumps(ended)))
         for line in (f"text: {corpus.description}", f"results: {out}"):
@@ -168,6 +173,12 @@ def _check(
 
 def _out(config: RaceConfig) -> Path:
     if config.out is not None:
+        try:
+            str(config.out.absolute()).encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{config.out} is not UTF-8, which Orbax needs; give another --out."
+            ) from None
         return config.out
     if config.resume:
         raise ValueError("--resume needs the --out of an earlier race.")
