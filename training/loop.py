@@ -204,7 +204,9 @@ def _train(
                     outcome.status = "diverged"
                     return outcome
             stop = interrupts.pending()
-            if checkpoints is not None and (done % run.checkpoint_every == 0 or stop):
+            # Other processes may not know of the signal, and would not join in.
+            alone = jax.process_count() == 1
+            if checkpoints is not None and (done % run.checkpoint_every == 0 or (stop and alone)):
                 checkpoints.save(state, batches)
             if stop:
                 interrupts.check()
