@@ -3,10 +3,6 @@
 import sys
 
 from .training.cli import main
-from .training.interrupts import leave
 
 if __name__ == "__main__":
-    status = main()
-    if status > 128:  # interrupted: other threads may be busy
-        leave(status)
-    sys.exit(status)
+    sys.exit(main())
