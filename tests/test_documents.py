@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
@@ -43,3 +44,27 @@ def test_code_blocks_run(path):
     with jax.numpy_dtype_promotion("standard"):
         for example in examples:
             example.evaluate()
+
+
+@pytest.mark.parametrize(
+    "instead",
+    [
+        "shampoo(schedule)",
+        pytest.param("soap(schedule)", marks=pytest.mark.slow),
+        pytest.param('muon(schedule, scale="moonlight")', marks=pytest.mark.slow),
+    ],
+)
+def test_readme_takes_other_optimizers_in_the_same_place(instead):
+    example, *_ = SYBIL.parse(ROOT / "README.md").examples()
+    code = example.parsed
+    for old, new in (
+        ("adamw(schedule, b2=0.95, weight_decay=0.1)", instead),
+        ("width=128, layers=4", "width=32, layers=1"),
+        ("(16, 65)", "(2, 17)"),
+    ):
+        assert old in code
+        code = code.replace(old, new)
+    found = {}
+    with jax.numpy_dtype_promotion("standard"):
+        exec(code, found)
+    assert jnp.isfinite(found["loss"])
