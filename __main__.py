@@ -3,6 +3,10 @@
 import sys
 
 from .training.cli import main
+from .training.interrupts import leave
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status > 128:  # interrupted: other threads may be busy
+        leave(status)
+    sys.exit(status)

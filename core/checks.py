@@ -113,6 +113,17 @@ def check_whole(least: int, **values: Any) -> None:
             )
 
 
+def check_known(**values: Any) -> None:
+    """Raises for what is traced though it decides on shapes or on the program itself."""
+    for name, value in values.items():
+        if isinstance(value, jax.core.Tracer):
+            raise ValueError(
+                f"{name} must be known when the optimizer is built, but JAX traces it here; "
+                "ravine.inject_hyperparams(builder) leaves such arguments as they are, and "
+                f"optax.inject_hyperparams(builder, static_args=[{name!r}, ...]) those that it is told."
+            )
+
+
 def check_name(what: str, name: Any, known: Iterable[str]) -> None:
     """Raises unless `name` is known, with those that are near it."""
     known = list(known)

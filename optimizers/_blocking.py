@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 import jax
 
+from ..core.checks import check_known
 from ._matrices import Axes
 from .matrix.blocks import BlockGrid, block_grid
 from .matrix.distribute import move_in, move_out, zeros
@@ -210,6 +211,7 @@ def _factored(shape: tuple[int, ...], limit: int, sides: Sides) -> tuple[bool, .
 
 def check_blocking(block: int | None, limit: int, sides: Sides) -> None:
     """Raises for bounds and sides that make no sense."""
+    check_known(block=block, limit=limit)
     block_grid((1,), block)
     if type(limit) is not int or limit < 1:
         raise ValueError(f"limit must be a whole number of at least 1, got {limit!r}.")

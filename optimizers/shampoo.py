@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from ..core.arguments import MaybeInfinite, checked
-from ..core.checks import check_decay_rates, check_non_negative, number
+from ..core.checks import check_decay_rates, check_known, check_non_negative, number
 from ._arithmetic import cast_like, corrected_mean, ema, increment, wide_zeros_like
 from ._blocking import Blocking, Sides, blockings_of, blocks_in_words, check_blocking
 from ._by_role import by_role
@@ -159,6 +159,7 @@ def scale_by_shampoo(
         raise ValueError(f"statistics must be 'gram' or 'kl', got {statistics!r}.")
     if graft_per not in ("block", "parameter"):
         raise ValueError(f"graft_per must be 'block' or 'parameter', got {graft_per!r}.")
+    check_known(patience=patience)
     if type(patience) is not int or patience < 0:
         raise ValueError(f"patience must be a whole number of at least 0, got {patience!r}.")
     schedule = Refresh(every, start, staggered)

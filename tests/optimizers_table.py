@@ -55,8 +55,6 @@ class Row:
     sharded_tolerance: float = 1e-6
     # Puts zeros in the place of gradients that are not finite, block by block.
     survives_nan: bool = False
-    # Hyperparameters that optax.inject_hyperparams must not turn into arrays.
-    static_args: tuple[str, ...] = ()
     # Averages its iterates, so that parameters move at a learning rate of zero, too.
     averages: bool = False
 
@@ -106,14 +104,11 @@ def matrices(name: str, learning_rate: float, hyperparameters: Any = (), **field
 
 def preconditioned(name: str, learning_rate: float, hyperparameters: Any, **fields: Any) -> Row:
     """A row for an optimizer with Kronecker factors, with all parameters its matrices."""
-    sizes = ("every", "start", "block", "limit", "patience", "initial_eigenvalue")
-    accepted = inspect.signature(getattr(ravine, name)).parameters
     return matrices(
         name,
         learning_rate,
         hyperparameters,
         survives_nan=True,
-        static_args=tuple(size for size in sizes if size in accepted),
         **fields,
     )
 

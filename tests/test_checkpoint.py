@@ -93,12 +93,23 @@ def test_the_last_ones_are_kept(tmp_path):
 
 
 def largest(folder):
-    return max(folder.rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "files.json")
+    return max(files, key=lambda path: path.stat().st_size)
 
 
 def halve(path):
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
+
+
+def zero(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
 
 
 # Each takes the folder of a checkpoint and does to it what a full disk or a lost copy does.
@@ -108,6 +119,11 @@ DAMAGE = {
     "manifest empty": lambda folder: next(folder.rglob("manifest.ocdbt")).write_bytes(b""),
     "metadata truncated": lambda folder: halve(folder / "_CHECKPOINT_METADATA"),
     "tree truncated": lambda folder: halve(next(folder.rglob("_METADATA"))),
+    "manifest zeroed": lambda folder: zero(next(folder.rglob("manifest.ocdbt"))),
+    "metadata zeroed": lambda folder: zero(folder / "_CHECKPOINT_METADATA"),
+    "data zeroed": lambda folder: zero(largest(folder)),
+    "a bit flipped": lambda folder: flip(largest(folder)),
+    "seal zeroed": lambda folder: zero(folder / "files.json"),
     "seal truncated": lambda folder: halve(folder / "files.json"),
     "seal not written": lambda folder: (folder / "files.json").unlink(),
 }
@@ -117,11 +133,13 @@ DAMAGE = {
 def test_one_that_was_cut_off_is_named_and_the_one_before_is_used(damage, tmp_path):
     write(tmp_path)
     damage(tmp_path / "4")
-    with pytest.warns(UserWarning, match=rf"step 4 in {tmp_path} was cut off .* of step 2"):
+    with pytest.warns(
+        UserWarning, match=rf"step 4 in {tmp_path} (was cut off|is damaged) .* of step 2"
+    ):
         found, position = read(tmp_path)
     assert equal(found, 2)
     assert position == 2
-    # A run that goes on writes step 4 anew.
+    # A run that goes on writes step 4 again.
     write(tmp_path, steps=(4,))
     assert equal(read(tmp_path)[0], 4)
 
@@ -188,7 +206,7 @@ def test_every_file_is_under_the_seal(tmp_path):
     listed = json.loads((tmp_path / "4" / "files.json").read_text())
     there = [path for path in (tmp_path / "4").rglob("*") if path.is_file()]
     assert len(there) == len(listed) + 1
-    assert sum(listed.values()) > 64 * 4
+    assert sum(content["bytes"] for content in listed.values()) > 64 * 4
 
 
 def test_positions_continue_the_data(tmp_path):

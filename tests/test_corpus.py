@@ -245,8 +245,8 @@ def _pipe(folder):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda folder: [folder / "x.txt"], r"x\.txt: no such file or directory; mend the path"),
-        (lambda folder: [folder / "x.bin"], r"x\.bin: no such file or directory; mend the path"),
+        (lambda folder: [folder / "x.txt"], r"x\.txt: no such file or directory; fix the path"),
+        (lambda folder: [folder / "x.bin"], r"x\.bin: no such file or directory; fix the path"),
         (_pipe, r"x\.txt: no such file"),
         (_empty("x.txt"), r"x\.txt: the file is empty; fill it or leave it out"),
         (_empty("x.bin"), r"x\.bin: the file is empty; fill it or leave it out"),

@@ -155,7 +155,7 @@ def test_masked(row):
 @wrapped_optimizer
 def test_inject_hyperparams_gives_the_same_updates(row):
     params, grads = row.tree(0), row.tree(1)
-    injected = optax.inject_hyperparams(row.builder, static_args=row.static_args)(
+    injected = ravine.inject_hyperparams(row.builder)(
         learning_rate=row.learning_rate, **row.hyperparameters
     )
     # 1 - b2 of a float32 b2 is off by up to 5e-5 of itself; the corrections take most of it back.

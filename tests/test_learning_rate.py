@@ -1,5 +1,7 @@
 """The learning rate in a state is the one that was used, and its clock never stands still."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,3 +106,38 @@ def test_schedule_free_weighs_by_the_rate_that_was_used():
     tx = ravine.schedule_free_sgd(1.0)
     state = optax.tree.set(tx.init(PARAMS), learning_rate=3.0)
     assert float(steps(tx, state, 1)[1].peak) == 3.0
+
+
+WHOLE = [("shampoo", "every"), ("soap", "every"), ("soap_muon", "every"), ("kl_shampoo", "limit")]
+
+
+@pytest.mark.parametrize(("name", "argument"), WHOLE)
+def test_whole_numbers_may_be_numpys_and_traced_ones_are_told_what_to_do(name, argument):
+    builder, rules = getattr(ravine, name), {"rules": [("", "matrix")]}
+    params = {"kernel": jnp.ones((4, 3))}
+    given = builder(1e-3, **{argument: np.int64(20)}, **rules)
+    known = builder(1e-3, **{argument: 20}, **rules)
+    assert jax.eval_shape(given.init, params) == jax.eval_shape(known.init, params)
+    injected = optax.inject_hyperparams(builder)(1e-3, **rules)
+    with pytest.raises(ValueError, match=r"must be known when.*ravine\.inject_hyperparams"):
+        jax.eval_shape(injected.init, params)
+    state = jax.eval_shape(ravine.inject_hyperparams(builder)(1e-3, **rules).init, params)
+    assert {"learning_rate", "b1", "b2", "weight_decay"} <= state.hyperparams.keys()
+    assert not {"every", "block", "limit", "patience", "seed"} & state.hyperparams.keys()
+
+
+@pytest.mark.parametrize("name", ravine.names())
+def test_every_optimizer_takes_injected_hyperparameters(name):
+    """A rate that is set, and a schedule, are used: traced, whatever the optimizer."""
+    builder = getattr(ravine, name)
+    rules = {"rules": [("", "matrix")]} if "rules" in inspect.signature(builder).parameters else {}
+    decay = {"weight_decay": s.linear(0.1, 10)}
+    decay = decay if "weight_decay" in inspect.signature(builder).parameters else {}
+    tx = ravine.inject_hyperparams(builder)(0.5, **decay, **rules)
+    extra = {"curvature": lambda params, key: params} if "sophia" in name else {}
+    params = {"kernel": jnp.ones((4, 3))}
+    state = tx.init(params)
+    assert float(optax.tree.get(state, "learning_rate")) == 0.5
+    update = lambda state: tx.update(params, state, params, **extra)[1]
+    state = optax.tree.set(state, learning_rate=jnp.float32(0.25))
+    assert jax.tree.structure(jax.eval_shape(update, state)) == jax.tree.structure(state)

@@ -132,7 +132,12 @@ def test_processes_have_the_losses_of_one(count, words, alone, tmp_path):
         finish(started, tmp_path)
     assert_close(records(out), alone)
     # One writes and prints, and checkpoints are everyone's.
-    assert sorted(path.name for path in out.iterdir()) == ["muon", "race.json", "report.html"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "muon",
+        "race.json",
+        "race.lock",
+        "report.html",
+    ]
     assert "held-out" not in (tmp_path / "1.log").read_text()
     assert sorted(path.name for path in (out / "muon" / "checkpoints").iterdir()) == ["7", "8"]
 

@@ -160,13 +160,13 @@ def test_an_interruption_leaves_finished_runs_reported_and_can_be_resumed(
 
     train = race_module.train
 
-    def interrupted(run_config, tx, corpus, outcome, folder, on_record, mesh):
+    def interrupted(run_config, tx, corpus, outcome, folder, on_record, mesh, on_start):
         def stop(record):
             on_record(record)
             if outcome.name == "lion" and record["step"] == 4 and "loss" in record:
                 raise KeyboardInterrupt
 
-        return train(run_config, tx, corpus, outcome, folder, stop, mesh)
+        return train(run_config, tx, corpus, outcome, folder, stop, mesh, on_start)
 
     monkeypatch.setattr(race_module, "train", interrupted)
     assert run(*words, text=text, out=out) == 130
@@ -196,7 +196,7 @@ def test_a_checkpoint_of_another_text_is_refused(tmp_path, text, capsys):
     before = records(out / "sgd")
     mine.write_text(original[::-1])
     assert run(*words, "--resume", text=str(mine), out=out) == 2
-    assert "another configuration" in capsys.readouterr().err
+    assert "another text" in capsys.readouterr().err
     assert records(out / "sgd") == before
 
 

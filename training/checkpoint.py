@@ -1,16 +1,19 @@
 """Checkpoints of a run, by Orbax: parameters, optimizer state, step and position in the data.
 
 A checkpoint holds whole arrays and says nothing of the mesh, so that it is restored onto any. Orbax
-gives a folder its name when all is written. What happens to the folder later, a disk that was full or a
-copy that was cut off, only a reader would find, on a pod perhaps in one process of many; so the first
-process adds a list of the files with their sizes, the seal, and looks at it before anyone reads.
+gives a folder its name when all is written. What happens to the folder later, a disk that was full, a
+copy that was cut off or a bit that flipped, a reader would find late, on a pod perhaps in one process
+of many, or not at all; so the first process adds a list of the files with their sizes and SHA-256, the
+seal, and compares before anyone reads.
 """
 
 import concurrent.futures
+import contextlib
+import hashlib
 import itertools
 import json
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +21,13 @@ import grain
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from .files import said, write_json
 from .processes import from_first, is_first
 from .step import TrainState
 
 KEPT = 2
 SEAL = "files.json"
+REFUSED = "checkpoints-refused"
 
 
 class Checkpoints:
@@ -37,20 +42,27 @@ class Checkpoints:
 
     def __init__(self, folder: Path, identity: dict[str, Any]):
         self._identity = identity
+        self._path = folder.absolute()
         newest: Any = ocp.training.preservation_policies.LatestN(KEPT)
         self._orbax = ocp.training.Checkpointer(
-            str(folder.absolute()), preservation_policy=newest, cleanup_tmp_directories=True
+            str(self._path), preservation_policy=newest, cleanup_tmp_directories=True
         )
         self._background = concurrent.futures.ThreadPoolExecutor(1)
         self._writing: concurrent.futures.Future[None] | None = None
 
     def save(self, state: TrainState, batches: grain.DatasetIterator) -> None:
-        """Starts writing; the arrays are copied before this returns, so they may be donated."""
+        """Starts writing; the arrays are copied before this returns, so they may be donated.
+
+        Raises:
+          OSError: if this checkpoint cannot be written, or the one before could not be.
+        """
         self._wait()
         metadata: Any = {"identity": self._identity, "data": batches.get_state()}
         step = int(state.step)
-        # The loop decides when; Orbax's own policy must not drop one.
-        written = self._orbax.save_async(step, state, force=True, custom_metadata=metadata)
+        self._step = step
+        with self._unwritten():
+            # The loop decides when; Orbax's own policy must not drop one.
+            written = self._orbax.save_async(step, state, force=True, custom_metadata=metadata)
 
         def seal() -> None:
             if written is not None and written.result() and is_first():
@@ -68,44 +80,38 @@ class Checkpoints:
         """The newest checkpoint that can be used, in the layout of `state`; `state` when there is none.
 
         `batches` is moved to the position it had when the checkpoint was written. Of newer ones it is
-        said why they are refused: those that were cut off are removed, those of another configuration
-        set aside, in a folder beside this one.
+        said why they are refused; they are set aside, in a folder beside this one.
 
         Raises:
-          ValueError: if there are checkpoints, but each was cut off or is of another configuration.
-            Nothing is touched then.
+          ValueError: if there are checkpoints, but each was cut off, is damaged or is of another
+            configuration. Nothing is touched then.
         """
         steps = sorted((found.step for found in self._orbax.checkpoints), reverse=True)
         if not steps:
             return state
-        broken = json.loads(from_first(json.dumps([_complaint(self._folder(s)) for s in steps])))
-        cut_off, others = {}, {}
-        for step, complaint in zip(steps, broken, strict=True):
-            if complaint:
-                cut_off[step] = f"was cut off ({complaint})"
-                continue
-            metadata: Any = self._orbax.metadata(step).custom_metadata
-            differing = self._differing(metadata["identity"])
-            if not differing:
-                break
-            others[step] = f"is of another configuration ({'; '.join(differing[:3])})"
+        refused: dict[int, str] = {}
+        for step in steps:
+            complaint = from_first(_complaint(self._folder(step)) if is_first() else "")
+            if not complaint:
+                metadata: Any = self._orbax.metadata(step).custom_metadata
+                differing = self._differing(metadata["identity"])
+                if not differing:
+                    break
+                complaint = f"is of another configuration ({'; '.join(differing[:3])})"
+            refused[step] = complaint
         else:
-            why = {**cut_off, **others}[steps[0]]
             raise ValueError(
-                f"none of the checkpoints in {self._orbax.directory} can be used; that of step "
-                f"{steps[0]} {why}. Use the configuration they were written with, another folder, or "
+                f"none of the checkpoints in {self._path} can be used; that of step {steps[0]} "
+                f"{refused[steps[0]]}. Use the configuration they were written with, another folder, or "
                 "remove them."
             )
-        for found, done in ((cut_off, "removed"), (others, "set aside")):
-            for refused, why in found.items():
-                warnings.warn(
-                    f"the checkpoint of step {refused} in {self._orbax.directory} {why} and is {done}; "
-                    f"going on from that of step {step}.",
-                    stacklevel=2,
-                )
-        for refused in cut_off:
-            self._orbax.delete(refused)
-        self._set_aside(others)
+        for newer, why in refused.items():
+            warnings.warn(
+                f"the checkpoint of step {newer} in {self._path} {why} and is set aside; "
+                f"going on from that of step {step}.",
+                stacklevel=2,
+            )
+        self._set_aside(refused)
         abstract = jax.tree.map(ocp.arrays.to_shape_dtype_struct, state)
         restored = self._orbax.load(step, abstract)
         batches.set_state(metadata["data"])
@@ -113,24 +119,37 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for what is being written."""
-        self._wait()
-        self._background.shutdown()
-        self._orbax.close()
+        try:
+            self._wait()
+        finally:
+            self._background.shutdown()
+            self._orbax.close()
 
     def _wait(self) -> None:
-        if self._writing is not None:
-            self._writing.result()
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            with self._unwritten():
+                writing.result()
+
+    @contextlib.contextmanager
+    def _unwritten(self) -> Iterator[None]:
+        """What Orbax and TensorStore raise for a full disk, of many types, in one."""
+        try:
+            yield
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            reason = f"the checkpoint of step {self._step} in {self._path} cannot be written"
+            raise OSError(f"{reason}: {lines[0][:200]}") from error
 
     def _folder(self, step: int) -> Path:
-        return Path(str(self._orbax.directory)) / str(step)
+        return self._path / str(step)
 
     def _set_aside(self, steps: Collection[int]) -> None:
         """Moves checkpoints out of the way of those that will be written."""
         if not steps:
             return
         if is_first():
-            folder = Path(str(self._orbax.directory))
-            aside = folder.with_name(f"{folder.name}-refused")
+            aside = self._path.with_name(f"{self._path.name}-refused")
             aside.mkdir(exist_ok=True)
             for step in steps:
                 names = (aside / f"{step}.{n}" for n in itertools.count())
@@ -148,31 +167,45 @@ class Checkpoints:
         ]
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    return {
-        path.relative_to(folder).as_posix(): path.stat().st_size
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != SEAL
-    }
+def _files(folder: Path) -> dict[str, Path]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
+    return {path.relative_to(folder).as_posix(): path for path in paths}
+
+
+def _contents(files: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of each file, several at a time: hashing leaves other threads alone."""
+
+    def content(path: Path) -> dict[str, Any]:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": path.stat().st_size, "sha256": digest}
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return dict(zip(files, pool.map(content, files.values()), strict=True))
 
 
 def _seal(folder: Path) -> None:
-    draft = folder / f"{SEAL}.tmp"
-    sizes = _sizes(folder)
-    draft.write_text(json.dumps(sizes), encoding="utf-8")
-    draft.replace(folder / SEAL)
+    write_json(folder / SEAL, _contents(_files(folder)))
 
 
 def _complaint(folder: Path) -> str:
-    """What is wrong with a checkpoint; nothing for a whole one."""
+    """What is wrong with a checkpoint; nothing for one that is as it was written."""
     try:
         listed = json.loads((folder / SEAL).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return f"{SEAL}, which is written last, is missing or cut off"
-    there = _sizes(folder)
-    for name, size in listed.items():
-        if there.get(name) != size:
-            return f"{name} has {there.get(name, 'no')} of {size} bytes"
+        sizes = {name: content["bytes"] for name, content in listed.items()}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return f"was cut off ({SEAL}, which is written last, is missing or damaged)"
+    try:
+        there = _files(folder)
+        for name, size in sizes.items():
+            found = there[name].stat().st_size if name in there else "no"
+            if found != size:
+                return f"was cut off ({name} has {found} of {size} bytes)"
+        for name, content in _contents({name: there[name] for name in listed}).items():
+            if content != listed[name]:
+                return f"is damaged ({name} does not have the content that was written)"
+    except OSError as error:
+        return f"cannot be read ({said(error)})"
     return ""
 
 

@@ -1,67 +1,123 @@
-"""The command line: `python -m ravine race ...`, `... plan ...` and `... presets ...`."""
+"""The command line: `python -m ravine race ...` and `python -m ravine plan ...`."""
 
 import contextlib
 import io
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import jax
-import tyro
-from rich.console import Console
+from .interrupts import Interrupted, Interrupts, check
 
-from .plan import PlanConfig, plan
-from .presets_table import PresetsConfig, show_presets
-from .race import RaceConfig, race
-
-COMMANDS = {"race": RaceConfig, "plan": PlanConfig, "presets": PresetsConfig}
+COMMANDS = ("race", "plan")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command.
 
+    SIGINT and SIGTERM are the command's while it runs: what was finished is reported, and where that is
+    impossible the process ends.
+
     Returns:
-      The exit status: 0; 2 for bad input, after one line that says what to mend; 130 after Ctrl-C.
+      The exit status: 0; 1 if every optimizer diverged or the race could not go on; 2 for bad input,
+      after one line that names the problem and the fix; 130 after Ctrl-C and 143 after SIGTERM.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files may be no text at all
+            stream.reconfigure(errors="backslashreplace")
     if not words or words[0] in ("-h", "--help"):
         print(__doc__.strip().splitlines()[0] if __doc__ else "")
-        print("commands: race, plan, presets (give `python -m ravine race --help` for its flags)")
+        print("commands: race, plan (give `python -m ravine race --help` for its flags)")
         return 0 if words else 2
     if words[0] not in COMMANDS:
         return _refuse(f"unknown command {words[0]!r}; commands: {', '.join(COMMANDS)}.")
     try:
-        config = _parse(words[0], words[1:])
-        if isinstance(config, PlanConfig):
-            # The TPU's compiler is here, but no TPU: JAX shall not look for one.
-            jax.config.update("jax_platforms", "cpu")
-            plan(config, Console(width=None if sys.stdout.isatty() else 110))
-        elif isinstance(config, PresetsConfig):
-            show_presets(config, Console(width=None if sys.stdout.isatty() else 120))
-        else:
-            race(config)
-    except ValueError as error:
-        return _refuse(str(error))
+        with Interrupts():
+            status = _run(words[0], words[1:])
+            check()
+            return status
+    except Interrupted as stop:
+        print("interrupted", file=sys.stderr)
+        return stop.status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _run(command: str, words: list[str]) -> int:
+    # JAX and the rest take seconds, in which an interruption is one already.
+    try:
+        from .outcome import RunFailed
+        from .plan import PlanConfig, plan
+        from .race import RaceConfig, race
+    except ValueError as error:
+        return _refuse(str(error))
+    try:
+        if command == "plan":
+            import jax
+            from rich.console import Console
+
+            config = _parse(PlanConfig, command, words)
+            # The TPU's compiler is here, but no TPU: JAX shall not look for one.
+            jax.config.update("jax_platforms", "cpu")
+            plan(config, Console(width=None if sys.stdout.isatty() else 110))
+            return 0
+        outcomes = race(_parse(RaceConfig, command, words))
+    except (ValueError, _EmptyPath) as error:
+        return _refuse(str(error))
+    except RunFailed as error:
+        return _refuse(str(error), 1)
+    if all(outcome.status == "diverged" for outcome in outcomes):
+        return _refuse(
+            "every optimizer diverged; lower --learning-rates or lengthen the warm-up.", 1
+        )
     return 0
 
 
-def _parse(command: str, words: list[str]) -> Any:
+def _parse(config: Any, command: str, words: list[str]) -> Any:
+    import tyro
+
     complaint = io.StringIO()
+    paths = tyro.constructors.ConstructorRegistry()
+
+    @paths.primitive_rule
+    def path_of(info: Any) -> Any:
+        if info.type is not Path:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="PATH",
+            instance_from_str=lambda given: _path(given[0]),
+            is_instance=lambda value: isinstance(value, Path),
+            str_from_instance=lambda value: [str(value)],
+        )
+
     try:
         with contextlib.redirect_stderr(complaint):
             return tyro.cli(
-                COMMANDS[command],
+                config,
                 prog=f"python -m ravine {command}",
                 args=words,
                 config=(tyro.conf.OmitArgPrefixes,),
+                registry=paths,
             )
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
         raise ValueError(_one_line(complaint.getvalue())) from None
+
+
+def _path(text: str) -> Path:
+    if not text.strip():
+        raise _EmptyPath(
+            "a path is empty and would be the current folder: name it or leave it out."
+        )
+    return Path(text)
+
+
+class _EmptyPath(Exception):
+    """Not a `ValueError`, of which tyro would make a page."""
 
 
 def _one_line(boxed: str) -> str:
@@ -71,6 +127,6 @@ def _one_line(boxed: str) -> str:
     return text.split("For full helptext")[0].strip()
 
 
-def _refuse(message: str) -> int:
+def _refuse(message: str, status: int = 2) -> int:
     print(f"ravine: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+    return status

@@ -73,6 +73,13 @@ class RunConfig:
         for name in ("schedule_steps", "warmup_steps", "checkpoint_every", "monitor_every", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        for name in ("steps", "schedule_steps", "warmup_steps"):
+            if getattr(self, name) >= 2**31:
+                raise ValueError(
+                    f"{name} must be below 2**31, steps are counted in int32; got {getattr(self, name)}."
+                )
+        if self.seed >= 2**32:
+            raise ValueError(f"seed must be below 2**32, got {self.seed}.")
         for name in ("clip_norm", "weight_decay", "qk_clip", "z_loss"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
@@ -128,4 +135,4 @@ def check_learning_rate(name: str, value: float) -> float:
 
 def to_json(config: Any) -> dict[str, Any]:
     """A dataclass as JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str, allow_nan=False))

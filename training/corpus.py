@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .folder import is_race
+
 _HELDOUT_EVERY = 20  # one file in so many, by hash: 5 %
 _FEWEST_FILES = 20  # below this, whole files are too coarse a split
 _HELDOUT_SHARES = (0.01, 0.20)  # beyond these, a few large files have made it lopsided
@@ -42,6 +44,8 @@ class Corpus:
         per byte.
       description: one line: what it is, how many files, bytes, and what is held out.
       fingerprint: 16 hexadecimal digits of a SHA-256 over the content; equal for equal corpora.
+      file: of a .bin, which is read as it is needed: its path, and its size, time and inode when it was
+        opened.
     """
 
     train: np.ndarray = field(repr=False)
@@ -50,13 +54,27 @@ class Corpus:
     bytes_per_token: float | None
     description: str
     fingerprint: str
+    file: tuple[Path, tuple[int, int, int]] | None = field(default=None, repr=False)
+
+    def check_unchanged(self) -> None:
+        """Raises an `OSError` if the .bin is not what it was; reading beyond its end is fatal."""
+        if self.file is None:
+            return
+        path, stamp = self.file
+        try:
+            same = _stamp(path) == stamp
+        except OSError as error:
+            raise OSError(f"{path} is gone while it is read ({error.strerror})") from error
+        if not same:
+            raise OSError(f"{path} has changed while it is read; a run needs its text as it was")
 
 
 def load_corpus(paths: Sequence[Path] = (), *, vocabulary: int | None = None) -> Corpus:
     """The corpus made of `paths`, or of Python's own standard library.
 
     Text files are joined in the order given, those of a directory in the order of their paths below
-    it, without hidden, empty and binary ones; a file with the content of an earlier one is dropped.
+    it, without hidden, empty and binary ones and without the folders of races; a file with the content
+    of an earlier one is dropped.
     One file in 20 is held out, by the SHA-256 of its content. With fewer than 20 files, or if that
     held out less than 1 % or more than 20 % of the bytes, the last 10 % of the tokens are held out
     instead, and the description says so.
@@ -71,7 +89,7 @@ def load_corpus(paths: Sequence[Path] = (), *, vocabulary: int | None = None) ->
         fingerprint; a token beyond the vocabulary is then an error when it is met.
 
     Raises:
-      ValueError: one line that names the file and the mend: a path missing, empty or unreadable,
+      ValueError: one line that names the file and the fix: a path missing, empty or unreadable,
         text not UTF-8, a `.bin` of odd length or beside other files, a vocabulary too small.
 
     Example:
@@ -122,6 +140,7 @@ def _bytes(name: str, contents: Iterable[bytes], vocabulary: int | None) -> Corp
 
 def _tokens(path: Path, vocabulary: int | None) -> Corpus:
     size = _size(path)
+    stamp = _stamp(path)
     if size % 2:
         raise ValueError(f"{path}: {size} bytes, odd, so not uint16; rename it or write it again.")
     tokens = np.asarray(np.memmap(path, dtype="<u2", mode="r"))
@@ -142,7 +161,13 @@ def _tokens(path: Path, vocabulary: int | None) -> Corpus:
         bytes_per_token=None,
         description=f"{path.name}: 1 file, {size:,} bytes, uint16 tokens, last 10% held out",
         fingerprint=digest.hexdigest()[:16],
+        file=(path, stamp),
     )
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def _cut_tail(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -163,14 +188,25 @@ def _given(path: Path) -> list[bytes]:
 def _folder(root: Path, skip: tuple[str, ...], endings: tuple[str, ...] = ("",)) -> list[bytes]:
     """The texts under a directory, sorted by path, without names that begin as `skip` says."""
     paths = []
-    for folder, inner, names in os.walk(root):
-        inner[:] = [name for name in inner if not name.startswith(skip)]
+    for folder, inner, names in os.walk(root, onerror=_unreadable):
+        # The results of races beside a text are not part of it: it would change as they are written.
+        inner[:] = [
+            name for name in inner if not name.startswith(skip) and not is_race(Path(folder, name))
+        ]
         wanted = [name for name in names if name.endswith(endings) and not name.startswith(skip)]
         paths += filter(Path.is_file, (Path(folder, name) for name in wanted))
     paths.sort(key=lambda path: path.relative_to(root).as_posix())
     if contents := [content for content in map(_text, paths) if content]:
         return contents
     raise ValueError(f"{root}: no UTF-8 text in this directory; name text files or another one.")
+
+
+def _unreadable(error: OSError) -> None:
+    if isinstance(error, FileNotFoundError):  # gone since its name was read
+        return
+    raise ValueError(
+        f"{error.filename}: {error.strerror}; make it readable or leave it out."
+    ) from error
 
 
 def _text(path: Path) -> bytes | None:
@@ -192,7 +228,7 @@ def _text(path: Path) -> bytes | None:
 def _size(path: Path) -> int:
     """The size in bytes of a file that must be there and hold something."""
     if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such file or directory; mend the path, from {Path.cwd()}.")
+        raise ValueError(f"{path}: no such file or directory; fix the path, from {Path.cwd()}.")
     if not os.access(path, os.R_OK):
         raise ValueError(f"{path}: may not be read; make it readable or leave it out.")
     if size := os.path.getsize(path):

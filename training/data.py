@@ -86,6 +86,7 @@ def train_batches(
     )
 
     def local(step: int) -> np.ndarray:
+        corpus.check_unchanged()
         parts: Any = [blocks[step * shard_count + shard] for shard in shards]
         return np.concatenate(parts)
 
@@ -133,6 +134,7 @@ def heldout_batches(
         needed = batch_size * context + 1
         raise ValueError(_too_short(corpus, "held-out", len(corpus.heldout), needed))
     rows = count * batch_size
+    corpus.check_unchanged()
     local = np.arange(rows).reshape(count, shard_count, -1)[:, list(shards)].reshape(count, -1)
     picked = np.stack([windows[row * len(windows) // rows] for row in local.ravel().tolist()])
     return picked.reshape(*local.shape, context + 1)

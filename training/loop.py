@@ -1,7 +1,6 @@
 """One run: a model, an optimizer, a loop; every number it makes goes to a file as it is made."""
 
 import contextlib
-import json
 import math
 import time
 import warnings
@@ -17,12 +16,14 @@ from jax.sharding import Mesh
 
 from ..optimizers._transformation import states_of
 from ..stability import FiniteGateState, SkipStepState, monitored
+from . import interrupts
 from .checkpoint import Checkpoints
 from .config import RunConfig, to_json
 from .corpus import Corpus
 from .data import heldout_batches, train_batches
+from .files import Lines, dumps, write_text
 from .model import ModelConfig
-from .outcome import Outcome, take_up
+from .outcome import Outcome, RunFailed
 from .processes import is_first
 from .rollback import GaveUp, Rollback
 from .sharding import batch_sharding, build_mesh, local_shards
@@ -58,6 +59,7 @@ def train(
     folder: Path,
     on_record: Callable[[dict[str, float]], None] = lambda record: None,
     mesh: Mesh | None = None,
+    on_start: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Trains from the seed, or from the newest checkpoint in `folder`, to the last step.
 
@@ -70,14 +72,21 @@ def train(
       on_record: called with every record.
       mesh: with `Auto` axes, of all devices of all processes, which all call this alike; by default of
         one device.
+      on_start: called when nothing is left that could refuse the run, before anything is written.
 
     Returns:
       `outcome`, its status ``finished``, or ``diverged`` if a loss stopped being finite or a guard
       skipped every step.
+
+    Raises:
+      ValueError: if none of the checkpoints in `folder` can be used.
+      RunFailed: if the loss or its gradient is not finite before the first update.
+      Interrupted: between two steps after a signal (see `interrupts`); the last step's checkpoint is
+        written then, where there are checkpoints.
     """
     mesh = mesh or build_mesh()
     with jax.set_mesh(mesh):
-        return _train(run, tx, corpus, outcome, folder, on_record, mesh)
+        return _train(run, tx, corpus, outcome, folder, on_record, mesh, on_start)
 
 
 def _train(
@@ -88,6 +97,7 @@ def _train(
     folder: Path,
     on_record: Callable[[dict[str, float]], None],
     mesh: Mesh,
+    on_start: Callable[[], None],
 ) -> Outcome:
     tx, shardings = place(run.model, tx, mesh)
     rows = batch_sharding(mesh, run.batch_size)
@@ -103,18 +113,6 @@ def _train(
     outcome.parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     outcome.state_bytes_per_parameter = _bytes(state.opt_state) / outcome.parameters
 
-    shape = (run.batch_size, run.model.context + 1)
-    example = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
-    started = time.perf_counter()
-    step_fn = jax.jit(
-        make_train_step(graphdef, tx, z_loss=run.z_loss, monitor_every=run.monitor_every),
-        donate_argnums=0,
-        out_shardings=(shardings, shardings.step),
-    )
-    compiled = step_fn.lower(state, example).compile()
-    outcome.compile_seconds = time.perf_counter() - started
-
-    rates = np.asarray(run.learning_rate(outcome.learning_rate)(jnp.arange(run.steps)))
     with contextlib.ExitStack() as stack:
         checkpoints = None
         if run.checkpoint_every:
@@ -128,14 +126,31 @@ def _train(
             stack.callback(checkpoints.close)
             state = checkpoints.restore(state, batches)
         metrics_file = folder / "metrics.jsonl"
-        clock = Clock(take_up(metrics_file, outcome, int(state.step)))
-        file = stack.enter_context(metrics_file.open("a", encoding="utf-8")) if is_first() else None
+        kept = outcome.take_up(metrics_file, run, int(state.step))
+        clock = Clock(max((entry["seconds"] for entry in kept), default=0.0))
+        on_start()
+        file = None
+        if is_first():
+            write_text(metrics_file, "".join(dumps(entry) + "\n" for entry in kept))
+            file = stack.enter_context(contextlib.closing(Lines(metrics_file)))
+
+        shape = (run.batch_size, run.model.context + 1)
+        example = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
+        started = time.perf_counter()
+        step_fn = jax.jit(
+            make_train_step(graphdef, tx, z_loss=run.z_loss, monitor_every=run.monitor_every),
+            donate_argnums=0,
+            out_shardings=(shardings, shardings.step),
+        )
+        compiled = step_fn.lower(state, example).compile()
+        outcome.compile_seconds = time.perf_counter() - started
+        interrupts.check()
+        rates = np.asarray(run.learning_rate(outcome.learning_rate)(jnp.arange(run.steps)))
 
         def record(entry: dict[str, float]) -> None:
-            (outcome.evaluations if "heldout_loss" in entry else outcome.steps).append(entry)
+            outcome.add([entry])
             if file is not None:
-                file.write(json.dumps(entry) + "\n")
-                file.flush()
+                file.write(entry)
             on_record(entry)
 
         def entry_of(step: int, metrics: dict[str, jax.Array], opt_state: Any) -> dict[str, float]:
@@ -156,6 +171,8 @@ def _train(
             state, metrics = compiled(state, batch)
             entry = entry_of(done, metrics, state.opt_state)
             clock.stop()
+            if done == 0 and not run.skip_spikes:
+                _check_first(entry)
             done += 1
             try:
                 back = rollback.observe(done, state, entry["loss"]) if rollback else None
@@ -186,8 +203,14 @@ def _train(
                 if not math.isfinite(loss):
                     outcome.status = "diverged"
                     return outcome
-            if checkpoints is not None and done % run.checkpoint_every == 0:
+            stop = interrupts.pending()
+            # Other processes may not know of the signal, and would not join in.
+            alone = jax.process_count() == 1
+            if checkpoints is not None and (done % run.checkpoint_every == 0 or (stop and alone)):
                 checkpoints.save(state, batches)
+            if stop:
+                interrupts.check()
+    interrupts.check()
     guard = _guard(state.opt_state)
     if guard and int(guard.skipped) >= done:
         warnings.warn(
@@ -231,6 +254,16 @@ def optimizer_milliseconds(
 def _guard(opt_state: Any) -> SkipStepState | FiniteGateState | None:
     """The state of the outermost guard."""
     return next(iter(states_of((SkipStepState, FiniteGateState), opt_state)), None)
+
+
+def _check_first(entry: dict[str, float]) -> None:
+    """No optimizer has a share in what the first step finds."""
+    for name in ("loss", "gradient_norm"):
+        if not math.isfinite(entry.get(name, 0.0)):
+            raise RunFailed(
+                f"the {name.replace('_', ' ')} is {entry[name]} before the first update: look at the "
+                "model's options and the text, not at the optimizer."
+            )
 
 
 def _bytes(tree: Any) -> int:

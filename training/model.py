@@ -23,7 +23,8 @@ class ModelConfig:
     """Shape and options of the transformer."""
 
     vocabulary: int = 256
-    """Number of tokens; 256 for bytes."""
+    """Number of tokens. 256, the default, leaves it to the text: 256 for bytes, and for a .bin its
+    largest token plus one, rounded up to a multiple of 64."""
     context: int = 64
     """Tokens a sequence."""
     width: int = 128
@@ -60,6 +61,8 @@ class ModelConfig:
             raise ValueError(f"kv_heads {self.kv_heads} must divide heads {self.heads}.")
         if self.feed_forward < 0:
             raise ValueError(f"feed_forward must not be negative, got {self.feed_forward}.")
+        if not (math.isfinite(self.rope_base) and self.rope_base >= 1):
+            raise ValueError(f"rope_base must be finite and at least 1, got {self.rope_base}.")
         for name in ("attention_soft_cap", "final_soft_cap"):
             cap = getattr(self, name)
             if cap is not None and not (math.isfinite(cap) and cap > 0):

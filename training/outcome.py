@@ -1,14 +1,19 @@
 """What a run leaves behind: its records as they are made, its summary at the end."""
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Literal
 
-from .processes import is_first
+from .config import RunConfig
+from .files import read_json, write_json
+from .records import audited, read_records, up_to, warn
 
 Status = Literal["finished", "diverged", "interrupted"]
+
+
+class RunFailed(RuntimeError):
+    """Why a race cannot go on that is not an optimizer's divergence; what had ended is kept."""
 
 
 @dataclasses.dataclass
@@ -55,41 +60,51 @@ class Outcome:
         """Writes ``outcome.json``: all but the records, which ``metrics.jsonl`` holds."""
         summary = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         del summary["steps"], summary["evaluations"]
-        _replace(folder / "outcome.json", json.dumps(summary, indent=2) + "\n")
+        write_json(folder / "outcome.json", summary)
 
-    def load(self, folder: Path) -> bool:
-        """Reads back what `save` wrote; false if the run in `folder` never came to its end."""
-        if not (folder / "outcome.json").exists():
+    def load(self, folder: Path, run: RunConfig) -> bool:
+        """Reads back what `save` wrote; false if the run in `folder` never came to its end.
+
+        Records that are lost or doubled are warned of.
+
+        Raises:
+          ValueError: for a file that is damaged, by its name.
+        """
+        file, metrics_file = folder / "outcome.json", folder / "metrics.jsonl"
+        if not file.exists():
+            if metrics_file.exists():
+                read_records(metrics_file)
             return False
-        for name, value in json.loads((folder / "outcome.json").read_text("utf-8")).items():
-            setattr(self, name, value)
-        for entry in _records(folder / "metrics.jsonl"):
-            (self.evaluations if "heldout_loss" in entry else self.steps).append(entry)
+        fix = "remove it, and the run goes on from its newest checkpoint or starts again"
+        summary = read_json(file, fix)
+        names = {f.name for f in dataclasses.fields(self)} - {"steps", "evaluations"}
+        if set(summary) != names or summary["name"] != self.name:
+            raise ValueError(f"{file} is damaged (not an outcome of {self.name}); {fix}.")
+        if not metrics_file.exists():
+            raise ValueError(f"{metrics_file} is missing; remove {file}, and {fix[11:]}.")
+        for name, value in summary.items():
+            setattr(self, name, math.nan if value is None else value)
+        entries = read_records(metrics_file)
+        until = run.steps if self.status == "finished" else 0
+        entries, complaints = audited(entries, run, until)
+        warn(metrics_file, complaints)
+        self.add(entries)
         return True
 
+    def take_up(self, metrics_file: Path, run: RunConfig, step: int) -> list[dict[str, float]]:
+        """Keeps the records up to a restored `step`, and returns them; the file is left as it is.
 
-def _records(metrics_file: Path) -> list[dict[str, float]]:
-    """The records of a file whose last line may be cut off."""
-    lines = metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+        Records that are lost or doubled are warned of.
+        """
+        if step == 0 or not metrics_file.exists():
+            entries, complaints = [], ["all records are lost"] if step else []
+        else:
+            entries, complaints = audited(up_to(read_records(metrics_file), step), run, step)
+        warn(metrics_file, complaints)
+        self.add(entries)
+        return entries
 
-
-def take_up(metrics_file: Path, outcome: Outcome, step: int) -> float:
-    """Keeps the records up to a restored `step`; returns the seconds of training they took."""
-    kept = []
-    if metrics_file.exists() and step > 0:
-        for entry in _records(metrics_file):
-            evaluation = "heldout_loss" in entry
-            if entry["step"] < step or (evaluation and entry["step"] == step):
-                kept.append(entry)
-                (outcome.evaluations if evaluation else outcome.steps).append(entry)
-    if is_first():
-        _replace(metrics_file, "".join(json.dumps(entry) + "\n" for entry in kept))
-    return max((entry["seconds"] for entry in kept), default=0.0)
-
-
-def _replace(file: Path, text: str) -> None:
-    """Writes a file that is there whole, or as it was before."""
-    draft = file.with_name(file.name + ".tmp")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(file)
+    def add(self, entries: list[dict[str, float]]) -> None:
+        """Takes records in, training's and evaluations'."""
+        for entry in entries:
+            (self.evaluations if "heldout_loss" in entry else self.steps).append(entry)

@@ -6,6 +6,7 @@ the first one does and tells the others. Metrics and reports are written by the 
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator
 
 import jax
@@ -74,6 +75,17 @@ def start(config: LaunchConfig) -> None:
         raise ValueError(
             f"the devices or processes asked for cannot be had: {error} Give --distributed under SLURM, "
             "Open MPI, Kubernetes or on every worker of a TPU slice, and --coordinator elsewhere."
+        ) from error
+    try:
+        jax.devices()
+    except (
+        RuntimeError,
+        AssertionError,
+    ) as error:  # an assertion, where the plugin is not installed
+        why = f" ({error})" if str(error) else ""
+        raise ValueError(
+            f"JAX has no device of JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}{why}; install "
+            "what it needs, or set JAX_PLATFORMS=cpu."
         ) from error
 
 

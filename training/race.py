@@ -1,17 +1,13 @@
 """The race: several optimizers train the same model on the same text, compared at the end."""
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
 import json
-import platform
-import shutil
-import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import jax
 import optax
 from jax.sharding import Mesh
 from rich.console import Console
@@ -24,13 +20,17 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from . import interrupts
 from .config import RunConfig, to_json
 from .corpus import Corpus, load_corpus
 from .data import heldout_batches, train_batches
+from .files import said
+from .folder import claimed
 from .loop import train
-from .outcome import Outcome
+from .meta import check_meta, write_meta
+from .outcome import Outcome, RunFailed
 from .processes import LaunchConfig, check_same, from_first, is_first, start, unanimous
-from .report import summary_table, write_report
+from .report import summary_table, try_report, write_report
 from .sharding import batch_sharding, build_mesh
 from .step import place
 from .tuning import Entrant, line_up
@@ -47,10 +47,11 @@ class RaceConfig:
     out: Path | None = None
     """Folder for the results; by default runs/race-DATE-TIME."""
     overwrite: bool = False
-    """Replace the results that the folder holds."""
+    """Replace the results of an earlier race in the folder; files that no race has written are never
+    removed."""
     resume: bool = False
     """Go on with the interrupted race in the folder: runs that ended are kept, the one that was cut
-    off continues from its newest checkpoint, or anew if it has none."""
+    off continues from its newest checkpoint, or starts again if it has none."""
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
     launch: LaunchConfig = dataclasses.field(default_factory=LaunchConfig)
 
@@ -65,9 +66,9 @@ class RaceConfig:
 def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
     """Runs a race and writes its report.
 
-    Everything is checked before anything is written. A run whose loss stops being finite is
-    reported as diverged and the others go on; an interruption (Ctrl-C) leaves the runs finished so
-    far in the report and is raised again.
+    Everything is checked before anything is written, the report included. A run whose loss stops being
+    finite is reported as diverged and the others go on; an interruption (Ctrl-C) leaves the runs
+    finished so far in the report and is raised again.
 
     Args:
       config: what to run.
@@ -78,43 +79,80 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
 
     Raises:
       ValueError: for any part of the configuration that cannot be run.
+      RunFailed: if it cannot go on, for a full disk or a text that changes; what had ended is kept.
     """
     start(config.launch)
     console = console or Console(quiet=not is_first())
     with unanimous():
         entrants = line_up(config.optimizers, config.learning_rates)
-        corpus = load_corpus(config.run.data)
-        run = dataclasses.replace(
-            config.run, model=dataclasses.replace(config.run.model, vocabulary=corpus.vocabulary)
-        )
+        given = config.run.model.vocabulary
+        corpus = load_corpus(config.run.data, vocabulary=given if given != 256 else None)
+        model = dataclasses.replace(config.run.model, vocabulary=corpus.vocabulary)
+        run = dataclasses.replace(config.run, model=model)
         mesh = build_mesh(config.launch.mesh)
         transformations = _check(run, entrants, corpus, mesh)
-    check_same("text", corpus.fingerprint)
-    check_same("configuration", _digest(config))
-    with unanimous():
-        out = _prepare(config) if is_first() else Path()
-    out = Path(from_first(str(out.absolute())))
-    outcomes = [Outcome(entrant.name, entrant.learning_rate) for entrant in entrants]
-    console.print(f"text: {corpus.description}", highlight=False)
-    console.print(f"results: {out}", highlight=False)
-    try:
-        with _progress(console) as progress:
-            for entrant, tx, outcome in zip(entrants, transformations, outcomes, strict=True):
-                folder = out / entrant.name
-                if from_first("ended" if config.resume and outcome.load(folder) else ""):
-                    continue
-                if is_first():
-                    folder.mkdir(exist_ok=True)
-                    _write_meta(folder, run, entrant, corpus, mesh)
-                _run_one(run, tx, corpus, outcome, folder, progress, mesh)
-                if is_first():
-                    outcome.save(folder)
-    finally:
-        if is_first():
-            console.print(summary_table(outcomes))
-            report = write_report(out, outcomes, run, corpus)
-            console.print(f"report: {report}", highlight=False)
+    identity = _identity(config, entrants, corpus)
+    for what in ("text", "configuration", "optimizers"):
+        check_same(what, _digest(identity[what]))
+    with contextlib.ExitStack() as stack:
+        outcomes = [Outcome(entrant.name, entrant.learning_rate) for entrant in entrants]
+        ended = [False for _ in entrants]
+        out = Path()
+        with unanimous():
+            if is_first():
+                out = _out(config)
+                _check_data(config, out)
+                flags = {"overwrite": config.overwrite, "resume": config.resume}
+                stack.enter_context(claimed(out, identity, **flags))
+                try:
+                    if config.resume:
+                        ended = [
+                            check_meta(out / entrant.name, run, entrant, corpus)
+                            and outcome.load(out / entrant.name, run)
+                            for entrant, outcome in zip(entrants, outcomes, strict=True)
+                        ]
+                    write_report(out, outcomes, run, corpus)
+                except OSError as error:
+                    raise ValueError(
+                        f"{said(error)}; put that right or give another --out."
+                    ) from error
+        out = Path(from_first(str(out.absolute())))
+        ended = json.loads(from_first(json.dumps(ended)))
+        for line in (f"text: {corpus.description}", f"results: {out}"):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        stack.enter_context(interrupts.last_words(lambda: _tell(console, outcomes, out)))
+        try:
+            with _progress(console) as progress:
+                field = zip(entrants, transformations, outcomes, ended, strict=True)
+                for entrant, tx, outcome, has_ended in field:
+                    if has_ended:
+                        continue
+                    interrupts.check()
+                    _run_one(run, entrant, tx, corpus, outcome, out, progress, mesh)
+                    if is_first():
+                        outcome.save(out / entrant.name)
+                        if outcome is not outcomes[-1]:
+                            write_report(out, outcomes, run, corpus)
+        except OSError as error:
+            raise RunFailed(
+                f"{said(error)}. Runs that had ended are kept in {out}; put that right and repeat the "
+                "command with --resume."
+            ) from error
+        finally:
+            if is_first():
+                with contextlib.suppress(OSError):  # of a full disk it was said already
+                    write_report(out, outcomes, run, corpus)
+                _tell(console, outcomes, out)
+        interrupts.check()
     return outcomes
+
+
+def _tell(console: Console, outcomes: list[Outcome], out: Path) -> None:
+    if is_first():
+        console.show_cursor()
+        console.print(summary_table(outcomes))
+        line = f"report: {out / 'report.html'}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _check(
@@ -128,41 +166,57 @@ def _check(
     built = [entrant.build(run) for entrant in entrants]
     for tx in built:
         place(run.model, tx, mesh)
+    if is_first():
+        try_report(run, corpus)
     return built
 
 
-def _prepare(config: RaceConfig) -> Path:
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    out = config.out or Path("runs") / f"race-{stamp}"
-    asked = config.asked()
+def _out(config: RaceConfig) -> Path:
+    if config.out is not None:
+        try:
+            str(config.out.absolute()).encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{config.out} is not UTF-8, which Orbax needs; give another --out."
+            ) from None
+        return config.out
     if config.resume:
-        if config.out is None or not (out / "race.json").exists():
-            raise ValueError("--resume needs the --out of an earlier race.")
-        if json.loads((out / "race.json").read_text(encoding="utf-8")) != asked:
-            raise ValueError(f"{out} holds a race of another configuration; repeat its flags.")
-        return out
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; give --out a folder.")
-    if out.exists() and any(out.iterdir()):
-        if not (out / "race.json").exists():
-            raise ValueError(f"{out} holds files that are not a race's; give --out another folder.")
-        if not config.overwrite:
-            raise ValueError(f"{out} holds another run; give --overwrite or another --out.")
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "race.json").write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
-    return out
+        raise ValueError("--resume needs the --out of an earlier race.")
+    return Path("runs") / f"race-{datetime.datetime.now().strftime('%Y%m%d-%H%M%S')}"
+
+
+def _check_data(config: RaceConfig, out: Path) -> None:
+    for path in config.run.data:
+        if config.overwrite and path.resolve().is_relative_to(out.resolve()):
+            raise ValueError(f"{path} lies in {out}, which --overwrite clears; give another --out.")
+
+
+def _identity(config: RaceConfig, entrants: tuple[Entrant, ...], corpus: Corpus) -> dict[str, Any]:
+    """What decides the results; a race is resumed only where all of it is the same."""
+    return {
+        "configuration": config.asked(),
+        "text": corpus.fingerprint,
+        "optimizers": {
+            entrant.name: {
+                **json.loads(entrant.optimizer.to_json()),
+                "learning_rate": entrant.learning_rate,
+            }
+            for entrant in entrants
+        },
+    }
 
 
 def _run_one(
     run: RunConfig,
+    entrant: Entrant,
     tx: optax.GradientTransformation,
     corpus: Corpus,
     outcome: Outcome,
-    folder: Path,
+    out: Path,
     progress: Progress,
     mesh: Mesh,
 ) -> None:
+    folder = out / entrant.name
     task = progress.add_task(outcome.name, total=run.steps, loss="compiling", speed="", heldout="")
     tokens = run.batch_size * run.model.context
 
@@ -174,7 +228,13 @@ def _run_one(
         speed = f"{done * tokens / max(record['seconds'], 1e-9):,.0f} tokens/s"
         progress.update(task, completed=done, loss=f"loss {record['loss']:.3f}", speed=speed)
 
-    train(run, tx, corpus, outcome, folder, show, mesh)
+    def begin() -> None:
+        if is_first():
+            write_meta(folder, run, entrant, corpus, mesh)
+
+    if is_first():
+        folder.mkdir(exist_ok=True)
+    train(run, tx, corpus, outcome, folder, show, mesh, begin)
     if outcome.status == "diverged":
         progress.update(task, loss="[red]diverged[/red]")
 
@@ -194,37 +254,5 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _digest(config: RaceConfig) -> str:
-    return hashlib.sha256(json.dumps(config.asked(), sort_keys=True).encode()).hexdigest()
-
-
-def _write_meta(folder: Path, run: RunConfig, entrant: Entrant, corpus: Corpus, mesh: Mesh) -> None:
-    packages = ("ravine", "jax", "jaxlib", "optax", "flax", "numpy", "grain")
-    meta = {
-        "optimizer": json.loads(entrant.optimizer.to_json()),
-        "learning_rate": entrant.learning_rate,
-        "run": to_json(run),
-        "text": {"description": corpus.description, "fingerprint": corpus.fingerprint},
-        "versions": {name: metadata.version(name) for name in packages},
-        "python": platform.python_version(),
-        "device": f"{jax.devices()[0].device_kind} ({jax.devices()[0].platform})",
-        "mesh": dict(mesh.shape),
-        "processes": jax.process_count(),
-        "machine": platform.machine(),
-        "git_revision": _git_revision(),
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-
-
-def _git_revision() -> str | None:
-    """The revision of the checkout this package lies in; ``None`` for an installed wheel."""
-    here = Path(__file__).parents[1]
-    if not (here / ".git").exists():
-        return None
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -3,17 +3,25 @@
 import dataclasses
 import io
 import math
+import os
 from importlib import resources
 from pathlib import Path
 
 import jinja2
-import matplotlib
-from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
+try:
+    import matplotlib
+    from matplotlib.figure import Figure
+except ValueError as error:  # it checks the variable, whether a backend is needed or not
+    raise ValueError(
+        f"matplotlib refuses MPLBACKEND={os.environ.get('MPLBACKEND')!r}; unset it, a report needs none."
+    ) from error
+
 from .config import RunConfig
 from .corpus import Corpus
+from .files import write_text
 from .outcome import Outcome
 
 REFERENCE = "adamw"
@@ -163,8 +171,34 @@ def _figures(outcomes: list[Outcome], style: dict[str, dict]) -> list[str]:
     ]
 
 
+def try_report(run: RunConfig, corpus: Corpus) -> None:
+    """Makes a report of invented numbers and throws it away.
+
+    Raises:
+      ValueError: if there is anything that keeps a report from being made, before a run is spent on it.
+    """
+    record = {"step": 0, "seconds": 1.0, "loss": 1.0, "learning_rate": 1.0}
+    record |= {"update_norm": 1.0, "gradient_norm": 1.0}
+    evaluation = {"step": 1, "seconds": 1.0, "heldout_loss": 1.0}
+    trial = Outcome(REFERENCE, 1.0, "finished", [record], [evaluation])
+    try:
+        _render([trial], run, corpus)
+        summary_table([trial])
+    except Exception as error:
+        raise ValueError(
+            f"the report of the race cannot be made ({type(error).__name__}: {error}); put that right "
+            "first, it is what a race is for."
+        ) from error
+
+
 def write_report(out: Path, outcomes: list[Outcome], run: RunConfig, corpus: Corpus) -> Path:
     """Writes ``report.html``, which needs no other file, and returns its path."""
+    path = out / "report.html"
+    write_text(path, _render(outcomes, run, corpus))
+    return path
+
+
+def _render(outcomes: list[Outcome], run: RunConfig, corpus: Corpus) -> str:
     style = {
         outcome.name: {
             "color": COLOURS[index % len(COLOURS)],
@@ -178,7 +212,7 @@ def write_report(out: Path, outcomes: list[Outcome], run: RunConfig, corpus: Cor
     configuration = {**dataclasses.asdict(run), "text fingerprint": corpus.fingerprint}
     page = jinja2.Environment(autoescape=True).from_string(template)
     ranked = _ranked(outcomes)
-    html = page.render(
+    return page.render(
         names=[outcome.name for outcome in outcomes],
         parameters=f"{ranked[0].parameters:,}" if ranked else "-",
         steps=run.steps,
@@ -195,6 +229,3 @@ def write_report(out: Path, outcomes: list[Outcome], run: RunConfig, corpus: Cor
         figures=_figures(outcomes, style) if ranked else [],
         configuration=list(configuration.items()),
     )
-    path = out / "report.html"
-    path.write_text(html, encoding="utf-8")
-    return path

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ...core.arguments import MaybeInfinite, checked
+from ...core.checks import check_known
 from .together import Unit, worked_on
 
 
@@ -45,6 +46,7 @@ class Refresh:
     staggered: bool = False
 
     def __post_init__(self) -> None:
+        check_known(every=self.every, start=self.start)
         if type(self.every) is not int or self.every < 1:
             raise ValueError(
                 f"every must be a whole number of steps, at least 1, got {self.every!r}."

@@ -1,0 +1,98 @@
+"""Files as a run writes and reads them: strict JSON, and whole or as they were before."""
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def dumps(value: Any, indent: int | None = None) -> str:
+    """Strict JSON: what is not a finite number is ``null``, which every reader knows.
+
+    Example:
+      >>> from ravine.training.files import dumps
+      >>> dumps({"loss": float("nan"), "step": 3})
+      '{"loss": null, "step": 3}'
+    """
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return value
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes a file that is there whole, or as it was before."""
+    draft = file.with_name(file.name + ".tmp")
+    with naming(draft):
+        # A path that is not UTF-8 has characters that cannot be encoded.
+        draft.write_text(text, encoding="utf-8", errors="backslashreplace")
+        draft.replace(file)
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Writes strict JSON, whole or not at all."""
+    write_text(file, dumps(value, indent=2) + "\n")
+
+
+def read_json(file: Path, fix: str) -> dict[str, Any]:
+    """The object in a file.
+
+    Args:
+      file: what to read.
+      fix: what to do about a damaged one, the end of the sentence that says so.
+
+    Raises:
+      ValueError: if the file is not one JSON object.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged (not JSON: {error}); {fix}.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} is damaged (not a JSON object); {fix}.")
+    return value
+
+
+@contextlib.contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Puts the name of the file into an `OSError` that has none, as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise type(error)(error.errno, error.strerror, str(file)) from error
+        raise
+
+
+def said(error: OSError) -> str:
+    """An `OSError` in words: the file, then what is wrong with it."""
+    return f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
+
+
+class Lines:
+    """A file that grows by whole lines, each on disk before the next is made."""
+
+    def __init__(self, file: Path):
+        self._name = file
+        # Without a buffer nothing is left over that a full disk refuses again when the file is closed.
+        self._file = file.open("ab", buffering=0)
+
+    def write(self, value: Any) -> None:
+        """Appends one JSON value."""
+        left = (dumps(value) + "\n").encode()
+        with naming(self._name):
+            while left:
+                left = left[self._file.write(left) :]
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()

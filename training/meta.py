@@ -1,0 +1,75 @@
+"""What made a run: optimizer, configuration, text, versions, machine; written when it starts."""
+
+import datetime
+import json
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from .config import RunConfig, to_json
+from .corpus import Corpus
+from .files import read_json, write_json
+from .tuning import Entrant
+
+_PACKAGES = ("ravine", "jax", "jaxlib", "optax", "flax", "numpy", "grain")
+
+
+def write_meta(folder: Path, run: RunConfig, entrant: Entrant, corpus: Corpus, mesh: Mesh) -> None:
+    """Writes ``meta.json``."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    meta = {
+        **_decides(run, entrant, corpus),
+        "versions": {name: metadata.version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "device": f"{jax.devices()[0].device_kind} ({jax.devices()[0].platform})",
+        "mesh": dict(mesh.shape),
+        "processes": jax.process_count(),
+        "machine": platform.machine(),
+        "git_revision": _git_revision(),
+        "started": now,
+    }
+    write_json(folder / "meta.json", meta)
+
+
+def check_meta(folder: Path, run: RunConfig, entrant: Entrant, corpus: Corpus) -> bool:
+    """Whether the folder holds a run of this optimizer, configuration and text; false if it holds none.
+
+    Raises:
+      ValueError: if it holds another one, as when folders of two races were mixed.
+    """
+    file = folder / "meta.json"
+    if not file.exists():
+        return False
+    fix = f"move {folder} away, and this run starts again"
+    found = read_json(file, fix)
+    for name, mine in _decides(run, entrant, corpus).items():
+        if found.get(name) != mine:
+            raise ValueError(f"{file} is of a run of another {name}; {fix}.")
+    return True
+
+
+def _decides(run: RunConfig, entrant: Entrant, corpus: Corpus) -> dict[str, Any]:
+    return {
+        "optimizer": json.loads(entrant.optimizer.to_json()),
+        "learning_rate": entrant.learning_rate,
+        "run": to_json(run),
+        "text": {"description": corpus.description, "fingerprint": corpus.fingerprint},
+    }
+
+
+def _git_revision() -> str | None:
+    """The revision of the checkout this package lies in; ``None`` for an installed wheel."""
+    here = Path(__file__).parents[1]
+    if not (here / ".git").exists():
+        return None
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
