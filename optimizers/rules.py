@@ -112,13 +112,15 @@ _NAMED = (
 )
 
 _FLAX = (
-    # Ravine's own model: [layers, in, out].
+    # Ravine's own model and published shapes: [layers, in, out], [layers, experts, in, out].
     _maybe(
-        r"(^|/)layers/(attention/(query|key|value|output)|feed_forward/(gate|up|down))/kernel$",
+        r"(^|/)layers/((cross_)?attention/(query|key|value|output|(query|key_value)_[ab])"
+        r"|(feed_forward|shared_expert)/(gate|up|down))/kernel$",
         "matrix",
         IN_OUT,
         where=_is_ravine,
     ),
+    _maybe(r"(^|/)layers/experts/(gate|up|down)/kernel$", "matrix", IN_OUT, ndim=4),
     # Stacked or not: their shapes tell.
     *(
         _maybe(rf"(^|/)({'|'.join(names)})/kernel$", "matrix", axes, ndim=n, where=_has_heads)

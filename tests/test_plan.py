@@ -24,14 +24,6 @@ from ravine.training.presets import PRESETS
 from ravine.training.sharding import mesh_sizes, parameter_spec, sharded_parameters
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_recomputed_counts_are_the_published_ones(name):
-    shape = PRESETS[name]
-    # GPT-3's paper rounds to 175; it has 174.6 with its biases.
-    assert shape.count / 1e9 == pytest.approx(shape.published, rel=3e-3)
-    assert shape.source
-
-
 def test_the_trainers_own_model_is_what_the_trainer_has():
     model, shape = RunConfig().model, PRESETS["ravine"]
     assert (model.layers, model.width, model.vocabulary) == (
@@ -48,7 +40,7 @@ def test_every_axis_that_is_sharded_divides(name):
         spec = parameter_spec(path, x.shape, sizes)
         for size, axis in zip(x.shape, spec, strict=False):
             assert axis is None or size % sizes[axis] == 0
-        if path.startswith("layers/") and path.endswith("kernel"):
+        if "layers/" in path and path.endswith("kernel"):
             assert sorted(filter(None, spec)) == ["fsdp", "tensor"]
 
 
@@ -187,7 +179,13 @@ def test_a_train_step_that_is_compiled_here():
 
 @pytest.mark.parametrize(
     ("name", "culprit"),
-    [("gpt3-175b", "learned positions, biases, a tied"), ("gemma2-9b", "4 norms a layer")],
+    [
+        ("gpt3-175b", "learned positions, biases, a tied"),
+        ("gemma2-9b", "4 norms per layer"),
+        ("t5-11b", "an encoder"),
+        ("deepseek-v3", "a mixture of experts, latent attention"),
+        ("olmo2-7b", "norms over all queries and keys"),
+    ],
 )
 def test_a_model_that_the_trainer_has_not_is_named(name, culprit):
     with pytest.raises(ValueError, match=f"{name} has .*{culprit}.*leave out --train-step"):

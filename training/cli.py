@@ -1,4 +1,4 @@
-"""The command line: `python -m ravine race ...` and `python -m ravine plan ...`."""
+"""The command line: `python -m ravine race ...`, `... plan ...` and `... presets ...`."""
 
 import contextlib
 import io
@@ -9,7 +9,7 @@ from typing import Any
 
 from .interrupts import Interrupted, Interrupts, check
 
-COMMANDS = ("race", "plan")
+COMMANDS = ("race", "plan", "presets")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     if not words or words[0] in ("-h", "--help"):
         print(__doc__.strip().splitlines()[0] if __doc__ else "")
-        print("commands: race, plan (give `python -m ravine race --help` for its flags)")
+        print("commands: race, plan, presets (give `python -m ravine race --help` for its flags)")
         return 0 if words else 2
     if words[0] not in COMMANDS:
         return _refuse(f"unknown command {words[0]!r}; commands: {', '.join(COMMANDS)}.")
@@ -50,13 +50,19 @@ def _run(command: str, words: list[str]) -> int:
     try:
         from .outcome import RunFailed
         from .plan import PlanConfig, plan
+        from .presets_table import PresetsConfig, show_presets
         from .race import RaceConfig, race
     except ValueError as error:
         return _refuse(str(error))
     try:
+        from rich.console import Console
+
+        if command == "presets":
+            config = _parse(PresetsConfig, command, words)
+            show_presets(config, Console(width=None if sys.stdout.isatty() else 120))
+            return 0
         if command == "plan":
             import jax
-            from rich.console import Console
 
             config = _parse(PlanConfig, command, words)
             # The TPU's compiler is here, but no TPU: JAX shall not look for one.

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ..optimizers.mesh import state_shardings
 from .arithmetic import Arithmetic, arithmetic
 from .model import ModelConfig
-from .presets import ModelShape
+from .shapes import ModelShape
 from .sharding import batch_sharding, rows_of
 from .step import abstract_state, make_train_step, model_graph, place
 
@@ -104,10 +104,17 @@ def trainer_model(name: str, shape: ModelShape) -> ModelConfig:
       8
     """
     lacks = {
+        "an encoder": shape.encoder_layers > 0,
+        "a mixture of experts": shape.experts is not None,
+        "latent attention": shape.latent is not None,
+        "local attention": shape.local_layers > 0,
+        "norms over all queries and keys": shape.qk_norm == "all",
+        "GEGLU or ReLU": shape.activation not in ("swiglu", "gelu"),
+        "relative positions": shape.relative_positions > 0,
         "learned positions": shape.learned_positions,
         "biases": shape.biases,
         "a tied embedding": shape.tied,
-        f"{shape.norms} norms a layer": shape.norms != 2,
+        f"{shape.norms} norms per layer": shape.norms != 2,
         "heads that are not the width together": shape.heads * shape.head_width != shape.width,
     }
     found = [what for what, has in lacks.items() if has]
@@ -124,6 +131,7 @@ def trainer_model(name: str, shape: ModelShape) -> ModelConfig:
         kv_heads=shape.kv_heads,
         feed_forward=shape.feed_forward,
         activation="swiglu" if shape.gated else "gelu",
+        qk_norm=shape.qk_norm == "head",
         dtype="bfloat16",
         remat=True,
     )

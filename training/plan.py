@@ -33,7 +33,8 @@ from .compiling import (
     trainer_model,
 )
 from .plan_table import HBM, show
-from .presets import PRESETS, ModelShape
+from .presets import PRESETS
+from .shapes import ModelShape
 from .sharding import mesh_sizes, sharded_parameters
 
 TOPOLOGIES = (

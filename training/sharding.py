@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ..core.checks import near
 from ..optimizers.mesh import check_specs
 from ..optimizers.roles import path_string
-from .presets import ModelShape
+from .shapes import ModelShape
 
 AXES = ("data", "fsdp", "tensor")
 """Axes a mesh may have: copies of the model, shards of every matrix, and columns or rows by layer."""
@@ -176,5 +176,5 @@ def sharded_parameters(shape: ModelShape, mesh: Mesh, *, layers_only: bool = Fal
             x.shape, x.dtype, sharding=NamedSharding(mesh, parameter_spec(name, x.shape, sizes))
         )
         for name, x in shape.parameters().items()
-        if not layers_only or (name.startswith("layers/") and name.endswith("kernel"))
+        if not layers_only or ("layers/" in name and name.endswith("kernel"))
     }
