@@ -10,25 +10,31 @@ PYTEST := $(BIN)/python -m pytest
 # More flags for the race: make race RACE="--steps 20"
 RACE ?=
 
-.PHONY: race test test-slow test-pods lint format golden clean
+.PHONY: race test notebooks processes test-slow test-pods lint format golden clean
 
 race: $(STAMP)
 	@echo "==> race: optimizers train the same language model on this Python's own source text"
 	$(BIN)/python -m ravine race $(RACE)
 
-# Tests that train, or that are held to rounding, run on code compiled as for users; see tests/conftest.py.
-AS_USERS := $(patsubst %,tests/test_%.py,mesh trainer_mesh trainer_stability processes model race \
-	notebooks sophia devices_keep_training orthogonalize)
+# Files, not tests, are dealt to the two processes: the tests of a file share what they have compiled.
+# A test is in one of five groups, by its marker, or in `make test` if it has none (pyproject.toml).
+TESTS = $(PYTEST) -n 2 --dist loadfile
 
 test: $(STAMP)
-	@echo "==> test: all tests, on 8 virtual CPU devices, 2 processes: first those of small programs"
-	$(PYTEST) -n 2 --dist loadgroup -m "not slow and not pods" $(AS_USERS:%=--ignore=%)
-	@echo "==> test: then those compiled as for users"
-	XLA_FLAGS= $(PYTEST) -n 2 --dist loadgroup -m "not slow and not pods" $(AS_USERS)
+	@echo "==> test: all short tests, on 8 virtual CPU devices, 2 processes"
+	$(TESTS) -m "not slow and not pods and not notebooks and not processes"
+
+notebooks: $(STAMP)
+	@echo "==> notebooks: each runs from top to bottom and shows what is committed"
+	XLA_FLAGS= $(PYTEST) -m "notebooks and not slow" tests/test_notebooks.py
+
+processes: $(STAMP)
+	@echo "==> processes: a run of several processes has the losses of one"
+	$(PYTEST) -m "processes and not slow" tests/test_processes.py
 
 test-slow: $(STAMP)
-	@echo "==> test-slow: the long sweeps"
-	$(PYTEST) -m slow
+	@echo "==> test-slow: the long sweeps, compiled as for users"
+	XLA_FLAGS= $(TESTS) -m slow
 
 # The TPU's compiler in a folder of its own: in .venv, JAX would look for a TPU at every start.
 TPU := .cache/tpu

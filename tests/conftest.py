@@ -5,11 +5,19 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most of the time of small tests is compilation, and the kernels of old are compiled in half of it.
-# XLA_FLAGS="" runs tests on those that users have, as `make test` does where it matters: they run faster
-# and round otherwise. An XLA that does not know a flag ends the process, hence the version.
+# An XLA that does not know a flag ends the process, hence the version.
 if importlib.metadata.version("jaxlib").startswith("0.10."):
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+    # Nearly all of the time of small tests is compilation, which takes a third where XLA does without
+    # optimizations that such programs do not need. XLA_FLAGS="" compiles as for users, as the slow
+    # tests are, which run longer than they compile. Workers and other processes inherit what is set.
+    if "XLA_FLAGS" not in os.environ:
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+        os.environ["XLA_FLAGS"] = (
+            "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+        )
+    # On a busy machine a device may be late: XLA ends a process that waits 40 s in a collective.
+    if "collective_call_terminate" not in os.environ["XLA_FLAGS"]:
+        os.environ["XLA_FLAGS"] += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 
 import jax
 import pytest
@@ -17,9 +25,11 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# One cache for all processes and later runs.
+# One cache for all processes and later runs of this checkout; JAX's key has its version and the flags.
 _CACHE = Path(__file__).parents[1] / ".cache" / "jax"
-jax.config.update("jax_compilation_cache_dir", str(_CACHE))
+jax.config.update(
+    "jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

@@ -87,6 +87,7 @@ class Row:
             shapes = {"first": (4, 4), "second": (5, 5)}
         if self.needs_matrices:
             shapes |= {"stack": (4, 3, 3) if self.survives_nan else (4, 3, 5)}
+        shapes |= {"empty": (0, 3)}
         rng = np.random.default_rng(seed)
         return {k: jnp.asarray(rng.normal(size=shape), dtype) for k, shape in shapes.items()}
 
@@ -201,8 +202,15 @@ TABLE = (
     preconditioned("kl_shampoo", 0.1, {"every": 2}),
 )
 _NAMES = [row.name for row in TABLE]
-# Settings of an optimizer for matrices, besides its first: what wraps it, as schedules, masks and
-# checkpoints do, is tried around them in the slow tests only.
+# Settings of an optimizer for matrices, besides its first: what others do with them is tried in the
+# slow tests only.
 VARIANTS = frozenset(
     row for at, row in enumerate(TABLE) if row.needs_matrices and row.name in _NAMES[:at]
+)
+# One cheap row of each family: what wraps an optimizer, as masks and accumulation do, and what a mesh
+# does to it, is tried around these, and around all others in the slow tests only. By moments element by
+# element, with averages, with curvature, whole matrices, and Kronecker factors.
+FAMILIES = tuple(
+    TABLE[_NAMES.index(name)]
+    for name in ("adamw", "schedule_free_sgd", "sophia_g", "muon", "shampoo", "soap")
 )

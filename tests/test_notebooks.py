@@ -17,7 +17,6 @@ from nbclient import NotebookClient
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 LOCAL_PATH = re.compile(r"(?<![\w.:/<])/\w[\w.-]*/\w|\b[A-Z]:\\+\w|site-packages")
 
-pytestmark = pytest.mark.xdist_group("notebooks")
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 # Two minutes of training; what it shows is tested in test_devices_keep_training.py.
 LONG = ("staying_alive",)
@@ -47,6 +46,7 @@ def kinds(cell):
     return shown
 
 
+@pytest.mark.notebooks
 @pytest.mark.parametrize(
     "path",
     [pytest.param(p, marks=[pytest.mark.slow] * (p.stem in LONG), id=p.stem) for p in NOTEBOOKS],

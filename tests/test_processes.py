@@ -17,8 +17,6 @@ import ravine
 from ravine.training import loop, processes
 from ravine.training.cli import main
 
-pytestmark = pytest.mark.xdist_group("trainer mesh")
-
 WORDS = ["race", "--width", "16", "--layers", "2", "--heads", "2", "--context", "8"]
 WORDS += ["--batch-size", "8", "--steps", "8", "--eval-every", "4", "--eval-batches", "2"]
 WORDS += ["--optimizers", "muon", "--checkpoint-every", "1"]
@@ -124,6 +122,7 @@ def kill_at(step, started, out, logs):
     assert not (out / "muon" / "outcome.json").exists()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_have_the_losses_of_one(count, words, alone, tmp_path):
     out = tmp_path / "race"
@@ -142,6 +141,7 @@ def test_processes_have_the_losses_of_one(count, words, alone, tmp_path):
     assert sorted(path.name for path in (out / "muon" / "checkpoints").iterdir()) == ["7", "8"]
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_processes_that_slurm_has_started_find_each_other(words, tmp_path):
     def free(port):

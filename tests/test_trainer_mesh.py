@@ -34,9 +34,6 @@ from ravine.training.step import (
 )
 from ravine.training.tuning import line_up
 
-# Next to test_processes.py, whose reference is compiled here.
-pytestmark = pytest.mark.xdist_group("trainer mesh")
-
 TEXT = "".join(f"line {i * i} of a text that says little. " for i in range(400))
 MODEL = ModelConfig(width=16, layers=2, heads=2, context=8)
 RUN = RunConfig(steps=8, batch_size=8, eval_every=4, eval_batches=2, model=MODEL)
