@@ -18,6 +18,8 @@ from ravine.optimizers.roles import IN_OUT, Rule
 from .golden import muon as golden
 
 EVERYTHING = ((".*", "matrix", IN_OUT),)
+# Five steps enlarge the smallest singular values 485 times, and with them the rounding of two programs.
+ROUNDING = 2 * 3.4445**5 * 2.0**-24
 BFLOAT16 = NewtonSchulz(dtype="bfloat16", form="standard")
 # Case of the goldens: ours. Sums (heavy ball) and means have the same directions.
 BUILDERS = {
@@ -134,7 +136,7 @@ def test_stacked_layers_equal_single_ones(name):
     stacked = one_update(tx, {"kernel": grads})["kernel"]
     for layer in range(3):
         single = one_update(tx, {"kernel": grads[layer]})["kernel"]
-        np.testing.assert_allclose(stacked[layer], single, atol=2e-6)
+        np.testing.assert_allclose(stacked[layer], single, atol=0.1 * ROUNDING)
 
 
 def test_heads_equal_separate_matrices():
@@ -144,7 +146,7 @@ def test_heads_equal_separate_matrices():
     alone = ravine.muon(0.1, rules=EVERYTHING)
     for head in range(4):
         single = one_update(alone, {"query": grads[:, head]})["query"]
-        np.testing.assert_allclose(split[:, head], single, atol=2e-6)
+        np.testing.assert_allclose(split[:, head], single, atol=0.1 * ROUNDING)
 
 
 def test_cautious_decay_decays_where_update_and_parameter_agree():
@@ -153,7 +155,7 @@ def test_cautious_decay_decays_where_update_and_parameter_agree():
     cautious = ravine.muon(0.1, rules=EVERYTHING, weight_decay=0.5, cautious=True)
     found = one_update(cautious, [grads], [params])[0]
     expected = plain - 0.1 * 0.5 * jnp.where(plain * params <= 0, params, 0)
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    np.testing.assert_allclose(found, expected, atol=0.1 * ROUNDING)
 
 
 def test_fixed_norm_keeps_norms():
