@@ -148,9 +148,7 @@ def test_state_is_a_fixed_point_for_every_mix_of_dtypes(
 def test_injected_hyperparameters_and_a_schedule_of_updates_made_give_the_same_updates(row):
     params, grads = row.tree(0), row.tree(1)
     twice = lambda count: jnp.where(count < 2, row.learning_rate, 0.0)
-    injected = ravine.inject_hyperparams(row.builder)(
-        learning_rate=twice, **row.hyperparameters
-    )
+    injected = ravine.inject_hyperparams(row.builder)(learning_rate=twice, **row.hyperparameters)
     update, init = jax.jit(injected.update), jax.jit(injected.init)
     found = run(injected, params, grads, 2, update, init)[1]
     # 1 - b2 of a float32 b2 is off by up to 5e-5 of itself; the corrections take most of it back.
