@@ -171,8 +171,9 @@ def _instance(kind: type) -> Kind:
         return PLAIN[collections.abc.Callable]
 
     def convert(value: Any) -> Any:
-        is_text = isinstance(value, (str, bytes)) and kind is not str
-        if isinstance(value, kind) and not is_text:
+        # Text and arrays are collections too, but not what is meant.
+        is_other = kind is not str and isinstance(value, (str, bytes, np.ndarray, jax.Array))
+        if isinstance(value, kind) and not is_other:
             return value
         raise Refused
 
@@ -240,8 +241,13 @@ def as_dtype(value: Any) -> Any:
     Raises:
       ValueError: for anything else.
     """
-    if value is None or (isinstance(value, str) and value not in FLOATS):
-        raise Refused(near(value, FLOATS) if value else "")
+    if isinstance(value, str) and value not in FLOATS:
+        raise Refused(near(value, FLOATS))
+    is_scalar_type = isinstance(value, type) or isinstance(getattr(value, "dtype", None), np.dtype)
+    if not isinstance(value, (str, np.dtype)) and not is_scalar_type:
+        raise Refused
+    if isinstance(value, (np.generic, np.ndarray, jax.Array)):
+        raise Refused("give its dtype.")
     dtype = jax.dtypes.canonicalize_dtype(float) if value is float else jnp.dtype(value)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise Refused

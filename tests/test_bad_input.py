@@ -1,0 +1,207 @@
+"""Every builder, every argument, every kind of bad value: refused by the argument's name, or it works.
+
+The cases are made from the signatures, so that what is added is attacked too. Nothing is compiled here.
+"""
+
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import ravine
+from ravine import schedules as s
+from ravine import stability
+from ravine.optimizers.matrix.orthogonalize import NewtonSchulz
+
+TX = optax.identity()
+LINE = s.linear(1.0, 4)
+ARRAY = jnp.ones((2, 3))
+HEADS = jnp.ones((1, 2, 2, 4))
+
+# What is required, by name; by builder where a name means different things.
+VALID = {
+    "amount": 4,
+    "base": ravine.sgd(0.1),
+    "batch": s.BatchSizes((4,)),
+    "batch_ratio": 2.0,
+    "batch_size": 4,
+    "beta": 0.9,
+    "body": LINE,
+    "boundaries": (2,),
+    "by": 1,
+    "cap": 1.0,
+    "decay_rate": 0.5,
+    "direction": TX,
+    "context": 8,
+    "decay": 0.9,
+    "documents_BxT1": jnp.zeros((1, 3), int),
+    "duration": 2,
+    "end": 0.5,
+    "eps": 1e-8,
+    "every": 2,
+    "examples": 80,
+    "first_period": 2,
+    "function": LINE,
+    "gamma": 0.1,
+    "half_life": 3.0,
+    "hidden": ARRAY,
+    "horizon": 10.0,
+    "increment": 4,
+    "keys_BxSxGxK": HEADS,
+    "labels": jnp.zeros(2, int),
+    "learning_rate": 0.1,
+    "length": s.steps(10),
+    "logits": ARRAY,
+    "logits_BxHxTxS": HEADS,
+    "logits_BxTxV": ARRAY,
+    "logits_fn": LINE,
+    "loss_fn": LINE,
+    "magnitude": TX,
+    "max_norm": 1.0,
+    "optimizers": {"rest": TX},
+    "opt_state": ravine.sgd(0.1).init(ARRAY),
+    "params": ARRAY,
+    "peak": 1.0,
+    "period": 2,
+    "period_factor": 2.0,
+    "queries_BxTxHxK": HEADS,
+    "radius": 1.0,
+    "ratios": (0.5,),
+    "rise_steps": 2,
+    "schedule": LINE,
+    "schedules": (LINE, LINE),
+    "sizes": (4,),
+    "start": 1.0,
+    "step": 1,
+    "steps": 8,
+    "targets_BxT": jnp.zeros(2, int),
+    "text": "",
+    "then": LINE,
+    "threshold": 1.0,
+    "tokens_per_step": 2,
+    "tx": TX,
+    "unembedding_DxV": jnp.ones((3, 4)),
+    "unit": "steps",
+    "value": 1.0,
+    "values": jnp.ones(2),
+    "values_BxSxGxK": HEADS,
+    "warmup_steps": 2,
+    "weight_decay": 0.1,
+    "weights": (1.0,),
+    "width_ratio": 2.0,
+    "window": 2,
+    "words": "a line",
+    "x": ARRAY,
+}
+VALID_FOR = {
+    "batch_ramp": {"start": 4, "end": 8},
+    "combine_by_role": {"assignment": {role: "rest" for role in get_args(ravine.optimizers.roles.Role)}},
+    "BatchSizes": {"boundaries": ()},
+    "fused_cross_entropy": {"chunk": 4},
+    "adamc_decay": {"learning_rate": LINE},
+    "independent_decay": {"learning_rate": LINE},
+    "for_run": {"name": "linear"},
+    "parse_options": {"name": "linear"},
+    "OptimizerConfig": {"name": "adamw"},
+    "register": {"name": "mine", "builder": ravine.sgd},
+    "merge": {"checkpoints": [ARRAY]},
+    "qk_clip": {"weights": {"q": stability.HeadWeights("query", 2)}},
+    "HeadWeights": {"kind": "query", "heads": 2},
+    "fraction": {"amount": 0.5},
+    "seesaw": {"schedule": s.exponential(1.0, 8)},
+    "merge_weights": {"decay": [0.5]},
+    "on_mesh": {"param_specs": None},
+    "momentum": {"start": 0.9, "peak": 0.8},
+    "ramp": {"start": 0.1},
+}
+VALUES = {
+    "a number as text": "1e-3",
+    "no text": "",
+    "an unknown word": "bf61",
+    "bytes": b"x",
+    "None": None,
+    "an empty list": [],
+    "a list": [0.5],
+    "a mapping": {"a": 0.5},
+    "NaN": float("nan"),
+    "NumPy's NaN": np.float32("nan"),
+    "JAX's NaN": jnp.float32("nan"),
+    "infinity": float("inf"),
+    "minus infinity": -np.inf,
+    "true": True,
+    "NumPy's true": np.True_,
+    "complex": 1j,
+    "an object": object(),
+    "an array": np.ones(2),
+    "a class": float,
+    "negative": -1,
+    "NumPy's negative": np.float32(-0.5),
+    "JAX's negative": jnp.float32(-0.5),
+    "past int32": 2**40,
+    "huge": 1e38,
+    "a fraction": 1.5,
+    "zero": 0,
+}
+NOT_NUMBERS = set(VALUES) - {
+    *("infinity", "minus infinity", "negative", "NumPy's negative", "JAX's negative"),
+    *("past int32", "huge", "a fraction", "zero"),
+}
+CALLABLE = {"a class"}
+
+
+def builders():
+    for package in (ravine, s, stability):
+        for name in package.__all__:
+            thing = getattr(package, name)
+            is_state = inspect.isclass(thing) and issubclass(thing, tuple)
+            if callable(thing) and (not is_state or name in ("HeadWeights", "Stacked")):
+                yield name, thing
+    yield "NewtonSchulz", NewtonSchulz
+
+
+def refused(annotation: Any, name: str) -> set[str]:
+    """What must be refused, told by the annotation alone."""
+    if annotation in (Any, optax.Params, inspect.Parameter.empty):
+        return set(VALUES) - {"None", "a class"} if name.endswith("dtype") else set()
+    origin, inside = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return refused(inside[0], name)
+    if origin in (Union, types.UnionType):
+        # An array beside a number is a number in an array.
+        kinds = [each for each in inside if not (each is jax.Array and float in inside)]
+        return set.intersection(*(refused(kind, name) for kind in kinds))
+    if annotation is types.NoneType:
+        return set(VALUES) - {"None"}
+    if annotation is bool:
+        return set(VALUES) - {"true", "NumPy's true"}
+    if annotation is str:
+        return set(VALUES) - {"a number as text", "no text", "an unknown word"}
+    if annotation is float:
+        return NOT_NUMBERS
+    if annotation is int:
+        return NOT_NUMBERS | {"infinity", "minus infinity", "a fraction", "huge"}
+    if annotation is jax.Array:
+        return {"a number as text", "no text", "bytes", "None", "an object", "a class", "a mapping"}
+    if origin in (Sequence, tuple, Collection):
+        return set(VALUES) - {"an empty list", "a list", "an array", "a mapping"}
+    if origin is Mapping:
+        return set(VALUES) - {"a mapping"}
+    return set(VALUES) if annotation is not typing.Any else set()
+
+
+def valid_arguments(name, builder):
+    known = {**VALID, **VALID_FOR.get(name, {})}
+    parameters = inspect.signature(builder).parameters.values()
+    return {
+        p.name: known[p.name]
+        for p in parameters
+        if p.name in VALID_FOR.get(name, {})
+        or (p.default is p.empty and p.kind is not p.VAR_POSITIONAL)
+        if p.name in known
+    }
