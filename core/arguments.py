@@ -7,7 +7,6 @@ numbers of a kind make sense is said in the builders, with :mod:`.checks`.
 import collections.abc
 import functools
 import inspect
-import math
 import types
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from .checks import near, number, shown
+from .checks import LARGEST_COUNT, near, number, shown
 
 
 class Refused(ValueError):
@@ -26,6 +25,9 @@ class Refused(ValueError):
 
 
 Builder = TypeVar("Builder", bound=Callable[..., Any])
+
+LARGEST = float(np.finfo(np.float32).max)
+"""Numbers beyond are infinite in float32."""
 
 MaybeInfinite = Annotated[float, "may be infinite"]
 """A number of steps that may be infinite, for never."""
@@ -116,6 +118,10 @@ def kind_of(annotation: Any, name: str) -> Kind:
         return _any_of([kind_of(member, name) for member in members])
     if origin is Literal:
         return _one_of(inside)
+    if origin is collections.abc.Mapping:
+        return _mapping(kind_of(inside[1], name))
+    if annotation is jax.Array and "_" in name and (axes := name.rpartition("_")[2])[0].isupper():
+        return _array_of(axes.split("x"))
     if origin in (collections.abc.Sequence, tuple):
         each = inside[0] if len(inside) == 1 or inside[1:] == (...,) else Any
         return _sequence(kind_of(each, name))
@@ -166,6 +172,24 @@ def _sequence(each: Kind) -> Kind:
     return Kind("a sequence" + (f" of which each is {each.words}" if each.words else ""), convert)
 
 
+def _mapping(each: Kind) -> Kind:
+    def convert(value: Any) -> Any:
+        if not isinstance(value, collections.abc.Mapping):
+            raise Refused
+        return {key: each.convert(element) for key, element in value.items()}
+
+    return Kind("a mapping" + (f" to {each.words}" if each.words else ""), convert)
+
+
+def _array_of(axes: Sequence[str]) -> Kind:
+    def convert(value: Any) -> Any:
+        if _array(value).ndim != len(axes):
+            raise Refused(f"it has shape {value.shape}.")
+        return value
+
+    return Kind(f"an array [{', '.join(axes)}]", convert)
+
+
 def _instance(kind: type) -> Kind:
     if getattr(kind, "_is_protocol", False):  # those here are functions with more to say
         return PLAIN[collections.abc.Callable]
@@ -189,9 +213,11 @@ def _real(value: Any, *, finite: bool = False) -> Any:
     if value is None or callable(value):
         raise Refused
     found = number("it", value)
-    if found is not None and finite and not math.isfinite(found):
+    if found is not None and finite and not abs(found) <= LARGEST:
         raise Refused
-    return value if found is None or isinstance(value, jax.Array) else found
+    if found is None or isinstance(value, jax.Array):
+        return value
+    return float(found) if abs(found) > LARGEST_COUNT else found  # JAX's whole numbers are int32
 
 
 def _whole(value: Any) -> Any:
@@ -275,6 +301,5 @@ PLAIN: dict[Any, Kind] = {
 WORDS = {
     str: "a string",
     optax.GradientTransformation: "a gradient transformation such as ravine.adamw(1e-3)",
-    collections.abc.Mapping: "a mapping",
     collections.abc.Collection: "a collection",
 }

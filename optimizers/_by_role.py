@@ -10,6 +10,7 @@ import optax
 from ..core.tree_checks import is_part
 from ._matrices import DEFAULT_AXES, Axes
 from ._transformation import with_extra_args
+from ..core.checks import check_non_negative
 from .adam import adamw
 from .curvature import with_whole_curvature
 from .decay import Mask, decay_or_identity
@@ -47,6 +48,7 @@ def by_role(
       fallback_learning_rate: AdamW's; None for the same as the direction's.
       fallback_mu_dtype: AdamW's.
     """
+    check_non_negative(learning_rate=learning_rate, fallback_learning_rate=fallback_learning_rate)
     if decay is None:
         decay = decay_or_identity(weight_decay, weight_decay_mask)
     if fallback is None:

@@ -153,6 +153,7 @@ def scale_by_shampoo(
         check_decay_rates(b2=b2)
     check_blocking(block, limit, sides)
     check_non_negative(ridge=ridge, absolute_ridge=absolute_ridge, tolerance=tolerance)
+    exponent = number("exponent", exponent)
     if exponent is not None:
         exponent_fraction(exponent)
     if statistics not in get_args(Statistics):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from ..core.arguments import checked
-from ..core.checks import check_decay_rates, check_non_negative
+from ..core.checks import check_decay_rates, check_non_negative, check_whole
 from ..core.tree_checks import check_params_given
 from ._arithmetic import (
     bias_correction,
@@ -92,9 +92,8 @@ def scale_by_sophia(
     check_non_negative(rho=rho, eps=eps)
     if isinstance(eps, (int, float)) and eps == 0:
         raise ValueError("eps must be positive, or a coordinate without curvature divides by 0.")
-    check_non_negative(start=start)
-    if isinstance(every, int) and every < 1:
-        raise ValueError(f"every must be at least 1, got {every!r}.")
+    check_whole(0, start=start)
+    check_whole(1, every=every)
 
     def whole(number: Any) -> jax.Array:
         return jnp.asarray(number).astype(jnp.int32)
@@ -216,6 +215,7 @@ def sophia_g(
       >>> curvature = ravine.gauss_newton_bartlett(lambda params: inputs @ params)
       >>> updates, state = tx.update(params, tx.init(params), params, curvature=curvature)
     """
+    check_whole(1, every=every)
     direction = scale_by_sophia(
         b1,
         b2,

@@ -10,6 +10,9 @@ import numpy as np
 import optax
 
 from ..core.arguments import checked
+from ..core.checks import LARGEST_COUNT
+
+MOST_VALUES = 10**8  # of lists with a value for every step
 
 
 @checked
@@ -48,6 +51,10 @@ class Schedule:
 
 def as_count(count: Any) -> jax.Array:
     """Counts as an integer array, none negative."""
+    if isinstance(count, int) and abs(count) > LARGEST_COUNT:
+        raise ValueError(
+            f"count must be at most {LARGEST_COUNT}, as updates are counted in int32, got {count}."
+        )
     count = jnp.asarray(count)
     if not jnp.issubdtype(count.dtype, jnp.integer):
         raise ValueError(
@@ -80,3 +87,10 @@ def value_at(schedule: optax.Schedule, count: int) -> float:
     """The value at a Python integer, a Python number even while JAX is tracing."""
     with jax.ensure_compile_time_eval():
         return float(np.asarray(schedule(count)))
+
+
+def values_of(schedule: optax.Schedule, steps: int) -> np.ndarray:
+    """The values at all counts of a run, float64."""
+    if steps > MOST_VALUES:
+        raise ValueError(f"steps must be at most {MOST_VALUES}, got {steps}.")
+    return np.asarray(evaluate(schedule, jnp.arange(steps)), np.float64)

@@ -13,7 +13,7 @@ import optax
 from ..core.arguments import checked
 from ..core.checks import check_finite, check_whole
 from ._checks import check_length
-from ._schedule import evaluate
+from ._schedule import evaluate, values_of
 
 
 class ParameterAverage(NamedTuple):
@@ -39,8 +39,8 @@ class AverageState(NamedTuple):
 
 def _rates(decay: optax.ScalarOrSchedule, steps: int) -> np.ndarray:
     if callable(decay):
-        return np.asarray(evaluate(decay, jnp.arange(steps)), np.float64)
-    return np.full(steps, decay, np.float64)
+        return values_of(decay, steps)
+    return values_of(lambda _: decay, steps)
 
 
 @checked

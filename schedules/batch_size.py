@@ -12,12 +12,14 @@ import numpy as np
 import optax
 
 from ..core.arguments import checked
-from ..core.checks import check_amount, check_ratio, check_whole
+from ..core.checks import LARGEST_COUNT, check_amount, check_ratio, check_whole
 from ._arithmetic import select
 from ._checks import check_boundaries, check_length
-from ._schedule import Schedule, as_count, boundaries_of, evaluate, words_of
+from ._schedule import Schedule, as_count, boundaries_of, evaluate, values_of, words_of
 from .operators import join
 from .piecewise import piecewise
+
+MOST_STAGES = 1000
 
 
 @checked
@@ -138,10 +140,20 @@ def batch_ramp(start: int, end: int, increment: int, examples: int) -> BatchSize
     """
     check_whole(1, start=start, end=end, increment=increment)
     check_amount(1, examples=examples)
+    if examples // start > LARGEST_COUNT:
+        raise ValueError(
+            f"examples must be at most {LARGEST_COUNT * start} with a batch of {start}, as updates "
+            f"are counted in int32, got {examples}."
+        )
     if end < start or (end - start) % increment:
         raise ValueError(
-            f"increment {increment} must divide the way from {start} up to {end}; choose a "
+            f"increment {increment} must divide the way from start {start} up to end {end}; choose a "
             "divisor of it."
+        )
+    if (end - start) // increment > MOST_STAGES:
+        raise ValueError(
+            f"increment {increment} makes a ramp of {(end - start) // increment} stages, more than "
+            f"{MOST_STAGES}; give a larger one."
         )
     sizes = list(range(start, end + 1, increment))
     stages = len(sizes) - 1
@@ -216,7 +228,7 @@ def seesaw(
     check_ratio(factor=factor)
     if factor in (0, 1):
         raise ValueError(f"factor must lie between 0 and 1, got {factor!r}; the paper has 0.5.")
-    values = np.asarray(evaluate(schedule, jnp.arange(steps)), np.float64)
+    values = values_of(schedule, steps)
     top = int(values.argmax())
     peak, after = float(values[top]), values[top:]
     cuts = []
@@ -225,6 +237,7 @@ def seesaw(
     ) < 64:
         cuts.append(top + int(below.argmax()))
     sizes = [round(batch_size / factor**k) for k in range(len(cuts) + 1)]
+    check_whole(1, **{"the last batch_size, grown by all cuts,": sizes[-1]})
     batch = _of_stages(sizes, [cut * batch_size for cut in cuts])
     # The square root of what the batch has grown by, so that rounded sizes keep the bargain.
     bounds = [boundary - top for boundary in batch.boundaries]

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Iterator
 from fractions import Fraction
 
 import jax
@@ -15,6 +16,7 @@ from ._checks import check_fits
 from ._schedule import Schedule
 from .piecewise import piecewise
 
+MOST_RESTARTS = 10_000
 MOST_SELECTS = 64  # longer chains are slower than a remainder and a power
 
 
@@ -42,13 +44,20 @@ def restarts(first_period: int, period_factor: float, steps: int) -> tuple[int, 
     check_finite(period_factor=period_factor)
     if period_factor < 1:
         raise ValueError(f"period_factor must be at least 1, got {period_factor!r}.")
-    factor = Fraction(str(period_factor))
-    counts, period, end = [], Fraction(first_period), Fraction(first_period)
-    while end < steps:
-        counts.append(int(end))
-        period *= factor
+    counts = _endless(first_period, period_factor)
+    return tuple(itertools.takewhile(lambda count: count < steps, counts))
+
+
+def _endless(first_period: int, period_factor: float) -> Iterator[int]:
+    factor, period, end = Fraction(str(period_factor)), Fraction(first_period), Fraction(0)
+    for turn in itertools.count():
+        if turn == MOST_RESTARTS:
+            raise ValueError(
+                f"first_period {first_period} makes more than {MOST_RESTARTS} restarts; raise it."
+            )
         end += period
-    return tuple(counts)
+        period *= factor
+        yield int(end)
 
 
 @checked
@@ -153,10 +162,7 @@ def _filling(period_factor: float, steps: int, cycles: int = 3) -> tuple[int, ..
 
 def _next(first_period: int, period_factor: float, steps: int) -> int:
     """The first boundary at or after `steps`."""
-    end = steps
-    while not (later := [b for b in restarts(first_period, period_factor, end) if b >= steps]):
-        end = 2 * end + first_period
-    return later[0]
+    return next(count for count in _endless(first_period, period_factor) if count >= steps)
 
 
 MODES = ("triangular", "triangular2", "exp_range")
@@ -206,6 +212,7 @@ def cyclic(
     check_positive(factor=factor)
     check_name("mode", mode, MODES)
     low, period = peak * low_ratio, rise_steps + fall
+    check_whole(2, **{"rise_steps and fall_steps together": period})
 
     def function(count: jax.Array) -> jax.Array:
         within = jnp.remainder(count, period)
@@ -262,6 +269,8 @@ def one_cycle(
     check_whole(3, steps=steps)
     check_ratio(rise=rise, fall=fall, start_ratio=start_ratio, end_ratio=end_ratio)
     check_name("shape of a cycle", shape, ("cosine", "linear"))
+    if rise * steps < 1:
+        raise ValueError(f"rise must be at least one update, {1 / steps:.3g}, got {rise!r}.")
     counts, ratios = [int(rise * steps), steps], [1.0, end_ratio]
     if shape == "linear":
         counts.insert(1, int(fall * steps))

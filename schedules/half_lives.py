@@ -121,6 +121,7 @@ def ema_horizon(horizon: float, share: float = 1.0) -> Schedule:
             f"horizon must be at least 1 and share at most 1, got {horizon!r} and {share!r}."
         )
     reached = int(np.ceil((horizon - 1) / share))
+    check_whole(0, **{"(horizon - 1) / share": reached})
 
     def function(count: jax.Array) -> jax.Array:
         inverse = np.float32(1 / share) / (count.astype(jnp.float32) + np.float32(1 / share))

@@ -8,12 +8,13 @@ import numpy as np
 import optax
 
 from ..core.arguments import checked
-from ..core.checks import LARGEST_COUNT, check_amount, check_name, check_ratio, check_whole
+from ..core.checks import LARGEST_COUNT, check_name, check_ratio, check_whole
 from ._arithmetic import between, half_cosine, progress, raised, rounded, times
 from ._checks import check_boundaries, check_length
 from ._schedule import Schedule, boundaries_of, evaluate, value_at, words_of
 from .shapes import decay
 
+MOST_MARKS = 64  # boundaries that a schedule tells, of those it repeats
 RAMPS: dict[str, Callable[[jax.Array], jax.Array]] = {  # what is left to climb
     "linear": lambda x: 1.0 - x,
     "cosine": half_cosine,
@@ -275,7 +276,7 @@ def shift(schedule: optax.Schedule, by: int) -> Schedule:
       >>> [float(ravine.schedules.shift(ravine.schedules.linear(1.0, 2), 1)(t)) for t in range(4)]
       [1.0, 1.0, 0.5, 0.0]
     """
-    check_amount(-LARGEST_COUNT, by=by)
+    check_whole(-LARGEST_COUNT, by=by)
     marks = {0, *(mark + by for mark in boundaries_of(schedule) if mark + by > 0)}
     return Schedule(
         lambda count: evaluate(schedule, jnp.maximum(count - by, 0)),
@@ -305,6 +306,11 @@ def repeat(schedule: optax.Schedule, period: int, times: int | None = None) -> S
     check_whole(1, period=period)
     if times is not None:
         check_whole(1, times=times)
+        if times * period > LARGEST_COUNT:
+            raise ValueError(
+                f"times must be at most {LARGEST_COUNT // period} with a period of {period}, as updates "
+                f"are counted in int32, got {times}; None never ends."
+            )
 
     def function(count: jax.Array) -> jax.Array:
         within = jnp.remainder(count, period)
@@ -312,7 +318,7 @@ def repeat(schedule: optax.Schedule, period: int, times: int | None = None) -> S
             within = jnp.where(count >= times * period, period, within)
         return evaluate(schedule, within)
 
-    turns = range(times + 1) if times is not None else range(3)
+    turns = range(3) if times is None else sorted({*range(min(times, MOST_MARKS)), times})
     marks = tuple(turn * period for turn in turns)
     count = "for ever" if times is None else f"{times} times"
     return Schedule(function, f"{words_of(schedule)} every {period} updates, {count}", marks)

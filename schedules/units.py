@@ -34,12 +34,12 @@ class Duration:
     def __post_init__(self) -> None:
         check_name("unit", self.unit, UNITS)
         if self.unit == "fraction":
-            check_ratio(fraction=self.amount)
+            check_ratio(**{"amount of a fraction": self.amount})
             return
         amount = number("amount", self.amount)
         if isinstance(amount, float) and amount.is_integer():  # 1e9 tokens
             object.__setattr__(self, "amount", int(amount))
-        check_amount(0, **{self.unit: self.amount})
+        check_amount(0, **{f"amount of {self.unit}": self.amount})
 
 
 @checked
@@ -122,6 +122,7 @@ class Run:
             )
         check_whole(0, context=self.context)
         if not isinstance(self.batch, BatchSizes):
+            check_whole(1, batch=self.batch)
             object.__setattr__(self, "batch", BatchSizes((self.batch,)))
         check_whole(1, steps=self.steps)
 

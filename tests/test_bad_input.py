@@ -7,8 +7,8 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +59,7 @@ VALID = {
     "length": s.steps(10),
     "logits": ARRAY,
     "logits_BxHxTxS": HEADS,
-    "logits_BxTxV": ARRAY,
+    "logits_BxTxV": ARRAY[None],
     "logits_fn": LINE,
     "loss_fn": LINE,
     "magnitude": TX,
@@ -80,7 +80,7 @@ VALID = {
     "start": 1.0,
     "step": 1,
     "steps": 8,
-    "targets_BxT": jnp.zeros(2, int),
+    "targets_BxT": jnp.zeros((1, 2), int),
     "text": "",
     "then": LINE,
     "threshold": 1.0,
@@ -101,7 +101,9 @@ VALID = {
 }
 VALID_FOR = {
     "batch_ramp": {"start": 4, "end": 8},
-    "combine_by_role": {"assignment": {role: "rest" for role in get_args(ravine.optimizers.roles.Role)}},
+    "combine_by_role": {
+        "assignment": dict.fromkeys(get_args(ravine.optimizers.roles.Role), "rest")
+    },
     "BatchSizes": {"boundaries": ()},
     "fused_cross_entropy": {"chunk": 4},
     "adamc_decay": {"learning_rate": LINE},
@@ -109,6 +111,7 @@ VALID_FOR = {
     "for_run": {"name": "linear"},
     "parse_options": {"name": "linear"},
     "OptimizerConfig": {"name": "adamw"},
+    "inject_hyperparams": {"builder": ravine.sgd},
     "register": {"name": "mine", "builder": ravine.sgd},
     "merge": {"checkpoints": [ARRAY]},
     "qk_clip": {"weights": {"q": stability.HeadWeights("query", 2)}},
@@ -143,6 +146,7 @@ VALUES = {
     "negative": -1,
     "NumPy's negative": np.float32(-0.5),
     "JAX's negative": jnp.float32(-0.5),
+    "large": 2**31 - 1,
     "past int32": 2**40,
     "huge": 1e38,
     "a fraction": 1.5,
@@ -150,9 +154,28 @@ VALUES = {
 }
 NOT_NUMBERS = set(VALUES) - {
     *("infinity", "minus infinity", "negative", "NumPy's negative", "JAX's negative"),
-    *("past int32", "huge", "a fraction", "zero"),
+    *("large", "past int32", "huge", "a fraction", "zero"),
 }
-CALLABLE = {"a class"}
+ARRAYS = {
+    "JAX's NaN",
+    "NumPy's NaN",
+    "NumPy's true",
+    "an array",
+    "NumPy's negative",
+    "JAX's negative",
+}
+# What an argument is called in a sentence.
+SAID = {
+    "boundaries": "boundary",
+    "checkpoints": "checkpoint",
+    "interpolate": "interpolation",
+    "name": "optimizer|schedule",
+    "options": "option",
+    "schedules": "schedule",
+    "text": "option",
+}
+# Of these a mesh decides, and JAX says so.
+AXIS_NAMES = {"axis_name", "vocabulary_axis", "token_axes"}
 
 
 def builders():
@@ -188,7 +211,7 @@ def refused(annotation: Any, name: str) -> set[str]:
         return NOT_NUMBERS | {"infinity", "minus infinity", "a fraction", "huge"}
     if annotation is jax.Array:
         return {"a number as text", "no text", "bytes", "None", "an object", "a class", "a mapping"}
-    if origin in (Sequence, tuple, Collection):
+    if origin in (Sequence, tuple, Collection, Iterable):
         return set(VALUES) - {"an empty list", "a list", "an array", "a mapping"}
     if origin is Mapping:
         return set(VALUES) - {"a mapping"}
@@ -196,12 +219,51 @@ def refused(annotation: Any, name: str) -> set[str]:
 
 
 def valid_arguments(name, builder):
-    known = {**VALID, **VALID_FOR.get(name, {})}
-    parameters = inspect.signature(builder).parameters.values()
+    own = VALID_FOR.get(name, {})
     return {
-        p.name: known[p.name]
-        for p in parameters
-        if p.name in VALID_FOR.get(name, {})
-        or (p.default is p.empty and p.kind is not p.VAR_POSITIONAL)
-        if p.name in known
+        p.name: {**VALID, **own}[p.name]
+        for p in inspect.signature(builder).parameters.values()
+        if p.name in own
+        or (p.default is p.empty and p.kind is not p.VAR_POSITIONAL and p.name in VALID)
     }
+
+
+def cases(name, builder):
+    """Every argument with every value, but what only shapes or a mesh can tell."""
+    arguments = valid_arguments(name, builder)
+    for p in inspect.signature(builder).parameters.values():
+        bad = refused(p.annotation, p.name)
+        for label, value in VALUES.items() if bad else ():
+            takes_arrays = jax.Array in (p.annotation, *get_args(p.annotation))
+            is_shape = label in ARRAYS and takes_arrays and float not in get_args(p.annotation)
+            if is_shape or (p.name in AXIS_NAMES and isinstance(value, str)):
+                continue
+            if p.kind is p.VAR_POSITIONAL:
+                yield p.name, label, (value,), arguments, label in bad
+            else:
+                first = (LINE,) if builder is s.plot else ()
+                yield p.name, label, first, {**arguments, p.name: value}, label in bad
+
+
+def test_every_bad_argument_of_every_builder_is_refused_by_its_name():
+    wrong, total = [], 0
+    for name, builder in builders():
+        for argument, label, args, kwargs, is_bad in cases(name, builder):
+            total += 1
+            outcome = None
+            try:
+                found = builder(*args, **kwargs)
+                if is_bad:
+                    outcome = "accepted"
+                elif isinstance(found, s.Schedule) and label != "huge":
+                    values = found(np.arange(9))
+                    outcome = None if np.isfinite(values).all() else f"gives {values}"
+            except (ValueError, TypeError) as error:
+                if not re.search(rf"\b({argument}|{SAID.get(argument, argument)})", str(error)):
+                    outcome = f"does not name it: {error}"
+            except Exception as error:
+                outcome = f"{type(error).__name__}: {error}"
+            if outcome:
+                wrong.append(f"{name}({argument}={label}) {outcome}")
+    assert not wrong, "\n".join(wrong)
+    assert total > 15_000

@@ -31,6 +31,7 @@ from .symmetric import cost_share, halvings, product, symmetric_product
 from .traffic import Distribution
 
 Form = Literal["auto", "standard", "gram"]
+MOST_STEPS = 1000
 
 
 @checked
@@ -82,7 +83,6 @@ class NewtonSchulz:
     distribution: Distribution = "auto"
 
     def __post_init__(self) -> None:
-        self.table()
         dtype = jnp.dtype(self.dtype).name
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}.")
@@ -90,6 +90,10 @@ class NewtonSchulz:
         if any(step < 1 for step in self.restarts):
             raise ValueError(f"restarts must be steps of at least 1, got {self.restarts}.")
         check_whole(0, halvings=self.halvings)
+        check_whole(1, steps=self.steps)
+        if self.steps > MOST_STEPS:
+            raise ValueError(f"steps must be at most {MOST_STEPS}, got {self.steps}.")
+        self.table()
 
     def table(self) -> Steps:
         """The coefficients of every step."""
