@@ -1,5 +1,8 @@
 """Constructors of transformations, typed for states that are `NamedTuple`s of our own.
 
+Every update refuses gradients that do not fit the parameters or, where these are not given, what is kept
+of the same shape.
+
 What is made here can be watched: while :func:`watching`, every `init` tells which parameters it was
 given, and what its link does to each. So a whole optimizer explains itself, through ``optax.chain``,
 ``partition`` and ``masked``, in the words of the code that runs.
@@ -13,6 +16,8 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
+
+from ._fit import check_fit, parameters_of
 
 Describe = Callable[[Any], Mapping[str, Any]]
 """From the parameters to what is to be said: texts of all of them, or lists with one for each leaf."""
@@ -35,7 +40,7 @@ def transformation(
     describe: Describe | None = None,
 ) -> optax.GradientTransformation:
     """`optax.GradientTransformation(init, update)`, that can be watched."""
-    return optax.GradientTransformation(_watched(init, update, describe), update)
+    return optax.GradientTransformation(_watched(init, update, describe), _fitting(update))
 
 
 def with_extra_args(
@@ -44,7 +49,7 @@ def with_extra_args(
     describe: Describe | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`optax.GradientTransformationExtraArgs(init, update)`, that can be watched."""
-    return optax.GradientTransformationExtraArgs(_watched(init, update, describe), update)
+    return optax.GradientTransformationExtraArgs(_watched(init, update, describe), _fitting(update))
 
 
 @contextlib.contextmanager
@@ -69,6 +74,15 @@ def _watched(init: Any, update: Any, describe: Describe | None) -> Callable[...,
         return init(params, *args, **kwargs)
 
     return watched
+
+
+def _fitting(update: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+    @functools.wraps(update)
+    def checked(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        check_fit("gradient", updates, parameters_of(state) if params is None else params)
+        return update(updates, state, params, **extra)
+
+    return checked
 
 
 def states_of(kind: type | tuple[type, ...], opt_state: Any) -> list[Any]:

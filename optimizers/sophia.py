@@ -19,6 +19,7 @@ from ._arithmetic import (
     wide,
     wide_zeros_like,
 )
+from ._fit import check_fit
 from ._transformation import with_extra_args
 from .curvature import Curvature
 from .decay import DecayForm, Mask, with_decay
@@ -124,7 +125,9 @@ def scale_by_sophia(
 
         def estimated(nu: optax.Updates) -> optax.Updates:
             key = jax.random.fold_in(jax.random.key(whole(seed)), state.count)
-            found = _part_like(curvature(params, key), nu)
+            estimate = curvature(params, key)
+            check_fit("curvature", estimate, nu)
+            found = _part_like(estimate, nu)
             return cast_like(ema(found, nu, b2), nu)
 
         since = state.count - whole(start)

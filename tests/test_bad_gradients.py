@@ -1,0 +1,135 @@
+"""Gradients that do not fit the parameters are refused at the first update, by path and both shapes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import ravine
+
+from .optimizers_table import TABLE
+
+NAMES = ("embed/embedding", "layers/mlp/up/kernel", "layers/mlp/down/kernel", "head/kernel")
+VECTORS = ("layers/norm/scale", "norm/scale")
+SIZES = (2, 3, 4, 6)
+
+
+def tree_of(names, draw):
+    """Parameters under some of the names, as shapes alone, and their gradients."""
+    tree = {}
+    for name in names:
+        *rooms, last = name.split("/")
+        shape = draw.choice(SIZES, 2 + name.startswith("layers")) if name in NAMES else [4]
+        room = tree
+        for key in rooms:
+            room = room.setdefault(key, {})
+        room[last] = jax.ShapeDtypeStruct(tuple(map(int, shape)), jnp.float32)
+    return tree
+
+
+def replaced(tree, path, new):
+    """The tree with another leaf there; None takes it out."""
+    key, *rest = path
+    inside = {k: v for k, v in tree.items() if k != key}
+    inner = replaced(tree[key], rest, new) if rest else new
+    return inside if inner is None else {**inside, key: inner}
+
+
+def struct(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+# From a shape to what stands there instead, and what is said of it.
+FAULTS = {
+    "broadcasts": lambda shape: (struct(*shape[:-1], 1), "has shape"),
+    "has an axis more": lambda shape: (struct(5, *shape), "has shape"),
+    "has an axis less": lambda shape: (struct(*shape[1:]), "has shape"),
+    "is transposed": lambda shape: (struct(*shape[:-1], shape[-1] + 1), "has shape"),
+    "is a scalar": lambda shape: (struct(), "has shape"),
+    "is int32": lambda shape: (struct(*shape, dtype=jnp.int32), "has dtype int32"),
+    "is complex": lambda shape: (struct(*shape, dtype=jnp.complex64), "has dtype complex64"),
+    "is a number": lambda shape: (0.5, "is a Python float"),
+    "is missing": lambda shape: (None, "has no gradient"),
+    "has another name": lambda shape: ({"other": struct(*shape)}, "belongs to no parameter"),
+}
+
+
+@pytest.mark.parametrize("row", TABLE, ids=[row.label for row in TABLE])
+def test_gradients_that_do_not_fit_are_refused(row):
+    """Twenty trees for every optimizer: nothing is computed before it refuses."""
+    draw = np.random.default_rng(sum(map(ord, row.label)))
+    tx = row.build()
+    for number in range(2 * len(FAULTS)):
+        names = list(draw.choice(NAMES, 2, replace=False))
+        if not row.needs_matrices:
+            names.append(str(draw.choice(VECTORS)))
+        params = tree_of(names, draw)
+        state = jax.eval_shape(tx.init, params)
+        name = names[number % len(names)]
+        shape = {path: leaf.shape for path, leaf in leaves(params)}[name]
+        new, problem = list(FAULTS.values())[number % len(FAULTS)](shape)
+        with pytest.raises(ValueError, match=problem) as error:
+            tx.update(replaced(params, name.split("/"), new), state, params)
+        assert f"{name}" in str(error.value)
+        if problem == "has shape":
+            assert str(shape) in str(error.value)
+            assert str(new.shape) in str(error.value)
+
+
+def leaves(tree):
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    return [("/".join(key.key for key in path), leaf) for path, leaf in paths]
+
+
+MOMENTS = (
+    ravine.scale_by_adam,
+    ravine.scale_by_adagrad,
+    ravine.scale_by_adan,
+    ravine.scale_by_ademamix,
+    ravine.scale_by_ema_momentum,
+    ravine.scale_by_kl_shampoo,
+    ravine.scale_by_lion,
+    ravine.scale_by_momentum,
+    ravine.scale_by_muon,
+    ravine.scale_by_rmsprop,
+    ravine.scale_by_shampoo,
+    lambda: ravine.accumulate(ravine.sgd(0.1), 2),
+)
+
+
+@pytest.mark.parametrize("build", MOMENTS)
+def test_moments_tell_the_shapes_where_parameters_are_not_given(build):
+    tx, params = build(), {"w": struct(4, 6)}
+    state = jax.eval_shape(tx.init, params)
+    with pytest.raises(ValueError, match=r"gradient 'w' has shape \(3, 4, 6\), its .* \(4, 6\)"):
+        tx.update({"w": struct(3, 4, 6)}, state)
+
+
+@pytest.mark.parametrize(
+    ("estimate", "problem"),
+    [
+        ({"w": jnp.ones((4, 1))}, r"curvature 'w' has shape \(4, 1\), its parameter \(4, 6\)"),
+        ({"w": jnp.ones((4, 6), int)}, "curvature 'w' has dtype int32"),
+        ({"v": jnp.ones((4, 6))}, "curvature 'v' belongs to no parameter"),
+    ],
+)
+def test_curvature_that_does_not_fit_is_refused(estimate, problem):
+    params = {"w": jnp.ones((4, 6))}
+    tx = ravine.sophia_h(0.1)
+    with pytest.raises(ValueError, match=problem):
+        tx.update(params, tx.init(params), params, curvature=lambda params, key: estimate)
+
+
+def test_several_problems_are_told_at_once():
+    params = {name: struct(2) for name in "abcdefg"}
+    tx = ravine.adamw(0.1)
+    with pytest.raises(ValueError, match=r"'a'.*'b'.*'c'.*'d'.*; and 3 more\."):
+        tx.update({name: struct(3) for name in params}, jax.eval_shape(tx.init, params), params)
+
+
+def test_what_fits_passes_in_other_containers_and_under_masks():
+    params = {"a": jnp.ones((2, 3)), "b": jnp.ones(3, jnp.bfloat16)}
+    grads = {"b": np.ones(3, np.float32), "a": jnp.ones((2, 3), jnp.bfloat16)}
+    mask = {"a": True, "b": False}
+    for tx in (ravine.adamw(0.1), optax.masked(ravine.adamw(0.1), mask)):
+        jax.eval_shape(tx.update, grads, jax.eval_shape(tx.init, params), params)
