@@ -113,6 +113,8 @@ def kind_of(annotation: Any, name: str) -> Kind:
             return Kind(inside[2], inside[1])
         return REAL if inside[0] is float else kind_of(inside[0], name)
     if origin in (Union, types.UnionType):
+        if set(inside) >= TREE:
+            return ANYTHING
         # An array beside a number is a number in an array, as in `optax.ScalarOrSchedule`.
         members = [m for m in inside if not (m is jax.Array and float in inside)]
         return _any_of([kind_of(member, name) for member in members])
@@ -286,6 +288,7 @@ NONE = Kind("None", _none)
 REAL = Kind("a number", _real)
 DTYPE = Kind("a floating-point dtype such as jnp.bfloat16", as_dtype)
 _PRECISION_TYPES = (jax.lax.Precision, jax.lax.DotAlgorithm, jax.lax.DotAlgorithmPreset)
+TREE = set(get_args(optax.Params))
 SPECIAL = {
     optax.Params: ANYTHING,  # a tree
     jax.lax.PrecisionLike: Kind("a precision such as 'highest'", _precision),

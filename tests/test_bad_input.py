@@ -196,6 +196,8 @@ def refused(annotation: Any, name: str) -> set[str]:
     if origin is Annotated:
         return refused(inside[0], name)
     if origin in (Union, types.UnionType):
+        if set(get_args(optax.Params)) <= set(inside):
+            return set()
         # An array beside a number is a number in an array.
         kinds = [each for each in inside if not (each is jax.Array and float in inside)]
         return set.intersection(*(refused(kind, name) for kind in kinds))
