@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import optax
 
+from ..core.checks import check_non_negative
 from ..core.tree_checks import is_part
 from ._matrices import DEFAULT_AXES, Axes
 from ._transformation import with_extra_args
-from ..core.checks import check_non_negative
 from .adam import adamw
 from .curvature import with_whole_curvature
 from .decay import Mask, decay_or_identity

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._paths import key_names, path_string
+from ..core.paths import key_names, path_string
 from ._transformation import Link, watching
 
 WRAPPERS = frozenset(

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from ._fit import check_fit, parameters_of
+from ..core.fit import check_fit, parameters_of
 
 Describe = Callable[[Any], Mapping[str, Any]]
 """From the parameters to what is to be said: texts of all of them, or lists with one for each leaf."""

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from ..core.arguments import checked
 from ._probe import probe
 from ._table import text_table
 from .roles import MATRIX_ROLES, Rules, decide, matrices
@@ -43,6 +44,7 @@ class Explanation:
         return f"{text_table([headings, *cells])}\n{tail}"
 
 
+@checked
 def explain(tx: Any, params: Any, rules: Rules | None = None) -> Explanation:
     """What `tx` does to every parameter: a table, found by calling its `init` on shapes.
 

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from ..core.checks import near
+from ..core.paths import path_string
 from ..core.tree_checks import is_part
-from ._paths import path_string
 from ._probe import probe
 from ._table import text_table
 from .matrix.layout import Layout, MatrixAxes, layout

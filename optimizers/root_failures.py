@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from ..core.paths import key_names
 from ._factors import Factor
-from ._paths import key_names
 
 
 class RefusedRoot(NamedTuple):

@@ -8,6 +8,7 @@ import optax
 
 from ..core.arguments import checked
 from ..core.checks import check_decay_rates, check_non_negative, check_whole
+from ..core.fit import check_fit
 from ..core.tree_checks import check_params_given
 from ._arithmetic import (
     bias_correction,
@@ -19,7 +20,6 @@ from ._arithmetic import (
     wide,
     wide_zeros_like,
 )
-from ._fit import check_fit
 from ._transformation import with_extra_args
 from .curvature import Curvature
 from .decay import DecayForm, Mask, with_decay

@@ -1,7 +1,7 @@
 """Gradients have the tree and the shapes of the parameters: a gradient that broadcasts is a mistake.
 
-Checked once for all transformations, where they are constructed (`._transformation`), while an update
-is traced: it costs nothing at run time.
+Checked once for all transformations, where they are constructed (``optimizers/_transformation.py``),
+while an update is traced: it costs nothing at run time.
 """
 
 import functools
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .roles import path_string
+from .paths import path_string
 
 MOST_SHOWN = 4
 
