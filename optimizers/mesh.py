@@ -188,6 +188,7 @@ def _known_specs(params: Any) -> tuple[dict[str, PartitionSpec], Any]:
     return specs, mesh
 
 
+@checked
 def split_state(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     r"""An element-wise optimizer whose state is spread over all devices (ZeRO, stage 1).
 

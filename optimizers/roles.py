@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, cast, get_args
 import jax
 import numpy as np
 
+from ..core.arguments import checked
 from ..core.checks import near
 from ..core.paths import path_string
 from ..core.tree_checks import is_part
@@ -414,6 +415,7 @@ def axes_from_names(
     return MatrixAxes(*chosen)
 
 
+@checked
 def role_table(params: Any, rules: Rules | None = None, tx: Any = None) -> str:
     """A table to print: what each parameter is taken for, and what an optimizer does to it.
 
