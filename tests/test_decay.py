@@ -118,4 +118,6 @@ def test_of_a_part_of_the_tree_a_mask_may_select_none():
     tx = optax.partition(
         {"x": decaying, "norm": decaying}, {"x": {"kernel": "x"}, "norm": {"scale": "norm"}}
     )
-    tx.init(params)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    np.testing.assert_allclose(updates["x"]["kernel"], np.full((2, 2), -1e-4), rtol=1e-6)
+    assert not np.any(updates["norm"]["scale"])

@@ -86,7 +86,7 @@ COMPILED = [
 ]
 # One operation at a time on a mesh takes up to a minute: of optimizers for matrices one of a kind, whose
 # operations the others share.
-KINDS = ("muon", "shampoo", "soap", "kl_shampoo")
+KINDS = ("muon", "shampoo")
 FIRST = [next(i for i, row in enumerate(TABLE) if row.name == kind) for kind in KINDS]
 EAGER = [INSTANCES[i] for i, row in enumerate(TABLE) if not row.needs_matrices or i in FIRST]
 OF_SHAPES = [(str(i), row.build()) for i, row in enumerate(TABLE) if not row.averages]

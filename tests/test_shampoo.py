@@ -448,8 +448,15 @@ def test_bad_option(build, options, culprit):
 
 
 def test_sums_with_a_graft_of_their_own():
-    ravine.scale_by_shampoo(b2=1.0, graft="adam", graft_b2=0.99)
-    ravine.scale_by_shampoo(b2=1.0, graft="adagrad")
+    """Factors are sums, and the norm of an update is that of the graft by itself."""
+    gradients = normal((4, 4), count=2)
+    for graft, alone in (
+        ({"graft": "adam", "graft_b2": 0.99}, ravine.scale_by_adam(0.0, 0.99)),
+        ({"graft": "adagrad"}, ravine.scale_by_adagrad()),
+    ):
+        tx = ravine.scale_by_shampoo(b1=0.0, b2=1.0, every=1, **graft)
+        for u, v in zip(run(tx, gradients)[0], run(alone, gradients)[0], strict=True):
+            np.testing.assert_allclose(jnp.linalg.norm(u), jnp.linalg.norm(v), rtol=1e-5)
 
 
 @pytest.mark.slow

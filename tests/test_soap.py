@@ -67,10 +67,13 @@ def test_balanced_factors_keep_their_scale():
 
 
 def test_unbalanced_factors_drift_as_slowly_as_the_official_ones():
-    """By (1 - b2)^2 (1/m - 1/n) a step: the sign of the division by d and of the inverse being right."""
+    """By (1 - b2)^2 (1/m - 1/n) per step: the sign of the division by d and of the inverse being right.
+
+    That is to first order in 1 - b2, hence 5 %; six seeds lie within 0.6 % of each other.
+    """
     ratios = np.asarray(gauge(balance=False), np.float64)
     slope = np.polyfit(np.arange(500, 2000), ratios[500:], 1)[0]
-    assert abs(slope) == pytest.approx(0.05**2 * (1 / 16 - 1 / 64), rel=0.5)
+    assert slope == pytest.approx(0.05**2 * (1 / 16 - 1 / 64), rel=0.05)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 import ravine
 from jax.sharding import PartitionSpec as P
 from ravine.training import loop
+from ravine.training import race as race_module
 from ravine.training.cli import main
 from ravine.training.collectives import collectives
 from ravine.training.config import RunConfig
@@ -223,13 +224,31 @@ def test_bad_meshes_and_launches_are_one_line_and_leave_nothing(words, expected,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_resumed_race_may_change_its_mesh(tmp_path, capsys):
+def test_a_resumed_race_may_change_its_mesh(tmp_path, capsys, monkeypatch):
+    """Interrupted after its fifth step, it trains the other three on the new mesh."""
     (tmp_path / "text.txt").write_text(TEXT)
     words = ["race", "--optimizers", "muon", "--steps", "8", "--batch-size", "8"]
     words += ["--eval-every", "4", "--eval-batches", "2", "--out", str(tmp_path / "out")]
     words += ["--width", "16", "--layers", "2", "--heads", "2", "--context", "8"]
     words += ["--data", str(tmp_path / "text.txt")]
-    assert main(words) == 0
+    words += ["--checkpoint-every", "4"]
+    train, steps, meshes = race_module.train, [], []
+
+    def watched(run, tx, corpus, outcome, folder, on_record, mesh, on_start):
+        def record(record):
+            on_record(record)
+            steps.append(record["step"])
+            if len(meshes) == 1 and record["step"] == 4 and "loss" in record:
+                raise KeyboardInterrupt
+
+        meshes.append(mesh)
+        return train(run, tx, corpus, outcome, folder, record, mesh, on_start)
+
+    monkeypatch.setattr(race_module, "train", watched)
+    assert main(words) == 130
+    steps.clear()
     assert main([*words, "--resume", "--mesh", "data=4,fsdp=2"]) == 0
+    assert steps == [4, 5, 6, 7, 8]  # four steps and the evaluation after them
+    assert dict(meshes[-1].shape) == {"data": 4, "fsdp": 2}
     assert main([*words, "--resume", "--seed", "1"]) == 2
     assert "another configuration" in capsys.readouterr().err
