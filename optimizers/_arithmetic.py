@@ -74,6 +74,21 @@ def ema(
     return jax.tree.map(lambda v, m: lerp(power(wide(v)), m, decay), values, moments)
 
 
+def is_summable(squares: jax.Array) -> jax.Array:
+    """Whether a sum of squares is finite, with room for rounding.
+
+    The one rule for what is fit to enter a moment: in float32 up to a norm of 1.3e19. What is not
+    finite breaks it, and so does what is finite but whose square is not, which would make a second
+    moment infinite, and every step zero, for ever.
+    """
+    return jnp.isfinite(2 * squares)
+
+
+def is_usable(x: jax.Array) -> jax.Array:
+    """Whether the squares of an array can be summed: a boolean scalar."""
+    return is_summable(jnp.sum(jnp.square(wide(x))))
+
+
 def sign(x: jax.Array) -> jax.Array:
     """The sign, but infinity stays infinite: an overflow shall not pass for a step like any other."""
     return jnp.where(jnp.isfinite(x), jax.lax.sign(x), x)

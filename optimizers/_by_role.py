@@ -5,10 +5,12 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from ..core.checks import check_non_negative
 from ..core.tree_checks import is_part
+from ._arithmetic import is_usable
 from ._matrices import DEFAULT_AXES, Axes
 from ._transformation import with_extra_args
 from .adam import adamw
@@ -32,6 +34,7 @@ def by_role(
     decay: optax.GradientTransformation | None = None,
     fallback_learning_rate: optax.ScalarOrSchedule | None = None,
     fallback_mu_dtype: Any = None,
+    gated: bool = False,
 ) -> optax.GradientTransformation:
     """``direction → decay → learning rate`` for parameters of `roles`, `fallback` for all others.
 
@@ -47,6 +50,8 @@ def by_role(
       decay: takes the place of decoupled decay.
       fallback_learning_rate: AdamW's; None for the same as the direction's.
       fallback_mu_dtype: AdamW's.
+      gated: whether the fallback takes gradients that are not usable for zeros, leaf by leaf, as a
+        direction that leaves such blocks out of its moments.
     """
     check_non_negative(learning_rate=learning_rate, fallback_learning_rate=fallback_learning_rate)
     if decay is None:
@@ -59,6 +64,8 @@ def by_role(
             weight_decay=weight_decay,
             weight_decay_mask=weight_decay_mask,
         )
+    if gated:
+        fallback = _gated(fallback)
     fallback = as_fallback(fallback)
     complete(rules)
     check_roles(f"the roles of {name}", roles)
@@ -96,3 +103,16 @@ def by_role(
         }
 
     return with_whole_curvature(with_extra_args(init, update, describe))
+
+
+def _gated(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`tx`, but the gradient of a leaf that is not usable is a gradient of zeros to it."""
+    inner = optax.with_extra_args_support(tx)
+
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
+    ) -> tuple[optax.Updates, Any]:
+        seen = jax.tree.map(lambda g: jnp.where(is_usable(g), g, 0), updates)
+        return inner.update(seen, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ._arithmetic import cast, lerp, wide
 from ._blocking import Blocking
-from ._tensors import finite_blocks, identities
+from ._tensors import identities, usable_blocks
 from .matrix.batching import joined
 from .matrix.distribute import total
 from .matrix.eigenbasis import eigenbasis, followed
@@ -76,11 +76,12 @@ class Step(NamedTuple):
     def __call__(self, kind: Any, carry: Any, vectors: Sequence[jax.Array]) -> Any:
         """Direction, moments and statistics for gradients, moments and statistics."""
         (order, axes, summed), (blocks, mu, nu, statistics) = kind, carry
-        usable, seen = finite_blocks(wide(blocks), order, summed)
+        usable = usable_blocks(wide(blocks), order, summed)
+        seen = jnp.where(usable.reshape(-1, *(1,) * order), wide(blocks), 0)
         turn: list[jax.Array | None] = [None] * order
         for axis, basis in zip(axes, vectors, strict=True):
             turn[axis] = basis
-        rotated = rotate(seen, turn, back=True)
+        rotated = without_rounding(rotate(seen, turn, back=True), seen, axes)
         new_mu = jnp.where(self.moves, lerp(rotated, mu, self.b1), wide(mu))
         new_nu = jnp.where(self.moves, lerp(jnp.square(rotated), nu, self.b2), wide(nu))
         adam = new_mu / (jnp.sqrt(new_nu) + jnp.asarray(self.eps, new_nu.dtype))
@@ -169,7 +170,8 @@ def _followed(axes: Any, carry: Any, statistics: Sequence[jax.Array]) -> Any:
             -1, *(columns.shape[1] if at == axis else 1 for at in range(mu.ndim - 1))
         )
         permuted = jnp.take_along_axis(permuted, index, axis=1 + axis)
-    return new, cast(_turned(axes, wide(mu), vectors, new), mu.dtype), permuted
+    turned = without_rounding(_turned(axes, wide(mu), vectors, new), wide(mu), axes)
+    return new, cast(turned, mu.dtype), permuted
 
 
 def _turned(
@@ -188,6 +190,20 @@ def _turned(
         return turned(turned(x, old, back=False), new, back=True)
     both = _by_size(lambda new, old: rotate(old, [new, None], back=True), new, old)
     return turned(x, both, back=False)
+
+
+def without_rounding(rotated: jax.Array, blocks: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """Rotated blocks `[B, ...]`, with zero for elements that are no more than rounding of the others.
+
+    Divided by the root of its square, as Adam does, rounding would pass for a step like any other.
+    """
+    inside = tuple(range(1, blocks.ndim))
+    sizes = blocks.shape[1:]
+    square = jnp.sum(jnp.square(blocks), axis=inside, keepdims=True)
+    longest = max((sizes[axis] for axis in axes), default=0)
+    eps = 32 * float(jnp.finfo(blocks.dtype).eps)
+    bound = eps * jnp.sqrt(square * (longest / max(1, math.prod(sizes))))
+    return jnp.where(jnp.abs(rotated) > bound, rotated, 0)
 
 
 def _by_size(function: Callable[..., Any], *stacks: Sequence[jax.Array]) -> list[Any]:

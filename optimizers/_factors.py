@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ._arithmetic import bias_correction, lerp, wide
+from ._arithmetic import bias_correction, is_summable, lerp, wide
 from ._blocking import Blocking
-from ._tensors import finite_blocks, identities
+from ._tensors import identities, usable_blocks
 from .graft import norm_ratio
 from .matrix.distribute import total
 from .matrix.kronecker import mode_gram, rotate
 from .matrix.packing import pack, unpack
 from .matrix.refresh import Refresh, refreshed
-from .matrix.roots import Method, inverse_root
+from .matrix.roots import Method, exponent_fraction, inverse_root
 from .matrix.shards import flat_axes, reshape
 from .matrix.together import Unit, together
 
@@ -56,14 +56,6 @@ class Storage:
         """To matrices in at least float32."""
         return unpack(wide(kept), size) if self.packed else wide(kept)
 
-    def factor(self, scalars: jax.Array, size: int) -> Factor:
-        """The factor at the start; `scalars` are zeros, one for each block."""
-        kept = self.keep(identities(scalars, size))
-        # Every field a buffer of its own: the state is donated.
-        residual, condition = (jnp.zeros_like(scalars) for _ in range(2))
-        failures, refused = (jnp.zeros_like(scalars, dtype=jnp.int32) for _ in range(2))
-        return Factor(jnp.zeros_like(kept), kept, residual, condition, failures, refused)
-
 
 @dataclasses.dataclass(frozen=True)
 class Preconditioner:
@@ -77,7 +69,38 @@ class Preconditioner:
     absolute_ridge: Any
     tolerance: float
     patience: int
-    storage: Storage
+    statistics: Storage
+    roots: Storage
+
+    def factor(self, scalars: jax.Array, size: int) -> Factor:
+        """The factor at the start; `scalars` are zeros, one for each block."""
+        identity = identities(scalars, size)
+        # Every field a buffer of its own: the state is donated.
+        statistics = self.statistics.keep(jnp.zeros_like(identity))
+        residual, condition = (jnp.zeros_like(scalars) for _ in range(2))
+        failures, refused = (jnp.zeros_like(scalars, dtype=jnp.int32) for _ in range(2))
+        root = self.roots.keep(identity)
+        return Factor(statistics, root, residual, condition, failures, refused)
+
+    def exponent_of(self, factors: Sequence[Any]) -> float:
+        """Of the roots of a tensor with these factors, None where an axis has none."""
+        axes = sum(bool(factor) for factor in factors)
+        return -1 / (2 * axes) if self.exponent is None else self.exponent
+
+    def check(self, paths: Sequence[str], blockings: Sequence[Blocking]) -> None:
+        """Raises where the method does not find the roots that a leaf needs."""
+        check_root = getattr(self.method, "check_root", None)
+        if check_root is None:
+            return
+        for path, blocking in zip(paths, blockings, strict=True):
+            for marks in blocking.factored:
+                if any(marks):
+                    try:
+                        check_root(exponent_fraction(self.exponent_of(marks))[1])
+                    except ValueError as error:
+                        raise ValueError(
+                            f"parameter {path} has {sum(marks)} axes with a factor: {error}"
+                        ) from None
 
     def learn(
         self,
@@ -85,40 +108,59 @@ class Preconditioner:
         blockings: Sequence[Blocking],
         leaves: Sequence[Pieces],
         max_elements: int | None,
-    ) -> list[Pieces]:
-        """Factors whose statistics contain the gradients, but of blocks where these are not finite."""
-        units = []
+    ) -> tuple[list[Pieces], list[list[jax.Array]]]:
+        """Factors whose statistics contain the gradients of usable blocks; and which these are.
+
+        A block is usable if the squares of its gradient can be summed, and its new statistics are
+        finite. Which it is, `[L, *counts]`, comes by leaf and tensor.
+        """
+        units, shapes = [], []
         for gradient, blocking, pieces in zip(gradients, blockings, leaves, strict=True):
             for blocks, factors in zip(blocking.to_blocks(gradient), pieces, strict=True):
                 roots = _flat(factors, "root") if self.kl else None
+                flat = flat_axes(blocks, blocks.ndim - len(factors))
+                usable = jnp.ones(flat.shape[:1], bool)
+                shapes.append(blocks.shape[: blocks.ndim - len(factors)])
                 units.append(
                     Unit(
                         (*_kind(blocks, factors), blocking.summed),
-                        (flat_axes(blocks, blocks.ndim - len(factors)), roots),
-                        _flat(factors, "statistics"),
+                        (flat, roots),
+                        (usable, _flat(factors, "statistics")),
                         is_whole=bool(blocking.summed),
-                        growth=self.storage.growth,
+                        growth=self.statistics.growth,
                     )
                 )
-        found = iter(together(units, self._learned, max_elements))
-        return [
-            tuple(_with(factors, "statistics", next(found)) for factors in pieces)
-            for pieces in leaves
-        ]
+        found = together(units, self._learned, max_elements)
+        flags = iter(reshape(x, shape) for (x, _), shape in zip(found, shapes, strict=True))
+        statistics = iter(kept for _, kept in found)
+        return (
+            [
+                tuple(_with(factors, "statistics", next(statistics)) for factors in pieces)
+                for pieces in leaves
+            ],
+            [[next(flags) for _ in pieces] for pieces in leaves],
+        )
 
-    def _learned(self, kind: Any, kept: Sequence[jax.Array], beside: Any) -> list[jax.Array]:
-        (sizes, axes, summed), (blocks, roots) = kind, beside
+    def _learned(self, kind: Any, carry: Any, beside: Any) -> Any:
+        (sizes, axes, summed), (_, kept), (blocks, roots) = kind, carry, beside
         order = len(sizes)
-        usable, seen = finite_blocks(wide(blocks), order, summed)
+        usable = usable_blocks(wide(blocks), order, summed)
+        seen = jnp.where(usable.reshape(-1, *(1,) * order), wide(blocks), 0)
         loaded = self._loaded(roots or (), sizes, axes)
-        found = []
+        pairs = []
         for axis, statistics in zip(axes, kept, strict=True):
             others = [None if at == axis else root for at, root in enumerate(loaded)]
             gram = total(mode_gram(rotate(seen, others), axis, order), summed)
-            old = self.storage.load(statistics, sizes[axis])
+            old = self.statistics.load(statistics, sizes[axis])
             new = _accumulated(gram, old, self.b2)
-            found.append(self.storage.keep(jnp.where(usable[:, None, None], new, old)))
-        return found
+            # Nothing in a positive semi-definite matrix is larger than its trace.
+            fits = is_summable(jnp.trace(new, axis1=1, axis2=2))
+            # What has been spoiled from outside is for the certificate of its root to find.
+            usable &= fits | ~is_summable(jnp.trace(old, axis1=1, axis2=2))
+            pairs.append((new, old))
+        return usable, [
+            self.statistics.keep(jnp.where(usable[:, None, None], new, old)) for new, old in pairs
+        ]
 
     def _loaded(
         self, kept: Sequence[jax.Array], sizes: Sequence[int], axes: Sequence[int]
@@ -126,7 +168,7 @@ class Preconditioner:
         """By axis a matrix, or None without one."""
         loaded: list[jax.Array | None] = [None] * len(sizes)
         for axis, x in zip(axes, kept, strict=False):
-            loaded[axis] = self.storage.load(x, sizes[axis])
+            loaded[axis] = self.roots.load(x, sizes[axis])
         return loaded
 
     def refresh(
@@ -141,25 +183,25 @@ class Preconditioner:
         units, shapes = [], []
         for pieces, blocking in zip(leaves, blockings, strict=True):
             for factors, grid in zip(pieces, blocking.grids, strict=True):
-                axes = sum(f is not None for f in factors)
-                for factor, size in zip(factors, grid.sizes, strict=True):
+                for axis, (factor, size) in enumerate(zip(factors, grid.sizes, strict=True)):
                     if factor is not None:
-                        exponent = -1 / (2 * axes) if self.exponent is None else self.exponent
                         flat = [flat_axes(x, factor.residual.ndim) for x in factor]
+                        exponent = self.exponent_of(factors)
+                        inside = grid.inside(axis, factor.residual.shape[0])
                         units.append(
                             Unit(
                                 (exponent, size),
-                                flat[0],
+                                (flat[0], None if inside is None else jnp.asarray(inside)),
                                 tuple(flat[1:]),
                                 blocking.shards,
-                                growth=self.storage.growth,
+                                growth=self.statistics.growth,
                             )
                         )
                         shapes.append(factor)
         weight = _weight(self.b2, step)
 
-        def new_roots(kind: Any, carry: Any, kept: jax.Array) -> Any:
-            return self._refreshed(kind, kept, carry, weight)
+        def new_roots(kind: Any, carry: Any, source: Any) -> Any:
+            return self._refreshed(kind, source, carry, weight)
 
         due = lambda phase: schedule.due(step, phase)
         found = refreshed(units, new_roots, schedule.phases, due, max_elements)
@@ -177,9 +219,10 @@ class Preconditioner:
             for pieces in leaves
         ]
 
-    def _refreshed(self, kind: Any, kept: jax.Array, carry: Any, weight: Any) -> Any:
-        (exponent, size), (root, residual, condition, failures, refused) = kind, carry
-        statistics = self.storage.load(kept, size)
+    def _refreshed(self, kind: Any, source: Any, carry: Any, weight: Any) -> Any:
+        (exponent, size), (kept, inside) = kind, source
+        root, residual, condition, failures, refused = carry
+        statistics = self.statistics.load(kept, size)
         if weight is not None:
             statistics = statistics / weight.astype(statistics.dtype)
         found = inverse_root(
@@ -188,12 +231,13 @@ class Preconditioner:
             self.method,
             ridge=self.ridge,
             absolute_ridge=self.absolute_ridge,
+            size=inside,
         )
         # Of statistics that are still zero there is nothing to learn, and nothing has failed.
         seen = jnp.any(statistics != 0, axis=(1, 2))
         good, bad = found.residual <= self.tolerance, found.residual > self.tolerance
         good, bad = good & seen, bad & seen
-        new = self.storage.keep(found.root).astype(root.dtype)
+        new = self.roots.keep(found.root).astype(root.dtype)
         return (
             jnp.where(jnp.expand_dims(good, tuple(range(1, root.ndim))), new, root),
             jnp.where(seen, found.residual, residual),
@@ -215,7 +259,7 @@ class Preconditioner:
             for blocks, factors in zip(blocking.to_blocks(mean), pieces, strict=True):
                 flat = flat_axes(blocks, blocks.ndim - len(factors))
                 roots = _flat(factors, "root")
-                units.append(Unit(_kind(blocks, factors), roots, flat, growth=self.storage.growth))
+                units.append(Unit(_kind(blocks, factors), roots, flat, growth=self.roots.growth))
                 shapes.append(blocks.shape)
         found = (
             reshape(x, shape)

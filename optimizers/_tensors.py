@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ..core.tree_checks import check_real_leaves
-from ._arithmetic import wide_dtype
+from ._arithmetic import is_summable, wide_dtype
 from ._blocking import Blocking
 from ._leaves import at_leaves
 from .matrix.distribute import total
@@ -59,14 +59,27 @@ def _map_leaves(
     return at_leaves(params, list(map(function, jax.tree.leaves(params), blockings)))
 
 
-def finite_blocks(blocks: jax.Array, order: int, summed: Names = ()) -> tuple[jax.Array, jax.Array]:
-    """Which blocks are finite, `[L, *counts]`, and the blocks with zeros for what is not.
-
-    A block counts as finite if its squares can be summed: a Gram matrix would hold that sum.
-    """
+def usable_blocks(blocks: jax.Array, order: int, summed: Names = ()) -> jax.Array:
+    """Which blocks are usable, `[L, *counts]`: their squares can be summed, as `is_usable` says."""
     inside = tuple(range(blocks.ndim - order, blocks.ndim))
-    usable = jnp.isfinite(total(jnp.sum(jnp.square(blocks), axis=inside), summed))
-    return usable, jnp.where(jnp.isfinite(blocks), blocks, 0)
+    return is_summable(total(jnp.sum(jnp.square(blocks), axis=inside), summed))
+
+
+def zero_unless(
+    usable: Sequence[Sequence[jax.Array]],
+    leaves: Sequence[jax.Array],
+    blockings: Sequence[Blocking],
+) -> list[jax.Array]:
+    """The leaves, zero in blocks that are not usable; flags `[L, *counts]` by leaf and tensor."""
+
+    def masked(flags: Sequence[jax.Array], leaf: jax.Array, blocking: Blocking) -> jax.Array:
+        blocks = [
+            jnp.broadcast_to(x[(..., *(None,) * len(grid.sizes))], (*x.shape, *grid.sizes))
+            for x, grid in zip(flags, blocking.grids, strict=True)
+        ]
+        return jnp.where(blocking.from_blocks(blocks), leaf, 0)
+
+    return list(map(masked, usable, leaves, blockings))
 
 
 def identities(scalars: jax.Array, size: int) -> jax.Array:

@@ -214,6 +214,20 @@ def decay_or_identity(
     return optax.identity() if _is_zero(weight_decay) else add_decayed_weights(weight_decay, mask)
 
 
+def decay_after_first(
+    weight_decay: optax.ScalarOrSchedule, mask: Mask | None
+) -> optax.GradientTransformation:
+    """`decay_or_identity`, but for the first step, on which nothing moves either."""
+    if _is_zero(weight_decay):
+        return optax.identity()
+
+    def late(count: Any) -> jax.Array:
+        return jnp.where(count == 0, 0.0, evaluate(weight_decay, count))
+
+    check_non_negative(weight_decay=weight_decay)
+    return add_decayed_weights(late, mask)
+
+
 @checked
 def add_cautious_decay(
     weight_decay: optax.ScalarOrSchedule = 0.0, mask: Mask | None = None

@@ -22,16 +22,19 @@ from ._by_role import by_role
 from ._factors import Preconditioner, Storage, grafted
 from ._leaves import at_leaves, from_leaves
 from ._matrices import Axes
-from ._tensors import factors_like, ones_like_scalars
+from ._tensors import factors_like, ones_like_scalars, zero_unless
 from ._transformation import transformation
 from .decay import Mask
 from .graft import Graft, magnitude
 from .matrix.distribute import per_shard
 from .matrix.refresh import Refresh
 from .matrix.roots import Method, exponent_fraction
-from .roles import Role, Rules
+from .roles import Role, Rules, path_string
 
 Statistics = Literal["gram", "kl"]
+NARROW_RIDGE = 0.03
+"""The least ridge of statistics in 16 bits: the most negative eigenvalue of statistics in bfloat16, of
+gradients with a spectrum i^-1.5, is -0.0024 (32 rows) to -0.013 (256) times the largest one."""
 SHAMPOO_ROLES: tuple[Role, ...] = ("matrix", "convolution", "embedding", "head")
 
 
@@ -73,7 +76,8 @@ def scale_by_shampoo(
     axes: Axes | None = None,
     mu_dtype: Any = None,
     nu_dtype: Any = None,
-    factor_dtype: Any = None,
+    statistics_dtype: Any = None,
+    root_dtype: Any = None,
     packed: bool = False,
     max_elements: int | None = None,
 ) -> optax.GradientTransformation:
@@ -91,6 +95,11 @@ def scale_by_shampoo(
     with the momentum :math:`\hat M` (mean of gradients, corrected for its start) and the step
     :math:`D` of the graft; :math:`u = D` before the start step. For matrices, :math:`P_1 \hat M P_2`
     with exponents of -1/4. The gradient is part of the statistics that precondition it.
+
+    A block whose gradient's squares cannot be summed in float32 (something is not finite, or the norm
+    above 1.3e19) has a gradient of zeros for that step, and its statistics stay. What is finite but far
+    too large is forgotten at the rate `b2`; :func:`ravine.stability.clip_by_global_norm` before it, or
+    :func:`ravine.stability.skip_step` around it, keeps it out.
 
     A scalar has no factor, and so the graft's step; a vector has one, of all its elements, unless it is
     longer than `limit`. :func:`shampoo` sends vectors to another optimizer.
@@ -128,8 +137,10 @@ def scale_by_shampoo(
       axes: which axes of a leaf are rows and columns; ``None`` gives every axis of a leaf a factor.
       mu_dtype: dtype of the momentum; by default at least float32.
       nu_dtype: dtype of the graft's second moment, likewise.
-      factor_dtype: dtype in which statistics and roots are kept, float32 by default. In bfloat16 the
-        statistics stop moving for b2 above 0.99.
+      statistics_dtype: dtype in which statistics are kept, float32 by default. Rounded to bfloat16 they
+        are indefinite by up to a hundredth of their largest eigenvalue, and their roots refused; so it
+        takes a `ridge` of at least 0.03.
+      root_dtype: dtype in which roots are kept, likewise; bfloat16 moves them by 0.2 %.
       packed: keep only one triangle of statistics and roots, half the memory.
       max_elements: bound on the elements of the matrices whose roots are found at once, and of packed
         or narrow factors used at once; ``None`` takes 2**21 on CPU and 2**23 elsewhere.
@@ -164,8 +175,8 @@ def scale_by_shampoo(
     if type(patience) is not int or patience < 0:
         raise ValueError(f"patience must be a whole number of at least 0, got {patience!r}.")
     schedule = Refresh(every, start, staggered)
-    storage = Storage(factor_dtype, packed)
     size = magnitude(graft, b2 if graft_b2 is None else graft_b2, graft_eps, nu_dtype)
+    _check_statistics_dtype(statistics_dtype, ridge)
     preconditioner = Preconditioner(
         b2=b2,
         kl=statistics == "kl",
@@ -175,7 +186,8 @@ def scale_by_shampoo(
         absolute_ridge=absolute_ridge,
         tolerance=tolerance,
         patience=patience,
-        storage=storage,
+        statistics=Storage(statistics_dtype, packed),
+        roots=Storage(root_dtype, packed),
     )
     per = "none" if graft == "none" else graft_per
 
@@ -185,11 +197,13 @@ def scale_by_shampoo(
 
     def init(params: optax.Params) -> ScaleByShampooState:
         found = blockings(params)
+        paths = [path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        preconditioner.check(paths, found)
         return ScaleByShampooState(
             count=jnp.zeros([], jnp.int32),
             mu=wide_zeros_like(params, mu_dtype),
             nu=size.init(params),
-            factors=factors_like(params, found, storage.factor),
+            factors=factors_like(params, found, preconditioner.factor),
             graft_ratio=ones_like_scalars(params, found),
         )
 
@@ -198,18 +212,13 @@ def scale_by_shampoo(
     ) -> tuple[optax.Updates, ScaleByShampooState]:
         count = increment(state.count)
         structure = jax.tree.structure(updates)
-        finite = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0), updates)
-        mu = ema(finite, state.mu, b1)
-        mean = corrected_mean(finite, mu, b1, count, nesterov=nesterov)
-        step, nu = size.update(finite, mean, state.nu, count)
         gradients, old = jax.tree.leaves(updates), from_leaves(updates, state.factors)
-        factors = preconditioner.refresh(
-            preconditioner.learn(gradients, found, old, max_elements),
-            found,
-            schedule,
-            count,
-            max_elements,
-        )
+        learned, usable = preconditioner.learn(gradients, found, old, max_elements)
+        seen = jax.tree.unflatten(structure, zero_unless(usable, gradients, found))
+        mu = ema(seen, state.mu, b1)
+        mean = corrected_mean(seen, mu, b1, count, nesterov=nesterov)
+        step, nu = size.update(seen, mean, state.nu, count)
+        factors = preconditioner.refresh(learned, found, schedule, count, max_elements)
         preconditioned = preconditioner.apply(jax.tree.leaves(mean), found, factors, max_elements)
         directions, ratios = [], []
         for blocks, d, blocking, pieces in zip(
@@ -242,6 +251,18 @@ def scale_by_shampoo(
     return transformation(init, update, describe)
 
 
+def _check_statistics_dtype(dtype: Any, ridge: Any) -> None:
+    """Raises for statistics that are rounded by more than the ridge lifts them."""
+    if dtype is None or jnp.finfo(dtype).bits >= 32 or not isinstance(ridge, (int, float)):
+        return
+    if ridge < NARROW_RIDGE:
+        raise ValueError(
+            f"statistics_dtype={jnp.dtype(dtype).name} needs a ridge of at least {NARROW_RIDGE}, got "
+            f"{ridge!r}: rounded statistics have negative eigenvalues, and no roots. Leave them in "
+            "float32 (packed=True halves them), and take root_dtype for the roots."
+        )
+
+
 @checked
 def shampoo(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
@@ -268,7 +289,8 @@ def shampoo(
     graft_per: Literal["block", "parameter"] = "block",
     mu_dtype: Any = None,
     nu_dtype: Any = None,
-    factor_dtype: Any = None,
+    statistics_dtype: Any = None,
+    root_dtype: Any = None,
     packed: bool = False,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     weight_decay_mask: Mask | None = None,
@@ -288,7 +310,7 @@ def shampoo(
       learning_rate: a number or a schedule. With a graft, one that suits the graft.
       b1, b2, nesterov, every, start, staggered, block, limit, sides, exponent, statistics, method,
         ridge, absolute_ridge, tolerance, patience, graft, graft_b2, graft_eps, graft_per, mu_dtype,
-        nu_dtype, factor_dtype, packed, max_elements: as for :func:`scale_by_shampoo`.
+        nu_dtype, statistics_dtype, root_dtype, packed, max_elements: as for :func:`scale_by_shampoo`.
       weight_decay: :math:`\lambda`, multiplied by the learning rate; also that of the default
         fallback.
       weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
@@ -333,7 +355,8 @@ def shampoo(
         graft_per=graft_per,
         mu_dtype=mu_dtype,
         nu_dtype=nu_dtype,
-        factor_dtype=factor_dtype,
+        statistics_dtype=statistics_dtype,
+        root_dtype=root_dtype,
         packed=packed,
         max_elements=max_elements,
     )
@@ -346,4 +369,5 @@ def shampoo(
         rules=rules,
         roles=shampoo_roles,
         fallback=fallback,
+        gated=True,
     )

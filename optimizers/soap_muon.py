@@ -8,7 +8,7 @@ import optax
 from ..core.arguments import checked
 from ._by_role import by_role
 from ._matrices import Axes
-from .decay import Mask
+from .decay import Mask, decay_after_first
 from .matrix_scale import Scale, scale_by_matrix_shape
 from .orthogonal import orthogonalize
 from .roles import MATRIX_ROLES, Role, Rules
@@ -77,4 +77,6 @@ def soap_muon(
         rules=rules,
         roles=matrix_roles,
         fallback=fallback,
+        decay=decay_after_first(weight_decay, weight_decay_mask),
+        gated=True,
     )

@@ -14,6 +14,7 @@ import optax
 
 from ..core.arguments import checked
 from ..core.checks import check_positive, check_whole
+from ..optimizers._arithmetic import is_summable
 from ..optimizers._clock import advance
 from ..optimizers._transformation import with_extra_args
 from ._arithmetic import global_norm
@@ -31,7 +32,10 @@ class FiniteGateState(NamedTuple):
 
 @checked
 def finite_gate(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """`tx`, but a step with anything infinite or not a number in its gradients or its loss is not made.
+    """`tx`, but a step with anything infinite or not a number in gradients or loss is not made.
+
+    Nor is one whose gradients' squares cannot be summed in float32 (a norm above 1.3e19): they would
+    make second moments infinite, and what is infinite is never forgotten.
 
     Then the parameters and the state of `tx` stay what they are, bit by bit, but for the counts that
     schedules are called with: time goes on, and step t takes the learning rate of count t however many
@@ -70,7 +74,7 @@ def finite_gate(tx: optax.GradientTransformation) -> optax.GradientTransformatio
         **extra: Any,
     ) -> tuple[optax.Updates, FiniteGateState]:
         # The norm is finite just where all leaves are, and cheaper than looking at each element.
-        finite = jnp.isfinite(global_norm(updates))
+        finite = is_summable(jnp.square(global_norm(updates)))
         if loss is not None:
             finite &= jnp.isfinite(jnp.asarray(loss))
             extra["loss"] = loss
@@ -107,7 +111,8 @@ def skip_step(
 ) -> optax.GradientTransformationExtraArgs:
     r"""`tx`, but a step whose loss or gradient norm is far above the last ones is not made.
 
-    A step is made if its loss and all its gradients are finite and, once `warmup` steps have been made,
+    A step is made if its loss and all its gradients are finite (their norm below 1.3e19, as for
+    :func:`finite_gate`) and, once `warmup` steps have been made,
 
     .. math:: \ell \le \mu_\ell + k\,\sigma_\ell \quad\text{and}\quad
         \lVert g \rVert \le \mu_g + k\,\sigma_g,
@@ -176,7 +181,7 @@ def skip_step(
         check_extra_given(loss, "loss", "skip_step")
         seen = jnp.asarray(loss).astype(jnp.float32)
         norm = global_norm(updates)
-        finite = jnp.isfinite(seen) & jnp.isfinite(norm)
+        finite = jnp.isfinite(seen) & is_summable(jnp.square(norm))
         low = seen <= threshold(state.losses, deviations, robust=robust)
         low &= norm <= threshold(state.norms, deviations, robust=robust)
         normal = low | (state.losses.count < warmup)

@@ -277,13 +277,17 @@ class CoupledNewtonSchulz:
         if self.steps < 1 or not 0 < self.lower < 1:
             raise ValueError(f"steps must be at least 1 and lower in (0, 1), got {self}.")
 
-    def __call__(self, matrices_KxNxN: jax.Array, p: int, ridge: Any, absolute: Any) -> Found:
-        """See `Method`."""
+    def check_root(self, p: int) -> None:
+        """Raises for roots that it does not find."""
         if p not in (2, 4):
             raise ValueError(
                 f"CoupledNewtonSchulz finds multiples of the exponents -1/2 and -1/4, not of -1/{p}; "
                 "take Eigh or CoupledNewton."
             )
+
+    def __call__(self, matrices_KxNxN: jax.Array, p: int, ridge: Any, absolute: Any) -> Found:
+        """See `Method`."""
+        self.check_root(p)
         a = _ridged(matrices_KxNxN, ridge, absolute)
         square, root = self._pair(a, self.lower)
         if p == 4:

@@ -1,0 +1,195 @@
+"""Bad days: one bad gradient, or one at every step, and what is left of the run.
+
+A poisoned step is data to one compiled run an optimizer: which value stands where, from which step on.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import ravine
+
+from .optimizers_table import builder
+
+POISONED, STEPS = 40, 150
+LATER = slice(POISONED + 90, POISONED + 101)  # when sizes are compared
+BAD = (math.nan, math.inf, -math.inf, 1e20, 1e30, -1e38)
+PLACES = ("element", "block", "bias", "everything")
+SHAPES = {"kernel": (8, 12), "bias": (12,)}
+GATED = ("shampoo", "soap", "soap_muon", "kl_shampoo")
+OTHERS = tuple(sorted(set(ravine.names()) - set(GATED)))
+
+
+@functools.cache
+def gradients():
+    """Of correlated rows and columns, their spectrum a power law."""
+    rng = np.random.default_rng(0)
+    sides = [np.linalg.qr(rng.normal(size=(n, n)))[0] / np.arange(1, n + 1) for n in (8, 12)]
+    noise = rng.normal(size=(STEPS, 8, 12)) + 0.3 * rng.normal(size=(8, 12))
+    kernel = np.einsum("ab,tbc,dc->tad", sides[0], noise, sides[1])
+    bias = 0.1 * (1 + rng.normal(size=(STEPS, 12)))
+    return {"kernel": np.float32(0.1 * kernel), "bias": np.float32(bias)}
+
+
+def poison(place, bad):
+    """What takes the gradients' place, NaN-safe: masks and a value."""
+    masks = {name: np.zeros(shape, bool) for name, shape in SHAPES.items()}
+    if place in ("block", "everything"):
+        masks["kernel"][:] = True
+    if place in ("bias", "everything"):
+        masks["bias"][3:5] = True
+    if place == "element":
+        masks["kernel"][3, 5] = True
+    return masks, np.float32(bad)
+
+
+@functools.cache
+def runner(name, guarded=False):
+    """From a poison and the steps it is given at, to the norms of updates, and the state at the end."""
+    tx = builder(name)(1e-2)
+    tx = ravine.stability.finite_gate(tx) if guarded else tx
+    params = {name: jnp.zeros(shape) for name, shape in SHAPES.items()}
+
+    @jax.jit
+    def run(given, masks, bad, when):
+        def step(carry, xs):
+            params, state = carry
+            grads, now = xs
+            grads = jax.tree.map(lambda g, mask: jnp.where(mask & now, bad, g), grads, masks)
+            updates, state = tx.update(grads, state, params)
+            norms = jax.tree.map(lambda u: jnp.sqrt(jnp.sum(jnp.square(u))), updates)
+            return (optax.apply_updates(params, updates), state), norms
+
+        return jax.lax.scan(step, (params, tx.init(params)), (given, when))
+
+    given = gradients()
+    return lambda masks, bad, when: jax.device_get(run(given, masks, bad, when))
+
+
+@functools.cache
+def clean(name, guarded=False):
+    return runner(name, guarded)(*poison("element", 0), np.zeros(STEPS, bool))[1]
+
+
+def recovers(name, bad, place, guarded=False):
+    """Everything stays finite, and updates are soon of the size they would have been."""
+    when = np.arange(STEPS) == POISONED
+    (params, state), norms = runner(name, guarded)(*poison(place, bad), when)
+    for path, x in jax.tree_util.tree_leaves_with_path((params, state)):
+        assert np.all(np.isfinite(x)), jax.tree_util.keystr(path)
+    for leaf, undisturbed in clean(name, guarded).items():
+        ratio = np.mean(norms[leaf][LATER]) / np.mean(undisturbed[LATER])
+        assert abs(ratio - 1) < 0.01, (leaf, ratio)
+        assert np.max(norms[leaf]) < 2 * np.max(undisturbed), leaf
+
+
+def every_case(test):
+    places = pytest.mark.parametrize("place", PLACES)
+    return places(pytest.mark.parametrize("bad", BAD, ids=str)(test))
+
+
+@every_case
+@pytest.mark.parametrize("name", GATED)
+def test_what_gates_its_blocks_recovers_from_any_gradient(name, bad, place):
+    recovers(name, bad, place)
+
+
+@every_case
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n not in ("adamw", "muon"))) for n in OTHERS],
+)
+def test_inside_the_gate_everything_recovers_from_any_gradient(name, bad, place):
+    recovers(name, bad, place, guarded=True)
+
+
+@pytest.mark.parametrize("bad", [math.nan, 1e38], ids=str)
+@pytest.mark.parametrize(("name", "guarded"), [*((n, False) for n in GATED), ("adamw", True)])
+def test_bad_gradients_at_every_step_leave_everything_finite_and_calm(name, guarded, bad):
+    (params, state), norms = runner(name, guarded)(
+        *poison("everything", bad), np.arange(STEPS) >= POISONED
+    )
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((params, state)))
+    for leaf, undisturbed in clean(name, guarded).items():
+        # What momentum is left ebbs away; only SOAP-Muon's steps are of one size, whatever is left.
+        bound = 1 if name == "soap_muon" else 0.25
+        assert np.max(norms[leaf][LATER]) <= bound * np.max(undisturbed)
+
+
+def test_adam_alone_freezes_where_squares_overflow():
+    """As its docstring says: the second moment is infinite for ever, the step zero."""
+    when = np.arange(STEPS) == POISONED
+    (_, state), norms = runner("adamw")(*poison("block", 1e20), when)
+    assert np.all(np.isinf(optax.tree.get(state, "nu")["kernel"]))
+    # What is left is weight decay.
+    assert np.max(norms["kernel"][POISONED + 1 :]) < 0.01 * np.min(norms["kernel"][:POISONED])
+    assert np.max(norms["bias"][LATER]) > 0.1 * np.max(norms["bias"][:POISONED])
+
+
+FIRST, LAST = 60, 600
+GUARDS = {
+    None: lambda tx: tx,
+    "clip_by_global_norm": lambda tx: optax.chain(ravine.stability.clip_by_global_norm(1.0), tx),
+    "skip_step": ravine.stability.skip_step,
+}
+
+
+@functools.cache
+def regression(name, guard):
+    """From one bad element and its step to the loss at the end: least squares, 8 x 12 weights, noise."""
+    tx = GUARDS[guard](getattr(ravine, name)(ravine.schedules.cosine(0.01, LAST)))
+    tx = optax.with_extra_args_support(tx)
+    rng = np.random.default_rng(0)
+    goal, mix = rng.normal(size=(8, 12)), np.linalg.qr(rng.normal(size=(8, 8)))[0]
+    goal, mix = np.float32(goal), np.float32(mix / np.arange(1, 9) ** 0.5)
+    inputs = np.float32(rng.normal(size=(LAST, 32, 8))) @ mix
+    outputs = inputs @ goal + np.float32(0.3 * rng.normal(size=(LAST, 32, 12)))
+
+    def loss(params, x, y):
+        return 12 * jnp.mean(jnp.square(x @ params["kernel"] - y))
+
+    @jax.jit
+    def run(bad, when):
+        def step(carry, xs):
+            (params, state), (x, y, now) = carry, xs
+            value, grads = jax.value_and_grad(loss)(params, x, y)
+            spoiled = {"kernel": grads["kernel"].at[3, 5].set(bad)}
+            grads = jax.tree.map(lambda a, b: jnp.where(now, a, b), spoiled, grads)
+            updates, state = tx.update(grads, state, params, loss=value)
+            return (optax.apply_updates(params, updates), state), value
+
+        params = {"kernel": jnp.zeros((8, 12))}
+        return jax.lax.scan(step, (params, tx.init(params)), (inputs, outputs, when))[1]
+
+    def end(bad=0.0, at=None):
+        return float(np.mean(run(np.float32(bad), np.arange(LAST) == at)[-50:]))
+
+    return end
+
+
+_slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("name", "guard", "bad", "at"),
+    [
+        ("soap", None, 1e20, FIRST),
+        ("soap", None, 1e4, FIRST),
+        ("kl_shampoo", "clip_by_global_norm", 1e4, FIRST),
+        _slow("shampoo", None, 1e20, FIRST),
+        _slow("kl_shampoo", None, 1e20, FIRST),
+        # Before its 64 steps of warm-up it lets everything in.
+        _slow("kl_shampoo", "skip_step", 1e4, 100),
+        _slow("shampoo", "clip_by_global_norm", 1e10, FIRST),
+        _slow("shampoo", "skip_step", 1e10, 100),
+        _slow("soap", "clip_by_global_norm", 1e10, FIRST),
+        _slow("soap", "skip_step", 1e10, 100),
+    ],
+)
+def test_one_bad_element_costs_less_than_as_much_loss_again(name, guard, bad, at):
+    run = regression(name, guard)
+    assert run(bad, at) < 2 * run()
