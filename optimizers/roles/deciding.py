@@ -1,0 +1,187 @@
+"""Which rule decides a parameter, and what it then is: the first that matches its path."""
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, cast, get_args
+
+import jax
+import numpy as np
+
+from ...core.checks import near
+from ...core.paths import path_string
+from ...core.tree_checks import is_part
+from ..matrix.layout import Layout, MatrixAxes, layout
+from .refusal import refusal
+from .rules import COMMON_RULES, IN_OUT, Role, Rule, Rules, window
+
+
+class Decided(NamedTuple):
+    """What the rules say of one parameter."""
+
+    path: str
+    shape: tuple[int, ...]
+    role: Role | None
+    """None if no rule matches."""
+    axes: MatrixAxes | None
+    """Rows and columns; None if it is not known what the axes mean."""
+
+    def layout(self) -> Layout:
+        """As matrices."""
+        assert self.axes is not None
+        return layout(self.shape, self.axes, self.path)
+
+
+def check_roles(name: str, roles: Iterable[str]) -> None:
+    """Raises for a role that there is none of, in the argument called `name`.
+
+    Example:
+      >>> from ravine.optimizers.roles import check_roles
+      >>> check_roles("matrix_roles", ["matrix"])
+    """
+    known = get_args(Role)
+    for role in (roles,) if isinstance(roles, str) else roles:
+        if role not in known:
+            raise ValueError(f"{name} has {role!r}, which is no role; {near(str(role), known)}")
+    if isinstance(roles, str):
+        raise ValueError(f"{name} must be a sequence of roles, not a string; write [{roles!r}].")
+
+
+def complete(rules: Rules | None) -> tuple[Rule, ...]:
+    """Rules as `Rule`; those of the default for None.
+
+    Raises:
+      ValueError: for an empty list, a role that there is none of, or a pattern that is no regular
+        expression.
+
+    Example:
+      >>> from ravine.optimizers.roles import complete
+      >>> complete([("scale$", "norm")])[0].role
+      'norm'
+    """
+    found = tuple(
+        Rule(*cast(Any, rule)) for rule in (COMMON_RULES if rules is None else tuple(rules))
+    )
+    for rule in found:
+        check_roles(f"the role rule for {rule.pattern!r}", [rule.role])
+        try:
+            re.compile(rule.pattern)
+        except re.error as error:
+            raise ValueError(
+                f"the role rule {rule.pattern!r} is no regular expression: {error}; correct it."
+            ) from error
+    return found
+
+
+def decide(
+    params: Any,
+    rules: Rules | None = None,
+    needed: Collection[Role] = (),
+    *,
+    lenient: bool = False,
+) -> list[Decided]:
+    """What every parameter is, in the order of the leaves.
+
+    Args:
+      params: a tree of arrays, or of their shapes.
+      rules: as for `assign_roles`.
+      needed: roles whose rows and columns must be known.
+      lenient: parameters that no rule matches get the role ``other``.
+
+    Raises:
+      ValueError: unless `lenient`, for all parameters that no rule matches or whose axes are needed
+        and unknown, together; or a required rule that decides no parameter.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ravine.optimizers.roles import decide
+      >>> decide({"up": {"kernel": jnp.ones((2, 3))}})[0].axes
+      MatrixAxes(rows=(-2,), columns=(-1,), row_parts=1, column_parts=1)
+    """
+    ready = complete(rules)
+    leaves = [
+        (path_string(path), tuple(np.shape(leaf)))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    ]
+    layers, modules = _layer_axes(leaves, ready), _modules(leaves)
+    used, decided = set(), []
+    for name, shape in leaves:
+        ndim = len(shape) - layers.get(name, 0)
+        beside = modules[_module(name)[0]]
+        index = next(
+            (
+                i
+                for i, rule in enumerate(ready)
+                if (rule.ndim is None or rule.ndim == ndim)
+                and re.search(rule.pattern, name)
+                and (rule.where is None or rule.where(beside))
+            ),
+            None,
+        )
+        if index is None:
+            decided.append(Decided(name, shape, "other" if lenient else None, None))
+            continue
+        used.add(index)
+        rule = ready[index]
+        decided.append(Decided(name, shape, rule.role, axes_of_rule(rule, ndim)))
+    if lenient:
+        return decided
+    unclear = [d for d in decided if d.role is None or (d.role in needed and d.axes is None)]
+    if unclear:
+        raise ValueError(refusal(unclear, dict(leaves), default=rules is None))
+    unused = [r.pattern for i, r in enumerate(ready) if r.required and i not in used]
+    if unused and decided and not is_part(params):
+        raise ValueError(
+            f"the role rule {unused[0]!r} decides no parameter: no path matches it, or an earlier "
+            "rule takes them all; correct or remove it, or make it Rule(..., required=False)."
+        )
+    return decided
+
+
+def axes_of_rule(rule: Rule, ndim: int) -> MatrixAxes | None:
+    """The axes of a parameter with so many, those of stacked layers not counted."""
+    if rule.axes is not None:
+        return rule.axes
+    if rule.role == "convolution":
+        return window(ndim) if ndim > 2 else None
+    # Of a vector the layout says what is wrong.
+    return IN_OUT if ndim <= 2 else None
+
+
+def _module(path: str) -> tuple[str, str]:
+    """The module two levels above, and the path from there."""
+    parts = path.split("/")
+    return "/".join(parts[:-2]), "/".join(parts[-2:])
+
+
+def _modules(leaves: Sequence[tuple[str, Any]]) -> Mapping[str, dict[str, tuple[int, ...]]]:
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in leaves:
+        module, rest = _module(name)
+        found.setdefault(module, {})[rest] = shape
+    return found
+
+
+def _layer_axes(
+    leaves: Sequence[tuple[str, tuple[int, ...]]], rules: Sequence[Rule]
+) -> dict[str, int]:
+    """How many leading axes of a parameter stack layers, by path, where there are any.
+
+    A norm has one axis. If one has more, and all parameters of the module it is in begin with the same,
+    these stack layers (``nnx.vmap``, ``nn.scan``); and so for the modules around it.
+    """
+    by_name = [rule for rule in rules if rule.ndim is None and rule.where is None]
+    found: dict[str, int] = {}
+    for name, shape in leaves:
+        if len(shape) < 2 or name in found:
+            continue
+        first = next((rule.role for rule in by_name if re.search(rule.pattern, name)), None)
+        if first != "norm":
+            continue
+        lead = shape[:-1]
+        for end in range(name.count("/"), -1, -1):
+            prefix = "".join(f"{part}/" for part in name.split("/")[:end])
+            inside = {path: other for path, other in leaves if path.startswith(prefix)}
+            if any(other[: len(lead)] != lead for other in inside.values()):
+                break
+            found |= dict.fromkeys(inside, len(lead))
+    return found
