@@ -1,6 +1,6 @@
 """Gradients have the tree and the shapes of the parameters: a gradient that broadcasts is a mistake.
 
-Checked once for all transformations, where they are constructed (``optimizers/_transformation.py``),
+Checked once for all transformations, where they are constructed (``core/transformation.py``),
 while an update is traced: it costs nothing at run time.
 """
 

@@ -1,6 +1,5 @@
 """One algorithm a file: `scale_by_x` is the direction, `x` the full chain."""
 
-from .accumulate import AccumulateState, accumulate
 from .adagrad import ScaleByAdagradState, adagrad, scale_by_adagrad
 from .adam import ScaleByAdamState, adam, adamw, scale_by_adam
 from .adan import (
@@ -13,28 +12,23 @@ from .adan import (
 from .ademamix import ScaleByAdemamixState, ademamix, scale_by_ademamix
 from .cautious import cautious, cautious_adamw, cautious_lion
 from .combine import combine_by_role
-from .curvature import gauss_newton_bartlett, hutchinson
-from .decay import AddDecayedWeightsState, add_cautious_decay, add_decayed_weights, with_decay
 from .explain import explain
-from .fixed_norm import KeepParameterNormState, keep_parameter_norm, scale_by_parameter_norm
-from .graft import GraftState, graft
 from .inject import inject_hyperparams
 from .kl_shampoo import ScaleByKLShampooState, kl_shampoo, scale_by_kl_shampoo
-from .learning_rate import ScaleByLearningRateState, scale_by_learning_rate
-from .lion import ScaleByLionState, lion, scale_by_lion
-from .mars import ReduceVarianceState, mars, reduce_variance
-from .matrix.layout import MatrixAxes
-from .matrix_scale import scale_by_matrix_shape
-from .mesh import on_mesh, split_state, state_shardings
-from .momentum import (
+from .links.accumulate import AccumulateState, accumulate
+from .links.curvature import gauss_newton_bartlett, hutchinson
+from .links.decay import AddDecayedWeightsState, add_cautious_decay, add_decayed_weights, with_decay
+from .links.fixed_norm import KeepParameterNormState, keep_parameter_norm, scale_by_parameter_norm
+from .links.graft import GraftState, graft
+from .links.learning_rate import ScaleByLearningRateState, scale_by_learning_rate
+from .links.matrix_scale import scale_by_matrix_shape
+from .links.momentum import (
     ScaleByEmaMomentumState,
     ScaleByMomentumState,
     scale_by_ema_momentum,
     scale_by_momentum,
 )
-from .muon import adamuon, muon, normuon, scale_by_muon
-from .nadam import nadam, nadamw
-from .neuron_norm import (
+from .links.neuron_norm import (
     ScaleByElementRmsState,
     ScaleByNeuronRmsState,
     equilibrate,
@@ -42,7 +36,15 @@ from .neuron_norm import (
     scale_by_element_rms,
     scale_by_neuron_rms,
 )
-from .orthogonal import orthogonalize
+from .links.orthogonal import orthogonalize
+from .links.telemetry import TelemetryState, telemetry, with_telemetry
+from .lion import ScaleByLionState, lion, scale_by_lion
+from .mars import ReduceVarianceState, mars, reduce_variance
+from .matrix.mesh.shardings import on_mesh, split_state, state_shardings
+from .matrix.shape.layout import MatrixAxes
+from .muon import adamuon, muon, normuon, scale_by_muon
+from .nadam import nadam, nadamw
+from .preconditioners.root_failures import RefusedRoot, root_failures
 from .registry import OptimizerConfig, names, register
 from .rmsprop import ScaleByRmspropState, rmsprop, scale_by_rmsprop
 from .roles import (
@@ -56,7 +58,6 @@ from .roles import (
     Rule,
     role_table,
 )
-from .root_failures import RefusedRoot, root_failures
 from .schedule_free import (
     ScheduleFreeState,
     schedule_free,
@@ -69,7 +70,6 @@ from .shampoo import ScaleByShampooState, scale_by_shampoo, shampoo
 from .soap import ScaleBySoapState, scale_by_soap, soap
 from .soap_muon import soap_muon
 from .sophia import ScaleBySophiaState, scale_by_sophia, sophia_g, sophia_h
-from .telemetry import TelemetryState, telemetry, with_telemetry
 
 for _builder in (
     sgd,

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from ..core.arguments import checked
+from ..core.arithmetic import cast, cast_like, root, wide_dtype, wide_zeros_like
 from ..core.checks import check_non_negative, check_some_eps
-from ._arithmetic import cast, cast_like, root, wide_dtype, wide_zeros_like
-from ._transformation import transformation
-from .decay import DecayForm, Mask, with_decay
+from ..core.transformation import transformation
+from .links.decay import DecayForm, Mask, with_decay
 
 
 class ScaleByAdagradState(NamedTuple):

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from ..core.arguments import checked
-from ..core.checks import check_decay_rates, check_some_eps
-from ._arithmetic import (
+from ..core.arithmetic import (
     bias_correction,
     cast,
     cast_like,
@@ -22,8 +21,9 @@ from ._arithmetic import (
     wide_dtype,
     wide_zeros_like,
 )
-from ._transformation import transformation
-from .decay import Mask, with_decay
+from ..core.checks import check_decay_rates, check_some_eps
+from ..core.transformation import transformation
+from .links.decay import Mask, with_decay
 
 RestartCondition = Callable[[jax.Array, jax.Array], jax.Array]
 """From the updates made since the last restart, int32, and the length of the path, to a boolean."""

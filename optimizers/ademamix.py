@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from ..core.arguments import checked
-from ..core.checks import check_decay_rates, check_non_negative, check_some_eps
-from ._arithmetic import (
+from ..core.arithmetic import (
     bias_correction,
     cast,
     cast_like,
@@ -21,8 +20,9 @@ from ._arithmetic import (
     wide_zeros_like,
     widest,
 )
-from ._transformation import transformation
-from .decay import DecayForm, Mask, with_decay
+from ..core.checks import check_decay_rates, check_non_negative, check_some_eps
+from ..core.transformation import transformation
+from .links.decay import DecayForm, Mask, with_decay
 
 
 class ScaleByAdemamixState(NamedTuple):

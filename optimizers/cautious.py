@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from ..core.arguments import checked
-from ._arithmetic import cast, wide, wide_dtype
-from ._transformation import with_extra_args
+from ..core.arithmetic import cast, wide, wide_dtype
+from ..core.transformation import with_extra_args
 from .adam import scale_by_adam
-from .decay import DecayForm, Mask, with_decay
+from .links.decay import DecayForm, Mask, with_decay
 from .lion import scale_by_lion
 
 Rescale = Literal["clamped", "smoothed"]

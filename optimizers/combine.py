@@ -7,10 +7,11 @@ import jax
 import optax
 
 from ..core.arguments import checked
+from ..core.paths import path_string
+from ..core.transformation import with_extra_args
 from ..core.tree_checks import is_part
-from ._transformation import with_extra_args
-from .curvature import with_whole_curvature
-from .roles import Role, Rules, assign_roles, check_roles, complete, path_string
+from .links.curvature import with_whole_curvature
+from .roles import Role, Rules, assign_roles, check_roles, complete
 
 
 @checked

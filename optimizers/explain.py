@@ -4,8 +4,8 @@ import dataclasses
 from typing import Any
 
 from ..core.arguments import checked
-from ._probe import probe
-from ._table import text_table
+from ..core.text_table import text_table
+from .probe import probe
 from .roles import MATRIX_ROLES, Rules, decide, matrices
 
 

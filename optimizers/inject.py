@@ -8,7 +8,7 @@ from typing import Any
 import optax
 
 from ..core.arguments import checked
-from .learning_rate import as_injected
+from .links.learning_rate import as_injected
 
 
 @checked

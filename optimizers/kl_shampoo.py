@@ -19,8 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from ..core.arguments import checked
-from ..core.checks import check_decay_rates, check_non_negative, check_positive
-from ._arithmetic import (
+from ..core.arithmetic import (
     cast,
     ema,
     increment,
@@ -29,19 +28,20 @@ from ._arithmetic import (
     wide,
     wide_zeros_like,
 )
-from ._blocking import Blocking, Sides, blockings_of, blocks_in_words, check_blocking
-from ._by_role import by_role
-from ._leaves import at_leaves, from_leaves
-from ._matrices import Axes
-from ._tensors import factors_like, identities, usable_blocks, zero_unless
-from ._transformation import transformation
-from .decay import Mask, decay_after_first
-from .matrix.distribute import per_shard
-from .matrix.eigenbasis import eigenbasis, followed
-from .matrix.kronecker import mode_gram, mode_product, rotate
-from .matrix.refresh import Refresh, refreshed
-from .matrix.shards import flat_axes, flat_batch, reshape
-from .matrix.together import Unit, together
+from ..core.checks import check_decay_rates, check_non_negative, check_positive
+from ..core.leaves import at_leaves, from_leaves
+from ..core.transformation import transformation
+from .by_role import by_role
+from .links.decay import Mask, decay_after_first
+from .matrix.algebra.eigenbasis import eigenbasis, followed
+from .matrix.algebra.kronecker import mode_gram, mode_product, rotate
+from .matrix.batch.refresh import Refresh, refreshed
+from .matrix.batch.together import Unit, together
+from .matrix.mesh.exchange import per_shard
+from .matrix.mesh.shards import flat_axes, flat_batch, reshape
+from .matrix.shape.blocking import Blocking, Sides, blockings_of, blocks_in_words, check_blocking
+from .matrix.shape.matrices import Axes
+from .preconditioners.block_state import factors_like, identities, usable_blocks, zero_unless
 from .roles import Role, Rules
 from .shampoo import SHAMPOO_ROLES
 

@@ -6,10 +6,10 @@ import jax
 import optax
 
 from ..core.arguments import checked
+from ..core.arithmetic import cast_like, ema, sign, wide_zeros_like
 from ..core.checks import check_decay_rates
-from ._arithmetic import cast_like, ema, sign, wide_zeros_like
-from ._transformation import transformation
-from .decay import DecayForm, Mask, with_decay
+from ..core.transformation import transformation
+from .links.decay import DecayForm, Mask, with_decay
 
 
 class ScaleByLionState(NamedTuple):

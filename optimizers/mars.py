@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import optax
 
 from ..core.arguments import checked
+from ..core.arithmetic import cast, cast_like, scalar, wide, wide_dtype, wide_zeros_like
 from ..core.checks import check_decay_rates, check_non_negative
-from ._arithmetic import cast, cast_like, scalar, wide, wide_dtype, wide_zeros_like
-from ._by_role import by_role
-from ._matrices import Axes, axes_of_leaves
-from ._transformation import transformation
+from ..core.transformation import transformation
 from .adam import scale_by_adam
-from .decay import Mask
-from .matrix.layout import MatrixAxes
+from .by_role import by_role
+from .links.decay import Mask
+from .matrix.shape.layout import MatrixAxes
+from .matrix.shape.matrices import Axes, axes_of_leaves
 from .roles import IN_OUT, MATRIX_ROLES, Role, Rules, complete, decide
 
 

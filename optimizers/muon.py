@@ -24,15 +24,15 @@ import jax.numpy as jnp
 import optax
 
 from ..core.arguments import checked
+from ..core.arithmetic import sign
 from ..core.checks import check_decay_rates
-from ._arithmetic import sign
-from ._by_role import by_role
-from ._matrices import DEFAULT_AXES, Axes
-from .decay import Mask, add_cautious_decay
-from .matrix_scale import Scale, scale_by_matrix_shape
-from .momentum import scale_by_ema_momentum
-from .neuron_norm import renormalize, scale_by_element_rms, scale_by_neuron_rms
-from .orthogonal import orthogonalize
+from .by_role import by_role
+from .links.decay import Mask, add_cautious_decay
+from .links.matrix_scale import Scale, scale_by_matrix_shape
+from .links.momentum import scale_by_ema_momentum
+from .links.neuron_norm import renormalize, scale_by_element_rms, scale_by_neuron_rms
+from .links.orthogonal import orthogonalize
+from .matrix.shape.matrices import DEFAULT_AXES, Axes
 from .roles import MATRIX_ROLES, Role, Rules
 
 Link = optax.GradientTransformation | Callable[[Axes], optax.GradientTransformation]
@@ -73,7 +73,7 @@ def scale_by_muon(
       post: a transformation between orthogonalization and scale.
       axes: which axes of a leaf are rows (in) and columns (out); by default the last two.
       mu_dtype: dtype of the momentum; by default at least float32.
-      max_elements: bound on the elements worked on at once, see ``matrix/batching.py``.
+      max_elements: bound on the elements worked on at once, see ``matrix/batch/batches.py``.
 
     Raises:
       ValueError: for values out of range, or at `init` for a leaf that is no matrix.
@@ -143,7 +143,7 @@ def muon(
         AdamW with b1 0.9, b2 0.95.
       fallback_learning_rate: of the default fallback. ``None`` takes `learning_rate` itself with
         ``scale="moonlight"``, and 0.015 of it, Keller Jordan's ratio, otherwise.
-      max_elements: bound on the elements worked on at once, see ``matrix/batching.py``.
+      max_elements: bound on the elements worked on at once, see ``matrix/batch/batches.py``.
 
     Raises:
       ValueError: for values out of range, for a fallback given together with its learning rate, and

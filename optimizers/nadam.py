@@ -6,7 +6,7 @@ import optax
 
 from ..core.arguments import checked
 from .adam import adamw
-from .decay import DecayForm, Mask
+from .links.decay import DecayForm, Mask
 
 
 @checked

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import optax
 
 from ..core.arguments import checked
+from ..core.arithmetic import cast, cast_like, ema, root, wide_zeros_like
 from ..core.checks import check_decay_rates, check_some_eps
-from ._arithmetic import cast, cast_like, ema, root, wide_zeros_like
-from ._transformation import transformation
-from .decay import DecayForm, Mask, with_decay
-from .momentum import scale_by_momentum
+from ..core.transformation import transformation
+from .links.decay import DecayForm, Mask, with_decay
+from .links.momentum import scale_by_momentum
 
 
 class ScaleByRmspropState(NamedTuple):

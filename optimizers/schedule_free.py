@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import optax
 
 from ..core.arguments import checked
+from ..core.arithmetic import cast, cast_like, increment, scalar, wide, wide_dtype, widest
 from ..core.checks import check_decay_rates, check_non_negative
+from ..core.transformation import states_of, with_extra_args
 from ..core.tree_checks import check_params_given, check_real_leaves
-from ._arithmetic import cast, cast_like, increment, scalar, wide, wide_dtype, widest
-from ._transformation import states_of, with_extra_args
 from .adam import scale_by_adam
-from .decay import DecayForm, Mask, with_decay
-from .learning_rate import RATE_STATES, evaluate
+from .links.decay import DecayForm, Mask, with_decay
+from .links.learning_rate import RATE_STATES, evaluate
 
 
 class ScheduleFreeState(NamedTuple):

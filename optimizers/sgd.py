@@ -5,8 +5,8 @@ from typing import Any
 import optax
 
 from ..core.arguments import checked
-from .decay import DecayForm, Mask, with_decay
-from .momentum import scale_by_momentum
+from .links.decay import DecayForm, Mask, with_decay
+from .links.momentum import scale_by_momentum
 
 
 @checked

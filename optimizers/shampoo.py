@@ -15,21 +15,22 @@ import jax.numpy as jnp
 import optax
 
 from ..core.arguments import MaybeInfinite, checked
+from ..core.arithmetic import cast_like, corrected_mean, ema, increment, wide_zeros_like
 from ..core.checks import check_decay_rates, check_known, check_non_negative, number
-from ._arithmetic import cast_like, corrected_mean, ema, increment, wide_zeros_like
-from ._blocking import Blocking, Sides, blockings_of, blocks_in_words, check_blocking
-from ._by_role import by_role
-from ._factors import Preconditioner, Storage, grafted
-from ._leaves import at_leaves, from_leaves
-from ._matrices import Axes
-from ._tensors import factors_like, ones_like_scalars, zero_unless
-from ._transformation import transformation
-from .decay import Mask
-from .graft import Graft, magnitude
-from .matrix.distribute import per_shard
-from .matrix.refresh import Refresh
-from .matrix.roots import Method, exponent_fraction
-from .roles import Role, Rules, path_string
+from ..core.leaves import at_leaves, from_leaves
+from ..core.paths import path_string
+from ..core.transformation import transformation
+from .by_role import by_role
+from .links.decay import Mask
+from .links.graft import Graft, magnitude
+from .matrix.algebra.roots import Method, exponent_fraction
+from .matrix.batch.refresh import Refresh
+from .matrix.mesh.exchange import per_shard
+from .matrix.shape.blocking import Blocking, Sides, blockings_of, blocks_in_words, check_blocking
+from .matrix.shape.matrices import Axes
+from .preconditioners.block_state import factors_like, ones_like_scalars, zero_unless
+from .preconditioners.inverse_roots import Preconditioner, Storage, grafted
+from .roles import Role, Rules
 
 Statistics = Literal["gram", "kl"]
 NARROW_RIDGE = 0.03
@@ -123,14 +124,14 @@ def scale_by_shampoo(
       exponent: of the roots, negative; ``None`` takes -1/(2k) for k factors.
       statistics: ``"gram"`` as above, or ``"kl"``, where the gradient is first preconditioned along the
         other axes by their present roots.
-      method: of :mod:`ravine.optimizers.matrix.roots`; ``Eigh()`` by default.
+      method: of :mod:`ravine.optimizers.matrix.algebra.roots`; ``Eigh()`` by default.
       ridge: :math:`\rho / \lambda_{\max}`. In float32 singular statistics need 1e-5.
       absolute_ridge: added to it.
       tolerance: roots are refused if an element of :math:`A X^p - I` is larger.
       patience: a block whose roots were refused more often in a row takes the graft's step, until one
         is good again.
       graft: ``"none"``, ``"sgd"``, ``"adagrad"``, ``"rmsprop"``, ``"adam"``, ``"adamw"`` or
-        ``"sign"``, see :func:`ravine.optimizers.graft.magnitude`.
+        ``"sign"``, see :func:`ravine.optimizers.links.graft.magnitude`.
       graft_b2: decay rate of the graft's second moment; ``None`` takes `b2`.
       graft_eps: the graft's epsilon.
       graft_per: ``"block"`` or ``"parameter"``.

@@ -6,7 +6,7 @@ What the authors' code does, point by point, and so does this:
 - A gradient never preconditions itself: statistics take it in after the step.
 - Both moments live in the rotated basis. At a refresh the first is rotated into the new one; the second
   is only *permuted* along with the columns of the basis, never rotated: squares cannot be.
-- The basis is refreshed by one QR step (`matrix/eigenbasis.py`), its columns sorted beforehand.
+- The basis is refreshed by one QR step (`matrix/algebra/eigenbasis.py`), its columns sorted beforehand.
 - Epsilon is added to the root of the second moment as it is; both bias corrections count from the second
   step on and scale the learning rate.
 
@@ -24,18 +24,18 @@ import jax.numpy as jnp
 import optax
 
 from ..core.arguments import checked
+from ..core.arithmetic import bias_correction, increment
 from ..core.checks import check_decay_rates, check_non_negative
-from ._arithmetic import bias_correction, increment
-from ._blocking import Blocking, Sides, blockings_of, blocks_in_words, check_blocking
-from ._by_role import by_role
-from ._eigenbases import Piece, Step, new_basis, refreshed_bases, stepped
-from ._leaves import at_leaves, from_leaves
-from ._matrices import Axes
-from ._tensors import blocks_like, factors_like
-from ._transformation import transformation
-from .decay import Mask, decay_after_first
-from .matrix.distribute import per_shard
-from .matrix.refresh import Refresh
+from ..core.leaves import at_leaves, from_leaves
+from ..core.transformation import transformation
+from .by_role import by_role
+from .links.decay import Mask, decay_after_first
+from .matrix.batch.refresh import Refresh
+from .matrix.mesh.exchange import per_shard
+from .matrix.shape.blocking import Blocking, Sides, blockings_of, blocks_in_words, check_blocking
+from .matrix.shape.matrices import Axes
+from .preconditioners.adam_in_eigenbasis import Piece, Step, new_basis, refreshed_bases, stepped
+from .preconditioners.block_state import blocks_like, factors_like
 from .roles import Role, Rules
 from .shampoo import SHAMPOO_ROLES
 

@@ -6,11 +6,11 @@ import jax
 import optax
 
 from ..core.arguments import checked
-from ._by_role import by_role
-from ._matrices import Axes
-from .decay import Mask, decay_after_first
-from .matrix_scale import Scale, scale_by_matrix_shape
-from .orthogonal import orthogonalize
+from .by_role import by_role
+from .links.decay import Mask, decay_after_first
+from .links.matrix_scale import Scale, scale_by_matrix_shape
+from .links.orthogonal import orthogonalize
+from .matrix.shape.matrices import Axes
 from .roles import MATRIX_ROLES, Role, Rules
 from .soap import scale_by_soap
 

@@ -7,10 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from ..core.arguments import checked
-from ..core.checks import check_decay_rates, check_non_negative, check_whole
-from ..core.fit import check_fit
-from ..core.tree_checks import check_params_given
-from ._arithmetic import (
+from ..core.arithmetic import (
     bias_correction,
     cast,
     cast_like,
@@ -20,9 +17,12 @@ from ._arithmetic import (
     wide,
     wide_zeros_like,
 )
-from ._transformation import with_extra_args
-from .curvature import Curvature
-from .decay import DecayForm, Mask, with_decay
+from ..core.checks import check_decay_rates, check_non_negative, check_whole
+from ..core.fit import check_fit
+from ..core.transformation import with_extra_args
+from ..core.tree_checks import check_params_given
+from .links.curvature import Curvature
+from .links.decay import DecayForm, Mask, with_decay
 
 
 class ScaleBySophiaState(NamedTuple):

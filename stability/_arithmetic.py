@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..optimizers._arithmetic import wide, wide_dtype
+from ..core.arithmetic import wide, wide_dtype
 
 
 def scale(x: jax.Array, factor: jax.Array) -> jax.Array:

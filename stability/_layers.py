@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from ..core.arguments import checked
-from ..optimizers._arithmetic import wide
-from ..optimizers.roles import path_string
+from ..core.arithmetic import wide
+from ..core.paths import path_string
 
 
 @checked

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..optimizers._arithmetic import wide
-from ..optimizers.roles import path_string
+from ..core.arithmetic import wide
+from ..core.paths import path_string
 from ._layers import Stacked, within_layer
 
 Leaves = Sequence[tuple[Any, jax.Array]]  # with their paths

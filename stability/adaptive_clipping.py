@@ -9,10 +9,10 @@ import optax
 
 from ..core.arguments import checked
 from ..core.checks import check_decay_rates, check_positive, check_whole
+from ..core.leaves import at_leaves, from_leaves
+from ..core.paths import path_string
+from ..core.transformation import transformation
 from ..core.tree_checks import check_params_given
-from ..optimizers._leaves import at_leaves, from_leaves
-from ..optimizers._transformation import transformation
-from ..optimizers.roles import path_string
 from ._arithmetic import global_norm, scale
 from ._layers import STACKED, Stacked, layer_norm, map_layers, within_layer
 

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from ..core.arguments import checked
+from ..core.arithmetic import wide, wide_dtype
 from ..core.checks import check_positive
-from ..optimizers._arithmetic import wide, wide_dtype
 from .soft_cap import soft_cap
 
 

@@ -12,7 +12,7 @@ import optax
 
 from ..core.arguments import checked
 from ..core.checks import check_positive
-from ..optimizers._transformation import transformation
+from ..core.transformation import transformation
 from ._arithmetic import global_norm, scale
 from ._layers import STACKED, Stacked, layer_rms, map_layers
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from ..core.arguments import checked
+from ..core.arithmetic import wide
 from ..core.checks import check_decay_rates, check_non_negative
-from ..optimizers._arithmetic import wide
 from ._checks import check_labels
 from .log_sum_exp import log_sum_exp
 from .soft_cap import soft_cap

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from ..core.arguments import checked
+from ..core.arithmetic import wide_dtype
 from ..core.checks import check_decay_rates, check_non_negative, check_whole
-from ..optimizers._arithmetic import wide_dtype
 from ._checks import check_labels, check_same_shape
 from .cross_entropy import CrossEntropy
 from .soft_cap import soft_cap

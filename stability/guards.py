@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import optax
 
 from ..core.arguments import checked
+from ..core.arithmetic import is_summable
 from ..core.checks import check_positive, check_whole
-from ..optimizers._arithmetic import is_summable
-from ..optimizers._clock import advance
-from ..optimizers._transformation import with_extra_args
+from ..core.transformation import with_extra_args
+from ..optimizers.links.clock import advance
 from ._arithmetic import global_norm
 from ._checks import check_extra_given
 from ._window import Window, empty_window, push, threshold

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from ..core.arguments import checked
-from ..optimizers._arithmetic import wide
+from ..core.arithmetic import wide
 
 
 @checked

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ..core.arguments import checked
-from ..optimizers._arithmetic import wide
+from ..core.arithmetic import wide
 from ._checks import check_labels, check_same_shape
 from .cross_entropy import cross_entropy
 

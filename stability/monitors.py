@@ -10,10 +10,11 @@ from jax.tree_util import tree_leaves_with_path
 
 from ..core.arguments import checked
 from ..core.checks import check_positive, check_whole
+from ..core.paths import path_string
+from ..core.sizes import NO_METRICS, sizes_by_role, total_norm
+from ..core.transformation import states_of, with_extra_args
 from ..core.tree_checks import check_params_given
-from ..optimizers._sizes import NO_METRICS, sizes_by_role, total_norm
-from ..optimizers._transformation import states_of, with_extra_args
-from ..optimizers.roles import Rules, complete, known_roles, path_string
+from ..optimizers.roles import Rules, complete, known_roles
 from ._arithmetic import global_norm
 from ._layers import STACKED, Stacked
 from ._moment_measures import eps_shares, momentum_ranks

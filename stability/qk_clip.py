@@ -27,11 +27,11 @@ import jax.numpy as jnp
 import optax
 
 from ..core.arguments import checked
+from ..core.arithmetic import wide
 from ..core.checks import check_positive
+from ..core.paths import path_string
+from ..core.transformation import with_extra_args
 from ..core.tree_checks import check_params_given
-from ..optimizers._arithmetic import wide
-from ..optimizers._transformation import with_extra_args
-from ..optimizers.roles import path_string
 from ._checks import check_extra_given
 
 Part = Literal["own", "shared", "fixed"]

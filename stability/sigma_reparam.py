@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ..optimizers._arithmetic import wide
+from ..core.arithmetic import wide
 
 PRECISION = jax.lax.Precision.HIGHEST
 

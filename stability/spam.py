@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from ..core.arguments import checked
+from ..core.arithmetic import wide
 from ..core.checks import check_positive, check_whole
-from ..optimizers._arithmetic import wide
-from ..optimizers._transformation import with_extra_args
+from ..core.transformation import with_extra_args
 from ._moments import map_moments, moment_state
 
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from ..core.arguments import checked
+from ..core.arithmetic import wide
+from ..core.paths import path_string
+from ..core.transformation import transformation
 from ..core.tree_checks import check_params_given
-from ..optimizers._arithmetic import wide
-from ..optimizers._transformation import transformation
-from ..optimizers.roles import path_string
 
 Axis = int | Callable[[str], int | None]
 

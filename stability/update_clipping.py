@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from ..core.arguments import checked
+from ..core.arithmetic import wide
 from ..core.checks import check_decay_rates, check_positive, check_whole
-from ..optimizers._arithmetic import wide
-from ..optimizers._transformation import transformation, with_extra_args
+from ..core.transformation import transformation, with_extra_args
 from ._arithmetic import global_norm, scale
 from ._layers import STACKED, Stacked, layer_rms, map_layers
 from ._moments import moment_state

@@ -8,7 +8,7 @@ import optax
 
 from ..core.arguments import checked
 from ..core.checks import check_decay_rates, check_positive, check_whole
-from ..optimizers._transformation import transformation
+from ..core.transformation import transformation
 from ._arithmetic import global_norm, scale
 
 

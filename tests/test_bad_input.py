@@ -17,7 +17,7 @@ import optax
 import ravine
 from ravine import schedules as s
 from ravine import stability
-from ravine.optimizers.matrix.orthogonalize import NewtonSchulz
+from ravine.optimizers.matrix.algebra.polar import NewtonSchulz
 
 TX = optax.identity()
 LINE = s.linear(1.0, 4)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ravine.optimizers.matrix.blocks import BlockGrid, block_grid
-from ravine.optimizers.matrix.layout import DEFAULT, MatrixAxes, layout
+from ravine.optimizers.matrix.shape.blocks import BlockGrid, block_grid
+from ravine.optimizers.matrix.shape.layout import DEFAULT, MatrixAxes, layout
 
 SIZES = {2: (1, 2, 3, 4, 6), 3: (1, 2, 3, 4, 6), 4: (1, 2, 3, 6)}  # by number of axes
 

@@ -11,7 +11,7 @@ import pytest
 import ravine
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from ravine.optimizers.matrix.orthogonalize import NewtonSchulz
+from ravine.optimizers.matrix.algebra.polar import NewtonSchulz
 from ravine.optimizers.roles import IN_OUT
 from ravine.training.collectives import collectives
 

@@ -11,8 +11,8 @@ import numpy as np
 import optax
 import pytest
 import ravine
-from ravine.optimizers.matrix.layout import MatrixAxes
-from ravine.optimizers.matrix.orthogonalize import NewtonSchulz
+from ravine.optimizers.matrix.algebra.polar import NewtonSchulz
+from ravine.optimizers.matrix.shape.layout import MatrixAxes
 from ravine.optimizers.roles import IN_OUT, Rule
 
 from .golden import muon as golden

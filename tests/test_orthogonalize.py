@@ -6,16 +6,16 @@ import numpy as np
 import optax
 import pytest
 import ravine
-from ravine.optimizers.matrix.batching import map_matrices
-from ravine.optimizers.matrix.coefficients import (
+from ravine.optimizers.matrix.algebra.coefficients import (
     PRESETS,
     check_coefficients,
     named_coefficients,
     polar_express,
     scalar_map,
 )
-from ravine.optimizers.matrix.orthogonalize import NewtonSchulz, cheapest, polar_factor
-from ravine.optimizers.matrix.symmetric import symmetric_product
+from ravine.optimizers.matrix.algebra.polar import NewtonSchulz, cheapest, polar_factor
+from ravine.optimizers.matrix.algebra.symmetric import symmetric_product
+from ravine.optimizers.matrix.batch.batches import map_matrices
 
 # What the map makes of singular values in [0.01, 1].
 BANDS = {"keller": (0.68, 1.14), "quintic": (0.97, 1.04), "polar_express": (0.85, 1.15)}

@@ -5,7 +5,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ravine.optimizers.matrix.packing import pack, packed_shape, unpack
+from ravine.optimizers.matrix.algebra.packing import pack, packed_shape, unpack
 
 
 def single(matrices):

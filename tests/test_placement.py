@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from ravine.optimizers.matrix.dealing import ragged_all_to_all
-from ravine.optimizers.matrix.distribute import move_in, move_out, whole_matrices
-from ravine.optimizers.matrix.placement import Move, names_of, place, spec
+from ravine.optimizers.matrix.mesh.dealing import ragged_all_to_all
+from ravine.optimizers.matrix.mesh.exchange import move_in, move_out, whole_matrices
+from ravine.optimizers.matrix.mesh.placement import Move, names_of, place, spec
 
 SIZES = {"a": 2, "b": 2, "c": 2}
 # Every way in which up to three mesh axes cut the two axes of a leaf.

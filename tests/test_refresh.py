@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ravine.optimizers.matrix.refresh import Refresh, phases_of, refreshed
-from ravine.optimizers.matrix.together import Unit
+from ravine.optimizers.matrix.batch.refresh import Refresh, phases_of, refreshed
+from ravine.optimizers.matrix.batch.together import Unit
 
 
 @settings(max_examples=200, deadline=None)

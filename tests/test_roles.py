@@ -8,7 +8,7 @@ import pytest
 import ravine
 from flax import linen as nn
 from flax import nnx
-from ravine.optimizers.matrix.layout import MatrixAxes, layout
+from ravine.optimizers.matrix.shape.layout import MatrixAxes, layout
 from ravine.optimizers.roles import (
     ATTENTION_IN,
     ATTENTION_OUT,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ravine.optimizers.matrix.roots import (
+from ravine.optimizers.matrix.algebra.roots import (
     CoupledNewton,
     CoupledNewtonSchulz,
     Eigh,

@@ -13,7 +13,7 @@ import pytest
 import ravine
 from flax import linen as nn
 from flax import nnx
-from ravine.optimizers.matrix.layout import MatrixAxes
+from ravine.optimizers.matrix.shape.layout import MatrixAxes
 from ravine.optimizers.roles import (
     EQUINOX_RULES,
     HAIKU_RULES,

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 import ravine
-from ravine.optimizers.matrix.roots import CoupledNewtonSchulz, PseudoInverse
+from ravine.optimizers.matrix.algebra.roots import CoupledNewtonSchulz, PseudoInverse
 
 from .preconditioned import (
     all_finite,

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 import ravine
-from ravine.optimizers.matrix.roots import CoupledNewton
+from ravine.optimizers.matrix.algebra.roots import CoupledNewton
 
 from .golden import shampoo as golden
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ravine.optimizers.matrix.together import Unit, together
+from ravine.optimizers.matrix.batch.together import Unit, together
 
 COUNTS = (20, 3, 7, 1)
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ..optimizers.mesh import state_shardings
+from ..optimizers.matrix.mesh.shardings import state_shardings
 from .arithmetic import Arithmetic, arithmetic
 from .model import ModelConfig
 from .shapes import ModelShape

@@ -5,7 +5,7 @@ from typing import Any
 
 from flax import nnx
 
-from ..optimizers.curvature import filled
+from ..optimizers.links.curvature import filled
 
 
 def of_parameters(

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from ..optimizers._transformation import states_of
+from ..core.transformation import states_of
 from ..stability import FiniteGateState, SkipStepState, monitored
 from . import interrupts
 from .checkpoint import Checkpoints

@@ -20,7 +20,7 @@ from jax.sharding import AxisType, Mesh
 from rich.console import Console
 
 from ..core.checks import near
-from ..optimizers.matrix.orthogonalize import NewtonSchulz
+from ..optimizers.matrix.algebra.polar import NewtonSchulz
 from ..optimizers.registry import OptimizerConfig
 from .arithmetic import Arithmetic
 from .collectives import Collective, collectives

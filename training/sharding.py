@@ -12,8 +12,8 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ..core.checks import near
-from ..optimizers.mesh import check_specs
-from ..optimizers.roles import path_string
+from ..core.paths import path_string
+from ..optimizers.matrix.mesh.shardings import check_specs
 from .shapes import ModelShape
 
 AXES = ("data", "fsdp", "tensor")

@@ -10,8 +10,8 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ..optimizers.curvature import gauss_newton_bartlett
-from ..optimizers.mesh import on_mesh, state_shardings
+from ..optimizers.links.curvature import gauss_newton_bartlett
+from ..optimizers.matrix.mesh.shardings import on_mesh, state_shardings
 from ..stability import cross_entropy, logit_statistics, next_token_loss, token_mean
 from .gradients import micro_batch_value_and_grad
 from .model import ModelConfig, Transformer

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from ..matrix.layout import MatrixAxes
+from ..matrix.shape.layout import MatrixAxes
 from .deciding import axes_of_rule, check_roles, complete, decide
 from .rules import CONVOLUTION, MATRIX_ROLES, Role, Rules
 

@@ -10,7 +10,7 @@ import numpy as np
 from ...core.checks import near
 from ...core.paths import path_string
 from ...core.tree_checks import is_part
-from ..matrix.layout import Layout, MatrixAxes, layout
+from ..matrix.shape.layout import Layout, MatrixAxes, layout
 from .refusal import refusal
 from .rules import COMMON_RULES, IN_OUT, Role, Rule, Rules, window
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..matrix.layout import MatrixAxes
+from ..matrix.shape.layout import MatrixAxes
 
 
 def refusal(unclear: Sequence[Any], shapes: Mapping[str, tuple[int, ...]], *, default: bool) -> str:

@@ -8,7 +8,7 @@ convolution, of Flax's attention and of stacked experts are known, all others ar
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from ..matrix.layout import MatrixAxes
+from ..matrix.shape.layout import MatrixAxes
 
 Role = Literal["embedding", "head", "matrix", "norm", "bias", "router", "convolution", "other"]
 MATRIX_ROLES: tuple[Role, ...] = ("matrix", "convolution")

@@ -3,8 +3,8 @@
 from typing import Any
 
 from ...core.arguments import checked
-from .._probe import probe
-from .._table import text_table
+from ...core.text_table import text_table
+from ..probe import probe
 from .deciding import Decided, decide
 from .rules import MATRIX_ROLES, Rules
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import ravine
-from ravine.optimizers.matrix.layout import MatrixAxes
+from ravine.optimizers.matrix.shape.layout import MatrixAxes
 
 GOLDEN = json.loads(Path(__file__).with_name("first_order.json").read_text())
 TABLE = Path(__file__).parents[2] / "docs" / "parity.md"

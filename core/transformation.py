@@ -1,0 +1,99 @@
+"""Constructors of transformations, typed for states that are `NamedTuple`s of our own.
+
+Every update refuses gradients that do not fit the parameters or, where these are not given, what is kept
+of the same shape.
+
+What is made here can be watched: while :func:`watching`, every `init` tells which parameters it was
+given, and what its link does to each. So a whole optimizer explains itself, through ``optax.chain``,
+``partition`` and ``masked``, in the words of the code that runs.
+"""
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from .fit import check_fit, parameters_of
+
+Describe = Callable[[Any], Mapping[str, Any]]
+"""From the parameters to what is to be said: texts of all of them, or lists with one for each leaf."""
+
+
+class Link(NamedTuple):
+    """A transformation, and the parameters it was given."""
+
+    name: str  # of the function that makes it
+    params: Any
+    says: Mapping[str, Any]
+
+
+_links: contextvars.ContextVar[list[Link] | None] = contextvars.ContextVar("links", default=None)
+
+
+def transformation(
+    init: Callable[..., Any],
+    update: Callable[..., tuple[Any, Any]],
+    describe: Describe | None = None,
+) -> optax.GradientTransformation:
+    """`optax.GradientTransformation(init, update)`, that can be watched."""
+    return optax.GradientTransformation(_watched(init, update, describe), _fitting(update))
+
+
+def with_extra_args(
+    init: Callable[..., Any],
+    update: Callable[..., tuple[Any, Any]],
+    describe: Describe | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """`optax.GradientTransformationExtraArgs(init, update)`, that can be watched."""
+    return optax.GradientTransformationExtraArgs(_watched(init, update, describe), _fitting(update))
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[list[Link]]:
+    """Collects the links whose `init` is called inside, in the order of the calls."""
+    links: list[Link] = []
+    token = _links.set(links)
+    try:
+        yield links
+    finally:
+        _links.reset(token)
+
+
+def _watched(init: Any, update: Any, describe: Describe | None) -> Callable[..., Any]:
+    name = update.__qualname__.partition(".")[0].lstrip("_")
+
+    @functools.wraps(init)
+    def watched(params: Any, *args: Any, **kwargs: Any) -> Any:
+        links = _links.get()
+        if links is not None:
+            links.append(Link(name, params, {} if describe is None else describe(params)))
+        return init(params, *args, **kwargs)
+
+    return watched
+
+
+def _fitting(update: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+    @functools.wraps(update)
+    def checked(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        check_fit("gradient", updates, parameters_of(state) if params is None else params)
+        return update(updates, state, params, **extra)
+
+    return checked
+
+
+def states_of(kind: type | tuple[type, ...], opt_state: Any) -> list[Any]:
+    """Every state of one kind in `opt_state`, however deep it is chained, masked or partitioned."""
+    is_kind = lambda node: isinstance(node, kind)
+    return [node for node in jax.tree.leaves(opt_state, is_leaf=is_kind) if is_kind(node)]
+
+
+def map_states(
+    kind: type | tuple[type, ...], function: Callable[[Any], Any], opt_state: Any
+) -> Any:
+    """`opt_state` with `function` of every state of one kind, or several, in its place."""
+    is_kind = lambda node: isinstance(node, kind)
+    return jax.tree.map(lambda x: function(x) if is_kind(x) else x, opt_state, is_leaf=is_kind)

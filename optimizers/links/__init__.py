@@ -1,0 +1,1 @@
+"""What is chained with a direction: momentum, decay, learning rate, graft, and the like."""

@@ -1,0 +1,194 @@
+r"""Grafting: the direction of one optimizer with the size of another's step.
+
+A preconditioner knows the direction better than how far to go: stale roots, a ridge and a wrong
+exponent change the norm of its step by orders of magnitude, and with it the learning rate that works.
+So the norm is taken from an optimizer whose step size is known to be right:
+
+.. math:: u = \frac{\lVert d \rVert}{\lVert p \rVert} \, p
+
+with :math:`p` the preconditioned and :math:`d` the other update.
+
+Source: Agarwal et al., 2020, https://arxiv.org/abs/2002.11803 (AdaGraft).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ...core.arguments import MaybeInfinite, checked
+from ...core.arithmetic import bias_correction, ema, increment, root, scalar, wide, wide_zeros_like
+from ...core.checks import check_decay_rates, check_non_negative
+from ...core.transformation import transformation
+from ..matrix.mesh.exchange import largest, total
+from ..matrix.mesh.placement import Names
+
+Graft = Literal["none", "sgd", "adagrad", "rmsprop", "adam", "adamw", "sign"]
+
+
+def norm_ratio(
+    magnitude: jax.Array,
+    direction: jax.Array,
+    axes: tuple[int, ...],
+    *,
+    keep: bool = True,
+    summed: Names = (),
+) -> jax.Array:
+    """`|magnitude| / |direction|` over some axes; where the direction is zero, one.
+
+    Args:
+      magnitude: an array.
+      direction: one of the same shape.
+      axes: those summed over.
+      keep: keep them as axes of size one.
+      summed: mesh axes that cut the arrays along these, inside `jax.shard_map`.
+
+    Both are divided by their largest element first, so that squares neither overflow nor vanish.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ravine.optimizers.links.graft import norm_ratio
+      >>> norm_ratio(jnp.array([3e-30, 4e-30]), jnp.array([1e-30, 0.0]), (0,), keep=False)
+      Array(5., dtype=float32)
+    """
+    sizes = []
+    for x in (wide(magnitude), wide(direction)):
+        most = largest(jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0), summed)
+        scaled = x / jnp.where(most > 0, most, 1)
+        squares = total(jnp.sum(jnp.square(scaled), axis=axes, keepdims=True), summed)
+        sizes.append((most, jnp.sqrt(squares)))
+    (above, over), (below, under) = sizes
+    nothing = below == 0
+    ratio = above / jnp.where(nothing, 1, below) * (over / jnp.where(nothing, 1, under))
+    ratio = jnp.where(nothing, 1, ratio)
+    return ratio if keep else jnp.squeeze(ratio, axes)
+
+
+class Magnitude(NamedTuple):
+    """An optimizer whose step is grafted, sharing the momentum of the one it is grafted on."""
+
+    init: Callable[[Any], Any]
+    """From parameters to its second moments, a tree like them (or none)."""
+    update: Callable[[Any, Any, Any, jax.Array], tuple[Any, Any]]
+    """From (gradients, their mean, moments, steps made with this one) to (step, moments)."""
+
+
+def magnitude(name: Graft, b2: float = 0.999, eps: float = 1e-8, nu_dtype: Any = None) -> Magnitude:
+    r"""The step to graft, by name; :math:`\hat g` is the mean of gradients the direction is made of.
+
+    ===================  ==========================================================================
+    ``none``             :math:`\hat g` before the start step, no grafting after it
+    ``sgd``              :math:`\hat g`
+    ``sign``             :math:`\operatorname{sign} \hat g`
+    ``adagrad``          :math:`\hat g / (\sqrt{\sum g^2} + \epsilon)`
+    ``rmsprop``          :math:`\hat g / (\sqrt{v} + \epsilon)`, v the moving average of :math:`g^2`
+    ``adam``, ``adamw``  the same, v divided by :math:`1 - \beta_2^t`; decay is a link of its own
+    ===================  ==========================================================================
+
+    Raises:
+      ValueError: for an unknown name, or a decay rate that the named optimizer cannot have.
+
+    Example:
+      >>> from ravine.optimizers.links.graft import magnitude
+      >>> adam = magnitude("adam", b2=0.95)
+    """
+    if name not in get_args(Graft):
+        raise ValueError(f"unknown graft {name!r}; known: {', '.join(get_args(Graft))}.")
+    if name in ("none", "sgd", "sign"):
+        sign = name == "sign"
+
+        def plain(g: Any, mean: Any, nu: Any, count: jax.Array) -> tuple[Any, Any]:
+            del g, count
+            return jax.tree.map(jnp.sign, mean) if sign else mean, nu
+
+        return Magnitude(lambda params: optax.EmptyState(), plain)
+    check_non_negative(graft_eps=eps)
+    if name != "adagrad":
+        try:
+            check_decay_rates(graft_b2=b2)
+        except ValueError as error:
+            raise ValueError(
+                f"the graft {name!r} averages squared gradients: {error} With b2=1 (sums), give "
+                "graft_b2 or graft='adagrad'."
+            ) from None
+
+    def update(g: Any, mean: Any, nu: Any, count: jax.Array) -> tuple[Any, Any]:
+        if name == "adagrad":
+            moments = jax.tree.map(lambda x, v: wide(v) + jnp.square(wide(x)), g, nu)
+        else:
+            moments = ema(g, nu, b2, jnp.square)
+        weight = bias_correction(b2, count) if name in ("adam", "adamw") else None
+
+        def step(m: jax.Array, v: jax.Array) -> jax.Array:
+            v = v if weight is None else v / weight.astype(v.dtype)
+            return m / root(v, eps, 0.0).astype(m.dtype)
+
+        return jax.tree.map(step, mean, moments), moments
+
+    return Magnitude(lambda params: wide_zeros_like(params, nu_dtype), update)
+
+
+class GraftState(NamedTuple):
+    """State of `graft`."""
+
+    count: jax.Array  # int32 scalar, updates made so far
+    direction: Any  # state of the direction's transformation
+    magnitude: Any  # state of the magnitude's transformation
+
+
+@checked
+def graft(
+    direction: optax.GradientTransformation,
+    magnitude: optax.GradientTransformation,
+    *,
+    start: MaybeInfinite = 1,
+) -> optax.GradientTransformation:
+    r"""The direction of one transformation with the norm of another's update, parameter by parameter.
+
+    .. math:: u = \frac{\lVert d \rVert}{\lVert p \rVert} \, p
+
+    Both see the gradients and keep their own state; before the start step the update is :math:`d`.
+
+    Args:
+      direction: gives p; any transformation, as ``ravine.scale_by_muon()``.
+      magnitude: gives d, as ``ravine.scale_by_adam()``.
+      start: the first step, counted from one, with the direction of the first; infinity never.
+
+    Raises:
+      ValueError: if `start` is below one.
+
+    Source: Agarwal et al., 2020, https://arxiv.org/abs/2002.11803.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, ravine
+      >>> tx = ravine.graft(optax.identity(), ravine.scale_by_adam())
+      >>> updates, _ = tx.update(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)))
+      >>> [round(float(u), 3) for u in updates]  # as long as Adam's (1, 1)
+      [0.849, 1.131]
+    """
+    if not start >= 1:
+        raise ValueError(f"start must be a step from 1 on, got {start!r}.")
+
+    def init(params: optax.Params) -> GraftState:
+        return GraftState(jnp.zeros([], jnp.int32), direction.init(params), magnitude.init(params))
+
+    def update(
+        updates: optax.Updates, state: GraftState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, GraftState]:
+        count = increment(state.count)
+        pointing, direction_state = direction.update(updates, state.direction, params)
+        sized, magnitude_state = magnitude.update(updates, state.magnitude, params)
+        started = count >= start if math.isfinite(start) else jnp.zeros([], bool)
+
+        def grafted(p: jax.Array, d: jax.Array) -> jax.Array:
+            ratio = norm_ratio(d, p, tuple(range(p.ndim)))
+            new = wide(p) * scalar(ratio, wide(p).dtype)
+            return jnp.where(started, new.astype(d.dtype), d)
+
+        grafted_updates = jax.tree.map(grafted, pointing, sized)
+        return grafted_updates, GraftState(count, direction_state, magnitude_state)
+
+    return transformation(init, update)

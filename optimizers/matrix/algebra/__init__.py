@@ -1,0 +1,1 @@
+"""Arrays in, arrays out: products, roots, polar factors, eigenbases."""

@@ -1,0 +1,82 @@
+r"""Kronecker factors: one matrix for every axis of a block.
+
+For blocks of order k, `[..., b1, ..., bk]` with any batch axes in front, the *mode-i Gram matrix* is
+:math:`G_{(i)} G_{(i)}^\top`, the unfolding along axis i times its transpose; multiplying along an axis
+is the mode-i product. For matrices these are :math:`GG^\top`, :math:`G^\top G`, :math:`PG` and
+:math:`GP`. No batch axis is ever reshaped away, so what shards the batch shards the result.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+
+def mode_gram(blocks: jax.Array, axis: int, order: int) -> jax.Array:
+    """`[..., b, b]`: the Gram matrix of the blocks along one of their last `order` axes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ravine.optimizers.matrix.algebra.kronecker import mode_gram
+      >>> g = jnp.array([[1.0, 2.0], [0.0, 3.0]])
+      >>> mode_gram(g, 0, 2)
+      Array([[5., 6.],
+             [6., 9.]], dtype=float32)
+      >>> mode_gram(g, 1, 2)
+      Array([[ 1.,  2.],
+             [ 2., 13.]], dtype=float32)
+    """
+    letters = _LETTERS[:order]
+    other = letters.replace(letters[axis], "z")
+    return _einsum(f"...{letters},...{other}->...{letters[axis]}z", blocks, blocks)
+
+
+def mode_product(
+    blocks: jax.Array, factor: jax.Array, axis: int, order: int, *, transposed: bool = False
+) -> jax.Array:
+    """The blocks multiplied along one axis by a factor `[..., b, b]`, or by its transpose.
+
+    Element j of that axis becomes the sum over i of ``factor[j, i]`` times element i.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ravine.optimizers.matrix.algebra.kronecker import mode_product
+      >>> mode_product(jnp.ones((1, 2)), jnp.array([[1.0, 2.0], [3.0, 4.0]]), axis=1, order=2)
+      Array([[3., 7.]], dtype=float32)
+    """
+    letters = _LETTERS[:order]
+    other = letters.replace(letters[axis], "z")
+    along = f"...{letters[axis]}z" if transposed else f"...z{letters[axis]}"
+    # The order of the operands decides whether XLA has to transpose the result.
+    if axis == 0:
+        return _einsum(f"{along},...{letters}->...{other}", factor, blocks)
+    return _einsum(f"...{letters},{along}->...{other}", blocks, factor)
+
+
+def rotate(
+    blocks: jax.Array, factors: Sequence[jax.Array | None], *, back: bool = False
+) -> jax.Array:
+    """Multiplies along every axis by its factor; None leaves the axis alone.
+
+    Args:
+      blocks: `[..., b1, ..., bk]`.
+      factors: k of `[..., b, b]`.
+      back: by the transposed factors, which undoes a rotation.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ravine.optimizers.matrix.algebra.kronecker import rotate
+      >>> rotate(jnp.ones((2, 1)), [jnp.array([[0.0, -1.0], [1.0, 0.0]]), None]).tolist()
+      [[-1.0], [1.0]]
+    """
+    for axis, factor in enumerate(factors):
+        if factor is not None:
+            blocks = mode_product(blocks, factor, axis, len(factors), transposed=back)
+    return blocks
+
+
+_LETTERS = "abcdefghijklmnopqrstuvwxy"
+
+
+def _einsum(subscripts: str, left: jax.Array, right: jax.Array) -> jax.Array:
+    return jnp.einsum(subscripts, left, right, precision="highest")

@@ -1,0 +1,35 @@
+"""LAPACK for batches: eigendecompositions and QR of many matrices.
+
+Outside `jax.shard_map` the compiler gathers what LAPACK and its kin work on onto every device, and
+under an `Explicit` mesh they raise (jax #33230); `per_shard` is where optimizers call this.
+
+On CPU the matrices go to LAPACK one by one. Given a batch, jaxlib (0.10 to 0.12) deals it to XLA's
+thread pool and waits inside that same pool: as many such calls at once as there are threads, from two
+independent places of a program or from two devices, wait for each other for ever.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+def for_each_matrix(function: Callable[[jax.Array], Any], batch: jax.Array) -> Any:
+    """``function(batch)``, on CPU with one matrix at a time.
+
+    Args:
+      function: of `[K, n, m]`, matrix by matrix, to arrays `[K, ...]`.
+      batch: `[K, n, m]`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ravine.optimizers.matrix.algebra.lapack import for_each_matrix
+      >>> for_each_matrix(jnp.linalg.eigvalsh, jnp.eye(2)[None])
+      Array([[1., 1.]], dtype=float32)
+    """
+
+    def one_by_one(batch: jax.Array) -> Any:
+        found = jax.lax.map(lambda matrix: function(matrix[None]), batch)
+        return jax.tree.map(lambda x: x.reshape(x.shape[0], *x.shape[2:]), found)
+
+    return jax.lax.platform_dependent(batch, cpu=one_by_one, default=function)

@@ -1,0 +1,263 @@
+r"""Newton–Schulz iterations towards the polar factor of a batch of matrices.
+
+For :math:`G = U \Sigma V^\top` the polar factor is :math:`U V^\top`: every singular value becomes one.
+A step :math:`X \leftarrow aX + b\,XX^\top X + c\,(XX^\top)^2 X` maps each singular value by an odd
+polynomial and needs matrix products only. There are two forms of the same arithmetic:
+
+*standard*
+    three products a step, two of them with the long side;
+*gram*
+    the steps act on :math:`R = XX^\top` alone, collecting :math:`Q` with :math:`X_k = Q X_0`; the
+    long side is met once at the start and once at the end. Squaring the singular values loses the
+    small ones to rounding, so after some steps the iteration *restarts*: :math:`X \leftarrow QX`,
+    :math:`R \leftarrow XX^\top`.
+
+With symmetric products at their own cost, which form multiplies less depends on the shape; `cheapest`
+counts it.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from ....core.arguments import checked
+from ....core.checks import check_whole
+from ..mesh.exchange import largest, total
+from ..mesh.placement import Names
+from ..mesh.traffic import Distribution
+from .coefficients import Steps, check_coefficients, named_coefficients
+from .symmetric import cost_share, halvings, product, symmetric_product
+
+Form = Literal["auto", "standard", "gram"]
+MOST_STEPS = 1000
+
+
+@checked
+@dataclasses.dataclass(frozen=True)
+class NewtonSchulz:
+    r"""How matrices are orthogonalized; call it on a batch.
+
+    Attributes:
+      coefficients: a preset (``"keller"``, ``"quintic"``, ``"polar_express"``, ``"cubic"``) or a
+        tuple of :math:`(a, b, c)`, one a step.
+      steps: how many, for a preset.
+      lower: for ``"polar_express"``, the smallest singular value that shall come near one.
+      dtype: of the products' inputs: float32, bfloat16 or float16, by name or as ``jnp.bfloat16``;
+        kept by name. Norms and sums are float32 in any case.
+      form: ``"standard"``, ``"gram"``, or ``"auto"`` for the one that multiplies less; in bfloat16
+        that is the standard form, as eight bits are too few for :math:`R`.
+      restarts: steps before which the gram form starts anew. Restarted before step 3 it stays
+        within 1e-5 of the standard form for singular values from 0.01 to 1 in float32 (relative
+        Frobenius norm); without any restart within 1e-4, and a sixth faster.
+      halvings: of symmetric products, see :mod:`.symmetric`; ``None`` decides by size.
+      precision: of products in float32, which accelerators would else round to fewer bits.
+      distribution: of matrices that a mesh cuts: ``"whole"``, ``"ragged"``, ``"gram"``, or ``"auto"``
+        for what sends the fewest bytes, see :mod:`.traffic` (ragged on some TPUs only).
+
+    Raises:
+      ValueError: for coefficients whose map does not stay positive and bounded on (0, 1], and other
+        values out of range.
+
+    Source: Jordan, 2024, https://kellerjordan.github.io/posts/muon/; gram form: Dao-AILab,
+    gram-newton-schulz.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from ravine.optimizers.matrix.algebra.polar import NewtonSchulz
+      >>> x = jnp.array([[[3.0, 0.0], [0.0, 4.0]]])
+      >>> NewtonSchulz("quintic")(x).round(2)
+      Array([[[1.02, 0.  ],
+              [0.  , 1.01]]], dtype=float32)
+    """
+
+    coefficients: str | Steps = "keller"
+    steps: int = 5
+    lower: float = 1e-3
+    dtype: Any = "float32"
+    form: Form = "auto"
+    restarts: tuple[int, ...] = (3,)
+    halvings: int | None = None
+    precision: jax.lax.PrecisionLike = "highest"
+    distribution: Distribution = "auto"
+
+    def __post_init__(self) -> None:
+        dtype = jnp.dtype(self.dtype).name
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}.")
+        object.__setattr__(self, "dtype", dtype)
+        if any(step < 1 for step in self.restarts):
+            raise ValueError(f"restarts must be steps of at least 1, got {self.restarts}.")
+        check_whole(0, halvings=self.halvings)
+        check_whole(1, steps=self.steps)
+        if self.steps > MOST_STEPS:
+            raise ValueError(f"steps must be at most {MOST_STEPS}, got {self.steps}.")
+        self.table()
+
+    def table(self) -> Steps:
+        """The coefficients of every step."""
+        if isinstance(self.coefficients, str):
+            return named_coefficients(self.coefficients, self.steps, self.lower)
+        return check_coefficients(self.coefficients)
+
+    def gram_sums(self) -> int:
+        """How many Gram matrices of the long side are needed where mesh axes cut it."""
+        count = len(self.table())
+        if self._cut_form() == "standard":
+            return count
+        return 1 + sum(step < count for step in set(self.restarts))
+
+    def _cut_form(self) -> Literal["standard", "gram"]:
+        """The form of matrices whose long side is cut: what sums least."""
+        if self.form != "auto":
+            return self.form
+        return "standard" if self.dtype == "bfloat16" else "gram"
+
+    def __call__(self, matrices_KxMxN: jax.Array, summed: Names = ()) -> jax.Array:
+        """The approximate polar factors, in the dtype of the matrices; of a zero matrix, zero.
+
+        Args:
+          matrices_KxMxN: a batch.
+          summed: mesh axes along which the rest of the columns is, inside `jax.shard_map`; then the
+            rows must be the short side.
+        """
+        rows, columns = matrices_KxMxN.shape[1:]
+        if rows > columns and not summed:
+            return jnp.swapaxes(self(jnp.swapaxes(matrices_KxMxN, 1, 2)), 1, 2)
+        steps, form = self.table(), self._cut_form()
+        if form == "gram" and self.form == "auto" and not summed:
+            form = cheapest(rows, columns, steps, self.restarts, self.halvings)
+        wide = jnp.float64 if matrices_KxMxN.dtype == jnp.float64 else jnp.float32
+        dtype = wide if self.dtype == "float32" else jnp.dtype(self.dtype)
+        arithmetic = _Arithmetic(dtype, self.halvings, self.precision, summed)
+        x = normalize(matrices_KxMxN.astype(wide), summed).astype(dtype)
+        iterate = _gram if form == "gram" else _standard
+        return iterate(x, steps, arithmetic, self.restarts).astype(matrices_KxMxN.dtype)
+
+
+def normalize(matrices_KxMxN: jax.Array, summed: Names = ()) -> jax.Array:
+    """Each matrix divided by its Frobenius norm, whatever its scale; a zero matrix stays zero.
+
+    The largest element is divided out first, so that squares neither overflow nor vanish; nothing is
+    added to the norm, which would shrink small matrices.
+    """
+    here = jnp.max(jnp.abs(matrices_KxMxN), axis=(1, 2), keepdims=True, initial=0)
+    maximum = largest(here, summed)
+    scaled = matrices_KxMxN / jnp.where(maximum == 0, 1, maximum)
+    squares = jnp.sum(jnp.square(scaled), axis=(1, 2), keepdims=True)
+    norm = jnp.sqrt(total(squares, summed))
+    return scaled / jnp.where(norm == 0, 1, norm)
+
+
+def polar_factor(matrices_KxMxN: jax.Array) -> jax.Array:
+    """The polar factors by singular value decomposition: the reference, not for training.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ravine.optimizers.matrix.algebra.polar import polar_factor
+      >>> polar_factor(jnp.array([[[3.0, 0.0], [0.0, 4.0]]]))
+      Array([[[1., 0.],
+              [0., 1.]]], dtype=float32)
+    """
+    u, _, vh = jnp.linalg.svd(matrices_KxMxN, full_matrices=False)
+    return jnp.matmul(u, vh, precision="highest")
+
+
+def multiplications(
+    form: str,
+    rows: int,
+    columns: int,
+    steps: Steps,
+    restarts: tuple[int, ...] = (),
+    depth: int | None = None,
+) -> float:
+    """Multiply-adds for one `[rows, columns]` matrix, rows <= columns.
+
+    Example:
+      >>> from ravine.optimizers.matrix.algebra.coefficients import named_coefficients
+      >>> from ravine.optimizers.matrix.algebra.polar import multiplications
+      >>> steps = named_coefficients("keller", 5)
+      >>> [multiplications(form, 1, 4, steps) for form in ("standard", "gram")]
+      [45.0, 25.0]
+    """
+
+    def symmetric(inner: int) -> float:
+        share = cost_share(halvings(rows, inner) if depth is None else depth)
+        return share * rows**2 * inner
+
+    count, squares = len(steps), sum(c != 0 for _, _, c in steps)
+    small, gram, apply = symmetric(rows), symmetric(columns), float(rows**2 * columns)
+    if form == "standard":
+        return count * (gram + apply) + squares * small
+    starts = [0, *sorted(step for step in set(restarts) if step < count)]
+    ends = [*starts[1:], count]
+    collects = sum(end - start - 1 for start, end in zip(starts, ends, strict=True))
+    # A step squares R and multiplies into Q; all but the last before an end also move R on: Q R Q.
+    return len(starts) * (gram + apply) + (squares + 2 * collects) * small + collects * rows**3
+
+
+def cheapest(
+    rows: int, columns: int, steps: Steps, restarts: tuple[int, ...] = (), depth: int | None = None
+) -> Literal["standard", "gram"]:
+    """The form that multiplies less."""
+    costs = {
+        form: multiplications(form, rows, columns, steps, restarts, depth)
+        for form in ("standard", "gram")
+    }
+    return "gram" if costs["gram"] < costs["standard"] else "standard"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Arithmetic:
+    """Products whose inputs are rounded to one dtype and whose results are wide."""
+
+    dtype: Any
+    depth: int | None
+    precision: Any
+    summed: Names
+
+    def full(self, left: jax.Array, right: jax.Array) -> jax.Array:
+        return product(left.astype(self.dtype), right.astype(self.dtype), precision=self.precision)
+
+    def symmetric(self, left: jax.Array, right: jax.Array) -> jax.Array:
+        left, right = left.astype(self.dtype), right.astype(self.dtype)
+        return symmetric_product(left, right, self.depth, precision=self.precision)
+
+    def gram(self, x: jax.Array) -> jax.Array:
+        return total(self.symmetric(x, jnp.swapaxes(x, 1, 2)), self.summed)
+
+
+def _standard(
+    x: jax.Array, steps: Steps, arithmetic: _Arithmetic, restarts: tuple[int, ...]
+) -> jax.Array:
+    del restarts
+    for a, b, c in steps:
+        gram = arithmetic.gram(x)
+        inner = b * gram + c * arithmetic.symmetric(gram, gram) if c else b * gram
+        x = (a * x.astype(inner.dtype) + arithmetic.full(inner, x)).astype(arithmetic.dtype)
+        # Or XLA for TPU keeps the wide products of all steps, to add them up in one kernel at the end.
+        x = jax.lax.optimization_barrier(x)
+    return x
+
+
+def _gram(
+    x: jax.Array, steps: Steps, arithmetic: _Arithmetic, restarts: tuple[int, ...]
+) -> jax.Array:
+    start = r = arithmetic.gram(x)
+    eye, q = jnp.eye(x.shape[1], dtype=r.dtype)[None], None
+    for index, (a, b, c) in enumerate(steps):
+        p = a * eye + b * r + (c * arithmetic.symmetric(r, r) if c else 0)
+        q = p if q is None else arithmetic.symmetric(p, q)
+        if index + 1 == len(steps):
+            break
+        if index + 1 in restarts:
+            x = arithmetic.full(q, x).astype(arithmetic.dtype)
+            start, q = arithmetic.gram(x), None
+            r = start
+        else:
+            # Not P R P: rounding would part Q from R. This way R is the Gram matrix of the QX at hand,
+            # as in the standard form, and the error is a quarter to a half of what it was.
+            r = arithmetic.symmetric(arithmetic.full(q, start), jnp.swapaxes(q, 1, 2))
+    assert q is not None
+    return arithmetic.full(q, x)

@@ -1,0 +1,1 @@
+"""Many matrices, few kernels: joined, worked on in chunks, refreshed."""

@@ -1,0 +1,232 @@
+"""Many matrices, few kernels: matrices of one shape are worked on as one batch.
+
+A kernel per leaf makes compile time grow with the number of leaves, and leaves a device idle where
+matrices are small. Here all pieces are turned to the wide form (rows <= columns), those of one shape
+are joined, and the joint batch is cut where its temporary memory would pass a bound.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ....core.platform import platform
+from ..mesh.exchange import whole_matrices
+from ..mesh.placement import Names, explicit_sizes, mesh_of, names_of, spec
+from ..mesh.traffic import OnShards, cheapest
+
+MAX_ELEMENTS = {"cpu": 2**21}
+"""Elements worked on at once, by platform; `MAX_ELEMENTS_ELSEWHERE` on all others. A CPU gains nothing
+from more than what its caches hold, and pays for every fresh page of temporary memory."""
+MAX_ELEMENTS_ELSEWHERE = 2**25
+
+Pieces = Sequence[jax.Array]  # of [L, M, N], the shapes may differ
+
+
+def map_matrices(
+    function: Callable[[jax.Array], jax.Array], pieces: Pieces, max_elements: int | None = None
+) -> list[jax.Array]:
+    """Applies `function` to all matrices, those of equal shape together.
+
+    The function must commute with transposition, as orthogonalization does: tall matrices are handed
+    to it transposed. This is the one place through which every batch of whole matrices passes. On a
+    mesh, each matrix is worked on by one device, see `whole_matrices`, or its columns stay where they
+    are, see `cheapest`.
+
+    Args:
+      function: maps a batch `[K, m, n]`, m <= n, to one of the same shape, matrix by matrix.
+      pieces: batches `[L, M, N]`.
+      max_elements: bound on the elements worked on at once, and so on temporary memory; at least
+        one matrix is taken. ``None`` takes 2**21 on CPU and 2**25 (128 MB in float32) elsewhere.
+
+    Returns:
+      The results, in the order and shapes of the pieces.
+
+    Raises:
+      ValueError: if the bound is below one.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ravine.optimizers.matrix.batch.batches import map_matrices
+      >>> pieces = [jnp.ones((2, 3, 4)), jnp.ones((1, 4, 3)), jnp.ones((1, 2, 2))]
+      >>> shapes = []
+      >>> results = map_matrices(lambda batch: shapes.append(batch.shape) or -batch, pieces)
+      >>> shapes, [result.shape for result in results]
+      ([(3, 3, 4), (1, 2, 2)], [(2, 3, 4), (1, 4, 3), (1, 2, 2)])
+    """
+    cuts = [names_of(piece) for piece in pieces]
+    meshes = [mesh for piece in pieces if (mesh := mesh_of(piece)) is not None]
+    if not meshes:
+        return _map_local(function, pieces, cuts, {}, max_elements)
+    sizes, specs = explicit_sizes(meshes[0]), tuple(map(spec, cuts))
+    local = jax.shard_map(
+        lambda *pieces: _map_local(function, pieces, cuts, sizes, max_elements),
+        mesh=meshes[0],
+        in_specs=specs,
+        out_specs=list(specs),
+        axis_names=set(sizes),
+        check_vma=False,
+    )
+    return local(*pieces)
+
+
+def _map_local(
+    function: Callable[[jax.Array], jax.Array],
+    pieces: Pieces,
+    cuts: Sequence[tuple[Names, ...]],
+    sizes: Mapping[str, int],
+    max_elements: int | None,
+) -> list[jax.Array]:
+    """`map_matrices` on one device's parts of pieces that mesh axes of these sizes cut."""
+    parts = lambda names: math.prod(sizes[name] for name in names)
+    groups: dict[Any, list[tuple[int, bool]]] = {}
+    for index, (piece, (batch, *sides)) in enumerate(zip(pieces, cuts, strict=True)):
+        whole = [(n * parts(names), names) for n, names in zip(piece.shape[1:], sides, strict=True)]
+        # Of square matrices the cut decides, so that those cut by rows join those cut by columns.
+        is_wide = whole[0] <= whole[1]
+        key = (batch, *sorted(whole), str(piece.dtype))
+        groups.setdefault(key, []).append((index, is_wide))
+    results: list[jax.Array] = list(pieces)
+    for (batch_names, (rows, row_names), (columns, column_names), _), members in groups.items():
+        if rows * columns == 0:
+            continue
+        batch = _join(
+            [
+                pieces[index] if wide else jnp.swapaxes(pieces[index], 1, 2)
+                for index, wide in members
+            ]
+        )
+        sharing = {name: size for name, size in sizes.items() if name not in batch_names}
+        way = cheapest(function, batch, row_names, column_names, sizes)
+        kept = way.kept
+        if kept and isinstance(function, OnShards):
+            sharing = {name: size for name, size in sharing.items() if name not in kept}
+            work = functools.partial(function, summed=kept)
+        else:
+            most = largest_chunk((rows, columns), max_elements)
+            work = functools.partial(in_chunks, function, most=most)
+        exchanged = tuple(name for name in column_names if name not in kept)
+        done = whole_matrices(work, batch, row_names, exchanged, sharing, ragged=way.ragged)
+        lengths = [pieces[index].shape[0] for index, _ in members]
+        for (index, wide), part in zip(members, _unjoin(done, lengths), strict=True):
+            results[index] = part if wide else jnp.swapaxes(part, 1, 2)
+    return results
+
+
+def largest_chunk(
+    shape: tuple[int, ...],
+    max_elements: int | None = None,
+    elsewhere: int = MAX_ELEMENTS_ELSEWHERE,
+) -> int:
+    """How many matrices of a shape are worked on at once; bound as for `map_matrices`."""
+    if max_elements is None:
+        max_elements = MAX_ELEMENTS.get(platform(), elsewhere)
+    if max_elements < 1:
+        raise ValueError(f"max_elements must be at least 1, got {max_elements}.")
+    return max(1, max_elements // max(1, math.prod(shape)))
+
+
+def in_chunks(function: Callable[..., Any], batch: Any, most: int, beside: Any = None) -> Any:
+    """`function` on `most` members of a batch at a time, each result written where they were.
+
+    Args:
+      function: maps a part of the batch to one of the same shapes.
+      batch: a tree of arrays with the batch as first axis.
+      most: members worked on at once.
+      beside: a second argument, a tree too, cut like the batch but only read.
+    """
+    count = jax.tree.leaves(batch)[0].shape[0]
+
+    def applied(part: Any, start: Any, length: int) -> Any:
+        if beside is None:
+            return function(part)
+        whole = length == count
+        return function(
+            part, beside if whole else jax.tree.map(lambda x: part_of(x, start, length), beside)
+        )
+
+    if count <= most:
+        return applied(batch, 0, count)
+    # Chunks of one size are one program; a remainder would be compiled as a second one.
+    size = max(divisor for divisor in range(1, most + 1) if count % divisor == 0)
+    if 2 * size < most:
+        size = most
+
+    def write(start: Any, length: int, batch: Any) -> Any:
+        chunk = jax.tree.map(lambda x: part_of(x, start, length), batch)
+        return jax.tree.map(
+            lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, start, 0),
+            batch,
+            applied(chunk, start, length),
+        )
+
+    whole, rest = divmod(count, size)
+    batch = jax.lax.fori_loop(0, whole, lambda at, batch: write(at * size, size, batch), batch)
+    return write(whole * size, rest, batch) if rest else batch
+
+
+def joined(function: Callable[..., Any], *parts: Sequence[Any]) -> list[Any]:
+    """`function` of several batches as one, its result cut up again.
+
+    Args:
+      function: of trees of arrays `[K, ...]`, member by member.
+      parts: an argument each, as a list of such trees of equal structure.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ravine.optimizers.matrix.batch.batches import joined
+      >>> [x.shape for x in joined(jnp.negative, [jnp.ones((2, 3)), jnp.ones((1, 3))])]
+      [(2, 3), (1, 3)]
+    """
+    trees = [jax.tree.map(lambda *leaves: _join(leaves), *batches) for batches in parts]
+    ends = list(itertools.accumulate(jax.tree.leaves(batch)[0].shape[0] for batch in parts[0]))
+    found = function(*trees)
+    if len(ends) == 1:
+        return [found]
+    return [
+        jax.tree.map(lambda x, start=start, end=end: x[start:end], found)
+        for start, end in zip([0, *ends[:-1]], ends, strict=True)
+    ]
+
+
+def part_of(x: jax.Array, start: Any, length: int) -> jax.Array:
+    """Some members of a batch."""
+    return jax.lax.dynamic_slice_in_dim(x, start, length)
+
+
+def _join(parts: Sequence[jax.Array]) -> jax.Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
+
+def _unjoin(batch: jax.Array, lengths: list[int]) -> list[jax.Array]:
+    """The parts of a batch, of `lengths` along its first axis.
+
+    XLA compiles a kernel for every slice at another constant place, 12 ms each on CPU, but equal
+    kernels only once; so where there are many, the places are values it cannot know beforehand.
+    """
+    starts = [sum(lengths[:at]) for at in range(len(lengths))]
+    if len(lengths) > 2 and batch.size:
+        starts = _unknown_to_the_compiler(starts, batch)
+    return [
+        jax.lax.dynamic_slice_in_dim(batch, start, length, allow_negative_indices=False)
+        for start, length in zip(starts, lengths, strict=True)
+    ]
+
+
+def _unknown_to_the_compiler(values: list[int], seen_at_runtime: jax.Array) -> list[jax.Array]:
+    """The same values, as results of a loop that runs once, which the compiler cannot foresee."""
+    first = jnp.abs(seen_at_runtime[(0,) * seen_at_runtime.ndim]).astype(jnp.float32)
+    # A sum of 0 for NaN and every finite or infinite number, but not so that XLA would simplify it.
+    one = 1 + (jax.lax.population_count(jax.lax.bitcast_convert_type(first, jnp.int32)) >> 6)
+
+    def body(carry: tuple[jax.Array, list[jax.Array]]) -> tuple[jax.Array, list[jax.Array]]:
+        count, before = carry
+        return count + 1, [value ^ 1 for value in before]
+
+    # Exclusive or, because counters that are increased alike would be merged into one.
+    start = (jnp.int32(0), [jnp.int32(value ^ 1) for value in values])
+    return jax.lax.while_loop(lambda carry: carry[0] < one, body, start)[1]

@@ -1,0 +1,151 @@
+"""When costly quantities are computed anew, and how that is done in place.
+
+Roots and eigenbases are refreshed every T steps: all on one step, or *staggered*, a T-th of them on
+every step, so that all steps take the same time. Both are the same program: matrices are dealt to
+phases, and a phase is a loop that runs once or not at all. A loop, because XLA updates what it carries
+in place, where a conditional would copy every buffer on the steps on which nothing happens.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ....core.arguments import MaybeInfinite, checked
+from ....core.checks import check_known
+from .together import Unit, worked_on
+
+
+@checked
+@dataclasses.dataclass(frozen=True)
+class Refresh:
+    """The schedule; steps are counted from one.
+
+    Attributes:
+      every: the period T.
+      start: the first step that uses the results, at least T (so that staggered ones are complete);
+        ``None`` takes T, and infinity never starts.
+      staggered: spread over the period.
+
+    Raises:
+      ValueError: for a period below one, or a start before the first refresh.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ravine.optimizers.matrix.batch.refresh import Refresh
+      >>> [step for step in range(1, 16) if Refresh(every=5, start=7).due(jnp.int32(step), 0)]
+      [7, 10, 15]
+    """
+
+    every: int = 10
+    start: MaybeInfinite | None = None
+    staggered: bool = False
+
+    def __post_init__(self) -> None:
+        check_known(every=self.every, start=self.start)
+        if type(self.every) is not int or self.every < 1:
+            raise ValueError(
+                f"every must be a whole number of steps, at least 1, got {self.every!r}."
+            )
+        if not self.first >= self.every or not (
+            math.isinf(self.first) or self.first == int(self.first)
+        ):
+            raise ValueError(
+                f"start must be a step from {self.every} (the refresh period) on, got {self.start!r}; "
+                "None starts there."
+            )
+
+    @property
+    def first(self) -> float:
+        """The first step that uses the results."""
+        return self.every if self.start is None else self.start
+
+    @property
+    def phases(self) -> int:
+        """On how many steps of a period something is refreshed."""
+        return self.every if self.staggered and self.every > 1 else 1
+
+    def started(self, step: jax.Array) -> jax.Array:
+        """Whether the results are used."""
+        return step >= self.first if math.isfinite(self.first) else jnp.zeros([], bool)
+
+    def follows(self, step: jax.Array, phase: int) -> jax.Array:
+        """Whether a phase is refreshed at this step, where the first step has set all of them."""
+        return (step > 1) & ((step - 1 + phase) % self.every == 0)
+
+    def due(self, step: jax.Array, phase: int) -> jax.Array:
+        """Whether a phase is refreshed at this step."""
+        if math.isinf(self.first):
+            return jnp.zeros([], bool)
+        first = int(self.first)
+        if self.phases == 1:
+            return (step == first) | ((step >= first) & (step % self.every == 0))
+        return (step > first - self.every) & ((step + phase) % self.every == 0)
+
+
+def refreshed(
+    units: Sequence[Unit],
+    function: Callable[[Hashable, Any, Any], Any],
+    phases: int,
+    due: Callable[[int], jax.Array],
+    max_elements: int | None = None,
+) -> list[Any]:
+    """The units' carries, those that are due replaced by ``function(kind, carry, source)``.
+
+    Units stay whole, so that what is refreshed when does not depend on how a mesh cuts them.
+
+    Args:
+      units: what there is.
+      function: of joined carries and sources, to such carries.
+      phases: among how many the units are dealt.
+      due: whether a phase is refreshed now.
+      max_elements: bound on the elements worked on at once, see `largest_chunk`.
+    """
+    carries = [unit.carry for unit in units]
+    groups: dict[tuple[int, Hashable], list[int]] = {}
+    for at, phase in enumerate(phases_of([unit.cost for unit in units], phases)):
+        groups.setdefault((phase, units[at].likeness), []).append(at)
+    busy = jnp.zeros([], bool)
+    for (phase, _), members in groups.items():
+        refresh = functools.partial(
+            worked_on, [units[at] for at in members], function, max_elements
+        )
+        # One group after the other, as XLA would run side by side what does not depend on each other,
+        # and LAPACK's threads do not bear it (jax #39292).
+        busy, found = once(due(phase) & ~busy, refresh, [carries[at] for at in members])
+        for at, carry in zip(members, found, strict=True):
+            carries[at] = carry
+    return carries
+
+
+def once(due: jax.Array, body: Callable[[Any], Any], carry: Any) -> tuple[jax.Array, Any]:
+    """``body(carry)`` if `due`, else `carry`, without a copy of it; and False, when that is done.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ravine.optimizers.matrix.batch.refresh import once
+      >>> [int(once(jnp.array(due), lambda x: x + 1, jnp.int32(1))[1]) for due in (True, False)]
+      [2, 1]
+    """
+    return jax.lax.while_loop(
+        lambda state: state[0], lambda state: (jnp.zeros([], bool), body(state[1])), (due, carry)
+    )
+
+
+def phases_of(costs: Sequence[float], phases: int) -> list[int]:
+    """A phase for every unit that stays whole, the largest units first to where there is least.
+
+    Example:
+      >>> from ravine.optimizers.matrix.batch.refresh import phases_of
+      >>> phases_of([1.0, 3.0, 2.0], 2)
+      [1, 0, 1]
+    """
+    loads, found = [0.0] * phases, [0] * len(costs)
+    for at in sorted(range(len(costs)), key=lambda at: -costs[at]):
+        found[at] = min(range(phases), key=loads.__getitem__)
+        loads[found[at]] += costs[at]
+    return found

@@ -1,0 +1,197 @@
+"""Blocks of different leaves, worked on together: few programs, whatever the number of leaves.
+
+What is done with blocks of one shape is compiled once for all leaves that have such blocks, and runs on
+slices of all of them at once, in a loop that writes every result where its operand was. So neither the
+time to compile nor temporary memory grows with the model.
+"""
+
+import functools
+import math
+import sys
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+
+from .batches import in_chunks, joined, largest_chunk, part_of
+
+ELEMENTS = 2**23
+"""Elements worked on at once, 32 MB in float32: of roots and bases, whose work takes ten copies of
+that, everywhere but on CPU."""
+
+
+class Unit(NamedTuple):
+    """Stacks of one leaf's blocks, or of their factors, on which the same is done."""
+
+    kind: Hashable
+    """Units of one kind, with arrays of the same shapes, are worked on together."""
+    source: Any
+    """A tree of arrays `[B, ...]`, read only."""
+    carry: Any
+    """A tree of arrays `[B, ...]`: what is replaced."""
+    shards: int = 1
+    """How many devices have as many of the leaf's matrices each."""
+    is_whole: bool = False
+    """Not to be cut into slices, as where devices exchange sums: no collective in a loop."""
+    growth: int = 1
+    """By how much arrays grow when they are worked on, if they are kept packed."""
+
+    @property
+    def cost(self) -> float:
+        """Proportional to the work on all the leaf's matrices, however they are sharded."""
+        work = [x.size * math.prod(x.shape[1:]) ** 0.5 for x in jax.tree.leaves(self.source)]
+        return self.shards * sum(work)
+
+    @property
+    def likeness(self) -> Hashable:
+        """What units must share to be worked on as one batch."""
+        arrays, structure = jax.tree.flatten((self.source, self.carry))
+        shapes = tuple((x.shape[1:], str(x.dtype)) for x in arrays)
+        return self.kind, self.is_whole, structure, shapes
+
+    @property
+    def elements(self) -> int:
+        """How many go with one block."""
+        trees = (jax.tree.leaves(tree) for tree in (self.source, self.carry))
+        most = max(sum(math.prod(x.shape[1:]) for x in arrays) for arrays in trees)
+        return max(1, most * self.growth)
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks, none where nothing is to be replaced."""
+        return next((x.shape[0] for x in jax.tree.leaves(self.carry)), 0)
+
+
+def together(
+    units: Sequence[Unit],
+    function: Callable[[Hashable, Any, Any], Any],
+    max_elements: int | None = None,
+) -> list[Any]:
+    """The units' carries, replaced by ``function(kind, carry, source)``.
+
+    Units of few blocks are joined as they are, those of many slice by slice; a unit that does neither,
+    because it is large and cannot be sliced as finely as its group, is worked on alone, as joining
+    would make a second copy of it.
+
+    Args:
+      units: what there is.
+      function: of joined carries and sources, to such carries.
+      max_elements: bound on the elements worked on at once; ``None`` takes `ELEMENTS`.
+    """
+    max_elements = ELEMENTS if max_elements is None else max_elements
+    carries = [unit.carry for unit in units]
+    groups: dict[Hashable, list[int]] = {}
+    for at, unit in enumerate(units):
+        if unit.blocks:
+            groups.setdefault(unit.likeness, []).append(at)
+    for members in groups.values():
+        for batch in _batches(members, units, max_elements):
+            found = worked_on([units[at] for at in batch], function, max_elements)
+            for at, carry in zip(batch, found, strict=True):
+                carries[at] = carry
+    return carries
+
+
+def _batches(
+    members: Sequence[int], units: Sequence[Unit], max_elements: int | None
+) -> list[list[int]]:
+    """Which of some like units are joined."""
+    slices = _slices([units[at] for at in members], max_elements)
+    joined = not units[members[0]].is_whole
+    many = [at for at in members if joined and units[at].blocks >= slices]
+    few = [at for at in members if at not in many]
+    if not many:
+        return [[at] for at in members]
+    return [many, *(_batches(few, units, max_elements) if few else ())]
+
+
+def _most(unit: Unit, max_elements: int | None) -> int:
+    """How many blocks are worked on at once."""
+    return sys.maxsize if unit.is_whole else largest_chunk((unit.elements,), max_elements, ELEMENTS)
+
+
+def _slices(units: Sequence[Unit], max_elements: int | None) -> int:
+    return -(-sum(unit.blocks for unit in units) // _most(units[0], max_elements))
+
+
+def worked_on(
+    units: Sequence[Unit],
+    function: Callable[[Hashable, Any, Any], Any],
+    max_elements: int | None,
+    carries: Sequence[Any] | None = None,
+) -> list[Any]:
+    """The carries of like units, replaced as one batch, or slice by slice of all of them.
+
+    Slices are joined and written back where they were, so that no second copy of the whole is made.
+
+    Args:
+      units: of one likeness.
+      function: as for `together`.
+      max_elements: likewise.
+      carries: instead of the units' own, of the same shapes.
+    """
+    carries = [unit.carry for unit in units] if carries is None else carries
+    sources, counts = [unit.source for unit in units], [unit.blocks for unit in units]
+    work = functools.partial(function, units[0].kind)
+    most = _most(units[0], max_elements)
+    slices = max(1, min(_slices(units, max_elements), *counts))
+    lengths = [-(-count // slices) for count in counts]
+    # A second size of chunk would be a second program: rather take somewhat more at once.
+    size = sum(lengths) if slices > 1 and sum(lengths) <= 2 * most else most
+
+    def batch(carries: Sequence[Any], sources: Sequence[Any]) -> list[Any]:
+        return joined(
+            lambda carry, source: in_chunks(work, carry, size, beside=source), carries, sources
+        )
+
+    if slices == 1:
+        return batch(carries, sources)
+
+    def one(at: jax.Array, carries: Sequence[Any]) -> list[Any]:
+        starts = [
+            jnp.minimum(at * length, count - length)
+            for count, length in zip(counts, lengths, strict=True)
+        ]
+        old, seen = (
+            [
+                jax.tree.map(lambda x, start=start, length=length: part_of(x, start, length), tree)
+                for tree, start, length in zip(trees, starts, lengths, strict=True)
+            ]
+            for trees in (carries, sources)
+        )
+        found = batch(*jax.tree.map(_row_major, (old, seen)))
+        return [
+            jax.tree.map(
+                functools.partial(_written, start=start, first=at * length, slices=slices),
+                carry,
+                new,
+                before,
+            )
+            for carry, new, before, start, length in zip(
+                carries, found, old, starts, lengths, strict=True
+            )
+        ]
+
+    return jax.lax.fori_loop(0, slices, one, list(carries))
+
+
+def _row_major(x: jax.Array) -> jax.Array:
+    """The array laid out as it was given.
+
+    Otherwise XLA for TPU gives the whole of what a loop carries the layout that is best for the products
+    in it, and makes a copy of the state at the beginning and at the end.
+    """
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
+def _written(
+    whole: jax.Array, new: jax.Array, old: jax.Array, start: Any, first: Any, slices: int
+) -> jax.Array:
+    """`whole` with `new` from `start` on, but for what comes before `first` and is done already."""
+    length = new.shape[0]
+    if whole.shape[0] != slices * length:
+        fresh = start + jnp.arange(length) >= first
+        new = jnp.where(fresh.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+    return jax.lax.dynamic_update_slice_in_dim(whole, new, start, 0)

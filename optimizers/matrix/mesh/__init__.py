@@ -1,0 +1,1 @@
+"""Where matrices lie on a mesh, and how they move."""

@@ -1,0 +1,156 @@
+"""Placement: which mesh axes cut a leaf while its matrices are worked on, and how it gets there.
+
+A mesh axis that cuts a leaf between blocks stays where it is: every device has whole blocks, and
+nothing is communicated. One that would cut through a block is moved to an axis of the leaf that it can
+cut between blocks, by one `all_to_all`, or is gathered where there is none. Mesh axes that the leaf
+does not use get a share of the blocks too. What is left over repeats the work. All of it depends on
+shapes and names only.
+"""
+
+import dataclasses
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.core import Tracer
+from jax.sharding import PartitionSpec
+
+Names = tuple[str, ...]
+"""Mesh axes that cut one axis of an array, the slowest first."""
+
+
+class Move(NamedTuple):
+    """One mesh axis, from the axis of the leaf that it cuts to the one that it shall cut."""
+
+    name: str
+    source: int | None
+    target: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where a leaf is worked on; made by `place`."""
+
+    outside: tuple[Names, ...]
+    """By axis of the leaf: what cuts it in the step."""
+    inside: tuple[Names, ...]
+    """By axis of the leaf: what cuts it while its blocks are worked on."""
+    moves: tuple[Move, ...]
+    """From outside to inside, in this order."""
+    summed: Names
+    """Mesh axes that cut through blocks, along axes over which only sums are needed."""
+    sizes: Mapping[str, int]
+    """Of the mesh's axes."""
+
+    @property
+    def repeated(self) -> int:
+        """How many devices do the same work."""
+        return math.prod(self.sizes[move.name] for move in self.moves if move.target is None)
+
+    @property
+    def shards(self) -> int:
+        """How many devices share the leaf's blocks."""
+        names = [name for axis in self.inside for name in axis if name not in self.summed]
+        return math.prod(self.sizes[name] for name in names)
+
+    def parts(self, names: Names) -> int:
+        """Into how many parts mesh axes cut together."""
+        return math.prod(self.sizes[name] for name in names)
+
+
+WHOLE = Placement((), (), (), (), {})
+"""Of a leaf that is whole where it is worked on."""
+
+
+def place(
+    outside: Sequence[Names],
+    cuts: Sequence[int],
+    sizes: Mapping[str, int],
+    sums: Collection[int] = (),
+) -> Placement:
+    """The placement of a leaf.
+
+    Args:
+      outside: by axis of the leaf, the mesh axes that cut it.
+      cuts: by axis of the leaf, the number of equal parts between which it may be cut; one for never.
+      sizes: of the mesh's axes, by name.
+      sums: axes of the leaf that may be cut anywhere, because only sums over them are needed.
+
+    Example:
+      >>> from ravine.optimizers.matrix.mesh.placement import place
+      >>> mesh = {"data": 2, "tensor": 4}
+      >>> place([(), ("tensor",)], [3, 8], mesh).inside  # eight blocks of columns: no communication
+      ((), ('tensor', 'data'))
+      >>> place([("tensor",), ()], [1, 8], mesh).moves  # rows must be whole: moved to the columns
+      (Move(name='tensor', source=0, target=1), Move(name='data', source=None, target=1))
+    """
+    inside: list[Names] = []
+    left: list[int] = []
+    free: list[tuple[str, int | None]] = []
+    for axis, (names, cut) in enumerate(zip(outside, cuts, strict=True)):
+        kept = len(names)
+        while axis not in sums and cut % math.prod(sizes[name] for name in names[:kept]):
+            kept -= 1
+        inside.append(tuple(names[:kept]))
+        left.append(1 if axis in sums else cut // math.prod(sizes[n] for n in names[:kept]))
+        # What cuts fastest is joined first.
+        free += [(name, axis) for name in reversed(names[kept:])]
+    used = {name for names in outside for name in names}
+    free += [(name, None) for name in sizes if name not in used]
+    moves = []
+    for name, source in free:
+        able = [axis for axis, n in enumerate(left) if sizes[name] > 1 and n % sizes[name] == 0]
+        target = max(able, key=left.__getitem__, default=None)
+        if target is not None:
+            left[target] //= sizes[name]
+            inside[target] += (name,)
+        if sizes[name] > 1:
+            moves.append(Move(name, source, target))
+    return Placement(
+        tuple(tuple(names) for names in outside),
+        tuple(inside),
+        tuple(moves),
+        tuple(name for axis in sums for name in inside[axis]),
+        dict(sizes),
+    )
+
+
+def names_of(x: Any) -> tuple[Names, ...]:
+    """By axis of an array, the mesh axes that cut it according to its type.
+
+    Only axes of an `Explicit` mesh are in types; of an `Auto` one the compiler decides.
+    """
+    mesh = mesh_of(x)
+    spec = () if mesh is None else _sharding(x).spec
+    explicit = () if mesh is None else explicit_sizes(mesh)
+    found = [() if n is None else (n,) if isinstance(n, str) else tuple(n) for n in spec]
+    named = [tuple(name for name in names if name in explicit) for names in found]
+    return (*named, *((),) * (len(x.shape) - len(named)))
+
+
+def spec(names: Sequence[Names]) -> PartitionSpec:
+    """The specification that says the same; see `names_of`."""
+    entries = [None if not axis else axis[0] if len(axis) == 1 else axis for axis in names]
+    return PartitionSpec(*entries)
+
+
+def mesh_of(x: Any) -> Any:
+    """The mesh in an array's type if it has `Explicit` axes, else None."""
+    mesh = None if isinstance(x, np.ndarray) else getattr(_sharding(x), "mesh", None)
+    return mesh if mesh is not None and explicit_sizes(mesh) else None
+
+
+def explicit_sizes(mesh: Any) -> dict[str, int]:
+    """Name to size, of the mesh's `Explicit` axes."""
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    explicit = [name for name, kind in kinds if kind == jax.sharding.AxisType.Explicit]
+    return {name: mesh.shape[name] for name in explicit}
+
+
+def _sharding(x: Any) -> Any:
+    """Of the value where there is one, with its devices; of the type otherwise."""
+    if isinstance(x, jax.ShapeDtypeStruct) or not isinstance(x, Tracer):
+        return getattr(x, "sharding", None)
+    return jax.typeof(x).sharding

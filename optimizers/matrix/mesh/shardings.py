@@ -1,0 +1,290 @@
+"""Optimizers on a mesh: where their state is, and how they are told where parameters are.
+
+Under an `Explicit` mesh, the default of ``jax.make_mesh``, types say how arrays are sharded, and every
+optimizer of Ravine reads them. Under an `Auto` mesh nothing says so while a program is traced, and
+`on_mesh` does. `state_shardings` tells where the state of any transformation will be, and `split_state`
+spreads the state of an element-wise one over the devices that would hold copies of it.
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+from ....core.arguments import checked
+from ....core.paths import path_string
+from ....core.transformation import with_extra_args
+from .exchange import resharded, resharded_as
+from .placement import explicit_sizes, mesh_of, names_of, place, spec
+
+
+@checked
+def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> Any:
+    """The shardings of a transformation's state, for parameters sharded as these; nothing is computed.
+
+    ``tx.init`` is traced on a twin of the mesh whose axes are all `Explicit`, and the shardings are read
+    off the types of what comes out.
+
+    Args:
+      tx: any Optax transformation, ours or not.
+      params: a tree of arrays, or of `jax.ShapeDtypeStruct`, with a `NamedSharding` each.
+
+    Returns:
+      A tree like the state, of `NamedSharding`: what ``jax.jit(tx.init, out_shardings=...)`` and a
+      checkpoint that is restored take.
+
+    Raises:
+      ValueError: for a parameter without a `NamedSharding`, or an axis of it that does not divide.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, ravine
+      >>> from jax.sharding import NamedSharding, PartitionSpec as P
+      >>> mesh = jax.make_mesh((1,), ("data",))
+      >>> params = jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=NamedSharding(mesh, P("data")))
+      >>> ravine.state_shardings(ravine.scale_by_adam(), params).mu.spec
+      P('data', None)
+    """
+    shardings = jax.tree_util.tree_map_with_path(_sharding_of, params)
+    leaves = jax.tree.leaves(shardings)
+    if not leaves:
+        raise ValueError("state_shardings needs parameters, and this tree has no leaf.")
+    mesh = leaves[0].mesh
+    check_specs(params, jax.tree.map(lambda s: s.spec, shardings), mesh)
+    twin = _explicit(mesh.abstract_mesh)
+    structs = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(twin, s.spec)),
+        params,
+        shardings,
+    )
+    with jax.sharding.use_abstract_mesh(twin):
+        state = jax.eval_shape(tx.init, structs)
+    return jax.tree.map(lambda x: NamedSharding(mesh, spec(names_of(x))), state)
+
+
+@checked
+def on_mesh(
+    tx: optax.GradientTransformation, param_specs: Any, mesh: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    """The transformation with parameters sharded as said, under a mesh with `Auto` axes.
+
+    Inside, axes are `Explicit`; results are `Auto` again, and so are parameters for ``curvature=``.
+    Under an `Explicit` mesh it changes nothing.
+
+    Args:
+      tx: any transformation that works under an `Explicit` mesh, as all of Ravine's do.
+      param_specs: how parameters are sharded: a tree like them of `PartitionSpec` or `NamedSharding`, or
+        the parameters themselves, if they are on a mesh; only their shardings are kept. With Flax,
+        ``nnx.state(model, nnx.Param)``, or ``nnx.get_partition_spec`` of it. Parameters are found by
+        their paths, so that ``optax.masked`` may leave some out.
+      mesh: the mesh; by default that of ``jax.set_mesh``, else that of the parameters' shardings.
+
+    Raises:
+      ValueError: for parameters none of which is on a mesh; at `init` or the update: without a mesh, for
+        a parameter that has no specification, or for a specification that names axes the mesh does not
+        have, or that does not divide the parameter.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, ravine
+      >>> from jax.sharding import AxisType, PartitionSpec as P
+      >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+      >>> tx = ravine.on_mesh(ravine.shampoo(1e-3), {"kernel": P("data")}, mesh)
+      >>> state = jax.jit(tx.init)({"kernel": jnp.ones((4, 2))})
+    """
+    tx = optax.with_extra_args_support(tx)
+    known, found_mesh = _known_specs(param_specs)
+
+    def abstract() -> AbstractMesh:
+        current = jax.sharding.get_abstract_mesh()
+        chosen = mesh if mesh is not None else found_mesh if current.empty else None
+        found = current if chosen is None else chosen.abstract_mesh
+        if found.empty:
+            raise ValueError(
+                "there is no mesh; call under jax.set_mesh(mesh), or give on_mesh one."
+            )
+        return found
+
+    def typed(function: Any, specs: Any, *arguments: Any) -> Any:
+        # As leaves: trees of Flax are no trees of specifications.
+        leaves, structure = jax.tree.flatten(arguments)
+        of_leaves = lambda *leaves: function(*jax.tree.unflatten(structure, leaves))
+        in_sharding = tuple(jax.tree.leaves(specs))
+        with contextlib.ExitStack() as stack:
+            if jax.sharding.get_abstract_mesh().empty:
+                stack.enter_context(jax.sharding.use_abstract_mesh(abstract()))
+            return jax.sharding.explicit_axes(of_leaves, in_sharding=in_sharding)(*leaves)
+
+    def passes_through(tree: Any) -> bool:
+        # Optax's tree.map_params initialises a placeholder.
+        return not jax.tree.leaves(tree) or set(abstract().axis_types) == {AxisType.Explicit}
+
+    def specs_of(tree: Any) -> Any:
+        def spec_of(path: Any, x: Any) -> PartitionSpec:
+            name = path_string(path)
+            if name not in known:
+                raise ValueError(
+                    f"on_mesh was not told how the parameter {name!r} of shape {tuple(x.shape)} is "
+                    "sharded; give it all parameters, or a PartitionSpec for each."
+                )
+            return known[name]
+
+        specs = jax.tree_util.tree_map_with_path(spec_of, tree)
+        check_specs(tree, specs, abstract())
+        return specs
+
+    def init(params: optax.Params) -> Any:
+        return (
+            tx.init(params) if passes_through(params) else typed(tx.init, specs_of(params), params)
+        )
+
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
+    ) -> tuple[optax.Updates, Any]:
+        if passes_through(updates):
+            return tx.update(updates, state, params, **extra)
+        found, specs = abstract(), specs_of(updates)
+        structs = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(found, s)),
+            updates,
+            specs,
+        )
+        state_specs = jax.tree.map(lambda s: s.spec, state_shardings(tx, structs))
+        # Functions, as Sophia's curvature, are no arguments of a traced function.
+        functions = {name: value for name, value in extra.items() if callable(value)}
+        if "curvature" in functions:
+            functions["curvature"] = _with_auto_axes(functions["curvature"])
+        arrays = {name: value for name, value in extra.items() if not callable(value)}
+        whole = jax.tree.map(lambda _: PartitionSpec(), arrays)
+        return typed(
+            lambda u, s, p, arrays: tx.update(u, s, p, **arrays, **functions),
+            (specs, state_specs, None if params is None else specs, whole),
+            updates,
+            state,
+            params,
+            arrays,
+        )
+
+    return with_extra_args(init, update)
+
+
+def _known_specs(params: Any) -> tuple[dict[str, PartitionSpec], Any]:
+    """Specifications by the parameters' paths, and the mesh if their shardings tell it."""
+    known, mesh = {}, None
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        sharding = (
+            x if isinstance(x, NamedSharding | PartitionSpec) else getattr(x, "sharding", None)
+        )
+        if isinstance(sharding, NamedSharding):
+            mesh, sharding = sharding.mesh, sharding.spec
+        known[path_string(path)] = sharding
+    if not any(isinstance(s, PartitionSpec) for s in known.values()):
+        raise ValueError(
+            "on_mesh needs to know how parameters are sharded, and none of these has a NamedSharding; "
+            "place them with jax.device_put, or give a tree like them of PartitionSpec."
+        )
+    specs = {n: s if isinstance(s, PartitionSpec) else PartitionSpec() for n, s in known.items()}
+    return specs, mesh
+
+
+@checked
+def split_state(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    r"""An element-wise optimizer whose state is spread over all devices (ZeRO, stage 1).
+
+    Every mesh axis that does not shard a parameter shards its state, where it divides one of its axes:
+    each device updates its part, and the updates are gathered, so that they and the parameters stay
+    sharded as they were. Moments of data-parallel parameters take 1/devices of the memory.
+
+    Args:
+      tx: works element by element, as `ravine.adamw` and all first-order optimizers do. Shampoo,
+        SOAP and Muon share their work among devices without it.
+
+    Source: Rajbhandari et al., 2020, https://arxiv.org/abs/1910.02054.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, ravine
+      >>> tx = ravine.split_state(ravine.adamw(1e-3))
+      >>> with jax.set_mesh(jax.make_mesh((1,), ("data",))):
+      ...     state = jax.jit(tx.init)(jnp.ones((8, 4)))
+    """
+
+    tx = optax.with_extra_args_support(tx)
+
+    def split(tree: Any, like: Any) -> Any:
+        return jax.tree.map(lambda x, leaf: resharded_as(x, _split_names(leaf)), tree, like)
+
+    def init(params: optax.Params) -> Any:
+        return tx.init(split(params, params))
+
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
+    ) -> tuple[optax.Updates, Any]:
+        moved = None if params is None else split(params, params)
+        found, state = tx.update(split(updates, updates), state, moved, **extra)
+        return jax.tree.map(resharded, found, updates), state
+
+    return with_extra_args(init, update)
+
+
+def check_specs(params: Any, specs: Any, mesh: Any) -> None:
+    """Raises for specifications that name axes the mesh does not have, or that do not divide."""
+
+    def check(path: Any, x: Any, wanted: PartitionSpec) -> None:
+        leaf = f"the parameter {path_string(path)!r} of shape {tuple(x.shape)}"
+        if len(wanted) > len(x.shape):
+            raise ValueError(f"{leaf} has fewer axes than its specification {wanted}.")
+        for axis, entry in enumerate(wanted):
+            names = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+            size = 1
+            for name in names:
+                if name not in mesh.shape:
+                    known = ", ".join(map(repr, mesh.axis_names))
+                    raise ValueError(f"{leaf}: the mesh has no axis {name!r}, only {known}.")
+                size *= mesh.shape[name]
+            if x.shape[axis] % size:
+                raise ValueError(
+                    f"{leaf}: axis {axis} of {x.shape[axis]} does not divide by the {size} devices of "
+                    f"the mesh axes {names}; shard another axis, or leave this one whole."
+                )
+
+    jax.tree_util.tree_map_with_path(check, params, specs)
+
+
+def _with_auto_axes(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function from a tree to one like it, computed with `Auto` axes where the tree's are `Explicit`.
+
+    An optimizer works with the latter, and hands its curvature parameters of that kind; the model, under
+    an `Auto` mesh, wants the former.
+    """
+
+    def call(tree: Any, *arguments: Any) -> Any:
+        if mesh_of(jax.tree.leaves(tree)[0]) is None:
+            return function(tree, *arguments)
+        shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, tree)
+        return jax.sharding.auto_axes(function, out_sharding=shardings)(tree, *arguments)
+
+    return call
+
+
+def _split_names(leaf: Any) -> Any:
+    mesh = mesh_of(leaf)
+    if mesh is None:
+        return names_of(leaf)
+    return place(names_of(leaf), leaf.shape, explicit_sizes(mesh)).inside
+
+
+def _sharding_of(path: Any, x: Any) -> NamedSharding:
+    sharding = getattr(x, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        raise ValueError(
+            f"the parameter {path_string(path)!r} has no NamedSharding; place it with "
+            "jax.device_put, or give a jax.ShapeDtypeStruct with one."
+        )
+    return sharding
+
+
+def _explicit(mesh: AbstractMesh) -> AbstractMesh:
+    return AbstractMesh(
+        mesh.axis_sizes, mesh.axis_names, (AxisType.Explicit,) * len(mesh.axis_names)
+    )

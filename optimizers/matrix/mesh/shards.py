@@ -1,0 +1,48 @@
+"""Reshapes of arrays that mesh axes cut."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from .placement import Names, names_of, spec
+
+
+def reshape(x: Any, shape: Sequence[int], names: Sequence[Names] | None = None) -> Any:
+    """``x.reshape(shape)``, cut by mesh axes as it was.
+
+    Args:
+      x: a NumPy or JAX array.
+      shape: of the result.
+      names: by axis of the result, the mesh axes that cut it; by default those that cut the first axis
+        still do, and no other axis may be cut.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ravine.optimizers.matrix.mesh.shards import reshape
+      >>> reshape(jnp.ones((2, 6)), (2, 2, 3)).shape
+      (2, 2, 3)
+    """
+    shape = tuple(shape)
+    before = names_of(x)
+    if x.shape == shape or not any(before):
+        return x.reshape(shape)
+    if names is None:
+        if any(before[1:]):
+            raise ValueError(
+                f"an array of shape {x.shape} is cut by the mesh axes {before}, and only its batch axis "
+                "may be here; keep rows and columns of matrices whole."
+            )
+        names = (before[0], *((),) * (len(shape) - 1))
+    return jax.lax.reshape(x, shape, out_sharding=spec(names))
+
+
+def flat_batch(matrices: jax.Array, size: int) -> jax.Array:
+    """`[..., size, size]` as `[K, size, size]`."""
+    return reshape(matrices, (math.prod(matrices.shape[:-2]), size, size))
+
+
+def flat_axes(x: jax.Array, count: int) -> jax.Array:
+    """The first axes of an array as one."""
+    return reshape(x, (math.prod(x.shape[:count]), *x.shape[count:]))

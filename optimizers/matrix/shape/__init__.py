@@ -1,0 +1,1 @@
+"""How a leaf is a batch of matrices, and matrices a grid of blocks."""

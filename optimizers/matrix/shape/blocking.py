@@ -1,0 +1,219 @@
+"""Blocking: how a leaf is cut into blocks that Kronecker factors belong to, on a mesh or not."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import jax
+
+from ....core.checks import check_known
+from ....core.paths import path_string
+from ..mesh.exchange import move_in, move_out, zeros
+from ..mesh.placement import WHOLE, Names, Placement, explicit_sizes, mesh_of, names_of, place
+from .blocks import BlockGrid, block_grid
+from .layout import Layout, MatrixAxes, layout
+from .matrices import Axes
+
+Sides = Literal["both", "rows", "columns", "smaller"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocking:
+    """How a leaf is cut: into tensors, and these into blocks with factors on some of their axes."""
+
+    layout: Layout | None
+    """None for one tensor with all of the leaf's axes."""
+    grids: tuple[BlockGrid, ...]
+    """One for each tensor of the leaf."""
+    factored: tuple[tuple[bool, ...], ...]
+    """Of each tensor, which axes have a factor."""
+    placement: Placement = WHOLE
+    """On the mesh that the leaf is sharded over."""
+    is_local: bool = False
+    """Whether all this is about the part of the leaf that one device has."""
+
+    @property
+    def summed(self) -> Names:
+        """Mesh axes over which a block's sums are to be added up."""
+        return self.placement.summed if self.is_local else ()
+
+    @property
+    def leaf_names(self) -> Names:
+        """Mesh axes over which a leaf's sums are to be added up."""
+        outside = self.placement.outside if self.is_local else ()
+        return tuple(name for names in outside for name in names)
+
+    @property
+    def shards(self) -> int:
+        """How many devices share the blocks of the leaf, each with those that this describes."""
+        return self.placement.shards if self.is_local else 1
+
+    def to_blocks(self, leaf: jax.Array) -> list[jax.Array]:
+        """One array `[L, *counts, *sizes]` for each tensor of the leaf."""
+        if self.is_local:
+            leaf = move_in(leaf, self.placement)
+        pieces = (leaf[None],) if self.layout is None else self.layout.to_matrices(leaf)
+        return [grid.to_blocks(piece) for grid, piece in zip(self.grids, pieces, strict=True)]
+
+    def from_blocks(self, blocks: Sequence[jax.Array]) -> jax.Array:
+        """The leaf of these blocks."""
+        pieces = [grid.from_blocks(block) for grid, block in zip(self.grids, blocks, strict=True)]
+        leaf = pieces[0][0] if self.layout is None else self.layout.from_matrices(pieces)
+        return move_out(leaf, self.placement) if self.is_local else leaf
+
+    def placed(self, leaf: Any, *, sums: bool) -> "Blocking":
+        """The same, placed on the mesh in the leaf's type.
+
+        With `sums`, axes without a factor may be cut anywhere.
+        """
+        mesh = mesh_of(leaf)
+        if mesh is None:
+            return self
+        cuts, free = [1] * len(leaf.shape), []
+        for axis, at in self._grid_axes().items():
+            if at is None:
+                cuts[axis] = leaf.shape[axis]
+            elif self._is_one_piece:
+                grid, has_factor = self.grids[0], self.factored[0][at]
+                even = grid.counts[at] * grid.sizes[at] == grid.sides[at]
+                if has_factor and even:
+                    cuts[axis] = math.gcd(grid.counts[at], leaf.shape[axis])
+                elif not has_factor and sums:
+                    free.append(axis)
+        found = place(names_of(leaf), cuts, explicit_sizes(mesh), free)
+        return dataclasses.replace(self, placement=found)
+
+    def local(self) -> "Blocking":
+        """The blocking of the part of the leaf that one device works on."""
+        parts = [self.placement.parts(names) for names in self.placement.inside]
+        grids = list(self.grids)
+        for axis, at in self._grid_axes().items():
+            if at is not None and parts[axis] > 1:
+                grids[0] = _shrunk(grids[0], at, parts[axis], self.factored[0][at])
+        shrunk = None if self.layout is None else self.layout.shrunk(parts)
+        return dataclasses.replace(self, layout=shrunk, grids=tuple(grids), is_local=True)
+
+    def zeros(self, leaf: Any, dtype: Any, *, inside: bool) -> list[jax.Array]:
+        """For each tensor zeros `[L, *counts]`, in place; with the blocks' own axes if `inside`."""
+        lengths = [1] if self.layout is None else [piece[0] for piece in self.layout.pieces]
+        made = []
+        for length, grid, marks in zip(lengths, self.grids, self.factored, strict=True):
+            names: list[Names] = [()] * (1 + 2 * len(grid.sizes))
+            for axis, at in self._grid_axes().items() if self.placement.inside else ():
+                behind = 0 if at is None or marks[at] else len(grid.sizes)
+                names[0 if at is None else 1 + at + behind] = self.placement.inside[axis]
+            shape = (length, *grid.counts, *grid.sizes)
+            ndim = len(shape) if inside else 1 + len(grid.counts)
+            made.append(zeros(shape[:ndim], dtype, leaf, names[:ndim]))
+        return made
+
+    def _grid_axes(self) -> dict[int, int | None]:
+        """The axes of the leaf that can be cut, and the tensors' axis each cuts; None: batch."""
+        if self.layout is None:
+            return {axis: axis for axis in range(len(self.grids[0].sides))}
+        found: dict[int, int | None] = {
+            self.layout.row_axes[0]: 0,
+            self.layout.column_axes[0]: 1,
+        }
+        if self.layout.batch_axes:
+            found[self.layout.batch_axes[0]] = None
+        return found
+
+    @property
+    def _is_one_piece(self) -> bool:
+        layout = self.layout
+        return layout is None or all(
+            len(side) == 1 and side[0][1] == 1 for side in (layout.row_pieces, layout.column_pieces)
+        )
+
+
+def _shrunk(grid: BlockGrid, axis: int, parts: int, has_factor: bool) -> BlockGrid:
+    """The grid of one of so many parts."""
+
+    def divided(values: tuple[int, ...], by: int) -> tuple[int, ...]:
+        return tuple(v // by if at == axis else v for at, v in enumerate(values))
+
+    return BlockGrid(
+        divided(grid.sides, parts),
+        divided(grid.counts, parts if has_factor else 1),
+        divided(grid.sizes, 1 if has_factor else parts),
+    )
+
+
+def blockings_of(
+    tree: Any,
+    axes: Axes | None,
+    block: int | None,
+    limit: int,
+    sides: Sides,
+    *,
+    vectors: bool = True,
+    sums: bool = True,
+) -> list[Blocking]:
+    """The blocking of every leaf, in the order of the leaves.
+
+    Args:
+      tree: of arrays or their shapes.
+      axes: rows and columns of leaves, or None for tensors of the leaves' own order.
+      block: bound on the size of a factor; longer axes are cut.
+      limit: axes longer than this get no factor and are not cut.
+      sides: which axes get a factor.
+      vectors: whether tensors of one axis get a factor.
+      sums: whether devices may share the axes of a block that have no factor.
+    """
+
+    def blocking(path: Any, leaf: Any) -> Blocking:
+        name, found = path_string(path), None
+        if axes is not None:
+            chosen = axes if isinstance(axes, MatrixAxes) else axes(name)
+            found = layout(leaf.shape, chosen, name)
+        shapes = [piece[1:] for piece in found.pieces] if found else [tuple(leaf.shape)]
+        factored = tuple(
+            _factored(shape, limit if len(shape) > 1 or vectors else 0, sides) for shape in shapes
+        )
+        grids = tuple(
+            block_grid(shape, block, [axis for axis, has in enumerate(marks) if not has])
+            for shape, marks in zip(shapes, factored, strict=True)
+        )
+        return Blocking(found, grids, factored).placed(leaf, sums=sums)
+
+    return [blocking(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def blocks_in_words(blockings: Sequence[Blocking]) -> list[str]:
+    """Of every leaf its blocks, and the sizes of their factors."""
+
+    def words(batch: int, grid: BlockGrid, marks: tuple[bool, ...]) -> str:
+        sizes = "x".join(map(str, grid.sizes)) or "1"
+        factors = ", ".join(
+            str(n) if has else "none" for n, has in zip(grid.sizes, marks, strict=True)
+        )
+        count = batch * math.prod(grid.counts)
+        return f"{count} block{'s' if count > 1 else ''} of {sizes}, factors of {factors or 'none'}"
+
+    found = []
+    for blocking in blockings:
+        lengths = [1] if blocking.layout is None else [p[0] for p in blocking.layout.pieces]
+        parts = zip(lengths, blocking.grids, blocking.factored, strict=True)
+        found.append("; ".join(words(*part) for part in parts))
+    return found
+
+
+def _factored(shape: tuple[int, ...], limit: int, sides: Sides) -> tuple[bool, ...]:
+    within = [0 < size <= limit for size in shape]
+    if sides != "both" and len(shape) > 1:
+        smaller = min(range(len(shape)), key=shape.__getitem__)
+        chosen = {"rows": 0, "columns": len(shape) - 1, "smaller": smaller}[sides]
+        within = [has and axis == chosen for axis, has in enumerate(within)]
+    return tuple(within)
+
+
+def check_blocking(block: int | None, limit: int, sides: Sides) -> None:
+    """Raises for bounds and sides that make no sense."""
+    check_known(block=block, limit=limit)
+    block_grid((1,), block)
+    if type(limit) is not int or limit < 1:
+        raise ValueError(f"limit must be a whole number of at least 1, got {limit!r}.")
+    if sides not in get_args(Sides):
+        raise ValueError(f"sides must be one of {', '.join(get_args(Sides))}, got {sides!r}.")

@@ -1,0 +1,101 @@
+"""Blocks: a batch of tensors as a grid of smaller ones, each with Kronecker factors of its own.
+
+A factor of an axis of size n takes n^2 memory and n^3 arithmetic, so long axes are cut. The grid
+stands in front, `[L, N1, ..., Nk, b1, ..., bk]`: blocks are a batch whatever the order k, and a mesh
+axis that shards an axis of the tensor shards the grid's. All of it depends on shapes only.
+"""
+
+import dataclasses
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from ..mesh.shards import reshape
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockGrid:
+    """Tensors `[L, *sides]` cut into blocks `[L, *counts, *sizes]`, and back; made by `block_grid`."""
+
+    sides: tuple[int, ...]
+    counts: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def padding(self) -> float:
+        """Share of the blocks' elements that is padding, in [0, 1)."""
+        padded = math.prod(self.counts) * math.prod(self.sizes)
+        return 1.0 - math.prod(self.sides) / padded if padded else 0.0
+
+    def inside(self, axis: int, length: int) -> np.ndarray | None:
+        """`[L * N1 * ... * Nk]`: how much of an axis of each block is no padding; None if all is."""
+        count, size, side = self.counts[axis], self.sizes[axis], self.sides[axis]
+        if count * size == side:
+            return None
+        lengths = np.minimum(size, side - size * np.arange(count, dtype=np.int32))
+        along = [1 + axis == at for at in range(1 + len(self.counts))]
+        shape = (length, *self.counts)
+        return np.broadcast_to(
+            lengths.reshape([count if is_it else 1 for is_it in along]), shape
+        ).reshape(-1)
+
+    def to_blocks(self, tensors: Any) -> Any:
+        """Blocks `[L, *counts, *sizes]` of tensors `[L, *sides]`, zeros where they reach beyond."""
+        length, *sides = tensors.shape
+        if tuple(sides) != self.sides:
+            raise ValueError(f"expected tensors [L, {self.sides}], got {tensors.shape}.")
+        cells = list(zip(self.counts, self.sizes, strict=True))
+        beyond = [n * b - side for (n, b), side in zip(cells, self.sides, strict=True)]
+        if any(beyond):
+            library = np if isinstance(tensors, np.ndarray) else jnp
+            tensors = library.pad(tensors, [(0, 0), *((0, more) for more in beyond)])
+        order = len(self.sides)
+        split = reshape(tensors, (length, *(size for cell in cells for size in cell)))
+        grid, inside = range(1, 2 * order, 2), range(2, 2 * order + 1, 2)
+        return split.transpose(0, *grid, *inside)
+
+    def from_blocks(self, blocks: Any) -> Any:
+        """The tensors `[L, *sides]` of blocks, their padding cut off."""
+        length, *shape = blocks.shape
+        if tuple(shape) != self.counts + self.sizes:
+            raise ValueError(
+                f"expected blocks [L, {self.counts + self.sizes}], got {blocks.shape}."
+            )
+        order = len(self.sides)
+        pairs = [axis for at in range(1, order + 1) for axis in (at, at + order)]
+        padded = [n * b for n, b in zip(self.counts, self.sizes, strict=True)]
+        tensors = reshape(blocks.transpose(0, *pairs), (length, *padded))
+        return tensors[(slice(None), *(slice(side) for side in self.sides))]
+
+
+def block_grid(
+    sides: Sequence[int], block: int | None = None, whole: Collection[int] = ()
+) -> BlockGrid:
+    """The grid of balanced blocks: as few as the bound allows, then as small as these can be.
+
+    Args:
+      sides: the tensors' shape, without their batch axis.
+      block: bound on the sides of a block; None for one block.
+      whole: axes that are not cut, because they get no factor.
+
+    Raises:
+      ValueError: if `block` is less than one.
+
+    Example:
+      >>> from ravine.optimizers.matrix.shape.blocks import block_grid
+      >>> block_grid((300, 100), block=128)  # 3 x 100 rows, not 2 x 128 and 44
+      BlockGrid(sides=(300, 100), counts=(3, 1), sizes=(100, 100))
+      >>> block_grid((5, 3), block=4).padding  # 2 x 3 rows for 5
+      0.16666666666666663
+    """
+    if block is not None and not (type(block) is int and block > 0):
+        raise ValueError(f"block must be at least 1, or None for one block, got {block!r}.")
+    bounds = [
+        max(side, 1) if block is None or axis in whole else block for axis, side in enumerate(sides)
+    ]
+    counts = [max(1, -(-side // bound)) for side, bound in zip(sides, bounds, strict=True)]
+    sizes = [-(-side // count) for side, count in zip(sides, counts, strict=True)]
+    return BlockGrid(tuple(sides), tuple(counts), tuple(sizes))

@@ -1,0 +1,238 @@
+"""Layout: a parameter as a batch of matrices, and a matrix as a grid of blocks.
+
+Attention kernels are `[in, heads, head width]`, scanned ones have their layers anywhere, some kernels
+are several matrices in one. `MatrixAxes` says what is what; a `Layout` maps a leaf to matrices
+`[L, M, N]` and back, exactly. All of it depends on shapes only.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..mesh.placement import Names, names_of, spec
+from ..mesh.shards import reshape
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixAxes:
+    """Which axes of a leaf are the rows and the columns of its matrices; all others are batch.
+
+    Example:
+      >>> from ravine.optimizers.matrix.shape.layout import MatrixAxes
+      >>> query_by_head = MatrixAxes((-3,), (-2, -1), column_parts=12)  # [layers, in, heads, width]
+      >>> fused_qkv = MatrixAxes((-2,), (-1,), column_parts=(768, 256, 256))
+    """
+
+    rows: tuple[int, ...]
+    """Axes of the inputs (fan-in), flattened in this order; negative ones count from the end."""
+    columns: tuple[int, ...]
+    """Axes of the outputs (fan-out), likewise."""
+    row_parts: int | tuple[int, ...] = 1
+    """A number splits the flattened rows into so many equal parts, each a matrix of its own that
+    joins the batch; a tuple of sizes splits them into pieces of unequal shape."""
+    column_parts: int | tuple[int, ...] = 1
+    """The same for columns."""
+
+
+DEFAULT = MatrixAxes((-2,), (-1,))
+"""`[..., in, out]`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A leaf as matrices `[L, M, N]`, and back; made by `layout`.
+
+    The batch runs over the batch axes in the leaf's order, then row parts, then column parts, the
+    last fastest. Pieces of unequal size: all columns of the first rows, then of the next.
+    """
+
+    shape: tuple[int, ...]
+    batch_axes: tuple[int, ...]
+    row_axes: tuple[int, ...]
+    column_axes: tuple[int, ...]
+    row_pieces: tuple[tuple[int, int], ...]  # (rows, equal parts) of each piece
+    column_pieces: tuple[tuple[int, int], ...]
+
+    @property
+    def pieces(self) -> tuple[tuple[int, int, int], ...]:
+        """(L, M, N) of each piece."""
+        return tuple(
+            (self._batch * p * q, rows // p, columns // q)
+            for (rows, p), (columns, q) in itertools.product(self.row_pieces, self.column_pieces)
+        )
+
+    def to_matrices(self, leaf: Any) -> tuple[Any, ...]:
+        """The pieces `[L, M, N]` of a leaf: a NumPy or JAX array, of any dtype."""
+        if leaf.shape != self.shape:
+            raise ValueError(f"expected an array of shape {self.shape}, got {leaf.shape}.")
+        rows, columns = (sum(n for n, _ in side) for side in (self.row_pieces, self.column_pieces))
+        leaf, names = self._divisible(leaf)
+        # JAX leaves out a transposition or a reshape that changes nothing.
+        flat = reshape(leaf.transpose(self._order), (self._batch, rows, columns), names)
+        return tuple(
+            _fold(block, p, q)
+            for strip, p in _split(flat, self.row_pieces, axis=1)
+            for block, q in _split(strip, self.column_pieces, axis=2)
+        )
+
+    def from_matrices(self, pieces: Sequence[Any]) -> Any:
+        """The leaf whose pieces these are: the exact inverse of `to_matrices`."""
+        if (got := tuple(piece.shape for piece in pieces)) != self.pieces:
+            raise ValueError(f"expected pieces of shapes {self.pieces}, got {got}.")
+        remaining = iter(pieces)
+        strips = [
+            _join([_unfold(next(remaining), p, q) for _, q in self.column_pieces], axis=2)
+            for _, p in self.row_pieces
+        ]
+        flat = _join(strips, axis=1)
+        names: list[Names] = [()] * len(self.shape)
+        for side, axes in zip(names_of(flat), self._sides, strict=True):
+            for axis in axes[:1]:
+                names[self._order.index(axis)] = side
+        ordered = reshape(flat, [self.shape[axis] for axis in self._order], names)
+        return ordered.transpose([self._order.index(axis) for axis in range(len(self.shape))])
+
+    def shrunk(self, parts: Sequence[int]) -> "Layout":
+        """Of one of so many equal parts along every axis, sides cut only where in one piece."""
+
+        def side(
+            axes: tuple[int, ...], pieces: tuple[tuple[int, int], ...]
+        ) -> tuple[tuple[int, int], ...]:
+            cut = math.prod(parts[axis] for axis in axes)
+            return pieces if cut == 1 else tuple((size // cut, equal) for size, equal in pieces)
+
+        return dataclasses.replace(
+            self,
+            shape=tuple(size // part for size, part in zip(self.shape, parts, strict=True)),
+            row_pieces=side(self.row_axes, self.row_pieces),
+            column_pieces=side(self.column_axes, self.column_pieces),
+        )
+
+    def _divisible(self, leaf: Any) -> tuple[Any, tuple[Names, ...]]:
+        """The leaf, gathered along axes that shards cannot cut once it is matrices, and what cuts these.
+
+        They can cut the slowest axis of the batch, and of rows and columns that are one piece.
+        """
+        names, kept, sides = names_of(leaf), [()] * leaf.ndim, []
+        pieces = (((1, 1),), self.row_pieces, self.column_pieces)
+        for axes, side in zip(self._sides, pieces, strict=True):
+            able = bool(axes) and len(side) == 1 and side[0][1] == 1
+            sides.append(names[axes[0]] if able else ())
+            if able:
+                kept[axes[0]] = names[axes[0]]
+        if tuple(kept) != names:
+            leaf = jax.reshard(leaf, spec(kept))
+        return leaf, tuple(sides)
+
+    @property
+    def _sides(self) -> tuple[tuple[int, ...], ...]:
+        return self.batch_axes, self.row_axes, self.column_axes
+
+    @property
+    def _order(self) -> tuple[int, ...]:
+        return self.batch_axes + self.row_axes + self.column_axes
+
+    @property
+    def _batch(self) -> int:
+        return math.prod(self.shape[axis] for axis in self.batch_axes)
+
+
+def layout(shape: Sequence[int], axes: MatrixAxes = DEFAULT, name: str = "") -> Layout:
+    """The layout of a leaf of this shape.
+
+    Args:
+      shape: the leaf's.
+      axes: which axes are rows and columns.
+      name: the leaf's path, for messages.
+
+    Raises:
+      ValueError: for fewer than two axes; axes out of range, missing or named twice; parts that do
+        not divide their side, or sizes that do not add up to it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ravine.optimizers.matrix.shape.layout import MatrixAxes, layout
+      >>> kernel = jnp.zeros((3, 3, 16, 32))  # [height, width, in, out]
+      >>> layout(kernel.shape, MatrixAxes((0, 1, 2), (3,))).to_matrices(kernel)[0].shape
+      (1, 144, 32)
+      >>> layout((8, 64, 96), MatrixAxes((1,), (2,), column_parts=(64, 16, 16))).pieces
+      ((8, 64, 64), (8, 64, 16), (8, 64, 16))
+    """
+    shape = tuple(shape)
+    ndim, leaf = len(shape), f"the parameter {name!r} of shape {shape}"
+    if ndim < 2:
+        raise ValueError(
+            f"{leaf} has fewer than two axes, so it is no matrix; give it another role."
+        )
+    if not axes.rows or not axes.columns:
+        raise ValueError(f"{leaf}: rows and columns need at least one axis each, got {axes}.")
+    if wrong := [axis for axis in (*axes.rows, *axes.columns) if not -ndim <= axis < ndim]:
+        raise ValueError(f"{leaf} has no axis {wrong[0]}; correct {axes}.")
+    rows, columns = (tuple(axis % ndim for axis in side) for side in (axes.rows, axes.columns))
+    if len({*rows, *columns}) < len(rows + columns):
+        raise ValueError(f"{leaf}: {axes} names an axis twice; each is a row, a column or batch.")
+
+    def cut(side: str, chosen: tuple[int, ...], parts: Any) -> tuple[tuple[int, int], ...]:
+        size = math.prod(shape[axis] for axis in chosen)
+        sizes = parts if isinstance(parts, tuple) else (parts,)
+        if not sizes or not all(type(n) is int and n > 0 for n in sizes):
+            raise ValueError(f"{leaf}: {side}_parts must be positive integers, got {parts!r}.")
+        if isinstance(parts, tuple):
+            if sum(parts) != size:
+                raise ValueError(
+                    f"{leaf}: {side}_parts {parts} add up to {sum(parts)}, not to its {size} {side}s."
+                )
+            return tuple((n, 1) for n in parts)
+        if size % parts:
+            raise ValueError(
+                f"{leaf}: {side}_parts {parts} does not divide its {size} {side}s; give a divisor "
+                "(for heads, their number) or a tuple of sizes."
+            )
+        return ((size, parts),)
+
+    return Layout(
+        shape=shape,
+        batch_axes=tuple(axis for axis in range(ndim) if axis not in rows + columns),
+        row_axes=rows,
+        column_axes=columns,
+        row_pieces=cut("row", rows, axes.row_parts),
+        column_pieces=cut("column", columns, axes.column_parts),
+    )
+
+
+def _split(x: Any, side: tuple[tuple[int, int], ...], axis: int) -> list[tuple[Any, int]]:
+    if len(side) == 1:
+        return [(x, side[0][1])]
+    ends = itertools.accumulate(size for size, _ in side[:-1])
+    pieces = _library(x).split(x, list(ends), axis)
+    return [(piece, parts) for piece, (_, parts) in zip(pieces, side, strict=True)]
+
+
+def _join(arrays: list[Any], axis: int) -> Any:
+    return arrays[0] if len(arrays) == 1 else _library(arrays[0]).concatenate(arrays, axis=axis)
+
+
+def _fold(x: Any, p: int, q: int) -> Any:
+    batch, m, n = x.shape[0], x.shape[1] // p, x.shape[2] // q
+    if p * q == 1:
+        return x
+    parts = reshape(x, (batch, p, m, q, n)).transpose(0, 1, 3, 2, 4)
+    return reshape(parts, (batch * p * q, m, n))
+
+
+def _unfold(x: Any, p: int, q: int) -> Any:
+    batch, m, n = x.shape[0] // (p * q), *x.shape[1:]
+    if p * q == 1:
+        return x
+    parts = reshape(x, (batch, p, q, m, n)).transpose(0, 1, 3, 2, 4)
+    return reshape(parts, (batch, p * m, q * n))
+
+
+def _library(x: Any) -> Any:
+    return np if isinstance(x, np.ndarray) else jnp

@@ -1,0 +1,216 @@
+"""Adam in the eigenbases of Kronecker factors, block by block: what `soap` does with a leaf."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ...core.arithmetic import cast, lerp, wide
+from ..matrix.algebra.eigenbasis import eigenbasis, followed
+from ..matrix.algebra.kronecker import mode_gram, rotate
+from ..matrix.batch.batches import joined
+from ..matrix.batch.refresh import Refresh, refreshed
+from ..matrix.batch.together import Unit, together
+from ..matrix.mesh.exchange import total
+from ..matrix.mesh.shards import flat_axes, reshape
+from ..matrix.shape.blocking import Blocking
+from .block_state import identities, usable_blocks
+
+
+class Basis(NamedTuple):
+    """What is kept for one axis of the blocks of one tensor; the first axes are `[L, *counts]`."""
+
+    statistics: jax.Array  # [..., b, b]: mean of Gram matrices
+    vectors: jax.Array  # [..., b, b]: the eigenbasis, in columns
+
+
+def new_basis(scalars: jax.Array, size: int) -> Basis:
+    """The identity, and nothing learned; `scalars` are zeros, one for each block."""
+    identity = identities(scalars, size)
+    return Basis(jnp.zeros_like(identity), identity)
+
+
+class Piece(NamedTuple):
+    """One tensor of a leaf, in blocks."""
+
+    blocks: jax.Array  # the gradient, and after the step the direction in its place
+    mu: jax.Array
+    nu: jax.Array
+    bases: tuple[Basis | None, ...]
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """Those with a basis."""
+        return tuple(axis for axis, basis in enumerate(self.bases) if basis is not None)
+
+    def flat(self, x: jax.Array) -> jax.Array:
+        """Blocks `[L, *counts, ...]`, or what belongs to them, as one batch."""
+        return flat_axes(x, self.blocks.ndim - len(self.bases))
+
+    def every(self, name: str) -> list[jax.Array]:
+        """A field of all bases, in batches."""
+        return [self.flat(getattr(self.bases[axis], name)) for axis in self.axes]
+
+    def with_bases(self, name: str, values: Sequence[jax.Array]) -> tuple[Basis | None, ...]:
+        """The bases with one of their fields replaced."""
+        left = iter(values)
+        return tuple(
+            basis and basis._replace(**{name: reshape(next(left), basis.vectors.shape)})
+            for basis in self.bases
+        )
+
+
+class Step(NamedTuple):
+    """What one step does with blocks and their bases; numbers, and what is known of this step."""
+
+    b1: Any
+    b2: Any
+    statistics_b2: Any
+    eps: Any
+    moves: jax.Array
+    correction: jax.Array
+
+    def __call__(self, kind: Any, carry: Any, vectors: Sequence[jax.Array]) -> Any:
+        """Direction, moments and statistics for gradients, moments and statistics."""
+        (order, axes, summed), (blocks, mu, nu, statistics) = kind, carry
+        usable = usable_blocks(wide(blocks), order, summed)
+        seen = jnp.where(usable.reshape(-1, *(1,) * order), wide(blocks), 0)
+        turn: list[jax.Array | None] = [None] * order
+        for axis, basis in zip(axes, vectors, strict=True):
+            turn[axis] = basis
+        rotated = without_rounding(rotate(seen, turn, back=True), seen, axes)
+        new_mu = jnp.where(self.moves, lerp(rotated, mu, self.b1), wide(mu))
+        new_nu = jnp.where(self.moves, lerp(jnp.square(rotated), nu, self.b2), wide(nu))
+        adam = new_mu / (jnp.sqrt(new_nu) + jnp.asarray(self.eps, new_nu.dtype))
+        adam = jnp.where(self.moves, adam * self.correction.astype(adam.dtype), 0)
+        learned = []
+        for axis, old in zip(axes, statistics, strict=True):
+            new = lerp(total(mode_gram(seen, axis, order), summed), old, self.statistics_b2)
+            learned.append(jnp.where(usable[:, None, None], new, old))
+        direction = cast(rotate(adam, turn), blocks.dtype)
+        return direction, cast(new_mu, mu.dtype), cast(new_nu, nu.dtype), learned
+
+
+def stepped(
+    leaves: Sequence[Sequence[Piece]], found: Sequence[Blocking], step: Step
+) -> list[list[Piece]]:
+    """The leaves with directions for gradients, and with moments and statistics that have seen them."""
+    units = [
+        Unit(
+            (len(piece.bases), piece.axes, blocking.summed),
+            piece.every("vectors"),
+            (*map(piece.flat, piece[:3]), piece.every("statistics")),
+            blocking.shards,
+            is_whole=bool(blocking.summed),
+        )
+        for leaf, blocking in zip(leaves, found, strict=True)
+        for piece in leaf
+    ]
+    done = iter(together(units, step))
+
+    def one(piece: Piece) -> Piece:
+        *arrays, statistics = next(done)
+        blocks, mu, nu = (reshape(x, old.shape) for x, old in zip(arrays, piece[:3], strict=True))
+        return Piece(blocks, mu, nu, piece.with_bases("statistics", statistics))
+
+    return [[one(piece) for piece in leaf] for leaf in leaves]
+
+
+def refreshed_bases(
+    leaves: list[list[Piece]], found: Sequence[Blocking], schedule: Refresh, count: jax.Array
+) -> list[list[Piece]]:
+    """The leaves with new bases where they are due, and the moments in them."""
+    places = [
+        (at, index)
+        for at, leaf in enumerate(leaves)
+        for index, piece in enumerate(leaf)
+        if piece.axes
+    ]
+
+    def unit(at: int, index: int, *, moments: bool) -> Unit:
+        piece = leaves[at][index]
+        vectors = piece.every("vectors")
+        carry = (vectors, piece.flat(piece.mu), piece.flat(piece.nu)) if moments else vectors
+        return Unit(piece.axes, piece.every("statistics"), carry, found[at].shards)
+
+    def first(_: Any, vectors: Any, statistics: Any) -> Any:
+        del vectors
+        return _by_size(eigenbasis, statistics)
+
+    units = [unit(*place, moments=False) for place in places]
+    for (at, index), vectors in zip(
+        places, refreshed(units, first, 1, lambda _: count == 1), strict=True
+    ):
+        piece = leaves[at][index]
+        leaves[at][index] = piece._replace(bases=piece.with_bases("vectors", vectors))
+    units = [unit(*place, moments=True) for place in places]
+    due = lambda phase: schedule.follows(count, phase)
+    for (at, index), (vectors, mu, nu) in zip(
+        places, refreshed(units, _followed, schedule.phases, due), strict=True
+    ):
+        piece = leaves[at][index]
+        leaves[at][index] = piece._replace(
+            mu=reshape(mu, piece.mu.shape),
+            nu=reshape(nu, piece.nu.shape),
+            bases=piece.with_bases("vectors", vectors),
+        )
+    return leaves
+
+
+def _followed(axes: Any, carry: Any, statistics: Sequence[jax.Array]) -> Any:
+    """All bases a QR step on: the first moment rotated into them, the second one permuted."""
+    vectors, mu, nu = carry
+    found = _by_size(functools.partial(followed, sort=True), statistics, vectors)
+    new, permuted = [basis for basis, _ in found], nu
+    for axis, (_, columns) in zip(axes, found, strict=True):
+        index = columns.reshape(
+            -1, *(columns.shape[1] if at == axis else 1 for at in range(mu.ndim - 1))
+        )
+        permuted = jnp.take_along_axis(permuted, index, axis=1 + axis)
+    turned = without_rounding(_turned(axes, wide(mu), vectors, new), wide(mu), axes)
+    return new, cast(turned, mu.dtype), permuted
+
+
+def _turned(
+    axes: Sequence[int], x: jax.Array, old: Sequence[jax.Array], new: Sequence[jax.Array]
+) -> jax.Array:
+    """Blocks in old bases, in new ones: by products of both bases, where these are the smaller ones."""
+    order, sizes = x.ndim - 1, [basis.shape[-1] for basis in old]
+
+    def turned(x: jax.Array, by: Sequence[jax.Array], *, back: bool) -> jax.Array:
+        factors: list[jax.Array | None] = [None] * order
+        for axis, factor in zip(axes, by, strict=True):
+            factors[axis] = factor
+        return rotate(x, factors, back=back)
+
+    if sum(size**3 for size in sizes) > math.prod(x.shape[1:]) * sum(sizes):
+        return turned(turned(x, old, back=False), new, back=True)
+    both = _by_size(lambda new, old: rotate(old, [new, None], back=True), new, old)
+    return turned(x, both, back=False)
+
+
+def without_rounding(rotated: jax.Array, blocks: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """Rotated blocks `[B, ...]`, with zero for elements that are no more than rounding of the others.
+
+    Divided by the root of its square, as Adam does, rounding would pass for a step like any other.
+    """
+    inside = tuple(range(1, blocks.ndim))
+    sizes = blocks.shape[1:]
+    square = jnp.sum(jnp.square(blocks), axis=inside, keepdims=True)
+    longest = max((sizes[axis] for axis in axes), default=0)
+    eps = 32 * float(jnp.finfo(blocks.dtype).eps)
+    bound = eps * jnp.sqrt(square * (longest / max(1, math.prod(sizes))))
+    return jnp.where(jnp.abs(rotated) > bound, rotated, 0)
+
+
+def _by_size(function: Callable[..., Any], *stacks: Sequence[jax.Array]) -> list[Any]:
+    """`function` of stacks of matrices, those of one size as one batch."""
+    found: dict[int, Any] = {}
+    for size in {x.shape[-1]: None for x in stacks[0]}:
+        members = [at for at, x in enumerate(stacks[0]) if x.shape[-1] == size]
+        parts = joined(function, *([stack[at] for at in members] for stack in stacks))
+        found.update(zip(members, parts, strict=True))
+    return [found[at] for at in range(len(stacks[0]))]

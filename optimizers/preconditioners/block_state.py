@@ -1,0 +1,88 @@
+"""State for blocks: trees of arrays that belong to the blocks of every leaf."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ...core.arithmetic import is_summable, wide_dtype
+from ...core.leaves import at_leaves
+from ...core.tree_checks import check_real_leaves
+from ..matrix.mesh.exchange import total
+from ..matrix.mesh.placement import Names
+from ..matrix.shape.blocking import Blocking
+
+
+def factors_like(
+    params: Any,
+    blockings: Sequence[Blocking],
+    make: Callable[[jax.Array, int], Any],
+) -> Any:
+    """A tree like `params` of tuples (tensors) of tuples (axes): ``make(scalars, size)`` or None."""
+
+    def factors(leaf: Any, blocking: Blocking) -> Any:
+        scalars = blocking.zeros(leaf, wide_dtype(leaf.dtype), inside=False)
+        return tuple(
+            tuple(
+                make(zero, size) if has else None
+                for size, has in zip(grid.sizes, marks, strict=True)
+            )
+            for zero, grid, marks in zip(scalars, blocking.grids, blocking.factored, strict=True)
+        )
+
+    return _map_leaves(factors, params, blockings)
+
+
+def ones_like_scalars(params: Any, blockings: Sequence[Blocking]) -> Any:
+    """A tree like `params` of tuples (tensors) of ones, one for each block."""
+
+    def ones(leaf: Any, blocking: Blocking) -> Any:
+        return tuple(x + 1 for x in blocking.zeros(leaf, wide_dtype(leaf.dtype), inside=False))
+
+    return _map_leaves(ones, params, blockings)
+
+
+def blocks_like(params: Any, blockings: Sequence[Blocking], dtype: Any = None) -> Any:
+    """A tree like `params` of tuples (tensors) of zero blocks, by default in at least float32."""
+
+    def blocks(leaf: Any, blocking: Blocking) -> Any:
+        return tuple(blocking.zeros(leaf, dtype or wide_dtype(leaf.dtype), inside=True))
+
+    return _map_leaves(blocks, params, blockings)
+
+
+def _map_leaves(
+    function: Callable[[Any, Blocking], Any], params: Any, blockings: Sequence[Blocking]
+) -> Any:
+    check_real_leaves(params)
+    return at_leaves(params, list(map(function, jax.tree.leaves(params), blockings)))
+
+
+def usable_blocks(blocks: jax.Array, order: int, summed: Names = ()) -> jax.Array:
+    """Which blocks are usable, `[L, *counts]`: their squares can be summed, as `is_usable` says."""
+    inside = tuple(range(blocks.ndim - order, blocks.ndim))
+    return is_summable(total(jnp.sum(jnp.square(blocks), axis=inside), summed))
+
+
+def zero_unless(
+    usable: Sequence[Sequence[jax.Array]],
+    leaves: Sequence[jax.Array],
+    blockings: Sequence[Blocking],
+) -> list[jax.Array]:
+    """The leaves, zero in blocks that are not usable; flags `[L, *counts]` by leaf and tensor."""
+
+    def masked(flags: Sequence[jax.Array], leaf: jax.Array, blocking: Blocking) -> jax.Array:
+        blocks = [
+            jnp.broadcast_to(x[(..., *(None,) * len(grid.sizes))], (*x.shape, *grid.sizes))
+            for x, grid in zip(flags, blocking.grids, strict=True)
+        ]
+        return jnp.where(blocking.from_blocks(blocks), leaf, 0)
+
+    return list(map(masked, usable, leaves, blockings))
+
+
+def identities(scalars: jax.Array, size: int) -> jax.Array:
+    """An identity matrix for each of the zeros `[L, *counts]`."""
+    eye = jnp.eye(size, dtype=scalars.dtype)
+    return scalars[..., None, None] + jnp.broadcast_to(eye, (1,) * scalars.ndim + eye.shape)

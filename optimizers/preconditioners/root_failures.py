@@ -1,0 +1,66 @@
+"""Which blocks' roots Shampoo has refused, read from its state."""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ...core.paths import key_names
+from .inverse_roots import Factor
+
+
+class RefusedRoot(NamedTuple):
+    """A block some of whose roots failed their certificate, along one axis."""
+
+    piece: int  # of the parameter, where it is several matrices of unequal size
+    axis: int  # of the block: 0 for rows, 1 for columns
+    block: tuple[int, ...]  # index into `[L, *counts]`: which matrix, which block of it
+    refused: int  # roots so far
+    failures: int  # roots since the last good one
+    residual: float  # of the last root tried, to be compared with `tolerance`
+
+
+def root_failures(opt_state: Any) -> dict[str, list[RefusedRoot]]:
+    """By parameter, the blocks of which :func:`shampoo` refused a root; empty if all are good.
+
+    A block whose roots keep failing takes the step of the graft (``patience=``). It looks at values, so
+    call it outside ``jax.jit``.
+
+    Args:
+      opt_state: an optimizer's state, however deep Shampoo is in it; also of ``nnx.Optimizer``.
+
+    Returns:
+      Paths of parameters and lists of blocks: which, how often, and how far from the certificate.
+
+    Example:
+      >>> import jax.numpy as jnp, ravine
+      >>> params = {"kernel": jnp.ones((4, 6))}
+      >>> tx = ravine.shampoo(1e-3, every=1, tolerance=0.0)  # no root is good enough
+      >>> _, state = tx.update(params, tx.init(params), params)
+      >>> [(r.axis, r.block, r.refused) for r in ravine.root_failures(state)["kernel"]]
+      [(0, (0, 0, 0), 1), (1, (0, 0, 0), 1)]
+    """
+    is_factor = lambda node: isinstance(node, Factor)
+    nodes = jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=is_factor)
+    found: dict[str, list[RefusedRoot]] = {}
+    for path, factor in nodes:
+        if not is_factor(factor):
+            continue
+        names = key_names(path)
+        start = len(names) - names[::-1].index("factors")
+        parameter = "/".join(names[start:-2])
+        refused, failures, residual = (
+            np.asarray(x[...]) for x in (factor.refused, factor.failures, factor.residual)
+        )
+        for at in np.argwhere(refused > 0):
+            block = tuple(map(int, at))
+            root = RefusedRoot(
+                int(names[-2]),
+                int(names[-1]),
+                block,
+                int(refused[block]),
+                int(failures[block]),
+                float(residual[block]),
+            )
+            found.setdefault(parameter, []).append(root)
+    return found

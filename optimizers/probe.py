@@ -1,0 +1,114 @@
+"""What a transformation does to every parameter, found by calling its `init` on shapes."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..core.paths import key_names, path_string
+from ..core.transformation import Link, watching
+
+WRAPPERS = frozenset(
+    (
+        "by_role",
+        "combine_by_role",
+        "on_mesh",
+        "split_state",
+        "with_monitors",
+        "with_whole_curvature",
+        "with_rate_as",
+        "with_telemetry",
+    )
+)
+"""Links that change nothing of what is done to a parameter."""
+
+
+@dataclasses.dataclass
+class Found:
+    """What is done to one parameter."""
+
+    links: list[str] = dataclasses.field(default_factory=list)
+    """Names of the functions whose transformations it goes through, in their order."""
+    says: dict[str, str] = dataclasses.field(default_factory=dict)
+    """What the links say of it."""
+    kinds: list[str] = dataclasses.field(default_factory=list)
+    """Names of the states that hold something of its own."""
+    bytes: int = 0
+    """Of what they hold."""
+
+    @property
+    def optimizer(self) -> str:
+        """A name, as well as it is known."""
+        label = self.says.get("optimizer", "fallback")
+        if label != "fallback":
+            return label
+        rates = ("scale_by_learning_rate", "add_decayed_weights")
+        links = [name for name in self.links if name not in WRAPPERS and name not in rates]
+        if links:
+            return " → ".join(name.removeprefix("scale_by_") for name in links)
+        if "scale_by_learning_rate" in self.links:
+            return "sgd"
+        names = [kind.removeprefix("ScaleBy").removesuffix("State") for kind in self.kinds]
+        return " → ".join(dict.fromkeys(names)) or "-"
+
+
+def probe(tx: Any, params: Any) -> tuple[dict[str, Found], int]:
+    """By path what is done to every parameter, and the bytes of the state that all share."""
+    keys = [
+        (path_string(path), key_names(path))
+        for path, _ in jax.tree_util.tree_leaves_with_path(params)
+    ]
+    found = {path: Found() for path, _ in keys}
+    with watching() as links:
+        state = jax.eval_shape(lambda tree: tx.init(tree), params)  # a new function, never cached
+    for link in links:
+        _note(link, found)
+    shared = 0
+    for names, kinds, leaf in _leaves(state, (), ()):
+        size = leaf.size * jnp.dtype(leaf.dtype).itemsize
+        owners = [(len(own), path) for path, own in keys if own and _contains(names, own)]
+        if len(keys) == 1 and not keys[0][1] and leaf.ndim:
+            owners = [(0, keys[0][0])]
+        if not owners:
+            shared += size
+            continue
+        owner = found[max(owners)[1]]
+        owner.bytes += size
+        owner.kinds += [kind for kind in kinds[-1:] if kind not in owner.kinds]
+    return found, shared
+
+
+def _note(link: Link, found: dict[str, Found]) -> None:
+    leaves = jax.tree_util.tree_leaves_with_path(link.params)
+    for index, (path, _) in enumerate(leaves):
+        owner = found.get(path_string(path))
+        if owner is None:
+            continue
+        owner.links.append(link.name)
+        for what, says in link.says.items():
+            text = says[index] if isinstance(says, list) else says
+            if text is not None:
+                owner.says[what] = text
+
+
+def _leaves(
+    node: Any, names: tuple[str, ...], kinds: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], tuple[str, ...], Any]]:
+    """Every leaf with the names of its keys and of the states around it."""
+    children, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
+    if len(children) == 1 and not children[0][0]:
+        yield names, kinds, node
+        return
+    if hasattr(node, "_fields"):
+        kinds = (*kinds, type(node).__name__)
+    for path, child in children:
+        if child is not None:
+            yield from _leaves(child, (*names, *key_names(path)), kinds)
+
+
+def _contains(names: Sequence[str], part: Sequence[str]) -> bool:
+    return any(
+        tuple(names[at : at + len(part)]) == tuple(part) for at in range(len(names) - len(part) + 1)
+    )
