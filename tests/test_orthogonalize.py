@@ -209,7 +209,7 @@ def test_every_preset_is_tested():
         ("keller", 0, "at least 1"),
         ("quintic", 4, "tuned for 5"),
         ("cubic", 6, "tuned for 5"),
-        ("polar_express", 0, "steps >= 1"),
+        ("polar_express", 0, "steps must be a whole number of at least 1"),
         ("polar_express", 1, "outside"),
         ("polar_express", 4, "outside"),
         ("septic", 5, "unknown coefficients 'septic'"),
