@@ -10,7 +10,6 @@ changes nothing in exact arithmetic.
 """
 
 import functools
-import math
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -19,39 +18,22 @@ import jax.numpy as jnp
 import optax
 
 from ..core.arguments import checked
-from ..core.arithmetic import (
-    cast,
-    ema,
-    increment,
-    is_summable,
-    lerp,
-    wide,
-    wide_zeros_like,
-)
+from ..core.arithmetic import cast, ema, increment, wide, wide_zeros_like
 from ..core.checks import check_decay_rates, check_non_negative, check_positive
 from ..core.leaves import at_leaves, from_leaves
 from ..core.transformation import transformation
 from .by_role import by_role
 from .links.decay import Mask, decay_after_first
-from .matrix.algebra.eigenbasis import eigenbasis, followed
-from .matrix.algebra.kronecker import mode_gram, mode_product, rotate
-from .matrix.batch.refresh import Refresh, refreshed
-from .matrix.batch.together import Unit, together
+from .matrix.batch.refresh import Refresh
+from .matrix.batch.together import together
 from .matrix.mesh.exchange import per_shard
-from .matrix.mesh.shards import flat_axes, flat_batch, reshape
+from .matrix.mesh.shards import reshape
 from .matrix.shape.blocking import Blocking, Sides, blockings_of, blocks_in_words, check_blocking
 from .matrix.shape.matrices import Axes
-from .preconditioners.block_state import factors_like, identities, usable_blocks, zero_unless
+from .preconditioners.block_state import factors_like, zero_unless
+from .preconditioners.kl_eigenbasis import KLEigenbasis, like, refreshed_factors, unit
 from .roles import Role, Rules
 from .shampoo import SHAMPOO_ROLES
-
-
-class KLFactor(NamedTuple):
-    """What is kept for one axis of the blocks of one tensor; the first axes are `[L, *counts]`."""
-
-    statistics: jax.Array  # [..., b, b]
-    vectors: jax.Array  # [..., b, b]: the eigenbasis, in columns
-    eigenvalues: jax.Array  # [..., b]: their own moving averages
 
 
 class ScaleByKLShampooState(NamedTuple):
@@ -139,75 +121,16 @@ def scale_by_kl_shampoo(
     check_positive(initial_eigenvalue=initial_eigenvalue, max_inverse_root=max_inverse_root)
     check_blocking(block, limit, sides)
     schedule = Refresh(every)
-
-    def floor(size: int) -> float:
-        return max(10.0, min(float(size), max_inverse_root)) ** -2
+    eigenbasis = KLEigenbasis(b1, b2, eps, initial_eigenvalue, max_inverse_root)
 
     def blockings(tree: Any) -> list[Blocking]:
         return blockings_of(tree, axes, block, limit, sides, sums=False)
-
-    def factor(scalars: jax.Array, size: int) -> KLFactor:
-        identity = identities(scalars, size)
-        values = jnp.zeros_like(identity[..., 0]) + initial_eigenvalue
-        return KLFactor(jnp.zeros_like(identity), identity, values)
 
     def init(params: optax.Params) -> ScaleByKLShampooState:
         return ScaleByKLShampooState(
             count=jnp.zeros([], jnp.int32),
             mu=wide_zeros_like(params, mu_dtype),
-            factors=factors_like(params, blockings(params), factor),
-        )
-
-    def learned(blocks: jax.Array, factors: Any, is_first: jax.Array) -> Any:
-        """The factors with the gradients of usable blocks in them, and which these are.
-
-        Every axis sees the others as they were. Usable is what can be squared when it is whitened, too.
-        """
-        order = len(factors)
-        usable = usable_blocks(wide(blocks), order)
-        seen = jnp.where(usable.reshape(-1, *(1,) * order), wide(blocks), 0)
-        sizes = blocks.shape[blocks.ndim - order :]
-        vectors = [None if f is None else f.vectors for f in factors]
-        roots = [None if f is None else f.eigenvalues**-0.5 for f in factors]
-        rotated = rotate(seen, vectors, back=True)
-
-        def one(axis: int, own: KLFactor) -> tuple[jax.Array, KLFactor]:
-            others = [None if at == axis else root for at, root in enumerate(roots)]
-            whitened = rotated * _outer(others, blocks)
-            away = tuple(usable.ndim + at for at in range(order) if at != axis)
-            count = max(1, math.prod(sizes[:axis] + sizes[axis + 1 :]))
-            mean = jnp.sum(jnp.square(whitened), axis=away) / count
-            values = jnp.maximum(lerp(mean, own.eigenvalues, b2), floor(sizes[axis]))
-            plain = jnp.where(is_first, seen, mode_product(whitened, own.vectors, axis, order))
-            gram = mode_gram(plain, axis, order) / count
-            new = KLFactor(lerp(gram, own.statistics, b2), own.vectors, values)
-            return is_summable(jnp.trace(gram, axis1=-2, axis2=-1)), new
-
-        found = {axis: one(axis, f) for axis, f in enumerate(factors) if f is not None}
-        for fits, _ in found.values():
-            usable &= fits
-        return usable, {axis: new for axis, (_, new) in found.items()}
-
-    def step(is_first: jax.Array, kind: Any, carry: Any, blocks: jax.Array) -> Any:
-        """Direction, usable blocks and factors, for the mean of gradients, factors, and the gradient."""
-        (order, axes, mu_dtype), (mean, _, kept) = kind, carry
-        factors: list[KLFactor | None] = [None] * order
-        for axis, factor in zip(axes, kept, strict=True):
-            factors[axis] = factor
-        usable, new = learned(blocks, factors, is_first)
-        seen = jnp.where(usable.reshape(-1, *(1,) * order), wide(blocks), 0)
-        mean = jnp.where(is_first, mean, wide(cast(lerp(seen, mean, b1), mu_dtype)))
-        return (
-            _whitened(mean, factors, eps),
-            usable,
-            [
-                KLFactor(
-                    jnp.where(usable[:, None, None], new[axis].statistics, old.statistics),
-                    old.vectors,
-                    jnp.where(usable[:, None] & ~is_first, new[axis].eigenvalues, old.eigenvalues),
-                )
-                for axis, old in zip(axes, kept, strict=True)
-            ],
+            factors=factors_like(params, blockings(params), eigenbasis.factor),
         )
 
     def body(
@@ -225,11 +148,11 @@ def scale_by_kl_shampoo(
         )
         dtypes = [m.dtype for m in jax.tree.leaves(state.mu)]
         units = [
-            _unit(dtype, *piece)
+            unit(dtype, *piece)
             for dtype, *leaf in zip(dtypes, gradients, means, leaves, strict=True)
             for piece in zip(*leaf, strict=True)
         ]
-        done = iter(together(units, functools.partial(step, is_first)))
+        done = iter(together(units, functools.partial(eigenbasis.step, is_first)))
         directions, new_leaves, usable = [], [], []
         for g, mean, blocking, pieces in zip(
             jax.tree.leaves(updates), means, found, leaves, strict=True
@@ -239,13 +162,13 @@ def scale_by_kl_shampoo(
                 flat, fits, new = next(done)
                 direction.append(reshape(flat, blocks.shape))
                 flags.append(reshape(fits, blocks.shape[: blocks.ndim - len(factors)]))
-                new_pieces.append(_like(factors, new))
+                new_pieces.append(like(factors, new))
             moved = blocking.from_blocks(direction)
             directions.append(cast(jnp.where(is_first, 0, moved), g.dtype))
             new_leaves.append(tuple(new_pieces))
             usable.append(flags)
         shards = [blocking.shards for blocking in found]
-        new_leaves = _refreshed(new_leaves, shards, schedule, count, balance=balance)
+        new_leaves = refreshed_factors(new_leaves, shards, schedule, count, balance=balance)
         seen = zero_unless(usable, jax.tree.leaves(updates), found)
         averaged = ema(jax.tree.unflatten(structure, seen), state.mu, b1)
         mu = jax.tree.map(
@@ -266,103 +189,6 @@ def scale_by_kl_shampoo(
         return {"how": blocks_in_words(blockings(params))}
 
     return transformation(init, update, describe)
-
-
-def _unit(
-    mu_dtype: Any, blocks: jax.Array, mean: jax.Array, factors: Sequence[KLFactor | None]
-) -> Unit:
-    """What a step does with one tensor of a leaf."""
-    order = len(factors)
-    batch = blocks.ndim - order
-    axes = tuple(axis for axis, factor in enumerate(factors) if factor is not None)
-    flat = lambda x: flat_axes(x, batch)
-    kept = [jax.tree.map(flat, factor) for factor in factors if factor is not None]
-    usable = jnp.ones(flat(blocks).shape[:1], bool)
-    return Unit((order, axes, mu_dtype), flat(blocks), (flat(mean), usable, kept))
-
-
-def _like(
-    factors: Sequence[KLFactor | None], flat: Sequence[KLFactor]
-) -> tuple[KLFactor | None, ...]:
-    """Factors from those of `_unit`, in the shapes and on the axes that they had."""
-    left = iter(flat)
-    return tuple(
-        factor and jax.tree.map(lambda x, old: reshape(x, old.shape), next(left), factor)
-        for factor in factors
-    )
-
-
-def _outer(vectors: list[jax.Array | None], blocks: jax.Array) -> jax.Array:
-    """The product of one vector an axis, as `[..., b1, ..., bk]` with ones where there is none."""
-    order = len(vectors)
-    product = jnp.ones((1,) * blocks.ndim, wide(blocks).dtype)
-    for axis, vector in enumerate(vectors):
-        if vector is not None:
-            inside = [vector.shape[-1] if at == axis else 1 for at in range(order)]
-            product = product * reshape(vector, (*vector.shape[:-1], *inside))
-    return product
-
-
-def _whitened(mean: jax.Array, factors: Any, eps: Any) -> jax.Array:
-    vectors = [None if f is None else f.vectors for f in factors]
-    roots = _outer([None if f is None else jnp.sqrt(f.eigenvalues) for f in factors], mean)
-    return rotate(rotate(mean, vectors, back=True) / (roots + eps), vectors)
-
-
-def _refreshed(
-    leaves: list[Any], shards: Sequence[int], schedule: Refresh, count: jax.Array, *, balance: bool
-) -> list[Any]:
-    """The leaves' factors with new bases where they are due."""
-
-    def first(_: Any, vectors: jax.Array, statistics: jax.Array) -> jax.Array:
-        del vectors
-        return eigenbasis(statistics)
-
-    def follow(_: Any, vectors: jax.Array, statistics: jax.Array) -> jax.Array:
-        return followed(statistics, vectors, sort=False)[0]
-
-    is_first, due = count == 1, schedule.follows(count, 0)
-    factors, structure = jax.tree.flatten(leaves, is_leaf=lambda x: isinstance(x, KLFactor))
-    counts = [sum(f is not None for factors in leaf for f in factors) for leaf in leaves]
-    repeats = [n for n, count in zip(shards, counts, strict=True) for _ in range(count)]
-    for function, when in ((first, is_first), (follow, due)):
-        units = [
-            Unit(None, flat_batch(f.statistics, size), flat_batch(f.vectors, size), n)
-            for f, n in zip(factors, repeats, strict=True)
-            for size in f.vectors.shape[-1:]
-        ]
-        found = refreshed(units, function, 1, lambda _, when=when: when)
-        factors = [
-            f._replace(vectors=reshape(vectors, f.vectors.shape))
-            for f, vectors in zip(factors, found, strict=True)
-        ]
-    leaves = jax.tree.unflatten(structure, factors)
-    if not balance:
-        return leaves
-    return [tuple(_balanced(factors, due) for factors in leaf) for leaf in leaves]
-
-
-def _balanced(factors: Sequence[KLFactor | None], due: jax.Array) -> tuple[KLFactor | None, ...]:
-    """The factors with one mean eigenvalue, their product unchanged, where that is due."""
-    present = [factor for factor in factors if factor is not None]
-    if len(present) < 2:
-        return tuple(factors)
-    means = [jnp.mean(factor.eigenvalues, axis=-1) for factor in present]
-    logs = [jnp.log(mean) for mean in means]
-    common = sum(logs[1:], logs[0]) / len(logs)
-
-    def scaled(factor: KLFactor | None) -> KLFactor | None:
-        if factor is None:
-            return None
-        by = jnp.exp(common - jnp.log(jnp.mean(factor.eigenvalues, axis=-1)))
-        by = jnp.where(due, by, 1)
-        return KLFactor(
-            factor.statistics * by[..., None, None],
-            factor.vectors,
-            factor.eigenvalues * by[..., None],
-        )
-
-    return tuple(scaled(factor) for factor in factors)
 
 
 @checked

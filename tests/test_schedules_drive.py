@@ -263,7 +263,9 @@ REFUSED = {
     "peak must lie in [0, 1)": lambda: s.momentum(0.5, 1.0, 10, 100),
     "warmup_steps 10 + cooldown_steps 95": lambda: s.momentum(0.5, 0.9, 10, 100, cooldown_steps=95),
     "weight_decay must not be negative": lambda: s.coupled_decay(-0.1),
-    "weight_decay must be a finite number": lambda: s.adamc_decay(float("nan"), s.constant(1.0), 1.0),
+    "weight_decay must be a finite number": lambda: s.adamc_decay(
+        float("nan"), s.constant(1.0), 1.0
+    ),
     "decay must lie in [0, 1)": lambda: s.ema(1.0),
     "window must be a whole number": lambda: s.lawa(0),
     "weights must have 2 entries": lambda: s.merge([1, 2], [1.0]),

@@ -1,0 +1,192 @@
+"""Momentum whitened in eigenbases that minimise a divergence: what `kl_shampoo` does with blocks."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ...core.arithmetic import cast, is_summable, lerp, wide
+from ..matrix.algebra.eigenbasis import eigenbasis, followed
+from ..matrix.algebra.kronecker import mode_gram, mode_product, rotate
+from ..matrix.batch.refresh import Refresh, refreshed
+from ..matrix.batch.together import Unit
+from ..matrix.mesh.shards import flat_axes, flat_batch, reshape
+from .block_state import identities, usable_blocks
+
+
+class KLFactor(NamedTuple):
+    """What is kept for one axis of the blocks of one tensor; the first axes are `[L, *counts]`."""
+
+    statistics: jax.Array  # [..., b, b]
+    vectors: jax.Array  # [..., b, b]: the eigenbasis, in columns
+    eigenvalues: jax.Array  # [..., b]: their own moving averages
+
+
+class KLEigenbasis(NamedTuple):
+    """What one step does with blocks and their factors."""
+
+    b1: Any
+    b2: Any
+    eps: Any
+    initial_eigenvalue: Any
+    max_inverse_root: float
+
+    def factor(self, scalars: jax.Array, size: int) -> KLFactor:
+        """The factor at the start; `scalars` are zeros, one for each block."""
+        identity = identities(scalars, size)
+        values = jnp.zeros_like(identity[..., 0]) + self.initial_eigenvalue
+        return KLFactor(jnp.zeros_like(identity), identity, values)
+
+    def step(self, is_first: jax.Array, kind: Any, carry: Any, blocks: jax.Array) -> Any:
+        """Direction, usable blocks and factors, for the mean of gradients, factors, and the gradient."""
+        (order, axes, mu_dtype), (mean, _, kept) = kind, carry
+        factors: list[KLFactor | None] = [None] * order
+        for axis, factor in zip(axes, kept, strict=True):
+            factors[axis] = factor
+        usable, new = self._learned(blocks, factors, is_first)
+        seen = jnp.where(usable.reshape(-1, *(1,) * order), wide(blocks), 0)
+        mean = jnp.where(is_first, mean, wide(cast(lerp(seen, mean, self.b1), mu_dtype)))
+        return (
+            _whitened(mean, factors, self.eps),
+            usable,
+            [
+                KLFactor(
+                    jnp.where(usable[:, None, None], new[axis].statistics, old.statistics),
+                    old.vectors,
+                    jnp.where(usable[:, None] & ~is_first, new[axis].eigenvalues, old.eigenvalues),
+                )
+                for axis, old in zip(axes, kept, strict=True)
+            ],
+        )
+
+    def _learned(self, blocks: jax.Array, factors: Any, is_first: jax.Array) -> Any:
+        """The factors with the gradients of usable blocks in them, and which these are.
+
+        Every axis sees the others as they were. Usable is what can be squared when it is whitened, too.
+        """
+        order = len(factors)
+        usable = usable_blocks(wide(blocks), order)
+        seen = jnp.where(usable.reshape(-1, *(1,) * order), wide(blocks), 0)
+        sizes = blocks.shape[blocks.ndim - order :]
+        vectors = [None if f is None else f.vectors for f in factors]
+        roots = [None if f is None else f.eigenvalues**-0.5 for f in factors]
+        rotated = rotate(seen, vectors, back=True)
+
+        def one(axis: int, own: KLFactor) -> tuple[jax.Array, KLFactor]:
+            others = [None if at == axis else root for at, root in enumerate(roots)]
+            whitened = rotated * _outer(others, blocks)
+            away = tuple(usable.ndim + at for at in range(order) if at != axis)
+            count = max(1, math.prod(sizes[:axis] + sizes[axis + 1 :]))
+            mean = jnp.sum(jnp.square(whitened), axis=away) / count
+            values = jnp.maximum(lerp(mean, own.eigenvalues, self.b2), self._floor(sizes[axis]))
+            plain = jnp.where(is_first, seen, mode_product(whitened, own.vectors, axis, order))
+            gram = mode_gram(plain, axis, order) / count
+            new = KLFactor(lerp(gram, own.statistics, self.b2), own.vectors, values)
+            return is_summable(jnp.trace(gram, axis1=-2, axis2=-1)), new
+
+        found = {axis: one(axis, f) for axis, f in enumerate(factors) if f is not None}
+        for fits, _ in found.values():
+            usable &= fits
+        return usable, {axis: new for axis, (_, new) in found.items()}
+
+    def _floor(self, size: int) -> float:
+        return max(10.0, min(float(size), self.max_inverse_root)) ** -2
+
+
+def unit(
+    mu_dtype: Any, blocks: jax.Array, mean: jax.Array, factors: Sequence[KLFactor | None]
+) -> Unit:
+    """What a step does with one tensor of a leaf."""
+    order = len(factors)
+    batch = blocks.ndim - order
+    axes = tuple(axis for axis, factor in enumerate(factors) if factor is not None)
+    flat = lambda x: flat_axes(x, batch)
+    kept = [jax.tree.map(flat, factor) for factor in factors if factor is not None]
+    usable = jnp.ones(flat(blocks).shape[:1], bool)
+    return Unit((order, axes, mu_dtype), flat(blocks), (flat(mean), usable, kept))
+
+
+def like(
+    factors: Sequence[KLFactor | None], flat: Sequence[KLFactor]
+) -> tuple[KLFactor | None, ...]:
+    """Factors from those of `unit`, in the shapes and on the axes that they had."""
+    left = iter(flat)
+    return tuple(
+        factor and jax.tree.map(lambda x, old: reshape(x, old.shape), next(left), factor)
+        for factor in factors
+    )
+
+
+def _outer(vectors: list[jax.Array | None], blocks: jax.Array) -> jax.Array:
+    """The product of one vector an axis, as `[..., b1, ..., bk]` with ones where there is none."""
+    order = len(vectors)
+    product = jnp.ones((1,) * blocks.ndim, wide(blocks).dtype)
+    for axis, vector in enumerate(vectors):
+        if vector is not None:
+            inside = [vector.shape[-1] if at == axis else 1 for at in range(order)]
+            product = product * reshape(vector, (*vector.shape[:-1], *inside))
+    return product
+
+
+def _whitened(mean: jax.Array, factors: Any, eps: Any) -> jax.Array:
+    vectors = [None if f is None else f.vectors for f in factors]
+    roots = _outer([None if f is None else jnp.sqrt(f.eigenvalues) for f in factors], mean)
+    return rotate(rotate(mean, vectors, back=True) / (roots + eps), vectors)
+
+
+def refreshed_factors(
+    leaves: list[Any], shards: Sequence[int], schedule: Refresh, count: jax.Array, *, balance: bool
+) -> list[Any]:
+    """The leaves' factors with new bases where they are due."""
+
+    def first(_: Any, vectors: jax.Array, statistics: jax.Array) -> jax.Array:
+        del vectors
+        return eigenbasis(statistics)
+
+    def follow(_: Any, vectors: jax.Array, statistics: jax.Array) -> jax.Array:
+        return followed(statistics, vectors, sort=False)[0]
+
+    is_first, due = count == 1, schedule.follows(count, 0)
+    factors, structure = jax.tree.flatten(leaves, is_leaf=lambda x: isinstance(x, KLFactor))
+    counts = [sum(f is not None for factors in leaf for f in factors) for leaf in leaves]
+    repeats = [n for n, count in zip(shards, counts, strict=True) for _ in range(count)]
+    for function, when in ((first, is_first), (follow, due)):
+        units = [
+            Unit(None, flat_batch(f.statistics, size), flat_batch(f.vectors, size), n)
+            for f, n in zip(factors, repeats, strict=True)
+            for size in f.vectors.shape[-1:]
+        ]
+        found = refreshed(units, function, 1, lambda _, when=when: when)
+        factors = [
+            f._replace(vectors=reshape(vectors, f.vectors.shape))
+            for f, vectors in zip(factors, found, strict=True)
+        ]
+    leaves = jax.tree.unflatten(structure, factors)
+    if not balance:
+        return leaves
+    return [tuple(_balanced(factors, due) for factors in leaf) for leaf in leaves]
+
+
+def _balanced(factors: Sequence[KLFactor | None], due: jax.Array) -> tuple[KLFactor | None, ...]:
+    """The factors with one mean eigenvalue, their product unchanged, where that is due."""
+    present = [factor for factor in factors if factor is not None]
+    if len(present) < 2:
+        return tuple(factors)
+    means = [jnp.mean(factor.eigenvalues, axis=-1) for factor in present]
+    logs = [jnp.log(mean) for mean in means]
+    common = sum(logs[1:], logs[0]) / len(logs)
+
+    def scaled(factor: KLFactor | None) -> KLFactor | None:
+        if factor is None:
+            return None
+        by = jnp.exp(common - jnp.log(jnp.mean(factor.eigenvalues, axis=-1)))
+        by = jnp.where(due, by, 1)
+        return KLFactor(
+            factor.statistics * by[..., None, None],
+            factor.vectors,
+            factor.eigenvalues * by[..., None],
+        )
+
+    return tuple(scaled(factor) for factor in factors)
