@@ -40,6 +40,7 @@ from .links.orthogonal import orthogonalize
 from .links.telemetry import TelemetryState, telemetry, with_telemetry
 from .lion import ScaleByLionState, lion, scale_by_lion
 from .mars import ReduceVarianceState, mars, reduce_variance
+from .matrix.algebra.polar import NewtonSchulz
 from .matrix.mesh.shardings import on_mesh, split_state, state_shardings
 from .matrix.shape.layout import MatrixAxes
 from .muon import adamuon, muon, normuon, scale_by_muon
@@ -112,6 +113,7 @@ __all__ = [
     "GraftState",
     "KeepParameterNormState",
     "MatrixAxes",
+    "NewtonSchulz",
     "OptimizerConfig",
     "ReduceVarianceState",
     "RefusedRoot",
