@@ -46,7 +46,7 @@ class ModelConfig:
     unroll: int = 1
     """Layers unrolled in the scan: more compile time, sometimes faster steps."""
     remat: bool = False
-    """Compute layers anew in the backward pass instead of keeping what they computed: less memory."""
+    """Recompute layers in the backward pass instead of keeping what they computed: less memory."""
 
     def __post_init__(self) -> None:
         for name in ("vocabulary", "context", "width", "layers", "heads", "unroll"):

@@ -48,7 +48,7 @@ class NewtonSchulz:
         kept by name. Norms and sums are float32 in any case.
       form: ``"standard"``, ``"gram"``, or ``"auto"`` for the one that multiplies less; in bfloat16
         that is the standard form, as eight bits are too few for :math:`R`.
-      restarts: steps before which the gram form starts anew. Restarted before step 3 it stays
+      restarts: steps before which the gram form restarts. Restarted before step 3 it stays
         within 1e-5 of the standard form for singular values from 0.01 to 1 in float32 (relative
         Frobenius norm); without any restart within 1e-4, and a sixth faster.
       halvings: of symmetric products, see :mod:`.symmetric`; ``None`` decides by size.

@@ -1,4 +1,4 @@
-"""When costly quantities are computed anew, and how that is done in place.
+"""When costly quantities are recomputed, and how that is done in place.
 
 Roots and eigenbases are refreshed every T steps: all on one step, or *staggered*, a T-th of them on
 every step, so that all steps take the same time. Both are the same program: matrices are dealt to
