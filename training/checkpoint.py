@@ -9,6 +9,7 @@ seal, and compares before anyone reads.
 
 import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -21,6 +22,7 @@ import grain
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from . import orbax_noise
 from .files import said, write_json
 from .processes import from_first, is_first
 from .step import TrainState
@@ -28,6 +30,7 @@ from .step import TrainState
 KEPT = 2
 SEAL = "files.json"
 REFUSED = "checkpoints-refused"
+_METADATA = "_CHECKPOINT_METADATA"
 
 
 class Checkpoints:
@@ -43,12 +46,17 @@ class Checkpoints:
     def __init__(self, folder: Path, identity: dict[str, Any]):
         self._identity = identity
         self._path = folder.absolute()
-        newest: Any = ocp.training.preservation_policies.LatestN(KEPT)
-        self._orbax = ocp.training.Checkpointer(
-            str(self._path), preservation_policy=newest, cleanup_tmp_directories=True
-        )
+        orbax_noise.quiet()
         self._background = concurrent.futures.ThreadPoolExecutor(1)
         self._writing: concurrent.futures.Future[None] | None = None
+
+    @functools.cached_property
+    def _orbax(self) -> ocp.training.Checkpointer:
+        """Opened once the seals were compared: it reads the metadata of every checkpoint."""
+        newest: Any = ocp.training.preservation_policies.LatestN(KEPT)
+        return ocp.training.Checkpointer(
+            str(self._path), preservation_policy=newest, cleanup_tmp_directories=True
+        )
 
     def save(self, state: TrainState, batches: grain.DatasetIterator) -> None:
         """Starts writing; the arrays are copied before this returns, so they may be donated.
@@ -86,14 +94,14 @@ class Checkpoints:
           ValueError: if there are checkpoints, but each was cut off, is damaged or is of another
             configuration. Nothing is touched then.
         """
-        steps = sorted((found.step for found in self._orbax.checkpoints), reverse=True)
+        steps = self._steps()
         if not steps:
             return state
         refused: dict[int, str] = {}
         for step in steps:
             complaint = from_first(_complaint(self._folder(step)) if is_first() else "")
             if not complaint:
-                metadata: Any = self._orbax.metadata(step).custom_metadata
+                metadata: Any = ocp.metadata(str(self._folder(step))).custom_metadata
                 differing = self._differing(metadata["identity"])
                 if not differing:
                     break
@@ -105,12 +113,12 @@ class Checkpoints:
                 f"{refused[steps[0]]}. Use the configuration they were written with, another folder, or "
                 "remove them."
             )
-        for newer, why in refused.items():
-            warnings.warn(
-                f"the checkpoint of step {newer} in {self._path} {why} and is set aside; "
-                f"going on from that of step {step}.",
-                stacklevel=2,
-            )
+        for older in steps[steps.index(step) + 1 :]:
+            read = {_METADATA}
+            complaint = from_first(_complaint(self._folder(older), read) if is_first() else "")
+            if complaint:
+                refused[older] = complaint
+        self._warn(refused, step)
         self._set_aside(refused)
         abstract = jax.tree.map(ocp.arrays.to_shape_dtype_struct, state)
         restored = self._orbax.load(step, abstract)
@@ -118,12 +126,18 @@ class Checkpoints:
         return restored
 
     def close(self) -> None:
-        """Waits for what is being written."""
+        """Waits for what is being written.
+
+        Raises:
+          OSError: if it cannot be.
+        """
         try:
             self._wait()
         finally:
             self._background.shutdown()
-            self._orbax.close()
+            if "_orbax" in vars(self):
+                with self._unwritten():  # it raises the same again
+                    self._orbax.close()
 
     def _wait(self) -> None:
         writing, self._writing = self._writing, None
@@ -141,6 +155,21 @@ class Checkpoints:
             reason = f"the checkpoint of step {self._step} in {self._path} cannot be written"
             raise OSError(f"{reason}: {lines[0][:200]}") from error
 
+    def _steps(self) -> list[int]:
+        """Of the checkpoints that are there, newest first."""
+        steps = []
+        if is_first() and self._path.is_dir():
+            steps = [int(entry.name) for entry in self._path.iterdir() if entry.name.isdecimal()]
+        return json.loads(from_first(json.dumps(sorted(steps, reverse=True))))
+
+    def _warn(self, refused: dict[int, str], step: int) -> None:
+        for other, why in refused.items():
+            warnings.warn(
+                f"the checkpoint of step {other} in {self._path} {why} and is set aside; "
+                f"going on from that of step {step}.",
+                stacklevel=3,
+            )
+
     def _folder(self, step: int) -> Path:
         return self._path / str(step)
 
@@ -155,7 +184,6 @@ class Checkpoints:
                 names = (aside / f"{step}.{n}" for n in itertools.count())
                 self._folder(step).rename(next(name for name in names if not name.exists()))
         from_first("moved")
-        self._orbax.reload()
 
     def _differing(self, found: dict[str, Any]) -> list[str]:
         """What is not as in this configuration."""
@@ -188,8 +216,11 @@ def _seal(folder: Path) -> None:
     write_json(folder / SEAL, _contents(_files(folder)))
 
 
-def _complaint(folder: Path) -> str:
-    """What is wrong with a checkpoint; nothing for one that is as it was written."""
+def _complaint(folder: Path, only: Collection[str] | None = None) -> str:
+    """What is wrong with a checkpoint; nothing for one that is as it was written.
+
+    Of a checkpoint that will not be restored the contents of some files are enough.
+    """
     try:
         listed = json.loads((folder / SEAL).read_text(encoding="utf-8"))
         sizes = {name: content["bytes"] for name, content in listed.items()}
@@ -201,7 +232,8 @@ def _complaint(folder: Path) -> str:
             found = there[name].stat().st_size if name in there else "no"
             if found != size:
                 return f"was cut off ({name} has {found} of {size} bytes)"
-        for name, content in _contents({name: there[name] for name in listed}).items():
+        compared = {name: there[name] for name in listed if only is None or name in only}
+        for name, content in _contents(compared).items():
             if content != listed[name]:
                 return f"is damaged ({name} does not have the content that was written)"
     except OSError as error:

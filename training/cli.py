@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .interrupts import Interrupted, Interrupts, check
+from .output import say
 
 COMMANDS = ("race", "plan", "presets")
 
@@ -38,10 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check()
             return status
     except Interrupted as stop:
-        print("interrupted", file=sys.stderr)
+        say("interrupted")
         return stop.status
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted")
         return 130
 
 
@@ -134,5 +135,5 @@ def _one_line(boxed: str) -> str:
 
 
 def _refuse(message: str, status: int = 2) -> int:
-    print(f"ravine: {' '.join(message.split())}", file=sys.stderr)
+    say(f"ravine: {' '.join(message.split())}")
     return status

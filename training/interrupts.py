@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from .output import say
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GRACE = 10.0  # seconds from a signal to a step's end
 _LAST_WORDS = 5.0  # seconds for what is said when there was none
@@ -92,9 +94,7 @@ class Interrupts:
                     self._end()
                 self.received = number
                 self._deadline = time.monotonic() + self.grace
-                print(
-                    "interrupted: ending after this step; once more to end at once", file=sys.stderr
-                )
+                say("interrupted: ending after this step; once more to end at once")
 
     def _end(self) -> None:
         assert self.received is not None
@@ -102,14 +102,14 @@ class Interrupts:
             speaker = threading.Thread(target=self.last_words, daemon=True)
             speaker.start()
             speaker.join(_LAST_WORDS)
-        print("interrupted", file=sys.stderr)
+        say("interrupted")
         leave(128 + self.received)
 
 
 def leave(status: int) -> None:
     """Ends the process at once: taken apart while threads compile or write, Python may crash."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(AttributeError, OSError, ValueError):
             stream.flush()
     os._exit(status)
 

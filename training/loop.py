@@ -51,6 +51,28 @@ class Clock:
         return self._before + (time.perf_counter() - self._since if self._since else 0.0)
 
 
+class Rates:
+    """The learning rates of a schedule as records show them, a block of steps at a time.
+
+    Args:
+      schedule: maps steps to learning rates.
+      steps: of the run; those past them are not asked for.
+    """
+
+    BLOCK = 4096  # a call per step would take longer than a small model's step
+
+    def __init__(self, schedule: optax.Schedule, steps: int):
+        self._schedule, self._steps = schedule, steps
+        self._start, self._rates = 0, np.zeros(0)
+
+    def __getitem__(self, step: int) -> float:
+        if not self._start <= step < self._start + len(self._rates):
+            self._start = step - step % self.BLOCK
+            block = np.arange(self._start, min(self._start + self.BLOCK, self._steps))
+            self._rates = np.asarray(self._schedule(jnp.asarray(block, jnp.int32)))
+        return float(self._rates[step - self._start])
+
+
 def train(
     run: RunConfig,
     tx: optax.GradientTransformation,
@@ -145,7 +167,7 @@ def _train(
         compiled = step_fn.lower(state, example).compile()
         outcome.compile_seconds = time.perf_counter() - started
         interrupts.check()
-        rates = np.asarray(run.learning_rate(outcome.learning_rate)(jnp.arange(run.steps)))
+        rates = Rates(run.learning_rate(outcome.learning_rate), run.steps)
 
         def record(entry: dict[str, float]) -> None:
             outcome.add([entry])
@@ -153,23 +175,25 @@ def _train(
                 file.write(entry)
             on_record(entry)
 
-        def entry_of(step: int, metrics: dict[str, jax.Array], opt_state: Any) -> dict[str, float]:
+        def entry_of(
+            step: int, rate: float, metrics: dict[str, jax.Array], opt_state: Any
+        ) -> dict[str, float]:
             values = {name: float(value) for name, value in metrics.items()}
             if run.monitor_every and step % run.monitor_every == 0:
                 values |= {name: float(value) for name, value in monitored(opt_state).items()}
             if guard := _guard(opt_state):
                 values["skipped"] = int(guard.skipped)
-            rate = float(rates[step])
             return {"step": step, "seconds": clock.seconds, "learning_rate": rate, **values}
 
         policy = run.rollback_policy()
         rollback = Rollback(policy) if policy else None
         done = int(state.step)
         while done < run.steps:
+            rate = rates[done]
             clock.start()
             batch = jax.make_array_from_process_local_data(rows, next(batches), shape)
             state, metrics = compiled(state, batch)
-            entry = entry_of(done, metrics, state.opt_state)
+            entry = entry_of(done, rate, metrics, state.opt_state)
             clock.stop()
             if done == 0 and not run.skip_spikes:
                 _check_first(entry)

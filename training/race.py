@@ -6,7 +6,7 @@ import datetime
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 import optax
 from jax.sharding import Mesh
@@ -29,6 +29,7 @@ from .folder import claimed
 from .loop import train
 from .meta import check_meta, write_meta
 from .outcome import Outcome, RunFailed
+from .output import Output
 from .processes import LaunchConfig, check_same, from_first, is_first, start, unanimous
 from .report import summary_table, try_report, write_report
 from .sharding import batch_sharding, build_mesh
@@ -82,7 +83,7 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
       RunFailed: if it cannot go on, for a full disk or a text that changes; what had ended is kept.
     """
     start(config.launch)
-    console = console or Console(quiet=not is_first())
+    console = console or Console(file=cast(TextIO, Output()), quiet=not is_first())
     with unanimous():
         entrants = line_up(config.optimizers, config.learning_rates)
         given = config.run.model.vocabulary
