@@ -32,7 +32,7 @@ def eigenbasis(statistics_KxNxN: jax.Array) -> jax.Array:
     lifted = statistics_KxNxN + tiny
     found = for_each_matrix(lambda x: tuple(jnp.linalg.eigh(x, symmetrize_input=False)), lifted)
     values, vectors = (x[..., ::-1] for x in found)
-    vectors = _completed(vectors, _above_rounding(values))
+    vectors = _completed_in_turn(vectors, _above_rounding(values))
     usable = jnp.all(jnp.isfinite(vectors), axis=(1, 2))[:, None, None]
     return jnp.where(usable, vectors, jnp.eye(vectors.shape[-1], dtype=vectors.dtype)[None])
 
@@ -76,6 +76,20 @@ def followed(
         jnp.where(usable[:, None, None], found, basis_KxNxN),
         jnp.where(usable[:, None], order, identity),
     )
+
+
+def _completed_in_turn(vectors_KxNxN: jax.Array, known_KxN: jax.Array) -> jax.Array:
+    """`_completed`, everywhere but on CPU 32 matrices at a time.
+
+    As one batch, the QR step behind an eigendecomposition makes XLA for TPU take half as much temporary
+    memory again as all else in SOAP (LLaMA-2 70B on 512 chips: 0.91 GB, and 0.61 so).
+    """
+
+    def in_turn(vectors: jax.Array, known: jax.Array) -> jax.Array:
+        one = lambda pair: _completed(pair[0][None], pair[1][None])[0]
+        return jax.lax.map(one, (vectors, known), batch_size=32)
+
+    return jax.lax.platform_dependent(vectors_KxNxN, known_KxN, cpu=_completed, default=in_turn)
 
 
 def _completed(vectors_KxNxN: jax.Array, known_KxN: jax.Array) -> jax.Array:
