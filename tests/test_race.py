@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from ravine import schedules
 from ravine.training import race as race_module
+from ravine.training import report
 from ravine.training.cli import main
 from ravine.training.config import RunConfig
 from ravine.training.outcome import Outcome
@@ -29,6 +30,14 @@ def run(*words, text, out):
 
 def records(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_single_evaluation_is_drawn():
+    style = {"color": "#0072B2"}
+    point = report._figure("loss", "x", "y", [("adamw", style, [20.0], [2.5])], False)
+    line = report._figure("loss", "x", "y", [("adamw", style, [20.0, 40.0], [2.5, 2.0])], False)
+    colored = lambda svg: svg.count("#0072b2")
+    assert colored(point) > colored(line)  # a marker, besides the line and the legend's
 
 
 def test_a_race_leaves_metrics_meta_and_a_self_contained_report(tmp_path, text, capsys):

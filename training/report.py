@@ -109,7 +109,9 @@ def _figure(
     figure.subplots_adjust(left=0.13, right=0.98, top=0.92, bottom=0.12)
     axes = figure.subplots()
     for name, style, xs, ys in curves:
-        axes.plot(xs, ys, label=name, linewidth=1.8, **style)
+        # One evaluation is a point, of which a line shows nothing.
+        marker = "o" if len(xs) == 1 else None
+        axes.plot(xs, ys, label=name, linewidth=1.8, marker=marker, **style)
     axes.set(title=title, xlabel=x, ylabel=y)
     if log and any(curve[3] for curve in curves):
         axes.set_yscale("log")
