@@ -3,7 +3,7 @@
 import sys
 
 from .training.cli import main
-from .training.interrupts import leave
+from .training.run.interrupts import leave
 
 if __name__ == "__main__":
     status = main()

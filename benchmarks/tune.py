@@ -1,4 +1,4 @@
-"""Tunes the peak learning rate of every optimizer alike, and writes training/tuned.json.
+"""Tunes the peak learning rate of every optimizer alike, and writes training/compare/tuned.json.
 
     python benchmarks/tune.py                 # all, more than an hour on 2 cores
     python benchmarks/tune.py --only lion sgd # these again, the others kept
@@ -22,13 +22,13 @@ from pathlib import Path
 
 import jax
 from ravine.optimizers import OptimizerConfig
+from ravine.training.compare.entrants import Entrant
 from ravine.training.config import RunConfig
-from ravine.training.corpus import load_corpus
-from ravine.training.loop import train
-from ravine.training.outcome import Outcome
-from ravine.training.tuning import Entrant
+from ravine.training.data.corpus import load_corpus
+from ravine.training.run.outcome import Outcome
+from ravine.training.train import train
 
-TABLE = Path(__file__).parents[1] / "training" / "tuned.json"
+TABLE = Path(__file__).parents[1] / "training" / "compare" / "tuned.json"
 TRIALS = 5
 STEPS, EVAL_BATCHES = 300, 16  # more than in a race
 CENTRES = {

@@ -44,7 +44,7 @@ def forget():
 @pytest.fixture(scope="session")
 def library():
     """The default corpus."""
-    from ravine.training.corpus import load_corpus
+    from ravine.training.data.corpus import load_corpus
 
     return load_corpus()
 

@@ -22,11 +22,14 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
-from ravine.training import checkpoint, folder, interrupts, loop, report
-from ravine.training import race as race_module
+from ravine.training import checkpoint
+from ravine.training import train as loop
 from ravine.training.cli import main
-from ravine.training.corpus import load_corpus
-from ravine.training.files import naming
+from ravine.training.compare import race as race_module
+from ravine.training.compare import report
+from ravine.training.data.corpus import load_corpus
+from ravine.training.run import folder, interrupts
+from ravine.training.run.files import naming
 
 SMALL = ["--width", "16", "--layers", "1", "--heads", "2", "--context", "16", "--batch-size", "4"]
 WORDS = [

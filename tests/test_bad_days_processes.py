@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import ravine
-from ravine.training import interrupts
 from ravine.training.cli import main
-from ravine.training.folder import claimed
+from ravine.training.run import interrupts
+from ravine.training.run.folder import claimed
 
 SMALL = ["--width", "16", "--layers", "1", "--heads", "2", "--context", "16", "--batch-size", "4"]
 WORDS = ["--eval-every", "500", "--eval-batches", "2", *SMALL]

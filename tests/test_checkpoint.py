@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ravine.training.checkpoint import Checkpoints
-from ravine.training.data import Corpus, train_batches
+from ravine.training.data.batches import Corpus, train_batches
 from ravine.training.sharding import build_mesh
 from ravine.training.step import TrainState
 

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from ravine.training.collectives import KINDS, collectives
-from ravine.training.hlo import Program
+from ravine.training.plan.collectives import KINDS, collectives
+from ravine.training.plan.hlo import Program
 
 TEXTS = json.loads((Path(__file__).parent / "golden" / "hlo.json").read_text())
 DEVICES = {"tpu": 16, "cpu": 8}

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ravine.training import corpus as corpus_module
-from ravine.training.data import load_corpus, train_batches
+from ravine.training.data import corpus as corpus_module
+from ravine.training.data.batches import load_corpus, train_batches
 
 
 def write_texts(folder: Path, count: int, size: int = 2000) -> list[Path]:

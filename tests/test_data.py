@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
-from ravine.training import corpus as corpus_module
-from ravine.training import data as data_module
-from ravine.training.data import Corpus, heldout_batches, load_corpus, train_batches
+from ravine.training.data import batches as data_module
+from ravine.training.data import corpus as corpus_module
+from ravine.training.data.batches import Corpus, heldout_batches, load_corpus, train_batches
 
 
 def counting_corpus(tokens: int = 1000, heldout: int = 200) -> Corpus:

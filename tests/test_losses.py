@@ -18,7 +18,7 @@ from ravine.stability import (
     soft_cap,
     token_mean,
 )
-from ravine.training.collectives import collectives
+from ravine.training.plan.collectives import collectives
 
 EVERYTHING = {"z_loss": 1e-2, "cap": 3.0, "label_smoothing": 0.1}
 OPTIONS = {

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ravine.optimizers.matrix.algebra.polar import NewtonSchulz
 from ravine.optimizers.roles import IN_OUT
-from ravine.training.collectives import collectives
+from ravine.training.plan.collectives import collectives
 
 RULES = ((".*", "matrix", IN_OUT),)
 SHAPES = {"a": (8, 16), "b": (16, 8), "stack": (4, 8, 8), "odd": (6, 10), "tall": (24, 4)}

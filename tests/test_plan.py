@@ -9,18 +9,18 @@ import pytest
 import ravine
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from ravine.training.arithmetic import arithmetic
 from ravine.training.cli import main
-from ravine.training.compiling import (
+from ravine.training.config import RunConfig
+from ravine.training.model import ModelConfig
+from ravine.training.plan.compile import (
     compiled_train_step,
     compiled_update,
     rows_for,
     trainer_model,
 )
-from ravine.training.config import RunConfig
-from ravine.training.model import ModelConfig
-from ravine.training.plan import plan_of
-from ravine.training.presets import PRESETS
+from ravine.training.plan.flops import arithmetic
+from ravine.training.plan.plan import plan_of
+from ravine.training.shapes.presets import PRESETS
 from ravine.training.sharding import mesh_sizes, parameter_spec, sharded_parameters
 
 

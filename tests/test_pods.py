@@ -4,7 +4,7 @@ import json
 
 import jax
 import pytest
-from ravine.training.plan import PlanConfig, plan
+from ravine.training.plan.plan import PlanConfig, plan
 from rich.console import Console
 
 pytestmark = [

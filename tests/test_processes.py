@@ -14,7 +14,8 @@ from pathlib import Path
 import jax
 import pytest
 import ravine
-from ravine.training import loop, processes
+from ravine.training import distributed as processes
+from ravine.training import train as loop
 from ravine.training.cli import main
 
 WORDS = ["race", "--width", "16", "--layers", "2", "--heads", "2", "--context", "8"]

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ravine import schedules
-from ravine.training import race as race_module
-from ravine.training import report
 from ravine.training.cli import main
+from ravine.training.compare import race as race_module
+from ravine.training.compare import report
 from ravine.training.config import RunConfig
-from ravine.training.outcome import Outcome
+from ravine.training.run.outcome import Outcome
 
 SMALL = ["--width", "16", "--layers", "1", "--heads", "2", "--context", "16", "--batch-size", "4"]
 SHORT = ["--steps", "6", "--eval-every", "3", "--eval-batches", "2", *SMALL]

@@ -8,10 +8,9 @@ import pytest
 import ravine
 from ravine.optimizers.roles import assign_roles
 from ravine.training.cli import main
-from ravine.training.presets import PRESETS
-from ravine.training.presets_table import COURSE_NOTES, matching
-from ravine.training.shape_parts import Count, Experts, Latent
-from ravine.training.shape_rules import (
+from ravine.training.shapes.parts import Count, Experts, Latent
+from ravine.training.shapes.presets import PRESETS
+from ravine.training.shapes.rules import (
     RULES,
     breakers,
     feed_forward_width,
@@ -20,7 +19,8 @@ from ravine.training.shape_rules import (
     padded,
     suggest,
 )
-from ravine.training.shapes import ModelShape
+from ravine.training.shapes.shape import ModelShape
+from ravine.training.shapes.table import COURSE_NOTES, matching
 
 PUBLISHED = [
     pytest.param(name, count, id=f"{name}-{'active' if count.active else i}")

@@ -12,14 +12,15 @@ import jax.numpy as jnp
 import pytest
 import ravine
 from jax.sharding import PartitionSpec as P
-from ravine.training import loop
-from ravine.training import race as race_module
+from ravine.training import train as loop
 from ravine.training.cli import main
-from ravine.training.collectives import collectives
+from ravine.training.compare import race as race_module
+from ravine.training.compare.entrants import line_up
 from ravine.training.config import RunConfig
-from ravine.training.corpus import load_corpus
+from ravine.training.data.corpus import load_corpus
 from ravine.training.model import ModelConfig
-from ravine.training.outcome import Outcome
+from ravine.training.plan.collectives import collectives
+from ravine.training.run.outcome import Outcome
 from ravine.training.sharding import (
     batch_sharding,
     build_mesh,
@@ -33,7 +34,6 @@ from ravine.training.step import (
     make_train_step,
     place,
 )
-from ravine.training.tuning import line_up
 
 TEXT = "".join(f"line {i * i} of a text that says little. " for i in range(400))
 MODEL = ModelConfig(width=16, layers=2, heads=2, context=8)

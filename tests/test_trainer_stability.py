@@ -9,15 +9,15 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from ravine.training import loop
 from ravine.training import step as step_module
+from ravine.training import train as loop
 from ravine.training.cli import main
+from ravine.training.compare.entrants import line_up
 from ravine.training.config import RunConfig
-from ravine.training.corpus import load_corpus
+from ravine.training.data.corpus import load_corpus
 from ravine.training.model import ModelConfig
-from ravine.training.outcome import Outcome
+from ravine.training.run.outcome import Outcome
 from ravine.training.step import init_params, init_state, make_train_step
-from ravine.training.tuning import line_up
 
 MODEL = ModelConfig(width=16, layers=2, heads=2, kv_heads=1, context=16)
 BAD = 255  # a byte that no text has

@@ -22,9 +22,9 @@ import grain
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from . import orbax_noise
-from .files import said, write_json
-from .processes import from_first, is_first
+from .distributed import from_first, is_first
+from .run import orbax_noise
+from .run.files import said, write_json
 from .step import TrainState
 
 KEPT = 2

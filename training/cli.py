@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .interrupts import Interrupted, Interrupts, check
-from .output import say
+from .run.interrupts import Interrupted, Interrupts, check
+from .run.output import say
 
 COMMANDS = ("race", "plan", "presets")
 
@@ -49,10 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(command: str, words: list[str]) -> int:
     # JAX and the rest take seconds, in which an interruption is one already.
     try:
-        from .outcome import RunFailed
-        from .plan import PlanConfig, plan
-        from .presets_table import PresetsConfig, show_presets
-        from .race import RaceConfig, race
+        from .compare.race import RaceConfig, race
+        from .plan.plan import PlanConfig, plan
+        from .run.outcome import RunFailed
+        from .shapes.table import PresetsConfig, show_presets
     except ValueError as error:
         return _refuse(str(error))
     try:

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ..core.checks import near
 from ..core.paths import path_string
 from ..optimizers.matrix.mesh.shardings import check_specs
-from .shapes import ModelShape
+from .shapes.shape import ModelShape
 
 AXES = ("data", "fsdp", "tensor")
 """Axes a mesh may have: copies of the model, shards of every matrix, and columns or rows by layer."""

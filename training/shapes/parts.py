@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal, NamedTuple, get_args
 
-from ..core.checks import check_amount
+from ...core.checks import check_amount
 
 Activation = Literal["swiglu", "geglu", "gelu", "relu"]
 Part = Literal[
@@ -77,7 +77,7 @@ def part_of(name: str) -> Part:
     """The part that a parameter belongs to, by its path.
 
     Example:
-      >>> from ravine.training.shape_parts import part_of
+      >>> from ravine.training.shapes.parts import part_of
       >>> part_of("layers/attention/query_norm/scale"), part_of("layers/shared_expert/up/kernel")
       ('norms', 'feed_forward')
     """

@@ -12,8 +12,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from ..core.checks import check_amount
-from .shape_parts import PARTS, Activation, Count, Experts, Latent, Part, part_of
+from ...core.checks import check_amount
+from .parts import PARTS, Activation, Count, Experts, Latent, Part, part_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class ModelShape:
       ValueError: for sizes that are not positive, or do not fit each other.
 
     Example:
-      >>> from ravine.training.shapes import ModelShape
+      >>> from ravine.training.shapes.shape import ModelShape
       >>> tiny = ModelShape(layers=2, width=64, feed_forward=192, heads=4, head_width=16,
       ...                   kv_heads=2, vocabulary=256, context=128)
       >>> tiny.by_part()
@@ -114,7 +114,7 @@ class ModelShape:
         An encoder's and a decoder's layers are stacks of their own, as are dense first layers.
 
         Example:
-          >>> from ravine.training.presets import PRESETS
+          >>> from ravine.training.shapes.presets import PRESETS
           >>> PRESETS["llama2-7b"].parameters()["layers/feed_forward/down/kernel"].shape
           (32, 11008, 4096)
           >>> PRESETS["mixtral-8x7b"].parameters()["layers/experts/down/kernel"].shape
@@ -220,7 +220,7 @@ class ModelShape:
         """What a published number should be, from the shapes.
 
         Example:
-          >>> from ravine.training.presets import PRESETS
+          >>> from ravine.training.shapes.presets import PRESETS
           >>> shape = PRESETS["gemma2-9b"]
           >>> for count in shape.published:
           ...     print(count.billions, shape.recount(count) / 1e9)
@@ -246,7 +246,7 @@ class ModelShape:
           context: tokens per sequence, by default those of pre-training.
 
         Example:
-          >>> from ravine.training.presets import PRESETS
+          >>> from ravine.training.shapes.presets import PRESETS
           >>> shape = PRESETS["gpt3-175b"]
           >>> f"{shape.flops() / (6 * shape.count):.3f}"
           '1.014'

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Literal
 
-from .config import RunConfig
+from ..config import RunConfig
 from .files import read_json, write_json
 from .records import audited, read_records, up_to, warn
 

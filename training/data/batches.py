@@ -68,7 +68,7 @@ def train_batches(
       ValueError: for arguments out of range, or a training part of less than context + 1 tokens.
 
     Example:
-      >>> from ravine.training.data import load_corpus, train_batches
+      >>> from ravine.training.data.batches import load_corpus, train_batches
       >>> batches = train_batches(load_corpus(), batch_size=4, context=64, seed=0)
       >>> next(batches).shape, batches.get_state()
       ((4, 65), {'next_index': 1})
@@ -122,7 +122,7 @@ def heldout_batches(
       ValueError: for arguments below 1, or a held-out part too short for a single batch.
 
     Example:
-      >>> from ravine.training.data import heldout_batches, load_corpus
+      >>> from ravine.training.data.batches import heldout_batches, load_corpus
       >>> heldout_batches(load_corpus(), batch_size=4, context=64, batches=2).shape
       (2, 4, 65)
     """

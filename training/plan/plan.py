@@ -19,23 +19,16 @@ import optax
 from jax.sharding import AxisType, Mesh
 from rich.console import Console
 
-from ..core.checks import near
-from ..optimizers.matrix.algebra.polar import NewtonSchulz
-from ..optimizers.registry import OptimizerConfig
-from .arithmetic import Arithmetic
+from ...core.checks import near
+from ...optimizers.matrix.algebra.polar import NewtonSchulz
+from ...optimizers.registry import OptimizerConfig
+from ..shapes.presets import PRESETS
+from ..shapes.shape import ModelShape
+from ..sharding import mesh_sizes, sharded_parameters
 from .collectives import Collective, collectives
-from .compiling import (
-    Compiled,
-    auto,
-    compiled_train_step,
-    compiled_update,
-    rows_for,
-    trainer_model,
-)
-from .plan_table import HBM, show
-from .presets import PRESETS
-from .shapes import ModelShape
-from .sharding import mesh_sizes, sharded_parameters
+from .compile import Compiled, auto, compiled_train_step, compiled_update, rows_for, trainer_model
+from .flops import Arithmetic
+from .table import HBM, show
 
 TOPOLOGIES = (
     "v4:8x8x8",
@@ -62,7 +55,7 @@ class PlanConfig:
     """Compile an optimizer for a TPU pod, without one, and print what it costs a chip."""
 
     model: str = "llama2-70b"
-    """A model of `ravine.training.presets`."""
+    """A model of `ravine.training.shapes.presets`."""
     optimizer: str = "shampoo"
     """A registered name."""
     compare: str = ""
@@ -111,7 +104,7 @@ class Plan:
 
     @property
     def sent(self) -> float:
-        """Bytes one chip sends in a step, by the rules of `ravine.training.collectives`."""
+        """Bytes one chip sends in a step, by the rules of `ravine.training.plan.collectives`."""
         return sum(c.total for c in self.collectives if c.always)
 
     @property

@@ -116,7 +116,7 @@ def arithmetic(traced: Any, devices: int) -> Arithmetic:
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> from ravine.training.arithmetic import arithmetic
+      >>> from ravine.training.plan.flops import arithmetic
       >>> product = lambda x: jax.lax.fori_loop(0, 5, lambda _, y: x @ y, x)
       >>> arithmetic(jax.jit(product).trace(jnp.ones((10, 10))), devices=1).always
       10000.0

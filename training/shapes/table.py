@@ -9,11 +9,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..core.checks import check_amount, near
+from ...core.checks import check_amount, near
+from .parts import PARTS
 from .presets import PRESETS
-from .shape_parts import PARTS
-from .shape_rules import TOKENS_PER_PARAMETER, suggest
-from .shapes import ModelShape
+from .rules import TOKENS_PER_PARAMETER, suggest
+from .shape import ModelShape
 
 COURSE_NOTES = {
     "GPT-3": "gpt3-175b",
@@ -78,7 +78,7 @@ def matching(patterns: tuple[str, ...]) -> dict[str, ModelShape]:
       ValueError: for a pattern that selects none, with the names near it.
 
     Example:
-      >>> from ravine.training.presets_table import matching
+      >>> from ravine.training.shapes.table import matching
       >>> list(matching(("palm*", "gpt2")))
       ['gpt2', 'palm-8b', 'palm-62b', 'palm-540b']
     """

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from .shape_parts import EMBEDDINGS, Count, Experts, Latent
-from .shapes import ModelShape
+from .parts import EMBEDDINGS, Count, Experts, Latent
+from .shape import ModelShape
 
 _active = partial(Count, active=True)
 _without_embeddings = partial(Count, without=EMBEDDINGS)

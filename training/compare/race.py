@@ -20,21 +20,21 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from . import interrupts
-from .config import RunConfig, to_json
-from .corpus import Corpus, load_corpus
-from .data import heldout_batches, train_batches
-from .files import said
-from .folder import claimed
-from .loop import train
-from .meta import check_meta, write_meta
-from .outcome import Outcome, RunFailed
-from .output import Output
-from .processes import LaunchConfig, check_same, from_first, is_first, start, unanimous
+from ..config import RunConfig, to_json
+from ..data.batches import heldout_batches, train_batches
+from ..data.corpus import Corpus, load_corpus
+from ..distributed import LaunchConfig, check_same, from_first, is_first, start, unanimous
+from ..run import interrupts
+from ..run.files import said
+from ..run.folder import claimed
+from ..run.meta import check_meta, write_meta
+from ..run.outcome import Outcome, RunFailed
+from ..run.output import Output
+from ..sharding import batch_sharding, build_mesh
+from ..step import place
+from ..train import train
+from .entrants import Entrant, line_up
 from .report import summary_table, try_report, write_report
-from .sharding import batch_sharding, build_mesh
-from .step import place
-from .tuning import Entrant, line_up
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,7 +51,7 @@ class Program:
     """The computations of a compiled program, from ``compiled.as_text()``.
 
     Example:
-      >>> from ravine.training.hlo import Program
+      >>> from ravine.training.plan.hlo import Program
       >>> program = Program.parse("ENTRY %main (x: f32[4]) -> f32[4] {\\n"
       ...                         "  ROOT %y = f32[4]{0} negate(%x)\\n}")
       >>> program.computations["main"][0].op

@@ -16,16 +16,16 @@ from jax.sharding import Mesh
 
 from ..core.transformation import states_of
 from ..stability import FiniteGateState, SkipStepState, monitored
-from . import interrupts
 from .checkpoint import Checkpoints
 from .config import RunConfig, to_json
-from .corpus import Corpus
-from .data import heldout_batches, train_batches
-from .files import Lines, dumps, write_text
+from .data.batches import heldout_batches, train_batches
+from .data.corpus import Corpus
+from .distributed import is_first
 from .model import ModelConfig
-from .outcome import Outcome, RunFailed
-from .processes import is_first
 from .rollback import GaveUp, Rollback
+from .run import interrupts
+from .run.files import Lines, dumps, write_text
+from .run.outcome import Outcome, RunFailed
 from .sharding import batch_sharding, build_mesh, local_shards
 from .step import TrainState, init_sharded, make_train_step, mean_loss, place, unmeasured
 

@@ -5,7 +5,7 @@ import math
 import warnings
 from pathlib import Path
 
-from .config import RunConfig
+from ..config import RunConfig
 
 Record = dict[str, float]
 

@@ -8,10 +8,10 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ..core.checks import check_amount, check_positive
+from ...core.checks import check_amount, check_positive
+from .parts import Activation
 from .presets import PRESETS
-from .shape_parts import Activation
-from .shapes import ModelShape
+from .shape import ModelShape
 
 TOKENS_PER_PARAMETER = 20
 """Where a training budget buys the least loss: Hoffmann et al., 2022, https://arxiv.org/abs/2203.15556."""
@@ -82,7 +82,7 @@ def breakers(rule: ShapeRule) -> list[str]:
     """The published models that break a rule.
 
     Example:
-      >>> from ravine.training.shape_rules import RULES, breakers
+      >>> from ravine.training.shapes.rules import RULES, breakers
       >>> breakers(RULES[1])[:4]
       ['t5-3b', 't5-11b', 't5-1.1-small', 'lamda-137b']
     """
@@ -108,7 +108,7 @@ def feed_forward_width(
       ValueError: for arguments that are not positive.
 
     Example:
-      >>> from ravine.training.shape_rules import feed_forward_width
+      >>> from ravine.training.shapes.rules import feed_forward_width
       >>> feed_forward_width(12288)  # GPT-3
       49152
       >>> feed_forward_width(4096, gated=True, multiple=256)  # LLaMA 7B
@@ -129,7 +129,7 @@ def padded(size: int, multiple: int = 128) -> int:
     """`size`, as of a vocabulary, rounded up to a multiple.
 
     Example:
-      >>> from ravine.training.shape_rules import padded
+      >>> from ravine.training.shapes.rules import padded
       >>> padded(50257), padded(100278)  # GPT-2, OLMo 2
       (50304, 100352)
     """
@@ -144,7 +144,7 @@ def head_count(width: int, head_width: int = 128) -> int:
       ValueError: where the head width does not divide the width.
 
     Example:
-      >>> from ravine.training.shape_rules import head_count
+      >>> from ravine.training.shapes.rules import head_count
       >>> head_count(12288), head_count(1600, 64)  # GPT-3, GPT-2 XL
       (96, 25)
     """
@@ -160,7 +160,7 @@ def layer_count(width: int, aspect: float = ASPECT) -> int:
     """Layers of a model with that ratio of width to layers.
 
     Example:
-      >>> from ravine.training.shape_rules import layer_count
+      >>> from ravine.training.shapes.rules import layer_count
       >>> layer_count(4096, 128), layer_count(12288, 128)  # LLaMA 7B, GPT-3
       (32, 96)
     """
@@ -231,7 +231,7 @@ def suggest(
         comes within a tenth of the number of parameters.
 
     Example:
-      >>> from ravine.training.shape_rules import suggest
+      >>> from ravine.training.shapes.rules import suggest
       >>> found = suggest(parameters=7e9, devices=64)
       >>> shape = found.shape
       >>> shape.width, shape.layers, shape.heads, shape.feed_forward

@@ -11,10 +11,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from .config import RunConfig, to_json
-from .corpus import Corpus
+from ..compare.entrants import Entrant
+from ..config import RunConfig, to_json
+from ..data.corpus import Corpus
 from .files import read_json, write_json
-from .tuning import Entrant
 
 _PACKAGES = ("ravine", "jax", "jaxlib", "optax", "flax", "numpy", "grain")
 

@@ -19,10 +19,10 @@ except ValueError as error:  # it checks the variable, whether a backend is need
         f"matplotlib refuses MPLBACKEND={os.environ.get('MPLBACKEND')!r}; unset it, a report needs none."
     ) from error
 
-from .config import RunConfig
-from .corpus import Corpus
-from .files import write_text
-from .outcome import Outcome
+from ..config import RunConfig
+from ..data.corpus import Corpus
+from ..run.files import write_text
+from ..run.outcome import Outcome
 
 REFERENCE = "adamw"
 # Okabe and Ito's colours, told apart with any colour vision; then line styles.
@@ -209,7 +209,9 @@ def _render(outcomes: list[Outcome], run: RunConfig, corpus: Corpus) -> str:
         for index, outcome in enumerate(outcomes)
     }
     template = (
-        resources.files("ravine.training").joinpath("report.html.j2").read_text(encoding="utf-8")
+        resources.files("ravine.training.compare")
+        .joinpath("report.html.j2")
+        .read_text(encoding="utf-8")
     )
     configuration = {**dataclasses.asdict(run), "text fingerprint": corpus.fingerprint}
     page = jinja2.Environment(autoescape=True).from_string(template)

@@ -68,7 +68,7 @@ def collectives(text: str, devices: int = 1) -> list[Collective]:
       devices: how many it was compiled for: the size of groups that the text leaves out.
 
     Example:
-      >>> from ravine.training.collectives import collectives
+      >>> from ravine.training.plan.collectives import collectives
       >>> found = collectives("ENTRY %main (x: f32[4]) -> f32[8] {\n"
       ...                     "  ROOT %y = f32[8]{0} all-gather(%x), replica_groups={{0,1}}\n}")
       >>> [(c.kind, c.bytes, c.sent) for c in found]

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ..optimizers.matrix.mesh.shardings import state_shardings
-from .arithmetic import Arithmetic, arithmetic
-from .model import ModelConfig
-from .shapes import ModelShape
-from .sharding import batch_sharding, rows_of
-from .step import abstract_state, make_train_step, model_graph, place
+from ...optimizers.matrix.mesh.shardings import state_shardings
+from ..model import ModelConfig
+from ..shapes.shape import ModelShape
+from ..sharding import batch_sharding, rows_of
+from ..step import abstract_state, make_train_step, model_graph, place
+from .flops import Arithmetic, arithmetic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +98,8 @@ def trainer_model(name: str, shape: ModelShape) -> ModelConfig:
       ValueError: for models that have what the trainer's has not.
 
     Example:
-      >>> from ravine.training.compiling import trainer_model
-      >>> from ravine.training.presets import PRESETS
+      >>> from ravine.training.plan.compile import trainer_model
+      >>> from ravine.training.shapes.presets import PRESETS
       >>> trainer_model("llama2-70b", PRESETS["llama2-70b"]).key_value_heads
       8
     """

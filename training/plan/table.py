@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .sharding import mesh_sizes
+from ..sharding import mesh_sizes
 
 if TYPE_CHECKING:
     from .plan import Plan, PlanConfig

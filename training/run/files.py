@@ -12,7 +12,7 @@ def dumps(value: Any, indent: int | None = None) -> str:
     """Strict JSON: what is not a finite number is ``null``, which every reader knows.
 
     Example:
-      >>> from ravine.training.files import dumps
+      >>> from ravine.training.run.files import dumps
       >>> dumps({"loss": float("nan"), "step": 3})
       '{"loss": null, "step": 3}'
     """

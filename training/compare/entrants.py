@@ -7,12 +7,12 @@ from typing import Any
 
 import optax
 
-from ..optimizers.registry import OptimizerConfig
-from ..optimizers.roles import RAVINE_RULES, mask_by_role
-from ..stability import clip_by_global_norm, qk_clip, skip_step, with_monitors
-from .config import RunConfig, check_learning_rate
-from .step import MEASURED
-from .words import parse_numbers
+from ...optimizers.registry import OptimizerConfig
+from ...optimizers.roles import RAVINE_RULES, mask_by_role
+from ...stability import clip_by_global_norm, qk_clip, skip_step, with_monitors
+from ..config import RunConfig, check_learning_rate
+from ..step import MEASURED
+from ..words import parse_numbers
 
 DECAYED = ("matrix", "embedding", "head")
 
@@ -53,7 +53,11 @@ class Entrant:
 
 def tuned_table() -> dict[str, Any]:
     """The committed table: name -> learning rate, hyperparameters and every trial behind them."""
-    text = resources.files("ravine.training").joinpath("tuned.json").read_text(encoding="utf-8")
+    text = (
+        resources.files("ravine.training.compare")
+        .joinpath("tuned.json")
+        .read_text(encoding="utf-8")
+    )
     return json.loads(text)
 
 
@@ -68,7 +72,7 @@ def line_up(names: str, learning_rates: str = "") -> tuple[Entrant, ...]:
       ValueError: for unknown or repeated names, or learning rates that are not positive and finite.
 
     Example:
-      >>> from ravine.training.tuning import line_up
+      >>> from ravine.training.compare.entrants import line_up
       >>> [entrant.learning_rate for entrant in line_up("adamw,lion", "adamw=0.5,lion=0.25")]
       [0.5, 0.25]
     """

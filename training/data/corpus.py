@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .folder import is_race
+from ..run.folder import is_race
 
 _HELDOUT_EVERY = 20  # one file in so many, by hash: 5 %
 _FEWEST_FILES = 20  # below this, whole files are too coarse a split
@@ -93,7 +93,7 @@ def load_corpus(paths: Sequence[Path] = (), *, vocabulary: int | None = None) ->
         text not UTF-8, a `.bin` of odd length or beside other files, a vocabulary too small.
 
     Example:
-      >>> from ravine.training.data import load_corpus
+      >>> from ravine.training.data.batches import load_corpus
       >>> corpus = load_corpus()
       >>> corpus.vocabulary, corpus.bytes_per_token, corpus.train.dtype.name
       (256, 1.0, 'uint8')

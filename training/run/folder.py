@@ -17,7 +17,7 @@ from typing import Any
 
 import filelock
 
-from .checkpoint import REFUSED, SEAL
+from ..checkpoint import REFUSED, SEAL
 from .files import read_json, said, write_json
 
 RACE, REPORT, LOCK, HOLDER = "race.json", "report.html", "race.lock", "race.lock.json"

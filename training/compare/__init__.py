@@ -1,0 +1,1 @@
+"""The race: optimizers on one task, and the report."""

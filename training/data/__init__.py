@@ -1,0 +1,1 @@
+"""The text: a corpus and its batches."""

@@ -1,0 +1,1 @@
+"""The planner: what an optimizer costs per chip."""

@@ -1,0 +1,1 @@
+"""Shapes of published models, and rules for new ones."""
