@@ -19,6 +19,14 @@ from .log_sum_exp import log_sum_exp
 from .logit_statistics import logit_statistics
 from .losses import document_weights, next_token_loss, token_mean
 from .monitors import MonitorState, monitored, with_monitors
+from .noise_scale import (
+    MicroBatches,
+    NoiseScaleState,
+    gathered,
+    noise_scale,
+    squared_norms,
+    with_noise_scale,
+)
 from .qk_clip import HeadWeights, qk_clip
 from .sigma_reparam import SigmaState, SigmaWeights, sigma_reparam, sigma_weights
 from .soft_cap import soft_cap
@@ -34,7 +42,9 @@ __all__ = [
     "CrossEntropy",
     "FiniteGateState",
     "HeadWeights",
+    "MicroBatches",
     "MonitorState",
+    "NoiseScaleState",
     "SigmaState",
     "SigmaWeights",
     "SkipStepState",
@@ -52,12 +62,14 @@ __all__ = [
     "document_weights",
     "finite_gate",
     "fused_cross_entropy",
+    "gathered",
     "keep_unit_norm",
     "log_sum_exp",
     "logit_statistics",
     "max_logits",
     "monitored",
     "next_token_loss",
+    "noise_scale",
     "qk_clip",
     "qk_norm",
     "rms_normalize",
@@ -67,9 +79,11 @@ __all__ = [
     "skip_step",
     "soft_cap",
     "spam",
+    "squared_norms",
     "token_mean",
     "unit_norm",
     "with_monitors",
+    "with_noise_scale",
     "with_update_clipping",
     "zclip",
 ]

@@ -1,10 +1,12 @@
 """Gradients of a batch that does not fit, micro-batch by micro-batch, inside one step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from ..stability import MicroBatches
 
 
 def micro_batch_value_and_grad(
@@ -13,7 +15,8 @@ def micro_batch_value_and_grad(
     tokens: Callable[[Any], Any] = lambda batch: 1.0,
     *,
     has_aux: bool = False,
-) -> Callable[[Any, Any], tuple[Any, Any]]:
+    measure: Callable[[Any], Mapping[str, jax.Array]] | None = None,
+) -> Callable[[Any, Any], tuple[Any, ...]]:
     r"""``jax.value_and_grad(loss, has_aux=has_aux)`` with the memory of one micro-batch.
 
     A ``lax.scan`` over micro-batches sums in float32, so there is one optimizer step, one tick of the
@@ -31,12 +34,17 @@ def micro_batch_value_and_grad(
         micro-batches weigh the same.
       has_aux: whether the loss comes with something else, which is returned of every micro-batch, along
         a new first axis of length n.
+      measure: from the gradient of a micro-batch to named scalars, such as
+        :func:`ravine.stability.squared_norms`.
 
     Returns:
-      A function from parameters and a batch to the loss and gradients in the parameters' dtypes.
+      A function from parameters and a batch to the loss and gradients in the parameters' dtypes; with
+      `measure`, and to :class:`ravine.stability.MicroBatches` of what was measured and the weights, for
+      :func:`ravine.stability.with_noise_scale`.
 
     Raises:
-      ValueError: for less than one micro-batch, or when called with a batch they do not divide.
+      ValueError: for less than one micro-batch, only one with `measure`, or when called with a batch
+        that they do not divide.
 
     Example:
       >>> import jax.numpy as jnp
@@ -48,6 +56,10 @@ def micro_batch_value_and_grad(
     """
     if micro_batches < 1:
         raise ValueError(f"micro_batches must be at least 1, got {micro_batches!r}.")
+    if measure is not None and micro_batches < 2:
+        raise ValueError(
+            "measure compares the micro-batches of a step, and there is only one; take at least 2."
+        )
     value_and_grad = jax.value_and_grad(loss, has_aux=has_aux)
 
     def dealt(x: jax.Array) -> jax.Array:
@@ -57,13 +69,13 @@ def micro_batch_value_and_grad(
             )
         return jnp.moveaxis(x.reshape(-1, micro_batches, *x.shape[1:]), 1, 0)
 
-    def whole(params: Any, batch: Any) -> tuple[Any, Any]:
+    def whole(params: Any, batch: Any) -> tuple[Any, ...]:
         value, grads = value_and_grad(params, batch)
         if has_aux:
             value = value[0], jax.tree.map(lambda x: x[None], value[1])
         return value, grads
 
-    def mean(params: Any, batch: Any) -> tuple[Any, Any]:
+    def mean(params: Any, batch: Any) -> tuple[Any, ...]:
         def add(sums: Any, micro_batch: Any) -> tuple[Any, Any]:
             weight = jnp.asarray(tokens(micro_batch)).astype(jnp.float32)
             value, grads = value_and_grad(params, micro_batch)
@@ -74,13 +86,16 @@ def micro_batch_value_and_grad(
                 # The mean over no tokens is often not a number.
                 return jnp.where(weight == 0, 0, weight * x.astype(jnp.float32))
 
-            return jax.tree.map(lambda s, x: s + weighted(x), sums, found), aux
+            measured = None if measure is None else (measure(grads), weight)
+            return jax.tree.map(lambda s, x: s + weighted(x), sums, found), (aux, measured)
 
         zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.float32), params)
         start = (jnp.zeros([], jnp.float32), zeros, jnp.zeros([], jnp.float32))
-        (loss_sum, grads, total), aux = jax.lax.scan(add, start, jax.tree.map(dealt, batch))
+        micro = jax.tree.map(dealt, batch)
+        (loss_sum, grads, total), (aux, measured) = jax.lax.scan(add, start, micro)
         by = jnp.where(total > 0, total, 1)
         grads = jax.tree.map(lambda g, p: (g / by).astype(p.dtype), grads, params)
-        return ((loss_sum / by, aux) if has_aux else loss_sum / by), grads
+        value = (loss_sum / by, aux) if has_aux else loss_sum / by
+        return (value, grads) if measured is None else (value, grads, MicroBatches(*measured))
 
     return whole if micro_batches == 1 else mean
