@@ -66,7 +66,7 @@ def test_a_known_covariance_is_found(sizes):
     """Within the 20 % asked for; micro-batches of unequal sizes are as unbiased as equal ones.
 
     The averages take in 1,000 steps, (1 + decay) / (1 - decay). With 32 examples in two micro-batches,
-    the noisiest, one step's estimate of |G|^2 has a variance of 4 G'SG / W + 4 tr S^2 / W^2 = 1.03 |G|^4,
+    the noisiest, an estimate of |G|^2 has a variance of 4 G'SG / W + 4 tr S^2 / W^2 = 1.03 |G|^4,
     so that of the average has a deviation of 3.2 %: 20 % is six.
     """
     found = measured(sizes, 4000, optax.sgd(0.0))
