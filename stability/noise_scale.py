@@ -241,7 +241,7 @@ def noise_scale(opt_state: Any) -> dict[str, jax.Array]:
     for prefix, title in (("", "noise_scale"), (PRECONDITIONED, "preconditioned_noise_scale")):
         names = [n for n in squares if n.startswith(PRECONDITIONED) == bool(prefix)]
         if names:
-            total = lambda tree, names=names: sum((tree[n] for n in names), start=jnp.float32(0))
+            total = lambda tree, names=names: jnp.sum(jnp.stack([tree[n] for n in names]))
             scales[title] = _ratio(total(traces), total(squares))
         for name in names:
             scales[f"{title}/{name.removeprefix(prefix)}"] = _ratio(traces[name], squares[name])
