@@ -95,6 +95,11 @@ class OptimizerConfig:
         """Whether the builder has an argument of that name."""
         return hyperparameter in inspect.signature(_BUILDERS[self.name]).parameters
 
+    def value(self, hyperparameter: str) -> Any:
+        """A hyperparameter as configured, else the builder's default."""
+        default = inspect.signature(_BUILDERS[self.name]).parameters[hyperparameter].default
+        return dict(self.hyperparameters).get(hyperparameter, default)
+
     def build(
         self, learning_rate: optax.ScalarOrSchedule, **overrides: Any
     ) -> optax.GradientTransformation:

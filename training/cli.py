@@ -1,4 +1,4 @@
-"""The command line: `python -m ravine race ...`, `... plan ...` and `... presets ...`."""
+"""The command line: `python -m ravine race ...`, `plan`, `presets` and `batch-size`."""
 
 import contextlib
 import io
@@ -10,7 +10,7 @@ from typing import Any
 from .run.interrupts import Interrupted, Interrupts, check
 from .run.output import say
 
-COMMANDS = ("race", "plan", "presets")
+COMMANDS = ("race", "plan", "presets", "batch-size")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,7 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     if not words or words[0] in ("-h", "--help"):
         print(__doc__.strip().splitlines()[0] if __doc__ else "")
-        print("commands: race, plan, presets (give `python -m ravine race --help` for its flags)")
+        print(
+            f"commands: {', '.join(COMMANDS)} (give `python -m ravine race --help` for its flags)"
+        )
         return 0 if words else 2
     if words[0] not in COMMANDS:
         return _refuse(f"unknown command {words[0]!r}; commands: {', '.join(COMMANDS)}.")
@@ -49,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(command: str, words: list[str]) -> int:
     # JAX and the rest take seconds, in which an interruption is one already.
     try:
+        from .batch_size.command import BatchSizeConfig, measure_batch_size
         from .compare.race import RaceConfig, race
         from .plan.plan import PlanConfig, plan
         from .run.outcome import RunFailed
@@ -61,6 +64,10 @@ def _run(command: str, words: list[str]) -> int:
         if command == "presets":
             config = _parse(PresetsConfig, command, words)
             show_presets(config, Console(width=None if sys.stdout.isatty() else 120))
+            return 0
+        if command == "batch-size":
+            config = _parse(BatchSizeConfig, command, words)
+            measure_batch_size(config, Console(width=None if sys.stdout.isatty() else 120))
             return 0
         if command == "plan":
             import jax

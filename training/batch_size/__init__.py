@@ -1,0 +1,1 @@
+"""How large a batch is worth its tokens: branches of a run at several batch sizes, and their fit."""
