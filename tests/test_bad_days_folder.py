@@ -799,7 +799,7 @@ def test_an_output_whose_reader_left_costs_no_result(day, capsys):
     assert launch([]) == 0
     assert broken.getvalue().startswith("text: ")
     assert capsys.readouterr().err == (
-        "ravine: standard output cannot be written (Broken pipe); the race goes on.\n"
+        "ravine: standard output cannot be written (Broken pipe); the run goes on.\n"
     )
     assert json.loads((day.new / "sgd" / "outcome.json").read_text())["status"] == "finished"
 

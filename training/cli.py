@@ -1,6 +1,7 @@
 """The command line: `python -m ravine race ...`, `plan`, `presets` and `batch-size`."""
 
 import contextlib
+import errno
 import io
 import sys
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .run.interrupts import Interrupted, Interrupts, check
-from .run.output import say
+from .run.output import Output, say, silence
 
 COMMANDS = ("race", "plan", "presets", "batch-size")
 
@@ -24,6 +25,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
       after one line that names the problem and the fix; 130 after Ctrl-C and 143 after SIGTERM.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _main(words)
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EPIPE, errno.EIO):
+            raise
+        silence(sys.stdout)
+        return _refuse(f"standard output cannot be written ({error.strerror}).", 1)
+
+
+def _main(words: list[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names of files may be no text at all
             stream.reconfigure(errors="backslashreplace")
@@ -67,7 +78,8 @@ def _run(command: str, words: list[str]) -> int:
             return 0
         if command == "batch-size":
             config = _parse(BatchSizeConfig, command, words)
-            measure_batch_size(config, Console(width=None if sys.stdout.isatty() else 120))
+            out: Any = Output()
+            measure_batch_size(config, Console(file=out, width=None if out.isatty() else 120))
             return 0
         if command == "plan":
             import jax

@@ -1,4 +1,4 @@
-"""What a race prints must not end it: a reader may leave its pipe, or the disk under a log fill up."""
+"""What a run prints must not end it: a reader may leave its pipe, or the disk under a log fill up."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ def say(message: str) -> None:
     try:
         print(message, file=sys.stderr, flush=True)
     except (OSError, ValueError):  # a closed stream is a ValueError
-        _silence(sys.stderr)
+        silence(sys.stderr)
 
 
 class Output:
@@ -46,15 +46,15 @@ class Output:
             getattr(self._stream, method)(*args)
         except (OSError, ValueError) as error:
             self._works = False
-            _silence(self._stream)
+            silence(self._stream)
             reason = getattr(error, "strerror", None) or error
-            say(f"ravine: standard output cannot be written ({reason}); the race goes on.")
+            say(f"ravine: standard output cannot be written ({reason}); the run goes on.")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
 
-def _silence(stream: TextIO) -> None:
+def silence(stream: TextIO) -> None:
     """Leads to nowhere what is left in the buffer, which Python would fail to write at its end again."""
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
