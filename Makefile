@@ -29,8 +29,8 @@ notebooks: $(STAMP)
 	XLA_FLAGS= $(PYTEST) -m "notebooks and not slow" tests/test_notebooks.py
 
 processes: $(STAMP)
-	@echo "==> processes: a run of several processes has the losses of one"
-	$(PYTEST) -m "processes and not slow" tests/test_processes.py
+	@echo "==> processes: several processes, and several cores, have the losses of one"
+	$(PYTEST) -m "processes and not slow" tests/test_processes.py tests/test_threads.py
 
 test-slow: $(STAMP)
 	@echo "==> test-slow: the long sweeps, compiled as for users"

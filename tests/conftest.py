@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# On a busy machine its threads wait for each other: a QR of 512 took 230 ms for 23, one of 128 18 for 1.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # An XLA that does not know a flag ends the process, hence the version.
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     # Nearly all of the time of small tests is compilation, which takes a third where XLA does without

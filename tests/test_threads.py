@@ -1,0 +1,78 @@
+"""Results do not depend on the number of processor cores."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+CODE = """
+import json, sys
+import jax, jax.numpy as jnp, numpy as np, optax, ravine
+
+rng = np.random.default_rng(0)
+text = np.frombuffer(open(np.__file__, "rb").read(), np.uint8)
+normal = lambda scale, *shape: jnp.asarray(rng.normal(size=shape) * scale, jnp.float32)
+params = {
+    "embedding": normal(0.5, 256, 32),
+    "up": {"kernel": normal(0.06, 256, 256)},
+    "down": {"kernel": normal(0.06, 256, 256)},
+    "head": {"kernel": normal(0.06, 256, 256)},
+}
+batches = [
+    jnp.asarray(np.stack([text[k : k + 9] for k in starts]).astype(np.int32))
+    for starts in rng.integers(0, len(text) - 9, size=(24, 64))
+]
+
+
+def loss(p, batch):
+    hidden = p["embedding"][batch[:, :-1]].reshape(batch.shape[0], -1)
+    for name in ("up", "down"):
+        hidden = jax.nn.gelu(hidden @ p[name]["kernel"])
+    logits = hidden @ p["head"]["kernel"]
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, -1]))
+
+
+found = {}
+for name in json.loads(sys.argv[1]):
+    tx = getattr(ravine, name)(1e-3)
+
+    @jax.jit
+    def step(p, state, batch):
+        value, grads = jax.value_and_grad(loss)(p, batch)
+        updates, state = tx.update(grads, state, p)
+        return optax.apply_updates(p, updates), state, value
+
+    p, state = params, tx.init(params)
+    for batch in batches:
+        p, state, _ = step(p, state, batch)
+    found[name] = float(loss(p, batches[0]))
+print(json.dumps(found))
+"""
+OPTIMIZERS = ("adamw", "muon", "shampoo", "soap", "soap_muon", "kl_shampoo")
+
+
+@pytest.mark.processes
+def test_one_core_gives_what_two_give():
+    """Losses after 24 steps, within 1e-5 of their size.
+
+    With several threads OpenBLAS sums in another order, hence one; and so do large products of XLA's, a
+    difference that Newton-Schulz enlarges.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("this machine has one core: there is nothing to compare")
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    losses = []
+    for used in (cores[:1], cores[:2]):
+        run = subprocess.run(
+            [sys.executable, "-c", CODE, json.dumps(OPTIMIZERS)],
+            env=environment,
+            check=True,
+            stdout=subprocess.PIPE,
+            preexec_fn=lambda used=used: os.sched_setaffinity(0, used),
+        )
+        losses.append(json.loads(run.stdout))
+    one, two = losses
+    assert one == pytest.approx(two, rel=1e-5)
