@@ -214,18 +214,32 @@ def decay_or_identity(
     return optax.identity() if _is_zero(weight_decay) else add_decayed_weights(weight_decay, mask)
 
 
+class AfterFirstState(NamedTuple):
+    """State of `decay_after_first`."""
+
+    started: jax.Array  # bool scalar: whether there was an update; one that a guard skips is none
+    inner: Any  # of the decay, with its clock
+
+
 def decay_after_first(
     weight_decay: optax.ScalarOrSchedule, mask: Mask | None
 ) -> optax.GradientTransformation:
-    """`decay_or_identity`, but for the first step, on which nothing moves either."""
+    """`decay_or_identity`, but for the first update, on which nothing moves either."""
     if _is_zero(weight_decay):
         return optax.identity()
+    decay = add_decayed_weights(weight_decay, mask)
 
-    def late(count: Any) -> jax.Array:
-        return jnp.where(count == 0, 0.0, evaluate(weight_decay, count))
+    def init(params: optax.Params) -> AfterFirstState:
+        return AfterFirstState(jnp.zeros([], bool), decay.init(params))
 
-    check_non_negative(weight_decay=weight_decay)
-    return add_decayed_weights(late, mask)
+    def update(
+        updates: optax.Updates, state: AfterFirstState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, AfterFirstState]:
+        decayed, inner = decay.update(updates, state.inner, params)
+        updates = jax.tree.map(lambda d, u: jnp.where(state.started, d, u), decayed, updates)
+        return updates, AfterFirstState(jnp.ones_like(state.started), inner)
+
+    return transformation(init, update)
 
 
 @checked
