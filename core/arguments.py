@@ -7,8 +7,9 @@ numbers of a kind make sense is said in the builders, with :mod:`.checks`.
 import collections.abc
 import functools
 import inspect
+import re
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin
 
 import jax
@@ -18,6 +19,7 @@ import numpy as np
 import optax
 
 from .checks import LARGEST_COUNT, near, number, shown
+from .renamed import instead
 
 
 class Refused(ValueError):
@@ -69,6 +71,7 @@ def checked_call(function: Any, signature: inspect.Signature, skipped: int = 0) 
         try:
             bound = signature.bind(*args[skipped:], **kwargs)
         except TypeError:
+            _refuse_unknown(function.__qualname__, signature, kwargs)
             return function(*args, **kwargs)  # Python names what is missing or too much
         for name, value in bound.arguments.items():
             kind, form = kinds()[name], signature.parameters[name].kind
@@ -82,6 +85,14 @@ def checked_call(function: Any, signature: inspect.Signature, skipped: int = 0) 
         return function(*args[:skipped], *bound.args, **bound.kwargs)
 
     return call
+
+
+def _refuse_unknown(where: str, signature: inspect.Signature, given: Collection[str]) -> None:
+    known = [p.name for p in signature.parameters.values() if p.kind is not p.POSITIONAL_ONLY]
+    for name in given:
+        if name not in known:
+            owner = re.sub(r"\.__(init|new)__$", "", where)
+            raise TypeError(f"{owner} has no argument {name!r}; {instead(name, known)}")
 
 
 def converted(name: str, kind: Kind, value: Any) -> Any:

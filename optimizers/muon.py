@@ -46,7 +46,7 @@ def scale_by_muon(
     b1: float = 0.95,
     *,
     nesterov: bool = True,
-    method: Callable[[jax.Array], jax.Array] | None = None,
+    polar: Callable[[jax.Array], jax.Array] | None = None,
     scale: Scale = "keller",
     pre: optax.GradientTransformation | None = None,
     post: optax.GradientTransformation | None = None,
@@ -67,7 +67,7 @@ def scale_by_muon(
     Args:
       b1: :math:`\beta_1` in [0, 1).
       nesterov: look-ahead momentum.
-      method: maps a batch of matrices to their polar factors; by default ``NewtonSchulz()``.
+      polar: maps a batch of matrices to their polar factors; by default ``NewtonSchulz()``.
       scale: ``"keller"``, ``"moonlight"``, ``"spectral"`` or ``"none"``.
       pre: a transformation between momentum and orthogonalization.
       post: a transformation between orthogonalization and scale.
@@ -90,7 +90,7 @@ def scale_by_muon(
     return optax.chain(
         scale_by_ema_momentum(b1, nesterov=nesterov, mu_dtype=mu_dtype),
         pre or optax.identity(),
-        orthogonalize(method, axes=axes, max_elements=max_elements),
+        orthogonalize(polar, axes=axes, max_elements=max_elements),
         post or optax.identity(),
         scale_by_matrix_shape(scale, axes=axes),
     )
@@ -102,7 +102,7 @@ def muon(
     b1: float = 0.95,
     *,
     nesterov: bool = True,
-    method: Callable[[jax.Array], jax.Array] | None = None,
+    polar: Callable[[jax.Array], jax.Array] | None = None,
     scale: Scale = "keller",
     pre: optax.GradientTransformation | None = None,
     post: Link | None = None,
@@ -111,7 +111,7 @@ def muon(
     weight_decay_mask: Mask | None = None,
     cautious: bool = False,
     rules: Rules | None = None,
-    matrix_roles: Collection[Role] = MATRIX_ROLES,
+    roles: Collection[Role] = MATRIX_ROLES,
     fallback: optax.GradientTransformation | None = None,
     fallback_learning_rate: optax.ScalarOrSchedule | None = None,
     max_elements: int | None = None,
@@ -127,7 +127,7 @@ def muon(
       learning_rate: a number or a schedule.
       b1: decay rate of the momentum, in [0, 1).
       nesterov: look-ahead momentum.
-      method: maps a batch of matrices to their polar factors; by default ``NewtonSchulz()``.
+      polar: maps a batch of matrices to their polar factors; by default ``NewtonSchulz()``.
       scale: the factor of a matrix's shape. With ``"moonlight"`` one learning rate suits Muon and
         AdamW.
       pre: a transformation between momentum and orthogonalization.
@@ -138,7 +138,7 @@ def muon(
       weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
       cautious: decay matrices only where decay and update agree, see :func:`add_cautious_decay`.
       rules: role rules; by default ``ravine.COMMON_RULES``.
-      matrix_roles: the roles that Muon takes.
+      roles: the roles that Muon takes.
       fallback: the optimizer of all other parameters, complete with its learning rate; by default
         AdamW with b1 0.9, b2 0.95.
       fallback_learning_rate: of the default fallback. ``None`` takes `learning_rate` itself with
@@ -169,7 +169,7 @@ def muon(
         return scale_by_muon(
             b1,
             nesterov=nesterov,
-            method=method,
+            polar=polar,
             scale=scale,
             pre=pre,
             post=post(axes) if callable(post) else post,
@@ -185,7 +185,7 @@ def muon(
         weight_decay=weight_decay,
         weight_decay_mask=weight_decay_mask,
         rules=rules,
-        roles=matrix_roles,
+        roles=roles,
         fallback=fallback,
         decay=add_cautious_decay(weight_decay, weight_decay_mask) if cautious else None,
         fallback_learning_rate=fallback_learning_rate,
@@ -200,14 +200,14 @@ def normuon(
     b2: float = 0.95,
     *,
     nesterov: bool = True,
-    method: Callable[[jax.Array], jax.Array] | None = None,
+    polar: Callable[[jax.Array], jax.Array] | None = None,
     scale: Scale = "keller",
     mu_dtype: Any = None,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     weight_decay_mask: Mask | None = None,
     cautious: bool = False,
     rules: Rules | None = None,
-    matrix_roles: Collection[Role] = MATRIX_ROLES,
+    roles: Collection[Role] = MATRIX_ROLES,
     fallback: optax.GradientTransformation | None = None,
     fallback_learning_rate: optax.ScalarOrSchedule | None = None,
     max_elements: int | None = None,
@@ -218,8 +218,8 @@ def normuon(
       learning_rate: a number or a schedule.
       b1: decay rate of the momentum.
       b2: decay rate of the neurons' second moment.
-      nesterov, method, scale, mu_dtype, weight_decay, weight_decay_mask, cautious, rules,
-        matrix_roles, fallback, fallback_learning_rate, max_elements: as for :func:`muon`.
+      nesterov, polar, scale, mu_dtype, weight_decay, weight_decay_mask, cautious, rules,
+        roles, fallback, fallback_learning_rate, max_elements: as for :func:`muon`.
 
     Source: as :func:`scale_by_neuron_rms`.
 
@@ -231,7 +231,7 @@ def normuon(
         learning_rate,
         b1,
         nesterov=nesterov,
-        method=method,
+        polar=polar,
         scale=scale,
         post=lambda axes: scale_by_neuron_rms(b2, axes=axes),
         mu_dtype=mu_dtype,
@@ -239,7 +239,7 @@ def normuon(
         weight_decay_mask=weight_decay_mask,
         cautious=cautious,
         rules=rules,
-        matrix_roles=matrix_roles,
+        roles=roles,
         fallback=fallback,
         fallback_learning_rate=fallback_learning_rate,
         max_elements=max_elements,
@@ -252,13 +252,13 @@ def adamuon(
     b1: float = 0.95,
     *,
     nesterov: bool = True,
-    method: Callable[[jax.Array], jax.Array] | None = None,
+    polar: Callable[[jax.Array], jax.Array] | None = None,
     mu_dtype: Any = None,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     weight_decay_mask: Mask | None = None,
     cautious: bool = False,
     rules: Rules | None = None,
-    matrix_roles: Collection[Role] = MATRIX_ROLES,
+    roles: Collection[Role] = MATRIX_ROLES,
     fallback: optax.GradientTransformation | None = None,
     fallback_learning_rate: optax.ScalarOrSchedule | None = None,
     max_elements: int | None = None,
@@ -269,7 +269,7 @@ def adamuon(
       learning_rate: a number or a schedule.
       b1: decay rate of the momentum and of the second moments.
       fallback_learning_rate: of the default fallback; ``None`` takes `learning_rate`.
-      nesterov, method, mu_dtype, weight_decay, weight_decay_mask, cautious, rules, matrix_roles,
+      nesterov, polar, mu_dtype, weight_decay, weight_decay_mask, cautious, rules, roles,
         fallback, max_elements: as for :func:`muon`; the scale is ``"none"``.
 
     Source: Si et al., 2025, https://arxiv.org/abs/2507.11005; Chongjie-Si/AdaMuon, ``adamuon.py``.
@@ -285,7 +285,7 @@ def adamuon(
         learning_rate,
         b1,
         nesterov=nesterov,
-        method=method,
+        polar=polar,
         scale="none",
         pre=optax.stateless_with_tree_map(lambda u, _: sign(jnp.asarray(u))),
         post=lambda axes: optax.chain(scale_by_element_rms(b1), renormalize(0.2, axes=axes)),
@@ -294,7 +294,7 @@ def adamuon(
         weight_decay_mask=weight_decay_mask,
         cautious=cautious,
         rules=rules,
-        matrix_roles=matrix_roles,
+        roles=roles,
         fallback=fallback,
         fallback_learning_rate=fallback_learning_rate,
         max_elements=max_elements,

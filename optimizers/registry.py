@@ -11,6 +11,7 @@ import optax
 
 from ..core.arguments import checked
 from ..core.checks import near
+from ..core.renamed import instead
 
 _BUILDERS: dict[str, Callable[..., optax.GradientTransformation]] = {}
 
@@ -87,7 +88,9 @@ class OptimizerConfig:
         known = list(inspect.signature(_BUILDERS[self.name]).parameters)[1:]
         for key in pairs:
             if key not in known:
-                raise ValueError(f"{self.name} has no hyperparameter {key!r}; {near(key, known)}")
+                raise ValueError(
+                    f"{self.name} has no hyperparameter {key!r}; {instead(key, known)}"
+                )
         plain = {key: _plain(value) for key, value in pairs.items()}
         object.__setattr__(self, "hyperparameters", tuple(sorted(plain.items())))
 

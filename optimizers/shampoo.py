@@ -65,7 +65,7 @@ def scale_by_shampoo(
     sides: Sides = "both",
     exponent: float | None = None,
     statistics: Statistics = "gram",
-    method: Method | None = None,
+    root: Method | None = None,
     ridge: float = 1e-5,
     absolute_ridge: float = 0.0,
     tolerance: float = 0.1,
@@ -124,7 +124,7 @@ def scale_by_shampoo(
       exponent: of the roots, negative; ``None`` takes -1/(2k) for k factors.
       statistics: ``"gram"`` as above, or ``"kl"``, where the gradient is first preconditioned along the
         other axes by their present roots.
-      method: of :mod:`ravine.optimizers.matrix.algebra.roots`; ``Eigh()`` by default.
+      root: of :mod:`ravine.optimizers.matrix.algebra.roots`; ``Eigh()`` by default.
       ridge: :math:`\rho / \lambda_{\max}`. In float32 singular statistics need 1e-5.
       absolute_ridge: added to it.
       tolerance: roots are refused if an element of :math:`A X^p - I` is larger.
@@ -182,7 +182,7 @@ def scale_by_shampoo(
         b2=b2,
         kl=statistics == "kl",
         exponent=exponent,
-        method=method,
+        method=root,
         ridge=ridge,
         absolute_ridge=absolute_ridge,
         tolerance=tolerance,
@@ -279,7 +279,7 @@ def shampoo(
     sides: Sides = "both",
     exponent: float | None = None,
     statistics: Statistics = "gram",
-    method: Method | None = None,
+    root: Method | None = None,
     ridge: float = 1e-5,
     absolute_ridge: float = 0.0,
     tolerance: float = 0.1,
@@ -296,7 +296,7 @@ def shampoo(
     weight_decay: optax.ScalarOrSchedule = 0.0,
     weight_decay_mask: Mask | None = None,
     rules: Rules | None = None,
-    shampoo_roles: Collection[Role] = SHAMPOO_ROLES,
+    roles: Collection[Role] = SHAMPOO_ROLES,
     fallback: optax.GradientTransformation | None = None,
     max_elements: int | None = None,
 ) -> optax.GradientTransformation:
@@ -309,14 +309,14 @@ def shampoo(
 
     Args:
       learning_rate: a number or a schedule. With a graft, one that suits the graft.
-      b1, b2, nesterov, every, start, staggered, block, limit, sides, exponent, statistics, method,
+      b1, b2, nesterov, every, start, staggered, block, limit, sides, exponent, statistics, root,
         ridge, absolute_ridge, tolerance, patience, graft, graft_b2, graft_eps, graft_per, mu_dtype,
         nu_dtype, statistics_dtype, root_dtype, packed, max_elements: as for :func:`scale_by_shampoo`.
       weight_decay: :math:`\lambda`, multiplied by the learning rate; also that of the default
         fallback.
       weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
       rules: role rules; by default ``ravine.COMMON_RULES``.
-      shampoo_roles: the roles that Shampoo takes; all need rows and columns.
+      roles: the roles that Shampoo takes; all need rows and columns.
       fallback: the optimizer of all other parameters (norms, biases), complete with its learning rate;
         by default AdamW at the same learning rate.
 
@@ -345,7 +345,7 @@ def shampoo(
         sides=sides,
         exponent=exponent,
         statistics=statistics,
-        method=method,
+        root=root,
         ridge=ridge,
         absolute_ridge=absolute_ridge,
         tolerance=tolerance,
@@ -368,7 +368,7 @@ def shampoo(
         weight_decay=weight_decay,
         weight_decay_mask=weight_decay_mask,
         rules=rules,
-        roles=shampoo_roles,
+        roles=roles,
         fallback=fallback,
         gated=True,
     )

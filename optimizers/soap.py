@@ -206,7 +206,7 @@ def soap(
     weight_decay: optax.ScalarOrSchedule = 0.01,
     weight_decay_mask: Mask | None = None,
     rules: Rules | None = None,
-    soap_roles: Collection[Role] = SHAMPOO_ROLES,
+    roles: Collection[Role] = SHAMPOO_ROLES,
     fallback: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformation:
     r"""SOAP for matrices, embeddings and heads, another optimizer for everything else.
@@ -218,7 +218,7 @@ def soap(
       weight_decay: multiplied by the learning rate; also that of the default fallback.
       weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
       rules: role rules; by default ``ravine.COMMON_RULES``.
-      soap_roles: the roles that SOAP takes; all need rows and columns.
+      roles: the roles that SOAP takes; all need rows and columns.
       fallback: the optimizer of all other parameters, complete with its learning rate; by default
         AdamW at the same learning rate.
 
@@ -255,7 +255,7 @@ def soap(
         weight_decay=weight_decay,
         weight_decay_mask=weight_decay_mask,
         rules=rules,
-        roles=soap_roles,
+        roles=roles,
         fallback=fallback,
         decay=decay_after_first(weight_decay, weight_decay_mask),
         gated=True,

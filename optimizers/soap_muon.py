@@ -25,12 +25,12 @@ def soap_muon(
     shampoo_b2: float | None = None,
     every: int = 10,
     staggered: bool = False,
-    method: Callable[[jax.Array], jax.Array] | None = None,
+    polar: Callable[[jax.Array], jax.Array] | None = None,
     scale: Scale = "moonlight",
     weight_decay: optax.ScalarOrSchedule = 0.0,
     weight_decay_mask: Mask | None = None,
     rules: Rules | None = None,
-    matrix_roles: Collection[Role] = MATRIX_ROLES,
+    roles: Collection[Role] = MATRIX_ROLES,
     fallback: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformation:
     r"""SOAP's direction, orthogonalized: ``scale_by_soap → orthogonalize → scale_by_matrix_shape``.
@@ -38,12 +38,12 @@ def soap_muon(
     Args:
       learning_rate: a number or a schedule; with ``"moonlight"`` one that suits Muon and AdamW.
       b1, b2, eps, shampoo_b2, every, staggered: as for :func:`scale_by_soap`.
-      method: maps a batch of matrices to their polar factors; by default ``NewtonSchulz()``.
+      polar: maps a batch of matrices to their polar factors; by default ``NewtonSchulz()``.
       scale: the factor of a matrix's shape, as for :func:`muon`.
       weight_decay: multiplied by the learning rate; also that of the default fallback.
       weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
       rules: role rules; by default ``ravine.COMMON_RULES``.
-      matrix_roles: the roles it takes.
+      roles: the roles it takes.
       fallback: the optimizer of all other parameters; by default AdamW at the same learning rate.
 
     Source: the records of modded-nanogpt's optimizer track, 2026 (SOAP-Muon); marin #6082.
@@ -64,7 +64,7 @@ def soap_muon(
                 staggered=staggered,
                 axes=axes,
             ),
-            orthogonalize(method, axes=axes),
+            orthogonalize(polar, axes=axes),
             scale_by_matrix_shape(scale, axes=axes),
         )
 
@@ -75,7 +75,7 @@ def soap_muon(
         weight_decay=weight_decay,
         weight_decay_mask=weight_decay_mask,
         rules=rules,
-        roles=matrix_roles,
+        roles=roles,
         fallback=fallback,
         decay=decay_after_first(weight_decay, weight_decay_mask),
         gated=True,

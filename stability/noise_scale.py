@@ -42,6 +42,7 @@ class NoiseScaleState(NamedTuple):
     inner: Any  # the inner optimizer's
 
 
+@checked
 def squared_norms(
     grads: optax.Updates, opt_state: Any = None, rules: Rules | None = None
 ) -> dict[str, jax.Array]:

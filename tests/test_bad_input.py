@@ -49,6 +49,7 @@ VALID = {
     "first_period": 2,
     "function": LINE,
     "gamma": 0.1,
+    "grads": ARRAY,
     "half_life": 3.0,
     "hidden": ARRAY,
     "horizon": 10.0,
@@ -169,12 +170,9 @@ SAID = {
     "boundaries": "boundary",
     "checkpoints": "checkpoint",
     "interpolate": "interpolation",
-    "matrix_roles": "roles of",
     "name": "optimizer|schedule",
     "options": "option",
     "schedules": "schedule",
-    "shampoo_roles": "roles of",
-    "soap_roles": "roles of",
     "text": "option",
 }
 # Of these a mesh decides, and JAX says so.
@@ -186,8 +184,10 @@ def builders():
         for name in package.__all__:
             thing = getattr(package, name)
             is_state = inspect.isclass(thing) and issubclass(thing, tuple)
-            # Axes are refused where they meet a parameter, by its path (tests/test_layout.py).
-            is_other = name == "MatrixAxes" or (is_state and name not in ("HeadWeights", "Stacked"))
+            # Axes are refused where they meet a parameter, by its path (tests/test_layout.py), and
+            # `gathered` is called inside `shard_map` (tests/test_noise_scale.py).
+            is_elsewhere = name in ("MatrixAxes", "gathered")
+            is_other = is_elsewhere or (is_state and name not in ("HeadWeights", "Stacked"))
             if callable(thing) and not is_other:
                 yield name, thing
     yield "NewtonSchulz", NewtonSchulz

@@ -50,12 +50,10 @@ def recorded(case):
     return float32, golden.unpack(data["cases"][case]["bfloat16"], float32)
 
 
-def trajectory(case, method):
+def trajectory(case, polar):
     initial, gradients, data = goldens()
     rates = jnp.asarray(data["learning_rates"], jnp.float32)
-    tx = BUILDERS[case](
-        lambda count: rates[count], weight_decay=0.1, rules=EVERYTHING, method=method
-    )
+    tx = BUILDERS[case](lambda count: rates[count], weight_decay=0.1, rules=EVERYTHING, polar=polar)
     params = {name: jnp.asarray(leaf.T) for name, leaf in initial.items()}
     grads = {name: jnp.asarray(leaf.swapaxes(1, 2)) for name, leaf in gradients.items()}
 

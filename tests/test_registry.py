@@ -51,3 +51,18 @@ def test_faults():
     scheduled = ravine.OptimizerConfig("adamw", {"weight_decay": lambda count: 0.1})
     with pytest.raises(TypeError, match=r"weight_decay=.*has no JSON"):
         scheduled.to_json()
+
+
+@pytest.mark.parametrize(
+    ("build", "old", "new"),
+    [
+        (ravine.muon, "matrix_roles", r"muon has no argument 'matrix_roles'; give roles="),
+        (ravine.scale_by_muon, "method", "'method'; give polar="),
+        (ravine.shampoo, "method", "'method'; give root="),
+        (ravine.soap, "soap_roles", "give roles="),
+        (ravine.adamw, "weight_deacy", r"did you mean weight_decay( or \w+)*\?"),
+    ],
+)
+def test_an_old_or_misspelt_name_is_refused_with_the_right_one(build, old, new):
+    with pytest.raises(TypeError, match=new):
+        build(**{old: 1})

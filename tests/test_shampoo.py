@@ -114,7 +114,7 @@ def test_first_one_sided_step_is_the_polar_factor(sides, shape):
 
 def test_first_step_of_a_vector_is_its_unit_vector():
     gradient = 5 * normal((9,))
-    found = one_step(gradient, method=PseudoInverse())
+    found = one_step(gradient, root=PseudoInverse())
     np.testing.assert_allclose(found, gradient / jnp.linalg.norm(gradient), atol=1e-5)
 
 
@@ -541,8 +541,8 @@ def test_padding_is_no_eigenvalue():
 
 
 def test_roots_that_a_method_does_not_find_are_refused_at_init():
-    tx = ravine.scale_by_shampoo(method=CoupledNewtonSchulz())
+    tx = ravine.scale_by_shampoo(root=CoupledNewtonSchulz())
     tx.init({"matrix": jnp.ones((2, 3))})
     with pytest.raises(ValueError, match=r"parameter cube has 3 axes .* -1/6; take Eigh"):
         tx.init({"cube": jnp.ones((2, 3, 4))})
-    ravine.scale_by_shampoo(method=CoupledNewtonSchulz(), exponent=-0.5).init(jnp.ones((2, 3, 4)))
+    ravine.scale_by_shampoo(root=CoupledNewtonSchulz(), exponent=-0.5).init(jnp.ones((2, 3, 4)))

@@ -36,7 +36,7 @@ def meta(weight_decay=0.0, **changes):
 
 OURS = {
     "meta_eigh": lambda: meta(),
-    "meta_newton": lambda: meta(method=CoupledNewton()),
+    "meta_newton": lambda: meta(root=CoupledNewton()),
     "meta_adam_graft": lambda: meta(graft="adam"),
     "meta_adamw": lambda: meta(graft="adamw", weight_decay=0.1),
     "meta_kl": lambda: meta(statistics="kl", exponent=-1 / 2),

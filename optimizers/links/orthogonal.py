@@ -14,7 +14,7 @@ from ..matrix.shape.matrices import DEFAULT_AXES, Axes, joined, layouts_of, no_s
 
 @checked
 def orthogonalize(
-    method: Callable[[jax.Array], jax.Array] | None = None,
+    polar: Callable[[jax.Array], jax.Array] | None = None,
     *,
     axes: Axes = DEFAULT_AXES,
     max_elements: int | None = None,
@@ -27,7 +27,7 @@ def orthogonalize(
     :func:`ravine.muon`. Matrices of one shape, whichever leaf they come from, are worked on together.
 
     Args:
-      method: maps a batch ``[K, m, n]``, m <= n, to its polar factors; by default
+      polar: maps a batch ``[K, m, n]``, m <= n, to its polar factors; by default
         ``NewtonSchulz()``: five of Keller Jordan's steps in float32.
       axes: which axes of a leaf are rows and columns; by default the last two, ``[..., in, out]``.
       max_elements: bound on the elements worked on at once, and so on temporary memory; ``None``
@@ -45,7 +45,7 @@ def orthogonalize(
       >>> [round(float(x), 2) for x in jnp.diag(updates)]
       [0.72, 1.12]
     """
-    polar = NewtonSchulz() if method is None else method
+    chosen = NewtonSchulz() if polar is None else polar
 
     def update(
         updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None
@@ -54,11 +54,11 @@ def orthogonalize(
         layouts = layouts_of(updates, axes)
         pieces = split(updates, layouts)
         flat = [piece for leaf in pieces for piece in leaf]
-        done = iter(map_matrices(polar, flat, max_elements))
+        done = iter(map_matrices(chosen, flat, max_elements))
         return joined([[next(done) for _ in leaf] for leaf in pieces], updates, layouts), state
 
     def describe(params: optax.Params) -> dict[str, str]:
         del params
-        return {"how": f"polar factor by {getattr(polar, '__name__', type(polar).__name__)}"}
+        return {"how": f"polar factor by {getattr(chosen, '__name__', type(chosen).__name__)}"}
 
     return transformation(no_state(axes), update, describe)

@@ -36,7 +36,7 @@ def check_roles(name: str, roles: Iterable[str]) -> None:
 
     Example:
       >>> from ravine.optimizers.roles import check_roles
-      >>> check_roles("matrix_roles", ["matrix"])
+      >>> check_roles("roles", ["matrix"])
     """
     known = get_args(Role)
     for role in (roles,) if isinstance(roles, str) else roles:

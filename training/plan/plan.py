@@ -41,7 +41,7 @@ TOPOLOGIES = (
 )
 """Those that were tried; others of the same generations may work."""
 ALIGNED = {"block": 128, "limit": 65_536}
-POLAR = {"method": NewtonSchulz(dtype="bfloat16", halvings=0)}
+POLAR = {"polar": NewtonSchulz(dtype="bfloat16", halvings=0)}
 OPTIONS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("shampoo", "soap", "kl_shampoo"), ALIGNED),
     **dict.fromkeys(("muon", "normuon", "adamuon"), POLAR),

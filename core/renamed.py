@@ -1,0 +1,33 @@
+"""What arguments were called before: whoever gives an old name is told the new one.
+
+Versions before 1.0 deprecate nothing, they refuse; `CHANGELOG.md` has the names as a table.
+"""
+
+from collections.abc import Iterable
+
+from .checks import near
+
+BEFORE: dict[str, tuple[str, ...]] = {
+    "matrix_roles": ("roles=...",),
+    "method": ("root=...", "polar=..."),
+    "shampoo_roles": ("roles=...",),
+    "soap_roles": ("roles=...",),
+}
+"""An old name, and what to write now: the first of which the function has the argument."""
+
+
+def instead(name: str, known: Iterable[str]) -> str:
+    """What to give for an argument that a function with the known ones does not have.
+
+    Example:
+      >>> from ravine.core.renamed import instead
+      >>> instead("matrix_roles", ["roles", "rules"])
+      'give roles=...'
+      >>> instead("beta", ["b1", "b2", "beta2"])
+      'did you mean beta2?'
+    """
+    known = list(known)
+    for now in BEFORE.get(name, ()):
+        if now.partition("=")[0] in known:
+            return f"give {now}"
+    return near(name, known)
