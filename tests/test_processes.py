@@ -111,13 +111,18 @@ def finish(started, logs, status=0):
         assert code == status, (logs / f"{index}.log").read_text()[-2000:]
 
 
-def kill_at(step, started, out, logs):
-    """All of them, when the run has written a step."""
+def wait_for(step, started, out, logs):
+    """Until the run has written a step."""
     metrics, deadline = out / "muon" / "metrics.jsonl", time.monotonic() + LIMIT
     while not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
         assert time.monotonic() < deadline
         assert all(p.poll() is None for p in started), (logs / "0.log").read_text()[-2000:]
         time.sleep(0.01)
+
+
+def kill_at(step, started, out, logs):
+    """All of them, when the run has written a step."""
+    wait_for(step, started, out, logs)
     for process in started:
         kill(process)
     assert not (out / "muon" / "outcome.json").exists()
@@ -174,6 +179,29 @@ def test_after_a_kill_the_rest_is_bitwise_that_of_an_uninterrupted_run(
     with launched([*words, "--resume"], count, size, tmp_path, cache) as started:
         finish(started, tmp_path)
     assert records(out) == records(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_signal_to_all_processes_ends_all_and_the_run_goes_on_from_there(
+    count, number, status, words, tmp_path
+):
+    """Each may be in another step, and then waits for one that is gone: ten seconds, no longer."""
+    cache, out = tmp_path / "cache", tmp_path / "race"
+    words = [*words, *MESH, "--steps", "2000", "--checkpoint-every", "5", "--out", str(out)]
+    with launched(words, count, 8 // count, tmp_path, cache) as started:
+        wait_for(7, started, out, tmp_path)
+        for process in started:
+            process.send_signal(number)
+        finish(started, tmp_path, status)
+    logs = [(tmp_path / f"{index}.log").read_text() for index in range(count)]
+    assert not any("Traceback" in log or "Fatal" in log for log in logs), logs
+    assert not (out / "muon" / "outcome.json").exists()
+    newest = max(int(path.name) for path in (out / "muon" / "checkpoints").iterdir())
+    assert newest > 5 if count == 1 else newest >= 5  # alone, that of the step it was in
+    with launched([*words, "--resume"], count, 8 // count, tmp_path, cache) as started:
+        wait_for(newest + 3, started, out, tmp_path)
 
 
 @pytest.mark.slow

@@ -67,6 +67,8 @@ def start(config: LaunchConfig) -> None:
             jax.config.update("jax_num_cpu_devices", config.cpu_devices)
         if config.coordinator or config.distributed:
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
+            # It would take SIGTERM for itself, and a run would never hear of it (see `run.interrupts`).
+            jax.config.update("jax_enable_preemption_service", False)
         if config.coordinator:
             jax.distributed.initialize(config.coordinator, config.processes, config.process_id)
         elif config.distributed:
