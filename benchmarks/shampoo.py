@@ -27,9 +27,13 @@ HERE = Path(__file__).parent
 RULES = ((".*", "matrix", IN_OUT),)
 OURS = {
     "ravine.shampoo": lambda: ravine.shampoo(1e-3, rules=RULES),
-    "ravine.shampoo, staggered": lambda: ravine.shampoo(1e-3, rules=RULES, staggered=True),
+    "ravine.shampoo, staggered": lambda: ravine.shampoo(
+        1e-3, rules=RULES, refresh=ravine.Refresh(staggered=True)
+    ),
     "ravine.soap": lambda: ravine.soap(1e-3, rules=RULES),
-    "ravine.soap, staggered": lambda: ravine.soap(1e-3, rules=RULES, staggered=True),
+    "ravine.soap, staggered": lambda: ravine.soap(
+        1e-3, rules=RULES, refresh=ravine.Refresh(staggered=True)
+    ),
 }
 
 

@@ -45,9 +45,9 @@ CENTRES = {
 }
 HYPERPARAMETERS = {
     "muon": {"scale": "moonlight"},
-    "shampoo": {"b2": 0.95, "every": 5, "exponent": -0.5},
-    "soap": {"every": 5},
-    "soap_muon": {"b1": 0.9, "every": 5},
+    "shampoo": {"b2": 0.95, "refresh": {"every": 5}, "exponent": -0.5},
+    "soap": {"refresh": {"every": 5}},
+    "soap_muon": {"b1": 0.9, "refresh": {"every": 5}},
     "sgd": {"momentum": 0.9},
     "rmsprop": {"b2": 0.95},
     "adam": {"b2": 0.95},

@@ -35,6 +35,10 @@ MaybeInfinite = Annotated[float, "may be infinite"]
 """A number of steps that may be infinite, for never."""
 
 
+OPTIONS: set[type] = set()
+"""Classes made by :func:`.options.options`."""
+
+
 class Kind(NamedTuple):
     """What an argument may be."""
 
@@ -59,8 +63,10 @@ def checked(builder: Builder) -> Builder:
     return cast(Any, builder)
 
 
-def checked_call(function: Any, signature: inspect.Signature, skipped: int = 0) -> Any:
-    """`function`, whose arguments after the first few are checked."""
+def checked_call(
+    function: Any, signature: inspect.Signature, skipped: int = 0, prefix: str = ""
+) -> Any:
+    """`function`, whose arguments after the first few are checked, and named after a prefix."""
 
     @functools.cache
     def kinds() -> dict[str, Kind]:
@@ -76,11 +82,11 @@ def checked_call(function: Any, signature: inspect.Signature, skipped: int = 0) 
         for name, value in bound.arguments.items():
             kind, form = kinds()[name], signature.parameters[name].kind
             if form is inspect.Parameter.VAR_POSITIONAL:
-                new: Any = tuple(converted(name, kind, each) for each in value)
+                new: Any = tuple(converted(prefix + name, kind, each) for each in value)
             elif form is inspect.Parameter.VAR_KEYWORD:
                 new = {key: converted(key, kind, each) for key, each in value.items()}
             else:
-                new = converted(name, kind, value)
+                new = converted(prefix + name, kind, value)
             bound.arguments[name] = new
         return function(*args[:skipped], *bound.args, **bound.kwargs)
 
@@ -142,6 +148,8 @@ def kind_of(annotation: Any, name: str) -> Kind:
         annotation = origin
     if annotation in PLAIN:
         return PLAIN[annotation]
+    if annotation in OPTIONS:
+        return _options(annotation)
     if isinstance(annotation, type):
         return _instance(annotation)
     return ANYTHING
@@ -215,6 +223,20 @@ def _instance(kind: type) -> Kind:
         raise Refused
 
     return Kind(WORDS.get(kind, f"a {kind.__name__}"), convert)
+
+
+def _options(kind: type) -> Kind:
+    def convert(value: Any) -> Any:
+        if isinstance(value, collections.abc.Mapping) and all(isinstance(k, str) for k in value):
+            try:
+                return kind(**value)
+            except (ValueError, TypeError) as error:
+                raise Refused(str(error)) from None
+        if isinstance(value, kind):
+            return value
+        raise Refused
+
+    return Kind(f"ravine.{kind.__name__}(...)", convert)
 
 
 def _none(value: Any) -> None:

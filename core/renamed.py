@@ -8,10 +8,17 @@ from collections.abc import Iterable
 from .checks import near
 
 BEFORE: dict[str, tuple[str, ...]] = {
+    "block": ("blocks=ravine.Blocks(size=...)",),
+    "every": ("refresh=ravine.Refresh(every=...)",),
+    "fallback_learning_rate": ("fallback=ravine.Fallback(learning_rate=...)",),
+    "limit": ("blocks=ravine.Blocks(bound=...)",),
     "matrix_roles": ("roles=...",),
     "method": ("root=...", "polar=..."),
     "shampoo_roles": ("roles=...",),
+    "sides": ("blocks=ravine.Blocks(sides=...)",),
     "soap_roles": ("roles=...",),
+    "staggered": ("refresh=ravine.Refresh(staggered=...)",),
+    "start": ("refresh=ravine.Refresh(start=...)",),
 }
 """An old name, and what to write now: the first of which the function has the argument."""
 

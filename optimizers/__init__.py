@@ -10,6 +10,7 @@ from .adan import (
     scale_by_adan,
 )
 from .ademamix import ScaleByAdemamixState, ademamix, scale_by_ademamix
+from .by_role import Fallback
 from .cautious import cautious, cautious_adamw, cautious_lion
 from .combine import combine_by_role
 from .explain import explain
@@ -41,7 +42,9 @@ from .links.telemetry import TelemetryState, telemetry, with_telemetry
 from .lion import ScaleByLionState, lion, scale_by_lion
 from .mars import ReduceVarianceState, mars, reduce_variance
 from .matrix.algebra.polar import NewtonSchulz
+from .matrix.batch.refresh import Refresh
 from .matrix.mesh.shardings import on_mesh, split_state, state_shardings
+from .matrix.shape.blocks import Blocks
 from .matrix.shape.layout import MatrixAxes
 from .muon import adamuon, muon, normuon, scale_by_muon
 from .nadam import nadam, nadamw
@@ -110,12 +113,15 @@ __all__ = [
     "NNX_RULES",
     "AccumulateState",
     "AddDecayedWeightsState",
+    "Blocks",
+    "Fallback",
     "GraftState",
     "KeepParameterNormState",
     "MatrixAxes",
     "NewtonSchulz",
     "OptimizerConfig",
     "ReduceVarianceState",
+    "Refresh",
     "RefusedRoot",
     "Rule",
     "ScaleByAdagradState",

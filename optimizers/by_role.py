@@ -1,15 +1,18 @@
 """A direction for the roles it suits, another optimizer for the rest."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Collection
-from typing import Any
+from dataclasses import fields
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from ..core.arithmetic import is_usable
-from ..core.checks import check_non_negative
+from ..core.checks import check_decay_rates, check_non_negative
+from ..core.options import options
 from ..core.transformation import with_extra_args
 from ..core.tree_checks import is_part
 from .adam import adamw
@@ -18,7 +21,84 @@ from .links.decay import Mask, decay_or_identity
 from .links.learning_rate import as_fallback, scale_by_learning_rate
 from .matrix.shape.layout import MatrixAxes
 from .matrix.shape.matrices import DEFAULT_AXES, Axes
-from .roles import Role, Rules, check_roles, complete, decide, matrices
+from .roles import Decided, Role, Rules, check_roles, complete, decide, matrices
+
+VOCABULARY: dict[str, Literal["rows", "columns"]] = {"embedding": "rows", "head": "columns"}
+
+
+@options("fallback")
+class Fallback:
+    """AdamW for the parameters that an optimizer for matrices leaves over.
+
+    Attributes:
+      learning_rate: a number or a schedule; ``None`` takes `ratio` of the optimizer's own.
+      ratio: its learning rate to the optimizer's; ``None`` takes what the optimizer says, mostly 1.
+      b1: decay rate of the first moment, in [0, 1).
+      b2: decay rate of the second; 0.95 is what Keller Jordan's Muon, Moonlight and MARS take, and
+        not AdamW's own default.
+      eps: added to the root of the second moment.
+      weight_decay: multiplied by the learning rate; ``None`` takes the optimizer's.
+
+    Raises:
+      ValueError: for values out of range, or a learning rate and a ratio.
+
+    Example:
+      >>> import ravine
+      >>> tx = ravine.muon(0.02, fallback=ravine.Fallback(ratio=0.1))
+      >>> tx = ravine.muon(0.02, fallback=ravine.lion(1e-4))  # another optimizer altogether
+    """
+
+    learning_rate: optax.ScalarOrSchedule | None = None
+    ratio: float | None = None
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: optax.ScalarOrSchedule | None = None
+
+    def __post_init__(self) -> None:
+        said = {f"fallback.{field.name}": getattr(self, field.name) for field in fields(self)}
+        check_decay_rates(**{name: said.pop(name) for name in ("fallback.b1", "fallback.b2")})
+        check_non_negative(**said)
+        if self.learning_rate is not None and self.ratio is not None:
+            raise ValueError("fallback.learning_rate is given beside fallback.ratio; drop one.")
+
+    def with_ratio(self, ratio: float) -> "Fallback":
+        """The same with this ratio, where its learning rate is not told."""
+        if self.learning_rate is None and self.ratio is None:
+            return dataclasses.replace(self, ratio=ratio)
+        return self
+
+    def build(
+        self,
+        learning_rate: optax.ScalarOrSchedule,
+        weight_decay: optax.ScalarOrSchedule,
+        weight_decay_mask: Mask | None,
+        mu_dtype: Any,
+    ) -> optax.GradientTransformation:
+        """AdamW beside an optimizer with these."""
+        rate = self.learning_rate
+        return adamw(
+            _times(1.0 if self.ratio is None else self.ratio, learning_rate)
+            if rate is None
+            else rate,
+            self.b1,
+            self.b2,
+            self.eps,
+            mu_dtype=mu_dtype,
+            weight_decay=weight_decay if self.weight_decay is None else self.weight_decay,
+            weight_decay_mask=weight_decay_mask,
+        )
+
+
+FALLBACK = Fallback()
+
+
+def _times(ratio: float, learning_rate: optax.ScalarOrSchedule) -> optax.ScalarOrSchedule:
+    if ratio == 1:
+        return learning_rate
+    if callable(learning_rate):
+        return lambda count: ratio * learning_rate(count)
+    return ratio * learning_rate
 
 
 def by_role(
@@ -30,9 +110,9 @@ def by_role(
     weight_decay_mask: Mask | None,
     rules: Rules | None,
     roles: Collection[Role],
-    fallback: optax.GradientTransformation | None,
+    fallback: optax.GradientTransformation | Fallback,
     decay: optax.GradientTransformation | None = None,
-    fallback_learning_rate: optax.ScalarOrSchedule | None = None,
+    fallback_ratio: float = 1.0,
     fallback_mu_dtype: Any = None,
     gated: bool = False,
 ) -> optax.GradientTransformation:
@@ -46,24 +126,19 @@ def by_role(
       weight_decay_mask: of both.
       rules: role rules; None for the default.
       roles: those the direction takes.
-      fallback: complete with its learning rate; None for AdamW with b2 0.95.
+      fallback: complete with its learning rate, or AdamW's options.
       decay: takes the place of decoupled decay.
-      fallback_learning_rate: AdamW's; None for the same as the direction's.
+      fallback_ratio: AdamW's learning rate to the direction's, where its options do not tell.
       fallback_mu_dtype: AdamW's.
       gated: whether the fallback takes gradients that are not usable for zeros, leaf by leaf, as a
         direction that leaves such blocks out of its moments.
     """
-    check_non_negative(learning_rate=learning_rate, fallback_learning_rate=fallback_learning_rate)
+    check_non_negative(learning_rate=learning_rate)
     if decay is None:
         decay = decay_or_identity(weight_decay, weight_decay_mask)
-    if fallback is None:
-        fallback = adamw(
-            learning_rate if fallback_learning_rate is None else fallback_learning_rate,
-            b2=0.95,
-            mu_dtype=fallback_mu_dtype,
-            weight_decay=weight_decay,
-            weight_decay_mask=weight_decay_mask,
-        )
+    if isinstance(fallback, Fallback):
+        chosen = fallback.with_ratio(fallback_ratio)
+        fallback = chosen.build(learning_rate, weight_decay, weight_decay_mask, fallback_mu_dtype)
     if gated:
         fallback = _gated(fallback)
     fallback = as_fallback(fallback)
@@ -78,7 +153,7 @@ def by_role(
 
     def parts(tree: Any) -> optax.GradientTransformationExtraArgs:
         decided = decide(tree, rules, roles)
-        mine = tuple((d.path, d.axes) for d in decided if d.role in roles and d.axes is not None)
+        mine = tuple((d.path, _with_words(d)) for d in decided if d.role in roles and d.axes)
         if decided and not mine and not is_part(tree):
             raise ValueError(
                 f"{name} gets no parameter: none has the role {' or '.join(roles)}; correct the rules, "
@@ -103,6 +178,13 @@ def by_role(
         }
 
     return with_whole_curvature(with_extra_args(init, update, describe))
+
+
+def _with_words(decided: Decided) -> Any:
+    """Its axes, with the side that counts words."""
+    return decided.axes and dataclasses.replace(
+        decided.axes, vocabulary=decided.axes.vocabulary or VOCABULARY.get(decided.role or "")
+    )
 
 
 def _gated(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

@@ -65,7 +65,7 @@ def explain(tx: Any, params: Any, rules: Rules | None = None) -> Explanation:
     Example:
       >>> import jax.numpy as jnp, ravine
       >>> params = {"up": {"kernel": jnp.ones((8, 6)), "bias": jnp.ones(6)}}
-      >>> explanation = ravine.explain(ravine.shampoo(1e-3, block=4, weight_decay=0.1), params)
+      >>> explanation = ravine.explain(ravine.shampoo(1e-3, blocks={"size": 4}), params)
       >>> [(row.path, row.role, row.optimizer) for row in explanation.rows]
       [('up/bias', 'bias', 'adam'), ('up/kernel', 'matrix', 'shampoo')]
       >>> explanation.rows[1].how

@@ -19,7 +19,7 @@ def inject_hyperparams(
 
     Those are the numbers that may be any in a range and change during a run: the learning rate, decay
     rates, weight decay, epsilons. What decides on shapes or on the program itself stays as it is given:
-    whole numbers such as ``every`` and ``block``, booleans, masks, names, dtypes.
+    whole numbers, options such as ``refresh`` and ``blocks``, booleans, masks, names, dtypes.
 
     The learning rate may be a schedule, as may the others. ``optax.tree.get(state, "learning_rate")``
     reads the rate and ``optax.tree.set(state, learning_rate=jnp.asarray(0.1))`` sets one that is not
@@ -38,11 +38,11 @@ def inject_hyperparams(
 
     Example:
       >>> import jax.numpy as jnp, optax, ravine
-      >>> tx = ravine.inject_hyperparams(ravine.shampoo)(1e-3, every=20, rules=[("", "matrix")])
+      >>> tx = ravine.inject_hyperparams(ravine.shampoo)(1e-3, b1=0.8, rules=[("", "matrix")])
       >>> state = tx.init({"kernel": jnp.ones((2, 3))})
       >>> float(optax.tree.get(state, "learning_rate"))
       0.0010000000474974513
-      >>> "b2" in state.hyperparams, "every" in state.hyperparams
+      >>> "b2" in state.hyperparams, "refresh" in state.hyperparams
       (True, False)
     """
     parameters = inspect.signature(builder, eval_str=True).parameters

@@ -22,13 +22,14 @@ from ..core.arithmetic import cast, ema, increment, wide, wide_zeros_like
 from ..core.checks import check_decay_rates, check_non_negative, check_positive
 from ..core.leaves import at_leaves, from_leaves
 from ..core.transformation import transformation
-from .by_role import by_role
+from .by_role import FALLBACK, Fallback, by_role
 from .links.decay import Mask, decay_after_first
-from .matrix.batch.refresh import Refresh
+from .matrix.batch.refresh import REFRESH, Refresh
 from .matrix.batch.together import together
 from .matrix.mesh.exchange import per_shard
 from .matrix.mesh.shards import reshape
-from .matrix.shape.blocking import Blocking, Sides, blockings_of, blocks_in_words, check_blocking
+from .matrix.shape.blocking import Blocking, blockings_of, blocks_in_words
+from .matrix.shape.blocks import UNCUT, Blocks
 from .matrix.shape.matrices import Axes
 from .preconditioners.block_state import factors_like, zero_unless
 from .preconditioners.kl_eigenbasis import KLEigenbasis, like, refreshed_factors, unit
@@ -50,13 +51,11 @@ def scale_by_kl_shampoo(
     b2: float = 0.98,
     eps: float = 1e-8,
     *,
-    every: int = 10,
+    refresh: Refresh = REFRESH,
     initial_eigenvalue: float = 0.1,
     max_inverse_root: float = 4000.0,
     balance: bool = True,
-    block: int | None = None,
-    limit: int = 10_000,
-    sides: Sides = "both",
+    blocks: Blocks = UNCUT,
     axes: Axes | None = None,
     mu_dtype: Any = None,
 ) -> optax.GradientTransformation:
@@ -92,13 +91,12 @@ def scale_by_kl_shampoo(
       b1: decay rate of the momentum, in [0, 1).
       b2: decay rate of factors and eigenvalues.
       eps: added to the root of the product of eigenvalues.
-      every: T.
+      refresh: T, and whether bases take turns, see :class:`ravine.Refresh`; without a start.
       initial_eigenvalue: of all eigenvalues.
       max_inverse_root: bound on :math:`\lambda^{-1/2}`; for n eigenvalues max(10, min(n, this)).
       balance: bring both factors to the same mean eigenvalue at every refresh.
-      block: bound on the size of factors; longer axes are cut. ``None`` does not cut.
-      limit: axes longer than this get no factor, and are not cut.
-      sides: ``"both"``, ``"rows"``, ``"columns"`` or ``"smaller"``.
+      blocks: which axes have a factor, and how they are cut, see :class:`ravine.Blocks`; by default
+        they are not cut.
       axes: which axes of a leaf are rows and columns; ``None`` gives every axis of a leaf a factor.
       mu_dtype: dtype of the momentum; by default at least float32.
 
@@ -119,12 +117,11 @@ def scale_by_kl_shampoo(
     check_decay_rates(b1=b1, b2=b2)
     check_non_negative(eps=eps)
     check_positive(initial_eigenvalue=initial_eigenvalue, max_inverse_root=max_inverse_root)
-    check_blocking(block, limit, sides)
-    schedule = Refresh(every)
+    refresh.check_at_once("KL-Shampoo")
     eigenbasis = KLEigenbasis(b1, b2, eps, initial_eigenvalue, max_inverse_root)
 
     def blockings(tree: Any) -> list[Blocking]:
-        return blockings_of(tree, axes, block, limit, sides, sums=False)
+        return blockings_of(tree, axes, blocks, sums=False)
 
     def init(params: optax.Params) -> ScaleByKLShampooState:
         return ScaleByKLShampooState(
@@ -168,7 +165,7 @@ def scale_by_kl_shampoo(
             new_leaves.append(tuple(new_pieces))
             usable.append(flags)
         shards = [blocking.shards for blocking in found]
-        new_leaves = refreshed_factors(new_leaves, shards, schedule, count, balance=balance)
+        new_leaves = refreshed_factors(new_leaves, shards, refresh, count, balance=balance)
         seen = zero_unless(usable, jax.tree.leaves(updates), found)
         averaged = ema(jax.tree.unflatten(structure, seen), state.mu, b1)
         mu = jax.tree.map(
@@ -198,31 +195,29 @@ def kl_shampoo(
     b2: float = 0.98,
     eps: float = 1e-8,
     *,
-    every: int = 10,
+    refresh: Refresh = REFRESH,
     initial_eigenvalue: float = 0.1,
     balance: bool = True,
-    block: int | None = None,
-    limit: int = 10_000,
-    sides: Sides = "both",
+    blocks: Blocks = UNCUT,
     mu_dtype: Any = None,
     weight_decay: optax.ScalarOrSchedule = 0.01,
     weight_decay_mask: Mask | None = None,
     rules: Rules | None = None,
     roles: Collection[Role] = SHAMPOO_ROLES,
-    fallback: optax.GradientTransformation | None = None,
+    fallback: optax.GradientTransformation | Fallback = FALLBACK,
 ) -> optax.GradientTransformation:
     r"""KL-Shampoo for matrices, embeddings and heads, another optimizer for everything else.
 
     Args:
       learning_rate: a number or a schedule.
-      b1, b2, eps, every, initial_eigenvalue, balance, block, limit, sides, mu_dtype: as for
+      b1, b2, eps, refresh, initial_eigenvalue, balance, blocks, mu_dtype: as for
         :func:`scale_by_kl_shampoo`.
       weight_decay: multiplied by the learning rate; also that of the default fallback.
       weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
       rules: role rules; by default ``ravine.COMMON_RULES``.
       roles: the roles that it takes; all need rows and columns.
-      fallback: the optimizer of all other parameters, complete with its learning rate; by default
-        AdamW at the same learning rate.
+      fallback: the optimizer of all other parameters: complete with its learning rate, or AdamW as
+        :class:`ravine.Fallback` has it, by default at the same learning rate.
 
     Raises:
       ValueError: for values out of range, and at `init` for parameters that no rule covers or that are
@@ -233,7 +228,7 @@ def kl_shampoo(
     Example:
       >>> import jax.numpy as jnp, ravine
       >>> params = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
-      >>> tx = ravine.kl_shampoo(1e-3, every=5)
+      >>> tx = ravine.kl_shampoo(1e-3, refresh=ravine.Refresh(every=5))
       >>> updates, state = tx.update(params, tx.init(params), params)
     """
     direction = functools.partial(
@@ -241,12 +236,10 @@ def kl_shampoo(
         b1,
         b2,
         eps,
-        every=every,
+        refresh=refresh,
         initial_eigenvalue=initial_eigenvalue,
         balance=balance,
-        block=block,
-        limit=limit,
-        sides=sides,
+        blocks=blocks,
         mu_dtype=mu_dtype,
     )
     return by_role(

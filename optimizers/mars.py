@@ -12,7 +12,7 @@ from ..core.arithmetic import cast, cast_like, scalar, wide, wide_dtype, wide_ze
 from ..core.checks import check_decay_rates, check_non_negative
 from ..core.transformation import transformation
 from .adam import scale_by_adam
-from .by_role import by_role
+from .by_role import FALLBACK, Fallback, by_role
 from .links.decay import Mask
 from .matrix.shape.layout import MatrixAxes
 from .matrix.shape.matrices import Axes, axes_of_leaves
@@ -117,7 +117,7 @@ def mars(
     weight_decay_mask: Mask | None = None,
     rules: Rules | None = None,
     roles: Collection[Role] = ("matrix", "convolution", "embedding", "head"),
-    fallback: optax.GradientTransformation | None = None,
+    fallback: optax.GradientTransformation | Fallback = FALLBACK,
 ) -> optax.GradientTransformation:
     r"""MARS-AdamW for matrices, embeddings and heads, AdamW for everything else.
 
@@ -139,8 +139,8 @@ def mars(
       rules: role rules; by default ``ravine.COMMON_RULES``.
       roles: those that MARS takes. The official file takes what is 2-D, or with ``optimize_1d``
         everything.
-      fallback: the optimizer of all others, complete with its learning rate; by default AdamW with
-        b1 0.9, b2 0.95, the official one.
+      fallback: the optimizer of all others: complete with its learning rate, or AdamW as
+        :class:`ravine.Fallback` has it, by default with b1 0.9, b2 0.95, the official one.
 
     Raises:
       ValueError: for hyperparameters out of range, or at `init` for parameters that no rule covers.

@@ -26,7 +26,7 @@ import optax
 from ..core.arguments import checked
 from ..core.arithmetic import sign
 from ..core.checks import check_decay_rates
-from .by_role import by_role
+from .by_role import FALLBACK, Fallback, by_role
 from .links.decay import Mask, add_cautious_decay
 from .links.matrix_scale import Scale, scale_by_matrix_shape
 from .links.momentum import scale_by_ema_momentum
@@ -112,8 +112,7 @@ def muon(
     cautious: bool = False,
     rules: Rules | None = None,
     roles: Collection[Role] = MATRIX_ROLES,
-    fallback: optax.GradientTransformation | None = None,
-    fallback_learning_rate: optax.ScalarOrSchedule | None = None,
+    fallback: optax.GradientTransformation | Fallback = FALLBACK,
     max_elements: int | None = None,
 ) -> optax.GradientTransformation:
     r"""Muon for matrices, another optimizer for everything else.
@@ -139,15 +138,14 @@ def muon(
       cautious: decay matrices only where decay and update agree, see :func:`add_cautious_decay`.
       rules: role rules; by default ``ravine.COMMON_RULES``.
       roles: the roles that Muon takes.
-      fallback: the optimizer of all other parameters, complete with its learning rate; by default
-        AdamW with b1 0.9, b2 0.95.
-      fallback_learning_rate: of the default fallback. ``None`` takes `learning_rate` itself with
-        ``scale="moonlight"``, and 0.015 of it, Keller Jordan's ratio, otherwise.
+      fallback: the optimizer of all other parameters: complete with its learning rate, or AdamW as
+        :class:`ravine.Fallback` has it. Its ratio is 1 by default with ``scale="moonlight"``, as in
+        Moonlight, and 0.015 otherwise, Keller Jordan's.
       max_elements: bound on the elements worked on at once, see ``matrix/batch/batches.py``.
 
     Raises:
-      ValueError: for values out of range, for a fallback given together with its learning rate, and
-        at `init` for parameters that no rule covers or that are no matrices but shall be.
+      ValueError: for values out of range, and at `init` for parameters that no rule covers or that are
+        no matrices but shall be.
 
     Source: as :func:`scale_by_muon`; Liu et al., 2025, https://arxiv.org/abs/2502.16982 (decay and
     the ``"moonlight"`` scale).
@@ -158,12 +156,6 @@ def muon(
       >>> tx = ravine.muon(0.02, weight_decay=0.1)
       >>> updates, state = tx.update(params, tx.init(params), params)
     """
-    if fallback is not None and fallback_learning_rate is not None:
-        raise ValueError("fallback brings its own learning rate; drop fallback_learning_rate.")
-
-    if fallback_learning_rate is None:
-        ratio = 1.0 if scale == "moonlight" else KELLER_FALLBACK_RATIO
-        fallback_learning_rate = _times(ratio, learning_rate)
 
     def direction(axes: Axes) -> optax.GradientTransformation:
         return scale_by_muon(
@@ -188,7 +180,7 @@ def muon(
         roles=roles,
         fallback=fallback,
         decay=add_cautious_decay(weight_decay, weight_decay_mask) if cautious else None,
-        fallback_learning_rate=fallback_learning_rate,
+        fallback_ratio=1.0 if scale == "moonlight" else KELLER_FALLBACK_RATIO,
         fallback_mu_dtype=mu_dtype,
     )
 
@@ -208,8 +200,7 @@ def normuon(
     cautious: bool = False,
     rules: Rules | None = None,
     roles: Collection[Role] = MATRIX_ROLES,
-    fallback: optax.GradientTransformation | None = None,
-    fallback_learning_rate: optax.ScalarOrSchedule | None = None,
+    fallback: optax.GradientTransformation | Fallback = FALLBACK,
     max_elements: int | None = None,
 ) -> optax.GradientTransformation:
     """Muon with neurons' updates evened out: ``muon(..., post=scale_by_neuron_rms(b2))``.
@@ -219,7 +210,7 @@ def normuon(
       b1: decay rate of the momentum.
       b2: decay rate of the neurons' second moment.
       nesterov, polar, scale, mu_dtype, weight_decay, weight_decay_mask, cautious, rules,
-        roles, fallback, fallback_learning_rate, max_elements: as for :func:`muon`.
+        roles, fallback, max_elements: as for :func:`muon`.
 
     Source: as :func:`scale_by_neuron_rms`.
 
@@ -241,7 +232,6 @@ def normuon(
         rules=rules,
         roles=roles,
         fallback=fallback,
-        fallback_learning_rate=fallback_learning_rate,
         max_elements=max_elements,
     )
 
@@ -259,8 +249,7 @@ def adamuon(
     cautious: bool = False,
     rules: Rules | None = None,
     roles: Collection[Role] = MATRIX_ROLES,
-    fallback: optax.GradientTransformation | None = None,
-    fallback_learning_rate: optax.ScalarOrSchedule | None = None,
+    fallback: optax.GradientTransformation | Fallback = FALLBACK,
     max_elements: int | None = None,
 ) -> optax.GradientTransformation:
     """Muon on the sign of the momentum, with element-wise second moments and an RMS of 0.2.
@@ -268,9 +257,9 @@ def adamuon(
     Args:
       learning_rate: a number or a schedule.
       b1: decay rate of the momentum and of the second moments.
-      fallback_learning_rate: of the default fallback; ``None`` takes `learning_rate`.
+      fallback: as for :func:`muon`, with a ratio of 1 by default.
       nesterov, polar, mu_dtype, weight_decay, weight_decay_mask, cautious, rules, roles,
-        fallback, max_elements: as for :func:`muon`; the scale is ``"none"``.
+        max_elements: as for :func:`muon`; the scale is ``"none"``.
 
     Source: Si et al., 2025, https://arxiv.org/abs/2507.11005; Chongjie-Si/AdaMuon, ``adamuon.py``.
 
@@ -279,8 +268,8 @@ def adamuon(
       >>> tx = ravine.adamuon(0.02, weight_decay=0.1)
     """
     check_decay_rates(b1=b1)
-    if fallback is None and fallback_learning_rate is None:
-        fallback_learning_rate = learning_rate
+    if isinstance(fallback, Fallback):
+        fallback = fallback.with_ratio(1.0)
     return muon(
         learning_rate,
         b1,
@@ -296,12 +285,5 @@ def adamuon(
         rules=rules,
         roles=roles,
         fallback=fallback,
-        fallback_learning_rate=fallback_learning_rate,
         max_elements=max_elements,
     )
-
-
-def _times(ratio: float, learning_rate: optax.ScalarOrSchedule) -> optax.ScalarOrSchedule:
-    if callable(learning_rate):
-        return lambda count: ratio * learning_rate(count)
-    return ratio * learning_rate

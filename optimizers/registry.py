@@ -3,14 +3,15 @@
 import dataclasses
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import optax
 
-from ..core.arguments import checked
+from ..core.arguments import OPTIONS, checked, converted, kind_of
 from ..core.checks import near
+from ..core.options import given
 from ..core.renamed import instead
 
 _BUILDERS: dict[str, Callable[..., optax.GradientTransformation]] = {}
@@ -91,8 +92,14 @@ class OptimizerConfig:
                 raise ValueError(
                     f"{self.name} has no hyperparameter {key!r}; {instead(key, known)}"
                 )
-        plain = {key: _plain(value) for key, value in pairs.items()}
+        plain = {key: self._plain(key, value) for key, value in pairs.items()}
         object.__setattr__(self, "hyperparameters", tuple(sorted(plain.items())))
+
+    def _plain(self, key: str, value: Any) -> Any:
+        if isinstance(value, Mapping):  # of the fields of options, as JSON has them
+            annotation = inspect.signature(_BUILDERS[self.name]).parameters[key].annotation
+            return converted(key, kind_of(annotation, key), value)
+        return _plain(value)
 
     def accepts(self, hyperparameter: str) -> bool:
         """Whether the builder has an argument of that name."""
@@ -113,12 +120,14 @@ class OptimizerConfig:
         """A JSON object with `name` and `hyperparameters`."""
         for key, value in self.hyperparameters:
             try:
-                json.dumps(value)
+                json.dumps(value, default=_json)
             except TypeError as error:
                 raise TypeError(
                     f"{key}={value!r} of {self.name} has no JSON; give it to build() instead."
                 ) from error
-        return json.dumps({"name": self.name, "hyperparameters": dict(self.hyperparameters)})
+        return json.dumps(
+            {"name": self.name, "hyperparameters": dict(self.hyperparameters)}, default=_json
+        )
 
     @classmethod
     def from_json(cls, text: str) -> "OptimizerConfig":
@@ -129,6 +138,12 @@ class OptimizerConfig:
                 f"expected a JSON object with name and hyperparameters, got {text[:80]!r}."
             )
         return cls(**loaded)
+
+
+def _json(value: Any) -> Any:
+    if type(value) in OPTIONS:
+        return given(value)
+    raise TypeError(f"no JSON for {value!r}")
 
 
 def _plain(value: Any) -> Any:

@@ -8,25 +8,26 @@ statistics alone, a root that fails its certificate leaves the previous root in 
 
 import functools
 from collections.abc import Collection, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from ..core.arguments import MaybeInfinite, checked
+from ..core.arguments import checked
 from ..core.arithmetic import cast_like, corrected_mean, ema, increment, wide_zeros_like
-from ..core.checks import check_decay_rates, check_known, check_non_negative, number
+from ..core.checks import check_amount, check_decay_rates, check_known, check_non_negative, number
 from ..core.leaves import at_leaves, from_leaves
 from ..core.paths import path_string
 from ..core.transformation import transformation
-from .by_role import by_role
+from .by_role import FALLBACK, Fallback, by_role
 from .links.decay import Mask
 from .links.graft import Graft, magnitude
 from .matrix.algebra.roots import Method, exponent_fraction
-from .matrix.batch.refresh import Refresh
+from .matrix.batch.refresh import REFRESH, Refresh
 from .matrix.mesh.exchange import per_shard
-from .matrix.shape.blocking import Blocking, Sides, blockings_of, blocks_in_words, check_blocking
+from .matrix.shape.blocking import Blocking, blockings_of, blocks_in_words
+from .matrix.shape.blocks import BLOCKS, Blocks
 from .matrix.shape.matrices import Axes
 from .preconditioners.block_state import factors_like, ones_like_scalars, zero_unless
 from .preconditioners.inverse_roots import Preconditioner, Storage, grafted
@@ -57,12 +58,8 @@ def scale_by_shampoo(
     b2: float = 0.99,
     *,
     nesterov: bool = False,
-    every: int = 10,
-    start: MaybeInfinite | None = None,
-    staggered: bool = False,
-    block: int | None = 512,
-    limit: int = 8192,
-    sides: Sides = "both",
+    refresh: Refresh = REFRESH,
+    blocks: Blocks = BLOCKS,
     exponent: float | None = None,
     statistics: Statistics = "gram",
     root: Method | None = None,
@@ -103,7 +100,7 @@ def scale_by_shampoo(
     :func:`ravine.stability.skip_step` around it, keeps it out.
 
     A scalar has no factor, and so the graft's step; a vector has one, of all its elements, unless it is
-    longer than `limit`. :func:`shampoo` sends vectors to another optimizer.
+    longer than ``blocks.bound``. :func:`shampoo` sends vectors to another optimizer.
 
     An update cannot be differentiated in reverse mode (``jax.grad``), as roots are found in loops of no
     fixed length; in forward mode (``jax.jvp``) it can.
@@ -112,15 +109,9 @@ def scale_by_shampoo(
       b1: decay rate of the momentum, in [0, 1).
       b2: decay rate of statistics, in [0, 1]; 1 sums them up.
       nesterov: look-ahead momentum.
-      every: T, steps between roots.
-      start: the first step (counted from one) that is preconditioned, at least T; ``None`` takes T;
+      refresh: T and the first step that is preconditioned, see :class:`ravine.Refresh`; a start at
         infinity leaves the graft alone.
-      staggered: every step finds the roots of a T-th of the matrices, so that no step is slow.
-      block: bound on the size of factors; longer axes are cut into blocks of equal size. ``None`` does
-        not cut.
-      limit: an axis longer than this gets no factor at all (an embedding is preconditioned on its other
-        side only), and is not cut.
-      sides: ``"both"`` (all axes), or one: ``"rows"``, ``"columns"`` or the ``"smaller"``.
+      blocks: which axes have a factor, and how they are cut, see :class:`ravine.Blocks`.
       exponent: of the roots, negative; ``None`` takes -1/(2k) for k factors.
       statistics: ``"gram"`` as above, or ``"kl"``, where the gradient is first preconditioned along the
         other axes by their present roots.
@@ -154,7 +145,7 @@ def scale_by_shampoo(
 
     Example:
       >>> import jax.numpy as jnp, ravine
-      >>> tx = ravine.scale_by_shampoo(0.0, 1.0, every=1, ridge=0.0, graft="none")
+      >>> tx = ravine.scale_by_shampoo(0.0, 1.0, refresh={"every": 1}, ridge=0.0, graft="none")
       >>> updates, _ = tx.update(jnp.diag(jnp.array([3.0, 4.0])), tx.init(jnp.zeros((2, 2))))
       >>> updates.round(4)  # the first step of Shampoo is the polar factor
       Array([[1., 0.],
@@ -163,19 +154,12 @@ def scale_by_shampoo(
     check_decay_rates(b1=b1)
     if number("b2", b2) != 1:
         check_decay_rates(b2=b2)
-    check_blocking(block, limit, sides)
     check_non_negative(ridge=ridge, absolute_ridge=absolute_ridge, tolerance=tolerance)
     exponent = number("exponent", exponent)
     if exponent is not None:
         exponent_fraction(exponent)
-    if statistics not in get_args(Statistics):
-        raise ValueError(f"statistics must be 'gram' or 'kl', got {statistics!r}.")
-    if graft_per not in ("block", "parameter"):
-        raise ValueError(f"graft_per must be 'block' or 'parameter', got {graft_per!r}.")
     check_known(patience=patience)
-    if type(patience) is not int or patience < 0:
-        raise ValueError(f"patience must be a whole number of at least 0, got {patience!r}.")
-    schedule = Refresh(every, start, staggered)
+    check_amount(0, patience=patience)
     size = magnitude(graft, b2 if graft_b2 is None else graft_b2, graft_eps, nu_dtype)
     _check_statistics_dtype(statistics_dtype, ridge)
     preconditioner = Preconditioner(
@@ -194,7 +178,7 @@ def scale_by_shampoo(
 
     def blockings(tree: Any) -> list[Blocking]:
         # KL statistics need whole blocks: they are sums over products of both factors.
-        return blockings_of(tree, axes, block, limit, sides, sums=not preconditioner.kl)
+        return blockings_of(tree, axes, blocks, sums=not preconditioner.kl)
 
     def init(params: optax.Params) -> ScaleByShampooState:
         found = blockings(params)
@@ -219,7 +203,7 @@ def scale_by_shampoo(
         mu = ema(seen, state.mu, b1)
         mean = corrected_mean(seen, mu, b1, count, nesterov=nesterov)
         step, nu = size.update(seen, mean, state.nu, count)
-        factors = preconditioner.refresh(learned, found, schedule, count, max_elements)
+        factors = preconditioner.refresh(learned, found, refresh, count, max_elements)
         preconditioned = preconditioner.apply(jax.tree.leaves(mean), found, factors, max_elements)
         directions, ratios = [], []
         for blocks, d, blocking, pieces in zip(
@@ -227,7 +211,7 @@ def scale_by_shampoo(
         ):
             distrusted = list(map(preconditioner.distrusted, pieces, blocks))
             direction, ratio = grafted(blocks, distrusted, d, blocking, per)
-            directions.append(jnp.where(schedule.started(count), direction.astype(d.dtype), d))
+            directions.append(jnp.where(refresh.started(count), direction.astype(d.dtype), d))
             ratios.append(ratio)
         state = ScaleByShampooState(
             count,
@@ -271,12 +255,8 @@ def shampoo(
     b2: float = 0.99,
     *,
     nesterov: bool = False,
-    every: int = 10,
-    start: MaybeInfinite | None = None,
-    staggered: bool = False,
-    block: int | None = 512,
-    limit: int = 8192,
-    sides: Sides = "both",
+    refresh: Refresh = REFRESH,
+    blocks: Blocks = BLOCKS,
     exponent: float | None = None,
     statistics: Statistics = "gram",
     root: Method | None = None,
@@ -297,7 +277,7 @@ def shampoo(
     weight_decay_mask: Mask | None = None,
     rules: Rules | None = None,
     roles: Collection[Role] = SHAMPOO_ROLES,
-    fallback: optax.GradientTransformation | None = None,
+    fallback: optax.GradientTransformation | Fallback = FALLBACK,
     max_elements: int | None = None,
 ) -> optax.GradientTransformation:
     r"""Shampoo for matrices, embeddings and heads, another optimizer for everything else.
@@ -309,7 +289,7 @@ def shampoo(
 
     Args:
       learning_rate: a number or a schedule. With a graft, one that suits the graft.
-      b1, b2, nesterov, every, start, staggered, block, limit, sides, exponent, statistics, root,
+      b1, b2, nesterov, refresh, blocks, exponent, statistics, root,
         ridge, absolute_ridge, tolerance, patience, graft, graft_b2, graft_eps, graft_per, mu_dtype,
         nu_dtype, statistics_dtype, root_dtype, packed, max_elements: as for :func:`scale_by_shampoo`.
       weight_decay: :math:`\lambda`, multiplied by the learning rate; also that of the default
@@ -317,8 +297,8 @@ def shampoo(
       weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
       rules: role rules; by default ``ravine.COMMON_RULES``.
       roles: the roles that Shampoo takes; all need rows and columns.
-      fallback: the optimizer of all other parameters (norms, biases), complete with its learning rate;
-        by default AdamW at the same learning rate.
+      fallback: the optimizer of all other parameters (norms, biases): complete with its learning rate,
+        or AdamW as :class:`ravine.Fallback` has it, by default at the same learning rate.
 
     Raises:
       ValueError: for values out of range, and at `init` for parameters that no rule covers or that are
@@ -329,7 +309,7 @@ def shampoo(
     Example:
       >>> import jax.numpy as jnp, ravine
       >>> params = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
-      >>> tx = ravine.shampoo(1e-3, every=5, weight_decay=0.1)
+      >>> tx = ravine.shampoo(1e-3, refresh=ravine.Refresh(every=5), weight_decay=0.1)
       >>> updates, state = tx.update(params, tx.init(params), params)
     """
     direction = functools.partial(
@@ -337,12 +317,8 @@ def shampoo(
         b1,
         b2,
         nesterov=nesterov,
-        every=every,
-        start=start,
-        staggered=staggered,
-        block=block,
-        limit=limit,
-        sides=sides,
+        refresh=refresh,
+        blocks=blocks,
         exponent=exponent,
         statistics=statistics,
         root=root,

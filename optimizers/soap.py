@@ -28,11 +28,12 @@ from ..core.arithmetic import bias_correction, increment
 from ..core.checks import check_decay_rates, check_non_negative
 from ..core.leaves import at_leaves, from_leaves
 from ..core.transformation import transformation
-from .by_role import by_role
+from .by_role import FALLBACK, Fallback, by_role
 from .links.decay import Mask, decay_after_first
-from .matrix.batch.refresh import Refresh
+from .matrix.batch.refresh import REFRESH, Refresh
 from .matrix.mesh.exchange import per_shard
-from .matrix.shape.blocking import Blocking, Sides, blockings_of, blocks_in_words, check_blocking
+from .matrix.shape.blocking import Blocking, blockings_of, blocks_in_words
+from .matrix.shape.blocks import UNCUT, Blocks
 from .matrix.shape.matrices import Axes
 from .preconditioners.adam_in_eigenbasis import Piece, Step, new_basis, refreshed_bases, stepped
 from .preconditioners.block_state import blocks_like, factors_like
@@ -56,11 +57,8 @@ def scale_by_soap(
     eps: float = 1e-8,
     *,
     shampoo_b2: float | None = None,
-    every: int = 10,
-    staggered: bool = False,
-    block: int | None = None,
-    limit: int = 10_000,
-    sides: Sides = "both",
+    refresh: Refresh = REFRESH,
+    blocks: Blocks = UNCUT,
     precondition_vectors: bool = False,
     axes: Axes | None = None,
     mu_dtype: Any = None,
@@ -94,11 +92,9 @@ def scale_by_soap(
       b2: decay rate of the second, in [0, 1).
       eps: added to the root of the second moment.
       shampoo_b2: decay rate of the factors' statistics; ``None`` takes `b2`.
-      every: T.
-      staggered: refresh the bases of different leaves on different steps of the period.
-      block: bound on the size of bases; longer axes are cut. ``None`` does not cut.
-      limit: axes longer than this get no basis, and are not cut.
-      sides: ``"both"``, ``"rows"``, ``"columns"`` or ``"smaller"``.
+      refresh: T, and whether bases take turns, see :class:`ravine.Refresh`; without a start.
+      blocks: which axes have a basis, and how they are cut, see :class:`ravine.Blocks`; by default
+        they are not cut.
       precondition_vectors: whether leaves with one axis get a basis too.
       axes: which axes of a leaf are rows and columns; ``None`` gives every axis of a leaf a basis.
       mu_dtype: dtype of the first moment; by default at least float32.
@@ -122,12 +118,11 @@ def scale_by_soap(
     check_non_negative(eps=eps)
     if shampoo_b2 is not None:
         check_decay_rates(shampoo_b2=shampoo_b2)
-    check_blocking(block, limit, sides)
-    schedule = Refresh(every, None, staggered)
+    refresh.check_at_once("SOAP")
     statistics_b2 = b2 if shampoo_b2 is None else shampoo_b2
 
     def blockings(tree: Any) -> list[Blocking]:
-        return blockings_of(tree, axes, block, limit, sides, vectors=precondition_vectors)
+        return blockings_of(tree, axes, blocks, vectors=precondition_vectors)
 
     def init(params: optax.Params) -> ScaleBySoapState:
         found = blockings(params)
@@ -162,7 +157,7 @@ def scale_by_soap(
             ]
             for g, blocking, leaf in zip(gradients, found, kept, strict=True)
         ]
-        leaves = refreshed_bases(stepped(leaves, found, step), found, schedule, count)
+        leaves = refreshed_bases(stepped(leaves, found, step), found, refresh, count)
         directions = [
             blocking.from_blocks([piece.blocks for piece in leaf])
             for blocking, leaf in zip(found, leaves, strict=True)
@@ -196,31 +191,28 @@ def soap(
     eps: float = 1e-8,
     *,
     shampoo_b2: float | None = None,
-    every: int = 10,
-    staggered: bool = False,
-    block: int | None = None,
-    limit: int = 10_000,
-    sides: Sides = "both",
+    refresh: Refresh = REFRESH,
+    blocks: Blocks = UNCUT,
     mu_dtype: Any = None,
     nu_dtype: Any = None,
     weight_decay: optax.ScalarOrSchedule = 0.01,
     weight_decay_mask: Mask | None = None,
     rules: Rules | None = None,
     roles: Collection[Role] = SHAMPOO_ROLES,
-    fallback: optax.GradientTransformation | None = None,
+    fallback: optax.GradientTransformation | Fallback = FALLBACK,
 ) -> optax.GradientTransformation:
     r"""SOAP for matrices, embeddings and heads, another optimizer for everything else.
 
     Args:
       learning_rate: a number or a schedule.
-      b1, b2, eps, shampoo_b2, every, staggered, block, limit, sides, mu_dtype, nu_dtype: as for
+      b1, b2, eps, shampoo_b2, refresh, blocks, mu_dtype, nu_dtype: as for
         :func:`scale_by_soap`.
       weight_decay: multiplied by the learning rate; also that of the default fallback.
       weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
       rules: role rules; by default ``ravine.COMMON_RULES``.
       roles: the roles that SOAP takes; all need rows and columns.
-      fallback: the optimizer of all other parameters, complete with its learning rate; by default
-        AdamW at the same learning rate.
+      fallback: the optimizer of all other parameters: complete with its learning rate, or AdamW as
+        :class:`ravine.Fallback` has it, by default at the same learning rate.
 
     Raises:
       ValueError: for values out of range, and at `init` for parameters that no rule covers or that are
@@ -231,7 +223,7 @@ def soap(
     Example:
       >>> import jax.numpy as jnp, ravine
       >>> params = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
-      >>> tx = ravine.soap(3e-3, every=5)
+      >>> tx = ravine.soap(3e-3, refresh=ravine.Refresh(every=5))
       >>> updates, state = tx.update(params, tx.init(params), params)
     """
     direction = functools.partial(
@@ -240,11 +232,8 @@ def soap(
         b2,
         eps,
         shampoo_b2=shampoo_b2,
-        every=every,
-        staggered=staggered,
-        block=block,
-        limit=limit,
-        sides=sides,
+        refresh=refresh,
+        blocks=blocks,
         mu_dtype=mu_dtype,
         nu_dtype=nu_dtype,
     )

@@ -6,10 +6,12 @@ import jax
 import optax
 
 from ..core.arguments import checked
-from .by_role import by_role
+from .by_role import FALLBACK, Fallback, by_role
 from .links.decay import Mask, decay_after_first
 from .links.matrix_scale import Scale, scale_by_matrix_shape
 from .links.orthogonal import orthogonalize
+from .matrix.batch.refresh import REFRESH, Refresh
+from .matrix.shape.blocks import UNCUT, Blocks
 from .matrix.shape.matrices import Axes
 from .roles import MATRIX_ROLES, Role, Rules
 from .soap import scale_by_soap
@@ -23,28 +25,29 @@ def soap_muon(
     eps: float = 1e-8,
     *,
     shampoo_b2: float | None = None,
-    every: int = 10,
-    staggered: bool = False,
+    refresh: Refresh = REFRESH,
+    blocks: Blocks = UNCUT,
     polar: Callable[[jax.Array], jax.Array] | None = None,
     scale: Scale = "moonlight",
     weight_decay: optax.ScalarOrSchedule = 0.0,
     weight_decay_mask: Mask | None = None,
     rules: Rules | None = None,
     roles: Collection[Role] = MATRIX_ROLES,
-    fallback: optax.GradientTransformation | None = None,
+    fallback: optax.GradientTransformation | Fallback = FALLBACK,
 ) -> optax.GradientTransformation:
     r"""SOAP's direction, orthogonalized: ``scale_by_soap → orthogonalize → scale_by_matrix_shape``.
 
     Args:
       learning_rate: a number or a schedule; with ``"moonlight"`` one that suits Muon and AdamW.
-      b1, b2, eps, shampoo_b2, every, staggered: as for :func:`scale_by_soap`.
+      b1, b2, eps, shampoo_b2, refresh, blocks: as for :func:`scale_by_soap`.
       polar: maps a batch of matrices to their polar factors; by default ``NewtonSchulz()``.
       scale: the factor of a matrix's shape, as for :func:`muon`.
       weight_decay: multiplied by the learning rate; also that of the default fallback.
       weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
       rules: role rules; by default ``ravine.COMMON_RULES``.
       roles: the roles it takes.
-      fallback: the optimizer of all other parameters; by default AdamW at the same learning rate.
+      fallback: the optimizer of all other parameters: complete with its learning rate, or AdamW as
+        :class:`ravine.Fallback` has it, by default at the same learning rate.
 
     Source: the records of modded-nanogpt's optimizer track, 2026 (SOAP-Muon); marin #6082.
 
@@ -60,8 +63,8 @@ def soap_muon(
                 b2,
                 eps,
                 shampoo_b2=shampoo_b2,
-                every=every,
-                staggered=staggered,
+                refresh=refresh,
+                blocks=blocks,
                 axes=axes,
             ),
             orthogonalize(polar, axes=axes),

@@ -166,25 +166,34 @@ TABLE = (
     matrices("normuon", 0.1),
     matrices("adamuon", 0.3),
     # A b2 that float32 holds exactly, as `optax.inject_hyperparams` makes it an array.
-    preconditioned("shampoo", 0.1, {"every": 2, "b2": 0.96875}),
+    preconditioned("shampoo", 0.1, {"refresh": ravine.Refresh(every=2), "b2": 0.96875}),
     preconditioned(
         "shampoo",
         1.0,
-        {"every": 3, "block": 3, "staggered": True, "b2": 1.0, "graft": "adagrad"},
+        {
+            "refresh": ravine.Refresh(every=3, staggered=True),
+            "blocks": ravine.Blocks(size=3),
+            "b2": 1.0,
+            "graft": "adagrad",
+        },
         constant_learning_rate=1.0,
     ),
-    preconditioned("shampoo", 0.1, {"every": 2, "statistics": "kl", "packed": True, "b2": 0.96875}),
+    preconditioned(
+        "shampoo",
+        0.1,
+        {"refresh": ravine.Refresh(every=2), "statistics": "kl", "packed": True, "b2": 0.96875},
+    ),
     # Decay rates that float32 holds exactly, again. One gradient for ever is diagonal in its eigenbasis
     # up to rounding, which a tiny eps would let SOAP divide by its own size.
-    preconditioned("soap", 0.1, {"every": 2, "eps": 1e-2, "b1": 0.9375, "b2": 0.9375}),
+    preconditioned(
+        "soap", 0.1, {"refresh": ravine.Refresh(every=2), "eps": 1e-2, "b1": 0.9375, "b2": 0.9375}
+    ),
     preconditioned(
         "soap",
         0.1,
         {
-            "every": 3,
-            "block": 3,
-            "sides": "smaller",
-            "staggered": True,
+            "refresh": ravine.Refresh(every=3, staggered=True),
+            "blocks": ravine.Blocks(size=3, sides="smaller"),
             "eps": 1e-2,
             "b1": 0.9375,
             "b2": 0.9375,
@@ -195,11 +204,11 @@ TABLE = (
     preconditioned(
         "soap_muon",
         0.1,
-        {"every": 2, "eps": 1e-2, "b1": 0.9375, "b2": 0.9375},
+        {"refresh": ravine.Refresh(every=2), "eps": 1e-2, "b1": 0.9375, "b2": 0.9375},
         steps=1000,
         sharded_tolerance=1e-3,
     ),
-    preconditioned("kl_shampoo", 0.1, {"every": 2}),
+    preconditioned("kl_shampoo", 0.1, {"refresh": ravine.Refresh(every=2)}),
 )
 _NAMES = [row.name for row in TABLE]
 # Settings of an optimizer for matrices, besides its first: what others do with them is tried in the

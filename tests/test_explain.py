@@ -49,7 +49,10 @@ def wrapped(tx):
 def test_it_sees_through_wrappers():
     decayed = ravine.optimizers.roles.mask_by_role(["matrix"])
     tx = ravine.shampoo(
-        optax.linear_schedule(0.25, 0.5, 10), block=4, weight_decay=0.1, weight_decay_mask=decayed
+        optax.linear_schedule(0.25, 0.5, 10),
+        blocks=ravine.Blocks(size=4),
+        weight_decay=0.1,
+        weight_decay_mask=decayed,
     )
     plain, found = rows(tx), rows(wrapped(tx))
     assert plain["up/kernel"] == found["up/kernel"]
@@ -110,7 +113,9 @@ def test_blocks_whose_roots_were_refused():
     params = {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}
     grads = {"kernel": jnp.arange(24.0).reshape(4, 6) ** 2, "bias": jnp.ones(6)}
     for tolerance, blocks in ((10.0, 0), (0.0, 8)):
-        tx = ravine.shampoo(1e-3, every=1, block=3, tolerance=tolerance)
+        tx = ravine.shampoo(
+            1e-3, refresh=ravine.Refresh(every=1), blocks=ravine.Blocks(size=3), tolerance=tolerance
+        )
         state = tx.init(params)
         for _ in range(2):
             _, state = tx.update(grads, state, params)
@@ -126,3 +131,27 @@ def test_blocks_whose_roots_were_refused():
         (1, 2),
     }
     assert ravine.root_failures(ravine.adamw(1e-3).init(params)) == {}
+
+
+def test_with_blocks_only_a_vocabulary_or_an_explicit_bound_takes_a_factor():
+    """`limit=8192` beside `block=512` left a 4096 x 11008 kernel without the factor of its columns."""
+    shapes = {
+        "up": {"kernel": (4096, 11_008)},
+        "embed": {"embedding": (32_000, 4096)},
+        "lm_head": {"kernel": (4096, 32_000)},
+    }
+    params = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+    def factors(**options):
+        rows = ravine.explain(ravine.shampoo(1e-3, **options), params).rows
+        return {row.path.split("/")[0]: row.how.partition("factors of ")[2] for row in rows}
+
+    assert factors() == {"up": "512, 501", "embed": "none, 512", "lm_head": "512, none"}
+    bounded = factors(blocks=ravine.Blocks(bound=8192))
+    assert bounded == {"up": "512, none", "embed": "none, 512", "lm_head": "512, none"}
+    whole = factors(blocks=ravine.Blocks(size=128, vocabulary=None))
+    assert whole == {"up": "128, 128", "embed": "128, 128", "lm_head": "128, 128"}

@@ -13,7 +13,11 @@ from .preconditioned import normal, run
 
 @pytest.mark.parametrize(
     "pointing",
-    [optax.identity(), ravine.scale_by_muon(), ravine.scale_by_shampoo(every=2, graft="none")],
+    [
+        optax.identity(),
+        ravine.scale_by_muon(),
+        ravine.scale_by_shampoo(refresh=ravine.Refresh(every=2), graft="none"),
+    ],
     ids=["identity", "muon", "shampoo"],
 )
 def test_graft_takes_one_ones_direction_and_anothers_norm(pointing):

@@ -18,22 +18,43 @@ from ravine.training.plan.collectives import collectives
 RULES = ((".*", "matrix", IN_OUT),)
 SHAPES = {"a": (8, 16), "b": (16, 8), "stack": (4, 8, 8), "odd": (6, 10), "tall": (24, 4)}
 SQUARES = {"square": (8, 8), "turned": (8, 8)}
-COMMON = {"rules": RULES, "every": 2}
+COMMON = {"rules": RULES, "refresh": ravine.Refresh(every=2)}
 # Decay rates that float32 holds exactly.
 MOMENTS = {"b1": 0.9375, "b2": 0.9375, "eps": 1e-2}
 SHAMPOO = {**COMMON, "b2": 0.96875}
 # By name: what builds it, and how near it has to be to one device. Blocks that no shard crosses are
 # worked on as there; where sums run over shards, roots magnify what rounding makes of their order.
 OPTIMIZERS = {
-    "shampoo": (lambda: ravine.shampoo(0.1, block=4, **SHAMPOO), 1e-6),
-    "per-parameter": (lambda: ravine.shampoo(0.1, block=4, graft_per="parameter", **SHAMPOO), 1e-5),
-    "staggered": (lambda: ravine.shampoo(0.1, block=4, staggered=True, **SHAMPOO), 1e-6),
-    "one-sided": (lambda: ravine.shampoo(0.1, block=4, limit=8, **SHAMPOO), 1e-5),
+    "shampoo": (lambda: ravine.shampoo(0.1, blocks=ravine.Blocks(size=4), **SHAMPOO), 1e-6),
+    "per-parameter": (
+        lambda: ravine.shampoo(0.1, blocks=ravine.Blocks(size=4), graft_per="parameter", **SHAMPOO),
+        1e-5,
+    ),
+    "staggered": (
+        lambda: ravine.shampoo(
+            0.1,
+            blocks=ravine.Blocks(size=4),
+            **{**SHAMPOO, "refresh": ravine.Refresh(every=2, staggered=True)},
+        ),
+        1e-6,
+    ),
+    "one-sided": (
+        lambda: ravine.shampoo(0.1, blocks=ravine.Blocks(size=4, bound=8), **SHAMPOO),
+        1e-5,
+    ),
     "unblocked": (lambda: ravine.shampoo(0.1, **SHAMPOO), 1e-5),
-    "kl": (lambda: ravine.shampoo(0.1, block=4, limit=8, statistics="kl", **SHAMPOO), 1e-5),
-    "soap": (lambda: ravine.soap(0.1, block=4, **MOMENTS, **COMMON), 1e-6),
-    "soap-one-sided": (lambda: ravine.soap(0.1, block=4, limit=8, **MOMENTS, **COMMON), 1e-5),
-    "kl_shampoo": (lambda: ravine.kl_shampoo(0.1, block=4, **COMMON), 1e-5),
+    "kl": (
+        lambda: ravine.shampoo(
+            0.1, blocks=ravine.Blocks(size=4, bound=8), statistics="kl", **SHAMPOO
+        ),
+        1e-5,
+    ),
+    "soap": (lambda: ravine.soap(0.1, blocks=ravine.Blocks(size=4), **MOMENTS, **COMMON), 1e-6),
+    "soap-one-sided": (
+        lambda: ravine.soap(0.1, blocks=ravine.Blocks(size=4, bound=8), **MOMENTS, **COMMON),
+        1e-5,
+    ),
+    "kl_shampoo": (lambda: ravine.kl_shampoo(0.1, blocks=ravine.Blocks(size=4), **COMMON), 1e-5),
     "muon": (lambda: ravine.muon(0.1, rules=RULES), 1e-5),
     "normuon": (lambda: ravine.normuon(0.1, rules=RULES), 1e-5),
     "hyperball": (
@@ -151,10 +172,12 @@ ALIGNED = {"a": P("x", "y"), "b": P("y", "x"), "stack": P(None, "x", "y")}
 @pytest.mark.parametrize(
     "tx",
     [
-        ravine.scale_by_shampoo(block=4, every=2),
-        ravine.scale_by_shampoo(block=4, every=2, staggered=True),
-        ravine.scale_by_soap(block=4, every=2),
-        ravine.scale_by_kl_shampoo(block=4, every=2),
+        ravine.scale_by_shampoo(blocks=ravine.Blocks(size=4), refresh=ravine.Refresh(every=2)),
+        ravine.scale_by_shampoo(
+            blocks=ravine.Blocks(size=4), refresh=ravine.Refresh(every=2, staggered=True)
+        ),
+        ravine.scale_by_soap(blocks=ravine.Blocks(size=4), refresh=ravine.Refresh(every=2)),
+        ravine.scale_by_kl_shampoo(blocks=ravine.Blocks(size=4), refresh=ravine.Refresh(every=2)),
     ],
     ids=["shampoo", "staggered", "soap", "kl_shampoo"],
 )
@@ -163,7 +186,9 @@ def test_aligned_blocks_need_no_communication(tx):
 
 
 def test_blocks_that_shards_cross_are_seen_by_the_test_above():
-    found, inside = communicated(ravine.scale_by_shampoo(every=2), ALIGNED, {"x": 2, "y": 2})
+    found, inside = communicated(
+        ravine.scale_by_shampoo(refresh=ravine.Refresh(every=2)), ALIGNED, {"x": 2, "y": 2}
+    )
     assert found
     assert not inside
 
@@ -178,7 +203,7 @@ def test_muon_exchanges_once_in_and_once_out_for_every_shape():
 def test_state_is_split_over_mesh_axes_that_parameters_do_not_use():
     mesh = jax.make_mesh((4, 2), ("data", "x"))
     params = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=NamedSharding(mesh, P("x")))
-    shampoo = ravine.state_shardings(ravine.scale_by_shampoo(block=4), params)
+    shampoo = ravine.state_shardings(ravine.scale_by_shampoo(blocks=ravine.Blocks(size=4)), params)
     assert shampoo.factors[0][0].statistics.spec == P(None, "x", "data", None, None)
     assert shampoo.mu.spec == P("x", None)
     adam = ravine.state_shardings(ravine.split_state(ravine.scale_by_adam()), params)
@@ -221,7 +246,11 @@ def test_state_shardings_of_other_transformations():
 def test_init_and_pjit_take_state_shardings():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     params = jax.device_put(tree(0)["a"], NamedSharding(mesh, P("x")))
-    tx = ravine.on_mesh(ravine.scale_by_shampoo(block=4, every=2), P("x"), mesh)
+    tx = ravine.on_mesh(
+        ravine.scale_by_shampoo(blocks=ravine.Blocks(size=4), refresh=ravine.Refresh(every=2)),
+        P("x"),
+        mesh,
+    )
     shardings = ravine.state_shardings(tx, params)
     state = jax.jit(tx.init, out_shardings=shardings)(params)
     update = jax.jit(
@@ -243,7 +272,11 @@ def test_the_old_spelling_of_jit_works_while_jax_has_it():
         pytest.skip("this JAX has no pjit any more")
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     params = jax.device_put(tree(0)["a"], NamedSharding(mesh, P("x")))
-    tx = ravine.on_mesh(ravine.scale_by_shampoo(block=4, every=2), P("x"), mesh)
+    tx = ravine.on_mesh(
+        ravine.scale_by_shampoo(blocks=ravine.Blocks(size=4), refresh=ravine.Refresh(every=2)),
+        P("x"),
+        mesh,
+    )
     state = jax.jit(tx.init, out_shardings=ravine.state_shardings(tx, params))(params)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)

@@ -97,7 +97,7 @@ def test_norms_embedding_and_head_go_to_the_fallback():
     rng = np.random.default_rng(0)
     draw = lambda s: jnp.asarray(rng.normal(size=s), jnp.float32)
     grads = jax.tree.map(draw, shapes, is_leaf=is_shape)
-    tx = ravine.muon(0.02, weight_decay=0.1, fallback_learning_rate=1e-3)
+    tx = ravine.muon(0.02, weight_decay=0.1, fallback=ravine.Fallback(learning_rate=1e-3))
     updates, _ = tx.update(grads, tx.init(params), params)
     other = ravine.adamw(1e-3, b2=0.95, weight_decay=0.1)
     expected, _ = other.update(grads, other.init(params), params)
@@ -115,8 +115,10 @@ def test_a_vector_called_a_matrix_is_refused():
 
 
 def test_fallback_with_its_learning_rate_given_too_is_refused():
-    with pytest.raises(ValueError, match="drop fallback_learning_rate"):
-        ravine.muon(fallback=ravine.adamw(1e-3), fallback_learning_rate=1e-3)
+    with pytest.raises(
+        ValueError, match=r"fallback\.learning_rate .* beside fallback\.ratio; drop one"
+    ):
+        ravine.muon(fallback={"learning_rate": 1e-3, "ratio": 0.1})
 
 
 def draw(*shape, seed=0):

@@ -138,8 +138,10 @@ def test_arithmetic_of_optimizers():
         return counted(tx.update, params, tx.init(params), params)
 
     # Blocks of 32: two Gram matrices and two products of each of eight.
-    assert of(ravine.shampoo(0.1, block=32))[0] == pytest.approx(4 * 8 * 2 * 32**3, rel=0.2)
-    assert of(ravine.shampoo(0.1, block=32))[1] >= 2 * 8 * 9 * 32**3
+    assert of(ravine.shampoo(0.1, blocks=ravine.Blocks(size=32)))[0] == pytest.approx(
+        4 * 8 * 2 * 32**3, rel=0.2
+    )
+    assert of(ravine.shampoo(0.1, blocks=ravine.Blocks(size=32)))[1] >= 2 * 8 * 9 * 32**3
     assert of(ravine.adamw(0.1))[1] == 0
 
 

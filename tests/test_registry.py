@@ -60,9 +60,58 @@ def test_faults():
         (ravine.scale_by_muon, "method", "'method'; give polar="),
         (ravine.shampoo, "method", "'method'; give root="),
         (ravine.soap, "soap_roles", "give roles="),
+        (ravine.shampoo, "every", r"give refresh=ravine\.Refresh\(every="),
+        (ravine.scale_by_soap, "limit", r"give blocks=ravine\.Blocks\(bound="),
+        (ravine.muon, "fallback_learning_rate", r"give fallback=ravine\.Fallback\("),
+        (ravine.Refresh, "evry", r"Refresh has no argument 'evry'; did you mean every"),
         (ravine.adamw, "weight_deacy", r"did you mean weight_decay( or \w+)*\?"),
     ],
 )
 def test_an_old_or_misspelt_name_is_refused_with_the_right_one(build, old, new):
     with pytest.raises(TypeError, match=new):
         build(**{old: 1})
+
+
+def test_options_make_a_round_trip_and_are_the_same_as_a_mapping():
+    config = ravine.OptimizerConfig(
+        "shampoo",
+        {
+            "refresh": ravine.Refresh(every=20, staggered=True),
+            "blocks": {"size": None, "sides": "rows"},
+            "fallback": ravine.Fallback(ratio=0.1, b2=0.99),
+        },
+    )
+    assert config.value("blocks") == ravine.Blocks(size=None, sides="rows")
+    read = ravine.OptimizerConfig.from_json(config.to_json())
+    assert read == config
+    assert hash(read) == hash(config)
+    assert '"refresh": {"every": 20, "staggered": true}' in config.to_json()
+    read.build(1e-3)
+
+
+@pytest.mark.parametrize(
+    ("hyperparameters", "words"),
+    [
+        ({"refresh": {"every": 0}}, r"refresh\.every must be a whole number of at least 1"),
+        ({"refresh": {"evry": 5}}, r"refresh must be .*did you mean every"),
+        ({"blocks": {"sides": "left"}}, r"blocks\.sides must be one of"),
+        ({"fallback": {"b2": 1.5}}, r"fallback\.b2 must lie in \[0, 1\)"),
+        ({"fallback": {"learning_rate": "x"}}, r"fallback\.learning_rate must be a finite number"),
+        ({"refresh": {"start": 5}}, r"refresh\.start must be a step from 10"),
+    ],
+)
+def test_bad_values_within_options_are_refused_by_their_names(hyperparameters, words):
+    for refuse in (
+        lambda: ravine.OptimizerConfig("shampoo", hyperparameters),
+        lambda: ravine.shampoo(1e-3, **hyperparameters),
+    ):
+        with pytest.raises(ValueError, match=words):
+            refuse()
+
+
+def test_options_stay_as_they_are_where_numbers_are_injected():
+    refresh = ravine.Refresh(every=2)
+    tx = ravine.inject_hyperparams(ravine.shampoo)(1e-3, refresh=refresh, rules=[("", "matrix")])
+    state = tx.init({"kernel": jnp.ones((2, 3))})
+    assert {"b1", "b2", "learning_rate", "weight_decay"} <= set(state.hyperparams)
+    assert not {"refresh", "blocks", "fallback"} & set(state.hyperparams)

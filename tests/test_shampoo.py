@@ -28,7 +28,9 @@ RATE = 0.01
 
 def direction(weight_decay=0.0, **options):
     return optax.chain(
-        ravine.scale_by_shampoo(block=10, start=math.inf, **options),
+        ravine.scale_by_shampoo(
+            blocks=ravine.Blocks(size=10), refresh=ravine.Refresh(start=math.inf), **options
+        ),
         ravine.add_decayed_weights(weight_decay),
         ravine.scale_by_learning_rate(RATE),
     )
@@ -91,7 +93,7 @@ def test_adam_without_decay_is_adam():
 
 
 def one_step(gradient, **options):
-    options = {"every": 1, "ridge": 0.0, "graft": "none", **options}
+    options = {"refresh": ravine.Refresh(every=1), "ridge": 0.0, "graft": "none", **options}
     tx = ravine.scale_by_shampoo(0.0, 1.0, **options)
     return run(tx, [single(gradient)])[0][0]
 
@@ -109,7 +111,9 @@ def test_first_step_is_the_polar_factor(ridge):
 def test_first_one_sided_step_is_the_polar_factor(sides, shape):
     gradient = normal(shape)
     left, _, right = np.linalg.svd(np.asarray(gradient, np.float64), full_matrices=False)
-    np.testing.assert_allclose(one_step(gradient, sides=sides), left @ right, atol=1e-4)
+    np.testing.assert_allclose(
+        one_step(gradient, blocks=ravine.Blocks(sides=sides)), left @ right, atol=1e-4
+    )
 
 
 def test_first_step_of_a_vector_is_its_unit_vector():
@@ -129,7 +133,7 @@ def test_rotated_gradients_have_rotated_updates(graft):
     left, right = (np.linalg.qr(np.random.default_rng(s).normal(size=(8, 8)))[0] for s in (1, 2))
     gradients = [conditioned(8, seed) for seed in range(6)]
     rotated = [single(left @ g @ right.T) for g in gradients]
-    tx = ravine.scale_by_shampoo(every=2, graft=graft)
+    tx = ravine.scale_by_shampoo(refresh=ravine.Refresh(every=2), graft=graft)
     plain, turned = (run(tx, grads)[0] for grads in ([single(g) for g in gradients], rotated))
     for a, b in zip(plain, turned, strict=True):
         assert_trees_close(b, single(left @ np.asarray(a, np.float64) @ right.T), 1e-5)
@@ -163,7 +167,7 @@ def reference(gradients, b1, b2, ridge, factored=None):
 @pytest.mark.parametrize("shape", [(5,), (4, 6), (3, 4, 2), (2, 3, 2, 3)], ids=str)
 def test_three_steps_in_double_precision(shape, b2):
     gradients = normal(shape, count=3)
-    tx = ravine.scale_by_shampoo(0.8, b2, every=1, graft="none")
+    tx = ravine.scale_by_shampoo(0.8, b2, refresh=ravine.Refresh(every=1), graft="none")
     updates, states = run(tx, gradients)
     assert len(factors(states[-1])) == len(shape)
     for found, expected in zip(updates, reference(gradients, 0.8, b2, 1e-5), strict=True):
@@ -173,7 +177,7 @@ def test_three_steps_in_double_precision(shape, b2):
 @pytest.mark.parametrize("shape", [(6,), (4, 4), (3, 4, 2)], ids=str)
 def test_grafted_update_has_the_direction_of_one_and_the_size_of_the_other(shape):
     gradients = normal(shape, count=3)
-    options = {"b1": 0.8, "b2": 0.9, "every": 1}
+    options = {"b1": 0.8, "b2": 0.9, "refresh": ravine.Refresh(every=1)}
     found, states = run(ravine.scale_by_shampoo(**options, graft="adam"), gradients)
     pointing, _ = run(ravine.scale_by_shampoo(**options, graft="none"), gradients)
     sized, _ = run(ravine.scale_by_adam(0.8, 0.9), gradients)
@@ -186,7 +190,9 @@ def test_grafted_update_has_the_direction_of_one_and_the_size_of_the_other(shape
 @pytest.mark.parametrize("graft", ["none", "adam"])
 def test_blocks_are_parameters_of_their_own(graft):
     gradients = normal((8, 12), count=5)
-    tx = ravine.scale_by_shampoo(every=2, block=4, graft=graft)
+    tx = ravine.scale_by_shampoo(
+        refresh=ravine.Refresh(every=2), blocks=ravine.Blocks(size=4), graft=graft
+    )
 
     def cut(x):
         return {
@@ -203,9 +209,15 @@ def test_blocks_are_parameters_of_their_own(graft):
 def test_uneven_blocks_are_padded_without_trace():
     """A 7 x 5 leaf in blocks of at most 4: padding rows and columns neither move nor harm."""
     gradients = normal((7, 5), count=5)
-    updates, states = run(ravine.scale_by_shampoo(every=2, block=4), gradients)
+    updates, states = run(
+        ravine.scale_by_shampoo(refresh=ravine.Refresh(every=2), blocks=ravine.Blocks(size=4)),
+        gradients,
+    )
     padded = [jnp.pad(g, ((0, 1), (0, 1))) for g in gradients]
-    wider, _ = run(ravine.scale_by_shampoo(every=2, block=4), padded)
+    wider, _ = run(
+        ravine.scale_by_shampoo(refresh=ravine.Refresh(every=2), blocks=ravine.Blocks(size=4)),
+        padded,
+    )
     assert all(not np.any(f.refused) for f in factors(states[-1]))
     for a, b in zip(updates, wider, strict=True):
         assert_trees_close(a, b[:7, :5], 1e-5)
@@ -221,7 +233,7 @@ def test_graft_per_parameter_or_per_block():
         blocks = x.reshape(2, 4, 2, 4).transpose(0, 2, 1, 3).reshape(4, 16)
         return jnp.linalg.norm(blocks, axis=1)
 
-    options = {"every": 1, "block": 4}
+    options = {"refresh": ravine.Refresh(every=1), "blocks": ravine.Blocks(size=4)}
     for per in ("block", "parameter"):
         update = run(ravine.scale_by_shampoo(**options, graft_per=per), gradients)[0][-1]
         assert jnp.linalg.norm(update) == pytest.approx(float(jnp.linalg.norm(sized)), rel=1e-5)
@@ -231,7 +243,13 @@ def test_graft_per_parameter_or_per_block():
 
 def test_axis_over_the_limit_has_no_factor():
     gradients = normal((40, 4), count=3)
-    tx = ravine.scale_by_shampoo(0.8, 0.9, every=1, block=16, limit=16, graft="none")
+    tx = ravine.scale_by_shampoo(
+        0.8,
+        0.9,
+        refresh=ravine.Refresh(every=1),
+        blocks=ravine.Blocks(size=16, bound=16),
+        graft="none",
+    )
     updates, states = run(tx, gradients)
     rows, columns = states[-1].factors[0]
     assert rows is None
@@ -244,7 +262,9 @@ def test_axis_over_the_limit_has_no_factor():
 @pytest.mark.parametrize(("sides", "factored"), [("rows", [0]), ("columns", [1]), ("smaller", [1])])
 def test_one_sided(sides, factored):
     gradients = normal((6, 4), count=3)
-    tx = ravine.scale_by_shampoo(0.8, 0.9, every=1, sides=sides, graft="none")
+    tx = ravine.scale_by_shampoo(
+        0.8, 0.9, refresh=ravine.Refresh(every=1), blocks=ravine.Blocks(sides=sides), graft="none"
+    )
     updates, states = run(tx, gradients)
     present = [at for at, factor in enumerate(states[-1].factors[0]) if factor is not None]
     assert present == factored
@@ -263,8 +283,8 @@ def test_exponent_is_taken():
 @pytest.mark.parametrize(("every", "start"), [(4, 4), (4, 10), (3, 7)])
 def test_staggered_refresh_visits_every_root_once_a_period(every, start):
     gradients = [{"a": normal((8, 8), s), "b": normal((5, 3), 50 + s)} for s in range(20)]
-    options = {"every": every, "start": start, "block": 4}
-    tx = ravine.scale_by_shampoo(**options, staggered=True)
+    refresh = ravine.Refresh(every=every, start=start, staggered=True)
+    tx = ravine.scale_by_shampoo(refresh=refresh, blocks=ravine.Blocks(size=4))
     first = tx.init(gradients[0])
     updates, states = run(tx, gradients)
     changed = [refreshed_roots(a, b) for a, b in zip([first, *states[:-1]], states, strict=True)]
@@ -274,7 +294,12 @@ def test_staggered_refresh_visits_every_root_once_a_period(every, start):
     for at in range(begin, 20 - every + 1):
         np.testing.assert_array_equal(np.sum(changed[at : at + every], axis=0), 1)
     assert all(1 <= flags.sum() <= 12 / every + 1 for flags in changed[begin:])
-    plain, _ = run(ravine.scale_by_shampoo(every=every, start=math.inf, block=4), gradients)
+    plain, _ = run(
+        ravine.scale_by_shampoo(
+            refresh=ravine.Refresh(every=every, start=math.inf), blocks=ravine.Blocks(size=4)
+        ),
+        gradients,
+    )
     for at in range(start - 1):
         np.testing.assert_array_equal(updates[at]["a"], plain[at]["a"])
     assert jnp.any(updates[start - 1]["a"] != plain[start - 1]["a"])
@@ -282,7 +307,9 @@ def test_staggered_refresh_visits_every_root_once_a_period(every, start):
 
 def test_synchronous_refresh_visits_all_at_once():
     gradients = normal((8, 8), count=12)
-    tx = ravine.scale_by_shampoo(every=4, start=6, block=4)
+    tx = ravine.scale_by_shampoo(
+        refresh=ravine.Refresh(every=4, start=6), blocks=ravine.Blocks(size=4)
+    )
     _, states = run(tx, gradients)
     changed = [refreshed_roots(a, b) for a, b in itertools.pairwise(states)]
     assert [int(flags.sum()) for flags in changed] == [0, 0, 0, 0, 8, 0, 8, 0, 0, 0, 8]
@@ -290,9 +317,13 @@ def test_synchronous_refresh_visits_all_at_once():
 
 def test_staggered_agrees_with_synchronous_on_a_constant_gradient():
     gradients = [{"a": single(conditioned(8, 0)), "b": single(conditioned(4, 1))}] * 30
-    options = {"every": 5, "block": 4}
     found, expected = (
-        run(ravine.scale_by_shampoo(**options, staggered=staggered), gradients)[0][-1]
+        run(
+            ravine.scale_by_shampoo(
+                refresh=ravine.Refresh(every=5, staggered=staggered), blocks=ravine.Blocks(size=4)
+            ),
+            gradients,
+        )[0][-1]
         for staggered in (True, False)
     )
     assert_trees_close(found, expected, 1e-2)
@@ -302,7 +333,7 @@ def test_staggered_agrees_with_synchronous_on_a_constant_gradient():
 @pytest.mark.parametrize("max_elements", [16, 100])
 def test_roots_found_and_factors_used_in_chunks(max_elements, storage):
     gradients = [{"a": normal((8, 12), s), "b": normal((4, 4), 50 + s)} for s in range(4)]
-    options = {"every": 2, "block": 4, **storage}
+    options = {"refresh": ravine.Refresh(every=2), "blocks": ravine.Blocks(size=4), **storage}
     found, _ = run(ravine.scale_by_shampoo(**options, max_elements=max_elements), gradients)
     expected, _ = run(ravine.scale_by_shampoo(**options), gradients)
     assert_trees_close(found, expected, 1e-6)
@@ -316,8 +347,16 @@ def test_roots_found_and_factors_used_in_chunks(max_elements, storage):
 def test_packed_makes_no_difference(shape, tolerance):
     """To rounding; that of a vector's singular statistics is multiplied by the ridge's root, 316."""
     gradients = normal(shape, count=6)
-    found, states = run(ravine.scale_by_shampoo(every=2, block=6, packed=True), gradients)
-    expected, _ = run(ravine.scale_by_shampoo(every=2, block=6), gradients)
+    found, states = run(
+        ravine.scale_by_shampoo(
+            refresh=ravine.Refresh(every=2), blocks=ravine.Blocks(size=6), packed=True
+        ),
+        gradients,
+    )
+    expected, _ = run(
+        ravine.scale_by_shampoo(refresh=ravine.Refresh(every=2), blocks=ravine.Blocks(size=6)),
+        gradients,
+    )
     assert_trees_close(found, expected, tolerance)
     assert all_finite(states)
 
@@ -327,7 +366,12 @@ def test_packed_makes_no_difference(shape, tolerance):
 def test_dtypes_are_kept(staggered, packed):
     dtypes = {"root_dtype": jnp.bfloat16, "mu_dtype": jnp.bfloat16, "nu_dtype": jnp.bfloat16}
     gradients = normal((8, 12), count=6)
-    tx = ravine.scale_by_shampoo(every=3, block=4, staggered=staggered, packed=packed, **dtypes)
+    tx = ravine.scale_by_shampoo(
+        refresh=ravine.Refresh(every=3, staggered=staggered),
+        blocks=ravine.Blocks(size=4),
+        packed=packed,
+        **dtypes,
+    )
     updates, states = run(tx, gradients)
     first = tx.init(gradients[0])
     for state in states:
@@ -342,7 +386,12 @@ def test_dtypes_are_kept(staggered, packed):
         assert not np.any(factor.refused)
     assert states[-1].mu.dtype == states[-1].nu.dtype == jnp.bfloat16
     assert updates[-1].dtype == jnp.float32
-    exact, _ = run(ravine.scale_by_shampoo(every=3, block=4, staggered=staggered), gradients)
+    exact, _ = run(
+        ravine.scale_by_shampoo(
+            refresh=ravine.Refresh(every=3, staggered=staggered), blocks=ravine.Blocks(size=4)
+        ),
+        gradients,
+    )
     assert_trees_close(updates[-1], exact[-1], 0.1)
 
 
@@ -356,7 +405,9 @@ def test_dtypes_are_kept(staggered, packed):
 )
 def test_bytes_of_the_state(options, times):
     params = {"square": jnp.zeros((64, 64)), "wide": jnp.zeros((64, 256))}
-    state = jax.eval_shape(ravine.scale_by_shampoo(block=64, **options).init, params)
+    state = jax.eval_shape(
+        ravine.scale_by_shampoo(blocks=ravine.Blocks(size=64), **options).init, params
+    )
     size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
     assert size <= times * 4 * (64 * 64 + 64 * 256)
 
@@ -365,7 +416,8 @@ def test_kl_statistics():
     """Other than the Gram matrices' once there are roots, and of the same first step."""
     gradients = normal((6, 8), count=12)
     gram, kl = (
-        run(ravine.scale_by_shampoo(every=2, statistics=name), gradients) for name in ("gram", "kl")
+        run(ravine.scale_by_shampoo(refresh=ravine.Refresh(every=2), statistics=name), gradients)
+        for name in ("gram", "kl")
     )
     assert all_finite(kl)
     assert_trees_close(kl[0][2], gram[0][2], 1e-6)
@@ -375,7 +427,9 @@ def test_kl_statistics():
 
 def test_kl_statistics_of_the_second_step():
     gradients = normal((3, 4), count=2)
-    tx = ravine.scale_by_shampoo(0.0, 0.9, every=1, statistics="kl", graft="none")
+    tx = ravine.scale_by_shampoo(
+        0.0, 0.9, refresh=ravine.Refresh(every=1), statistics="kl", graft="none"
+    )
     _, states = run(tx, gradients)
     first, second = (factors(state) for state in states)
     g = np.asarray(gradients[1], np.float64)
@@ -388,7 +442,7 @@ def test_kl_statistics_of_the_second_step():
 
 def test_nesterov_looks_ahead():
     gradients = normal((4, 4), count=3)
-    options = {"start": math.inf, "graft_b2": 0.999}
+    options = {"refresh": ravine.Refresh(start=math.inf), "graft_b2": 0.999}
     found, _ = run(ravine.scale_by_shampoo(nesterov=True, **options), gradients)
     expected, _ = run(ravine.scale_by_adam(nesterov=True), gradients)
     assert_trees_close(found, expected, 1e-6)
@@ -397,10 +451,12 @@ def test_nesterov_looks_ahead():
 def test_shampoo_leaves_vectors_to_the_fallback():
     params = {"dense": {"kernel": normal((6, 4)), "bias": normal((4,), 1)}}
     gradients = [jax.tree.map(lambda x, s=s: jnp.cos(s * x), params) for s in range(1, 6)]
-    found, _ = run(ravine.shampoo(RATE, every=2, weight_decay=0.1), gradients, params)
+    found, _ = run(
+        ravine.shampoo(RATE, refresh=ravine.Refresh(every=2), weight_decay=0.1), gradients, params
+    )
     kernels = [g["dense"]["kernel"] for g in gradients]
     tx = optax.chain(
-        ravine.scale_by_shampoo(every=2),
+        ravine.scale_by_shampoo(refresh=ravine.Refresh(every=2)),
         ravine.add_decayed_weights(0.1),
         ravine.scale_by_learning_rate(RATE),
     )
@@ -414,23 +470,23 @@ def test_shampoo_leaves_vectors_to_the_fallback():
 
 
 BAD = [
-    ({"block": 0}, "block"),
-    ({"block": 2.5}, "block"),
-    ({"every": 0}, "every"),
-    ({"every": 1.5}, "every"),
+    ({"blocks": {"size": 0}}, r"blocks\.size"),
+    ({"blocks": {"size": 2.5}}, "block"),
+    ({"refresh": {"every": 0}}, "every"),
+    ({"refresh": {"every": 1.5}}, r"refresh\.every must be a whole number"),
     ({"exponent": 0.25}, "exponent"),
     ({"exponent": 0.0}, "exponent"),
-    ({"every": 10, "start": 9}, "start"),
-    ({"start": 12.5}, "start"),
+    ({"refresh": {"every": 10, "start": 9}}, "start"),
+    ({"refresh": {"start": 12.5}}, "start"),
     ({"graft": "adamax"}, "adamax"),
     ({"b2": 1.0, "graft": "adam"}, "graft_b2"),
     ({"b2": 1.0, "graft": "rmsprop"}, "graft_b2"),
     ({"graft_b2": 1.5}, "graft_b2"),
     ({"graft_eps": -1.0}, "graft_eps"),
     ({"graft_per": "row"}, "graft_per"),
-    ({"sides": "left"}, "sides"),
+    ({"blocks": {"sides": "left"}}, "sides"),
     ({"statistics": "hessian"}, "statistics"),
-    ({"limit": 0}, "limit"),
+    ({"blocks": {"bound": 0}}, r"blocks\.bound"),
     ({"patience": -1}, "patience"),
     ({"patience": 1.5}, "patience"),
     ({"b1": 1.0}, "b1"),
@@ -455,7 +511,7 @@ def test_sums_with_a_graft_of_their_own():
         ({"graft": "adam", "graft_b2": 0.99}, ravine.scale_by_adam(0.0, 0.99)),
         ({"graft": "adagrad"}, ravine.scale_by_adagrad()),
     ):
-        tx = ravine.scale_by_shampoo(b1=0.0, b2=1.0, every=1, **graft)
+        tx = ravine.scale_by_shampoo(b1=0.0, b2=1.0, refresh=ravine.Refresh(every=1), **graft)
         for u, v in zip(run(tx, gradients)[0], run(alone, gradients)[0], strict=True):
             np.testing.assert_allclose(jnp.linalg.norm(u), jnp.linalg.norm(v), rtol=1e-5)
 
@@ -482,7 +538,7 @@ def test_shampoo_solves_a_badly_conditioned_least_squares_problem(statistics, st
         return float(loss(w))
 
     rate = optax.linear_schedule(0.03, 0.0, 2000)
-    options = {"every": 5, "statistics": statistics, "staggered": staggered}
+    options = {"refresh": ravine.Refresh(every=5, staggered=staggered), "statistics": statistics}
     ours = optax.chain(ravine.scale_by_shampoo(**options), ravine.scale_by_learning_rate(rate))
     assert final(ours) < 0.2 * final(ravine.adam(rate, 0.9, 0.99))
 
@@ -508,14 +564,16 @@ def power_law(shape, count, decay=1.5, seed=0):
 def test_narrow_factors_of_a_power_law(options):
     """No root is refused, and the step is that of float32, to the rounding of bfloat16."""
     gradients = power_law((64, 48), 24)
-    found, states = run(ravine.scale_by_shampoo(every=6, **options), gradients)
+    found, states = run(
+        ravine.scale_by_shampoo(refresh=ravine.Refresh(every=6), **options), gradients
+    )
     ridge = {"ridge": options.get("ridge", 1e-5)}
-    expected, _ = run(ravine.scale_by_shampoo(every=6, **ridge), gradients)
+    expected, _ = run(ravine.scale_by_shampoo(refresh=ravine.Refresh(every=6), **ridge), gradients)
     assert not any(np.any(factor.refused) for factor in factors(states[-1]))
     error = jnp.linalg.norm(found[-1] - expected[-1]) / jnp.linalg.norm(expected[-1])
     assert error < 0.02
     # The graft's own step is another one: what is compared is no fallback.
-    graft, _ = run(ravine.scale_by_shampoo(start=math.inf), gradients)
+    graft, _ = run(ravine.scale_by_shampoo(refresh=ravine.Refresh(start=math.inf)), gradients)
     assert jnp.linalg.norm(graft[-1] - expected[-1]) > 0.2 * jnp.linalg.norm(expected[-1])
 
 
@@ -527,8 +585,8 @@ def test_narrow_statistics_are_refused_without_a_ridge():
 def test_padding_is_no_eigenvalue():
     """Seven rows in blocks of four are two of four, and one row of them is padding."""
     gradients = [normal((7, 8), seed) for seed in range(6)]
-    options = {"every": 2, "ridge": 0.0, "b2": 1.0, "graft": "none"}
-    _, states = run(ravine.scale_by_shampoo(block=4, **options), gradients)
+    options = {"refresh": ravine.Refresh(every=2), "ridge": 0.0, "b2": 1.0, "graft": "none"}
+    _, states = run(ravine.scale_by_shampoo(blocks=ravine.Blocks(size=4), **options), gradients)
     rows, columns = factors(states[-1])
     assert not np.any(rows.refused)
     assert not np.any(columns.refused)
@@ -536,7 +594,7 @@ def test_padding_is_no_eigenvalue():
     padded = rows.root[0, 1]
     assert not np.any(padded[:, 3])
     alone, _ = run(ravine.scale_by_shampoo(**options), [g[4:, :4] for g in gradients])
-    whole, _ = run(ravine.scale_by_shampoo(block=4, **options), gradients)
+    whole, _ = run(ravine.scale_by_shampoo(blocks=ravine.Blocks(size=4), **options), gradients)
     assert_trees_close(whole[-1][4:, :4], alone[-1], 1e-4)
 
 

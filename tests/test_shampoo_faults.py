@@ -32,7 +32,9 @@ def test_gradient_that_is_not_finite_stays_in_its_block(b2, bad):
     spoiled = [*clean[:4], clean[4].at[1, 6].set(bad), *clean[5:]]
     params = jnp.ones((8, 8))
     tx = optax.chain(
-        ravine.scale_by_shampoo(0.9, b2, every=1, block=4, graft_b2=0.99),
+        ravine.scale_by_shampoo(
+            0.9, b2, refresh=ravine.Refresh(every=1), blocks=ravine.Blocks(size=4), graft_b2=0.99
+        ),
         ravine.scale_by_learning_rate(0.01),
     )
     updates, states = run(tx, spoiled, params)
@@ -66,9 +68,11 @@ def spoil(state, value=math.nan):
 @pytest.mark.parametrize("patience", [0, 2])
 def test_spoiled_statistics_fall_back_to_the_graft_and_recover(patience):
     gradients = normal((8, 8), count=9)
-    options = {"block": 4, "every": 1}
+    options = {"blocks": ravine.Blocks(size=4), "refresh": ravine.Refresh(every=1)}
     tx = ravine.scale_by_shampoo(**options, patience=patience)
-    plain, _ = run(ravine.scale_by_shampoo(**{**options, "start": math.inf}), gradients)
+    plain, _ = run(
+        ravine.scale_by_shampoo(**{**options, "refresh": ravine.Refresh(start=math.inf)}), gradients
+    )
     healthy, _ = run(tx, gradients)
     step, state = jax.jit(tx.update), tx.init(gradients[0])
     for gradient in gradients[:3]:
@@ -104,7 +108,12 @@ def test_spoiled_statistics_fall_back_to_the_graft_and_recover(patience):
 @pytest.mark.parametrize("graft", ["none", "sgd", "adagrad", "rmsprop", "adam", "sign"])
 def test_zero_gradients_then_normal_ones(graft, statistics):
     gradients = [jnp.zeros((8, 8))] * 50 + normal((8, 8), count=8)
-    tx = ravine.scale_by_shampoo(every=2, block=4, graft=graft, statistics=statistics)
+    tx = ravine.scale_by_shampoo(
+        refresh=ravine.Refresh(every=2),
+        blocks=ravine.Blocks(size=4),
+        graft=graft,
+        statistics=statistics,
+    )
     updates, states = run(tx, gradients)
     assert not np.any(jnp.stack(updates[:50]))
     assert all_finite(updates)
@@ -118,7 +127,9 @@ def test_zero_gradients_then_normal_ones(graft, statistics):
 def test_rank_one_gradients_for_ever(graft, statistics):
     vectors = normal((8, 1)), normal((1, 8), 1)
     gradients = [scale * vectors[0] * vectors[1] for scale in np.linspace(0.5, 1.5, 60)]
-    tx = ravine.scale_by_shampoo(every=5, graft=graft, statistics=statistics)
+    tx = ravine.scale_by_shampoo(
+        refresh=ravine.Refresh(every=5), graft=graft, statistics=statistics
+    )
     updates, states = run(tx, gradients)
     assert all_finite(updates)
     assert all_finite(states)
@@ -131,7 +142,9 @@ def test_rank_one_gradients_for_ever(graft, statistics):
 def test_spike(graft, statistics):
     gradients = normal((8, 8), count=60)
     gradients[20] = 1e6 * gradients[20]
-    tx = ravine.scale_by_shampoo(every=1, graft=graft, statistics=statistics)
+    tx = ravine.scale_by_shampoo(
+        refresh=ravine.Refresh(every=1), graft=graft, statistics=statistics
+    )
     updates, states = run(tx, gradients)
     assert all_finite(updates)
     assert all_finite(states)
@@ -143,7 +156,12 @@ def test_spike(graft, statistics):
 @pytest.mark.parametrize("graft", ["none", "adam"])
 def test_scale_of_gradients(graft, scale, dtype):
     gradients = [g.astype(dtype) for g in normal((8, 12), count=60, scale=scale)]
-    updates, states = run(ravine.scale_by_shampoo(every=5, block=6, graft=graft), gradients)
+    updates, states = run(
+        ravine.scale_by_shampoo(
+            refresh=ravine.Refresh(every=5), blocks=ravine.Blocks(size=6), graft=graft
+        ),
+        gradients,
+    )
     assert all(update.dtype == dtype for update in updates)
     assert all_finite(updates)
     assert all_finite(states)
@@ -161,7 +179,13 @@ def test_scale_of_gradients(graft, scale, dtype):
 def test_two_thousand_steps_at_any_scale(scale, dtype):
     """Least squares through a hidden layer, gradients scaled: nothing breaks, nothing stays refused."""
     tx = optax.chain(
-        ravine.scale_by_shampoo(0.9, 0.99, block=8, every=10, graft_eps=1e-30),
+        ravine.scale_by_shampoo(
+            0.9,
+            0.99,
+            blocks=ravine.Blocks(size=8),
+            refresh=ravine.Refresh(every=10),
+            graft_eps=1e-30,
+        ),
         ravine.scale_by_learning_rate(1e-2),
     )
     keys = jax.random.split(jax.random.key(0), 4)

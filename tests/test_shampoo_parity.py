@@ -19,9 +19,8 @@ from .golden import shampoo as golden
 META = {
     "b1": 0.9,
     "b2": 0.99,
-    "every": 2,
-    "start": 6,
-    "block": 4,
+    "refresh": ravine.Refresh(every=2, start=6),
+    "blocks": ravine.Blocks(size=4),
     "ridge": 0.0,
     "absolute_ridge": 1e-8,
     "tolerance": 0.5,
@@ -45,14 +44,20 @@ OURS = {
 
 
 SOAP = {
-    "soap": lambda: ravine.scale_by_soap(every=3),
-    "soap_one_sided": lambda: ravine.scale_by_soap(every=3, limit=4, precondition_vectors=True),
+    "soap": lambda: ravine.scale_by_soap(refresh=ravine.Refresh(every=3)),
+    "soap_one_sided": lambda: ravine.scale_by_soap(
+        refresh=ravine.Refresh(every=3),
+        blocks=ravine.Blocks(size=None, bound=4),
+        precondition_vectors=True,
+    ),
 }
 KL = {
-    "kl_shampoo": lambda balance: ravine.scale_by_kl_shampoo(every=3, balance=balance),
+    "kl_shampoo": lambda balance: ravine.scale_by_kl_shampoo(
+        refresh=ravine.Refresh(every=3), balance=balance
+    ),
     # With so small a start the bound on inverse roots is met.
     "kl_shampoo_clamped": lambda balance: ravine.scale_by_kl_shampoo(
-        every=3, balance=False, initial_eigenvalue=0.011
+        refresh=ravine.Refresh(every=3), balance=False, initial_eigenvalue=0.011
     ),
 }
 

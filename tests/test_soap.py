@@ -13,7 +13,9 @@ from .preconditioned import assert_trees_close, conditioned, normal, run, single
 def test_without_bases_it_is_adam_a_step_late():
     """Axes beyond the limit have no basis, and then Q is the identity."""
     gradients = normal((6, 4), count=8)
-    (first, *ours), _ = run(ravine.scale_by_soap(0.9, 0.99, 1e-30, limit=1), gradients)
+    (first, *ours), _ = run(
+        ravine.scale_by_soap(0.9, 0.99, 1e-30, blocks=ravine.Blocks(size=None, bound=1)), gradients
+    )
     adam, _ = run(ravine.scale_by_adam(0.9, 0.99, 1e-30), gradients[1:])
     assert not np.any(first)
     for a, b in zip(ours, adam, strict=True):
@@ -25,7 +27,7 @@ def test_one_step_is_adam_in_the_basis():
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
         first, second = (rng.normal(size=(5, 5)) for _ in range(2))
-        tx = ravine.scale_by_soap(every=100)
+        tx = ravine.scale_by_soap(refresh=ravine.Refresh(every=100))
         state = tx.init(jnp.zeros((5, 5), jnp.float64))
         _, state = tx.update(jnp.asarray(first), state)
         update, state = tx.update(jnp.asarray(second), state)
@@ -41,7 +43,7 @@ def test_updates_turn_with_the_space(make):
     gradients, rng = [single(conditioned(6, seed)) for seed in range(5)], np.random.default_rng(9)
     p, r = (single(np.linalg.qr(rng.normal(size=(6, 6)))[0]) for _ in range(2))
     turned = [p @ g @ r.T for g in gradients]
-    tx = make(every=2)
+    tx = make(refresh=ravine.Refresh(every=2))
     pairs = list(zip(run(tx, gradients)[0], run(tx, turned)[0], strict=True))
     assert not np.any(pairs[0])
     for u, v in pairs[1:]:
@@ -50,7 +52,7 @@ def test_updates_turn_with_the_space(make):
 
 def gauge(balance, steps=2000):
     """log(tr S_a / m) - log(tr S_b / n) of KL-Shampoo, after every step."""
-    tx = ravine.scale_by_kl_shampoo(0.9, 0.95, every=1, balance=balance)
+    tx = ravine.scale_by_kl_shampoo(0.9, 0.95, refresh=ravine.Refresh(every=1), balance=balance)
 
     def step(state, key):
         _, state = tx.update(jax.random.normal(key, (16, 64)), state)
@@ -87,9 +89,9 @@ def test_faults_leave_everything_finite(make):
     gradients[7] = gradients[7] * 1e6
     gradients[10:20] = [jnp.zeros((6, 4))] * 10
     gradients[20:] = [jnp.outer(g[:, 0], jnp.ones(4)) for g in gradients[20:]]
-    updates, states = run(make(every=2), gradients)
+    updates, states = run(make(refresh=ravine.Refresh(every=2)), gradients)
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((updates, states[-1])))
-    zeros, _ = run(make(every=2), [jnp.zeros((6, 4))] * 5)
+    zeros, _ = run(make(refresh=ravine.Refresh(every=2)), [jnp.zeros((6, 4))] * 5)
     assert not any(np.any(u) for u in zeros)
 
 
@@ -97,9 +99,11 @@ def test_soap_muon_is_a_chain_of_its_pieces():
     params = {"w": jnp.zeros((6, 4))}
     gradients = [{"w": g} for g in normal((6, 4), count=4)]
     rules = [(".*", "matrix")]
-    whole, _ = run(ravine.soap_muon(1.0, every=2, rules=rules), gradients, params)
+    whole, _ = run(
+        ravine.soap_muon(1.0, refresh=ravine.Refresh(every=2), rules=rules), gradients, params
+    )
     pieces = optax.chain(
-        ravine.scale_by_soap(every=2),
+        ravine.scale_by_soap(refresh=ravine.Refresh(every=2)),
         ravine.orthogonalize(),
         ravine.scale_by_matrix_shape("moonlight"),
         ravine.scale_by_learning_rate(1.0),
@@ -109,22 +113,25 @@ def test_soap_muon_is_a_chain_of_its_pieces():
 
 
 def test_one_sided_bases_and_blocks():
-    state = ravine.scale_by_soap(sides="smaller").init(jnp.zeros((8, 3)))
+    state = ravine.scale_by_soap(blocks=ravine.Blocks(size=None, sides="smaller")).init(
+        jnp.zeros((8, 3))
+    )
     assert state.bases[0][0] is None
     assert state.bases[0][1].vectors.shape == (1, 1, 1, 3, 3)
-    state = ravine.scale_by_soap(block=4).init(jnp.zeros((8, 3)))
+    state = ravine.scale_by_soap(blocks=ravine.Blocks(size=4)).init(jnp.zeros((8, 3)))
     assert state.mu[0].shape == (1, 2, 1, 4, 3)
 
 
 @pytest.mark.parametrize(
     ("make", "culprit"),
     [
-        (lambda: ravine.scale_by_soap(every=0), "every"),
-        (lambda: ravine.scale_by_soap(block=0), "block"),
+        (lambda: ravine.scale_by_soap(refresh=ravine.Refresh(every=0)), "every"),
+        (lambda: ravine.scale_by_soap(blocks=ravine.Blocks(size=0)), "block"),
+        (lambda: ravine.scale_by_soap(refresh=ravine.Refresh(start=20)), "start is not for SOAP"),
         (lambda: ravine.scale_by_soap(shampoo_b2=1.0), "shampoo_b2"),
-        (lambda: ravine.scale_by_soap(sides="left"), "sides"),
+        (lambda: ravine.scale_by_soap(blocks=ravine.Blocks(size=None, sides="left")), "sides"),
         (lambda: ravine.scale_by_kl_shampoo(initial_eigenvalue=0.0), "initial_eigenvalue"),
-        (lambda: ravine.scale_by_kl_shampoo(limit=0), "limit"),
+        (lambda: ravine.scale_by_kl_shampoo(blocks=ravine.Blocks(size=None, bound=0)), "bound"),
     ],
 )
 def test_bad_input_is_named(make, culprit):
@@ -151,7 +158,7 @@ def test_trajectory_does_not_hang_on_rounding(kind):
 
     Bases of singular statistics are arbitrary unless defined: this was 0.15 to 1.2.
     """
-    gradients, tx = deficient(kind), ravine.scale_by_soap(every=5)
+    gradients, tx = deficient(kind), ravine.scale_by_soap(refresh=ravine.Refresh(every=5))
 
     @jax.jit
     def end(gradients):

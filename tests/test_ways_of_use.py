@@ -98,7 +98,9 @@ def build(name, rules=None):
     """The optimizer with few hyperparameters, and rules if it takes any."""
     config = ravine.OptimizerConfig(name)
     # An axis longer than the limit has no factor: None is among what is kept.
-    options = {"every": 2, "limit": 4} | ({} if rules is None else {"rules": rules})
+    options = {"refresh": ravine.Refresh(every=2), "blocks": ravine.Blocks(bound=4)} | (
+        {} if rules is None else {"rules": rules}
+    )
     accepted = {key: value for key, value in options.items() if config.accepts(key)}
     return builder(name)(ravine.schedules.linear(1e-2, 10), **accepted)
 
@@ -264,7 +266,7 @@ def test_on_mesh_takes_what_says_how_parameters_are_sharded():
 
 
 def test_shampoo_is_differentiated_in_forward_mode():
-    tx = ravine.scale_by_shampoo(every=1, graft="none", ridge=1e-2)
+    tx = ravine.scale_by_shampoo(refresh=ravine.Refresh(every=1), graft="none", ridge=1e-2)
     params, grads = tree()["dense"]["kernel"], tree(1)["dense"]["kernel"]
     update = lambda g: tx.update(g, tx.init(params))[0]
     direction = tree(2)["dense"]["kernel"]

@@ -152,13 +152,17 @@ def refreshed_factors(
     factors, structure = jax.tree.flatten(leaves, is_leaf=lambda x: isinstance(x, KLFactor))
     counts = [sum(f is not None for factors in leaf for f in factors) for leaf in leaves]
     repeats = [n for n, count in zip(shards, counts, strict=True) for _ in range(count)]
-    for function, when in ((first, is_first), (follow, due)):
+    follows = lambda phase: schedule.follows(count, phase)
+    for function, phases, when in (
+        (first, 1, lambda _: is_first),
+        (follow, schedule.phases, follows),
+    ):
         units = [
             Unit(None, flat_batch(f.statistics, size), flat_batch(f.vectors, size), n)
             for f, n in zip(factors, repeats, strict=True)
             for size in f.vectors.shape[-1:]
         ]
-        found = refreshed(units, function, 1, lambda _, when=when: when)
+        found = refreshed(units, function, phases, when)
         factors = [
             f._replace(vectors=reshape(vectors, f.vectors.shape))
             for f, vectors in zip(factors, found, strict=True)

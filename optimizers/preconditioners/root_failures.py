@@ -35,7 +35,7 @@ def root_failures(opt_state: Any) -> dict[str, list[RefusedRoot]]:
     Example:
       >>> import jax.numpy as jnp, ravine
       >>> params = {"kernel": jnp.ones((4, 6))}
-      >>> tx = ravine.shampoo(1e-3, every=1, tolerance=0.0)  # no root is good enough
+      >>> tx = ravine.shampoo(1e-3, refresh={"every": 1}, tolerance=0.0)  # refuse all
       >>> _, state = tx.update(params, tx.init(params), params)
       >>> [(r.axis, r.block, r.refused) for r in ravine.root_failures(state)["kernel"]]
       [(0, (0, 0, 0), 1), (1, (0, 0, 0), 1)]

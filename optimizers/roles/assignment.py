@@ -176,4 +176,4 @@ def axes_from_names(
     chosen = [tuple(a for a, name in enumerate(names) if name in side) for side in (rows, columns)]
     if not all(chosen):
         raise ValueError(f"no axis of {names} is in rows, or none in columns; name one in each.")
-    return MatrixAxes(*chosen)
+    return MatrixAxes(chosen[0], chosen[1])

@@ -20,6 +20,7 @@ from jax.sharding import AxisType, Mesh
 from rich.console import Console
 
 from ...core.checks import near
+from ...optimizers import Blocks
 from ...optimizers.matrix.algebra.polar import NewtonSchulz
 from ...optimizers.registry import OptimizerConfig
 from ..shapes.presets import PRESETS
@@ -40,7 +41,7 @@ TOPOLOGIES = (
     "tpu7x:4x4x4",
 )
 """Those that were tried; others of the same generations may work."""
-ALIGNED = {"block": 128, "limit": 65_536}
+ALIGNED = {"blocks": Blocks(size=128, vocabulary=65_536)}
 POLAR = {"polar": NewtonSchulz(dtype="bfloat16", halvings=0)}
 OPTIONS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("shampoo", "soap", "kl_shampoo"), ALIGNED),

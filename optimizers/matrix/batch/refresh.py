@@ -6,7 +6,6 @@ phases, and a phase is a loop that runs once or not at all. A loop, because XLA 
 in place, where a conditional would copy every buffer on the steps on which nothing happens.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
@@ -15,15 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ....core.arguments import MaybeInfinite, checked
-from ....core.checks import check_known
+from ....core.arguments import MaybeInfinite
+from ....core.checks import check_known, check_whole
+from ....core.options import options
 from .together import Unit, worked_on
 
 
-@checked
-@dataclasses.dataclass(frozen=True)
+@options("refresh")
 class Refresh:
-    """The schedule; steps are counted from one.
+    """When roots and bases are found again; steps are counted from one.
 
     Attributes:
       every: the period T.
@@ -36,8 +35,8 @@ class Refresh:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from ravine.optimizers.matrix.batch.refresh import Refresh
-      >>> [step for step in range(1, 16) if Refresh(every=5, start=7).due(jnp.int32(step), 0)]
+      >>> import ravine
+      >>> [step for step in range(1, 16) if ravine.Refresh(every=5, start=7).due(jnp.int32(step), 0)]
       [7, 10, 15]
     """
 
@@ -46,16 +45,13 @@ class Refresh:
     staggered: bool = False
 
     def __post_init__(self) -> None:
-        check_known(every=self.every, start=self.start)
-        if type(self.every) is not int or self.every < 1:
-            raise ValueError(
-                f"every must be a whole number of steps, at least 1, got {self.every!r}."
-            )
+        check_known(**{"refresh.every": self.every, "refresh.start": self.start})
+        check_whole(1, **{"refresh.every": self.every})
         if not self.first >= self.every or not (
             math.isinf(self.first) or self.first == int(self.first)
         ):
             raise ValueError(
-                f"start must be a step from {self.every} (the refresh period) on, got {self.start!r}; "
+                f"refresh.start must be a step from {self.every} (the period) on, got {self.start!r}; "
                 "None starts there."
             )
 
@@ -68,6 +64,14 @@ class Refresh:
     def phases(self) -> int:
         """On how many steps of a period something is refreshed."""
         return self.every if self.staggered and self.every > 1 else 1
+
+    def check_at_once(self, name: str) -> None:
+        """Raises for a start, where results are used as soon as there are any."""
+        if self.start is not None:
+            raise ValueError(
+                f"refresh.start is not for {name}, whose bases are found on the first step and used "
+                f"from the second; leave it out, got {self.start!r}."
+            )
 
     def started(self, step: jax.Array) -> jax.Array:
         """Whether the results are used."""
@@ -85,6 +89,9 @@ class Refresh:
         if self.phases == 1:
             return (step == first) | ((step >= first) & (step % self.every == 0))
         return (step > first - self.every) & ((step + phase) % self.every == 0)
+
+
+REFRESH = Refresh()
 
 
 def refreshed(

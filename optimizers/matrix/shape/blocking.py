@@ -3,19 +3,16 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 
-from ....core.checks import check_known
 from ....core.paths import path_string
 from ..mesh.exchange import move_in, move_out, zeros
 from ..mesh.placement import WHOLE, Names, Placement, explicit_sizes, mesh_of, names_of, place
-from .blocks import BlockGrid, block_grid
+from .blocks import BlockGrid, Blocks, block_grid
 from .layout import Layout, MatrixAxes, layout
 from .matrices import Axes
-
-Sides = Literal["both", "rows", "columns", "smaller"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,9 +141,7 @@ def _shrunk(grid: BlockGrid, axis: int, parts: int, has_factor: bool) -> BlockGr
 def blockings_of(
     tree: Any,
     axes: Axes | None,
-    block: int | None,
-    limit: int,
-    sides: Sides,
+    blocks: Blocks,
     *,
     vectors: bool = True,
     sums: bool = True,
@@ -156,24 +151,26 @@ def blockings_of(
     Args:
       tree: of arrays or their shapes.
       axes: rows and columns of leaves, or None for tensors of the leaves' own order.
-      block: bound on the size of a factor; longer axes are cut.
-      limit: axes longer than this get no factor and are not cut.
-      sides: which axes get a factor.
+      blocks: how they are cut, and which axes get a factor.
       vectors: whether tensors of one axis get a factor.
       sums: whether devices may share the axes of a block that have no factor.
     """
 
     def blocking(path: Any, leaf: Any) -> Blocking:
-        name, found = path_string(path), None
+        name, found, vocabulary = path_string(path), None, None
         if axes is not None:
             chosen = axes if isinstance(axes, MatrixAxes) else axes(name)
             found = layout(leaf.shape, chosen, name)
+            vocabulary = {None: None, "rows": 0, "columns": 1}[chosen.vocabulary]
         shapes = [piece[1:] for piece in found.pieces] if found else [tuple(leaf.shape)]
         factored = tuple(
-            _factored(shape, limit if len(shape) > 1 or vectors else 0, sides) for shape in shapes
+            blocks.factored(shape, vocabulary)
+            if len(shape) > 1 or vectors
+            else (False,) * len(shape)
+            for shape in shapes
         )
         grids = tuple(
-            block_grid(shape, block, [axis for axis, has in enumerate(marks) if not has])
+            block_grid(shape, blocks.size, [axis for axis, has in enumerate(marks) if not has])
             for shape, marks in zip(shapes, factored, strict=True)
         )
         return Blocking(found, grids, factored).placed(leaf, sums=sums)
@@ -198,22 +195,3 @@ def blocks_in_words(blockings: Sequence[Blocking]) -> list[str]:
         parts = zip(lengths, blocking.grids, blocking.factored, strict=True)
         found.append("; ".join(words(*part) for part in parts))
     return found
-
-
-def _factored(shape: tuple[int, ...], limit: int, sides: Sides) -> tuple[bool, ...]:
-    within = [0 < size <= limit for size in shape]
-    if sides != "both" and len(shape) > 1:
-        smaller = min(range(len(shape)), key=shape.__getitem__)
-        chosen = {"rows": 0, "columns": len(shape) - 1, "smaller": smaller}[sides]
-        within = [has and axis == chosen for axis, has in enumerate(within)]
-    return tuple(within)
-
-
-def check_blocking(block: int | None, limit: int, sides: Sides) -> None:
-    """Raises for bounds and sides that make no sense."""
-    check_known(block=block, limit=limit)
-    block_grid((1,), block)
-    if type(limit) is not int or limit < 1:
-        raise ValueError(f"limit must be a whole number of at least 1, got {limit!r}.")
-    if sides not in get_args(Sides):
-        raise ValueError(f"sides must be one of {', '.join(get_args(Sides))}, got {sides!r}.")

@@ -8,12 +8,76 @@ axis that shards an axis of the tensor shards the grid's. All of it depends on s
 import dataclasses
 import math
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 
+from ....core.checks import check_amount, check_known
+from ....core.options import options
 from ..mesh.shards import reshape
+
+Sides = Literal["both", "rows", "columns", "smaller"]
+UNCUT_BOUND = 10_000
+"""Of axes that are not cut: the official SOAP's ``max_precond_dim``."""
+
+
+@options("blocks")
+class Blocks:
+    """How parameters are cut into blocks, and which axes of these have a Kronecker factor.
+
+    An axis has none, and is not cut, where it is longer than `bound`, where it counts the words of an
+    embedding or a head and is longer than `vocabulary`, or where `sides` leaves it out;
+    :func:`ravine.explain` shows which.
+
+    Attributes:
+      size: bound on the size of factors; longer axes are cut into blocks of equal size. ``None`` does
+        not cut. 512 is ours; Google's and Meta's default is 1024.
+      bound: axes longer than this have no factor. ``None``: any length, if axes are cut, and otherwise
+        10,000, the official SOAP's.
+      vocabulary: the same for the rows of parameters with the role ``embedding`` and the columns of
+        those with the role ``head``; ``None`` for any length. 8192 is ours.
+      sides: of matrices and tensors, the axes with a factor: ``"both"`` (all), ``"rows"``,
+        ``"columns"`` or the ``"smaller"``.
+
+    Raises:
+      ValueError: for a bound below one, or unknown sides.
+
+    Example:
+      >>> import jax.numpy as jnp, ravine
+      >>> params = {"up": {"kernel": jnp.ones((8, 6))}}
+      >>> tx = ravine.shampoo(1e-3, blocks=ravine.Blocks(size=4, sides="rows"))
+      >>> ravine.explain(tx, params).rows[0].how
+      '2 blocks of 4x6, factors of 4, none'
+    """
+
+    size: int | None = 512
+    bound: int | None = None
+    vocabulary: int | None = 8192
+    sides: Sides = "both"
+
+    def __post_init__(self) -> None:
+        for name in ("size", "bound", "vocabulary"):
+            value = {f"blocks.{name}": getattr(self, name)}
+            check_known(**value)
+            check_amount(1, **value)
+
+    def factored(self, shape: tuple[int, ...], vocabulary: int | None = None) -> tuple[bool, ...]:
+        """Which axes of a tensor have a factor; `vocabulary` is the one that counts words."""
+        bound = UNCUT_BOUND if self.size is None else math.inf
+        bounds = [bound if self.bound is None else self.bound] * len(shape)
+        if vocabulary is not None and self.vocabulary is not None:
+            bounds[vocabulary] = min(bounds[vocabulary], self.vocabulary)
+        within = [0 < size <= most for size, most in zip(shape, bounds, strict=True)]
+        if self.sides != "both" and len(shape) > 1:
+            smaller = min(range(len(shape)), key=shape.__getitem__)
+            chosen = {"rows": 0, "columns": len(shape) - 1, "smaller": smaller}[self.sides]
+            within = [has and axis == chosen for axis, has in enumerate(within)]
+        return tuple(within)
+
+
+BLOCKS = Blocks()
+UNCUT = Blocks(size=None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,9 @@ class MatrixAxes:
     joins the batch; a tuple of sizes splits them into pieces of unequal shape."""
     column_parts: int | tuple[int, ...] = 1
     """The same for columns."""
+    vocabulary: Literal["rows", "columns"] | None = dataclasses.field(default=None, repr=False)
+    """The side that counts words, if one does: of embeddings the rows, of heads the columns, which
+    :func:`by_role` fills in."""
 
 
 DEFAULT = MatrixAxes((-2,), (-1,))
