@@ -1,4 +1,4 @@
-"""The command line: `python -m ravine race ...`, `plan`, `presets` and `batch-size`."""
+"""The command line: `python -m ravine race ...`, `sweep`, `plan`, `presets` and `batch-size`."""
 
 import contextlib
 import errno
@@ -12,7 +12,7 @@ from typing import Any
 from .run.interrupts import Interrupted, Interrupts, check
 from .run.output import Output, say, silence
 
-COMMANDS = ("race", "plan", "presets", "batch-size")
+COMMANDS = ("race", "sweep", "plan", "presets", "batch-size")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,6 +68,7 @@ def _run(command: str, words: list[str]) -> int:
     try:
         from .batch_size.command import BatchSizeConfig, measure_batch_size
         from .compare.race import RaceConfig, race
+        from .compare.sweep import SweepConfig, sweep
         from .plan.plan import PlanConfig, plan
         from .run.outcome import RunFailed
         from .shapes.table import PresetsConfig, show_presets
@@ -80,10 +81,14 @@ def _run(command: str, words: list[str]) -> int:
             config = _parse(PresetsConfig, command, words)
             show_presets(config, Console(width=None if sys.stdout.isatty() else 120))
             return 0
-        if command == "batch-size":
-            config = _parse(BatchSizeConfig, command, words)
+        if command in ("batch-size", "sweep"):
+            kind, act = {"sweep": (SweepConfig, sweep)}.get(
+                command, (BatchSizeConfig, measure_batch_size)
+            )
             out: Any = Output()
-            measure_batch_size(config, Console(file=out, width=None if out.isatty() else 120))
+            act(
+                _parse(kind, command, words), Console(file=out, width=None if out.isatty() else 120)
+            )
             return 0
         if command == "plan":
             import jax

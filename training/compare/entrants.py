@@ -19,10 +19,16 @@ DECAYED = ("matrix", "embedding", "head")
 
 @dataclasses.dataclass(frozen=True)
 class Entrant:
-    """One optimizer of a race: its configuration and its peak learning rate."""
+    """One optimizer of a race: its configuration, its peak learning rate, and what was tuned with it."""
 
     optimizer: OptimizerConfig
     learning_rate: float
+    weight_decay: float = 3e-4
+    """Share of every matrix that a step at the peak removes, where the run does not say."""
+    warmup: float | None = None
+    """Share of the steps, where the run does not say."""
+    trials: int = 0
+    """Of the sweep that tuned it."""
 
     def __post_init__(self) -> None:
         check_learning_rate(self.optimizer.name, self.learning_rate)
@@ -32,11 +38,21 @@ class Entrant:
         """The optimizer's registered name."""
         return self.optimizer.name
 
+    def adapted(self, run: RunConfig) -> RunConfig:
+        """The run with this entrant's weight decay and warm-up, where it leaves them open."""
+        changes: dict[str, Any] = {}
+        if run.weight_decay is None:
+            changes["weight_decay"] = self.weight_decay
+        if run.warmup_steps is None and self.warmup is not None:
+            changes["warmup_steps"] = round(self.warmup * run.horizon)
+        return dataclasses.replace(run, **changes)
+
     def build(self, run: RunConfig) -> optax.GradientTransformation:
         """Clipping, the optimizer as the run has it, QK-clip; a guard and monitors around them."""
+        run = self.adapted(run)
         overrides: dict[str, Any] = {}
         if self.optimizer.accepts("weight_decay"):
-            overrides["weight_decay"] = run.weight_decay / self.learning_rate
+            overrides["weight_decay"] = (run.weight_decay or 0.0) / self.learning_rate
             overrides["weight_decay_mask"] = mask_by_role(DECAYED)
         tx = self.optimizer.build(run.learning_rate(self.learning_rate), **overrides)
         before = [clip_by_global_norm(run.clip_norm)] if run.clip_norm else []
@@ -86,11 +102,13 @@ def line_up(names: str, learning_rates: str = "") -> tuple[Entrant, ...]:
     replaced = parse_numbers(learning_rates, wanted, "optimizer of this race")
     entrants = []
     for name in wanted:
-        config = OptimizerConfig(name, tuned.get(name, {}).get("hyperparameters", {}))
+        row = tuned.get(name, {})
+        config = OptimizerConfig(name, row.get("hyperparameters", {}))
         if name not in tuned and name not in replaced:
             raise ValueError(
                 f"{name} has no tuned learning rate; give --learning-rates {name}=VALUE."
             )
-        rate = replaced[name] if name in replaced else tuned[name]["learning_rate"]
-        entrants.append(Entrant(config, rate))
+        rate = replaced[name] if name in replaced else row["learning_rate"]
+        more = {key: row[key] for key in ("weight_decay", "warmup") if key in row}
+        entrants.append(Entrant(config, rate, trials=row.get("trials", 0), **more))
     return tuple(entrants)

@@ -87,7 +87,9 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
     with unanimous():
         entrants = line_up(config.optimizers, config.learning_rates)
         given = config.run.model.vocabulary
-        corpus = load_corpus(config.run.data, vocabulary=given if given != 256 else None)
+        corpus = load_corpus(
+            config.run.data, vocabulary=given if given != 256 else None
+        ).for_races()
         model = dataclasses.replace(config.run.model, vocabulary=corpus.vocabulary)
         run = dataclasses.replace(config.run, model=model)
         mesh = build_mesh(config.launch.mesh)
@@ -108,7 +110,7 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
                 try:
                     if config.resume:
                         ended = [
-                            check_meta(out / entrant.name, run, entrant, corpus)
+                            check_meta(out / entrant.name, entrant.adapted(run), entrant, corpus)
                             and outcome.load(out / entrant.name, run)
                             for entrant, outcome in zip(entrants, outcomes, strict=True)
                         ]
@@ -129,7 +131,9 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
                     if has_ended:
                         continue
                     interrupts.check()
-                    _run_one(run, entrant, tx, corpus, outcome, out, progress, mesh)
+                    _run_one(
+                        entrant.adapted(run), entrant, tx, corpus, outcome, out, progress, mesh
+                    )
                     if is_first():
                         outcome.save(out / entrant.name)
                         if outcome is not outcomes[-1]:
@@ -201,6 +205,8 @@ def _identity(config: RaceConfig, entrants: tuple[Entrant, ...], corpus: Corpus)
             entrant.name: {
                 **json.loads(entrant.optimizer.to_json()),
                 "learning_rate": entrant.learning_rate,
+                "weight_decay": entrant.weight_decay,
+                "warmup": entrant.warmup,
             }
             for entrant in entrants
         },

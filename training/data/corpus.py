@@ -13,7 +13,7 @@ import os
 import platform
 import sysconfig
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +55,14 @@ class Corpus:
     description: str
     fingerprint: str
     file: tuple[Path, tuple[int, int, int]] | None = field(default=None, repr=False)
+
+    def for_tuning(self) -> "Corpus":
+        """With the first half of the held-out tokens only: what hyperparameters are chosen by."""
+        return replace(self, heldout=self.heldout[: len(self.heldout) // 2])
+
+    def for_races(self) -> "Corpus":
+        """With the second half of the held-out tokens only, which no choice has seen."""
+        return replace(self, heldout=self.heldout[len(self.heldout) // 2 :])
 
     def check_unchanged(self) -> None:
         """Raises an `OSError` if the .bin is not what it was; reading beyond its end is fatal."""

@@ -24,13 +24,9 @@ def write_meta(folder: Path, run: RunConfig, entrant: Entrant, corpus: Corpus, m
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     meta = {
         **_decides(run, entrant, corpus),
-        "versions": {name: metadata.version(name) for name in _PACKAGES},
-        "python": platform.python_version(),
-        "device": f"{jax.devices()[0].device_kind} ({jax.devices()[0].platform})",
+        **provenance(),
         "mesh": dict(mesh.shape),
         "processes": jax.process_count(),
-        "machine": platform.machine(),
-        "git_revision": _git_revision(),
         "started": now,
     }
     write_json(folder / "meta.json", meta)
@@ -62,9 +58,20 @@ def _decides(run: RunConfig, entrant: Entrant, corpus: Corpus) -> dict[str, Any]
     }
 
 
+def provenance() -> dict[str, Any]:
+    """Versions, device and revision: what a number comes from."""
+    return {
+        "versions": {name: metadata.version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "device": f"{jax.devices()[0].device_kind} ({jax.devices()[0].platform})",
+        "machine": platform.machine(),
+        "git_revision": _git_revision(),
+    }
+
+
 def _git_revision() -> str | None:
     """The revision of the checkout this package lies in; ``None`` for an installed wheel."""
-    here = Path(__file__).parents[1]
+    here = Path(__file__).parents[2]
     if not (here / ".git").exists():
         return None
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]

@@ -1,0 +1,91 @@
+"""A trial: one short training run whose hyperparameters are arguments of a program compiled once."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ...optimizers.registry import OptimizerConfig
+from ...optimizers.roles import mask_by_role
+from ...stability import clip_by_global_norm
+from ..config import RunConfig
+from ..data.batches import heldout_batches, train_batches
+from ..data.corpus import Corpus
+from ..run import interrupts
+from ..step import TrainState, init_params, init_state, make_train_step, mean_loss
+from .entrants import DECAYED
+from .space import Point
+
+LOOK = 50
+"""Steps between two looks at whether a trial has diverged."""
+
+
+class Trials:
+    """Runs trials of one model on one text.
+
+    Numbers (learning rate, decay rates, weight decay) are arguments of the compiled step, so that all
+    trials of an optimizer share it; other hyperparameters are compiled in.
+
+    Args:
+      run: model, batch size, clipping, evaluation and seed of the trials.
+      corpus: the text; all of its held-out tokens count.
+    """
+
+    def __init__(self, run: RunConfig, corpus: Corpus):
+        self._run, self._corpus = run, corpus
+        self._graphdef, self._start = init_params(run.model, run.seed)
+        sizes: Any = {"batch_size": run.batch_size, "context": run.model.context}
+        self._heldout = jnp.asarray(heldout_batches(corpus, batches=run.eval_batches, **sizes))
+        self._batches = lambda: train_batches(corpus, seed=run.seed, **sizes)
+
+    def loss(self, point: Point, steps: int) -> float:
+        """Held-out loss at the end of a whole schedule of so many steps; infinite if it diverged."""
+        numbers, rest = _split(point.optimizer)
+        numbers["weight_decay"] = point.weight_decay / point.learning_rate
+        numbers = {name: jnp.float32(value) for name, value in numbers.items()}
+        init, step = self._programs(rest)
+        state, batches = init(self._start, numbers), self._batches()
+        for done, rate in enumerate(self._rates(point, steps), 1):
+            interrupts.check()
+            state, metrics = step(state, next(batches), jnp.float32(rate), numbers)
+            if done % LOOK == 0 and not math.isfinite(float(metrics["loss"])):
+                return math.inf
+        loss = float(mean_loss(self._graphdef, state.params, self._heldout))
+        return loss if math.isfinite(loss) else math.inf
+
+    def _rates(self, point: Point, steps: int) -> np.ndarray:
+        run = RunConfig(
+            steps=steps, warmup_steps=round(point.warmup * steps), model=self._run.model
+        )
+        schedule = run.learning_rate(point.learning_rate)
+        return np.asarray(schedule(jnp.arange(steps)))
+
+    @functools.cache  # noqa: B019 - as long-lived as its sweep
+    def _programs(self, rest: OptimizerConfig) -> tuple[Any, Any]:
+        def build(rate: Any, numbers: dict[str, Any]) -> optax.GradientTransformation:
+            given = dict(numbers)
+            decay = given.pop("weight_decay")
+            if rest.accepts("weight_decay"):
+                given |= {"weight_decay": decay, "weight_decay_mask": mask_by_role(DECAYED)}
+            tx = rest.build(rate, **given)
+            clip = self._run.clip_norm
+            return optax.chain(clip_by_global_norm(clip), tx) if clip else tx
+
+        def init(params: Any, numbers: dict[str, Any]) -> TrainState:
+            return init_state(params, build(jnp.float32(0), numbers))
+
+        def step(state: TrainState, batch: Any, rate: Any, numbers: dict[str, Any]) -> Any:
+            return make_train_step(self._graphdef, build(rate, numbers))(state, batch)
+
+        return jax.jit(init), jax.jit(step, donate_argnums=0)
+
+
+def _split(optimizer: OptimizerConfig) -> tuple[dict[str, Any], OptimizerConfig]:
+    """Decay rates, and the configuration without them."""
+    values = dict(optimizer.hyperparameters)
+    numbers = {name: values.pop(name) for name in ("b1", "b2", "momentum") if name in values}
+    return numbers, OptimizerConfig(optimizer.name, values)
