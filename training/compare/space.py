@@ -73,7 +73,7 @@ def points(name: str, trials: int, seed: int) -> list[Point]:
     Example:
       >>> from ravine.training.compare.space import points
       >>> [round(point.learning_rate, 4) for point in points("adamw", 4, seed=0)]
-      [0.0004, 0.0213, 0.0655, 0.0013]
+      [0.003, 0.0509, 0.0095, 0.0006]
     """
     plain = OptimizerConfig(name, FIXED.get(name, {}))
     middle = RATES.get(name, MIDDLE)

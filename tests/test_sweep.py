@@ -1,0 +1,134 @@
+"""The sweep: alike for all, the trainer's own numbers, resumable, the only source of the races' table."""
+
+import argparse
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ravine.optimizers.registry import OptimizerConfig
+from ravine.training.cli import main
+from ravine.training.compare.entrants import Entrant, tuned_table
+from ravine.training.compare.space import MIDDLE, RATES, Point, points
+from ravine.training.compare.sweep import TRIALS, derived, read_trials
+from ravine.training.compare.trial import Trials
+from ravine.training.config import RunConfig
+from ravine.training.data.corpus import load_corpus
+from ravine.training.model import ModelConfig
+from ravine.training.run.outcome import Outcome
+from ravine.training.train import train
+
+TEXT = Path(argparse.__file__)  # a hundred kilobytes of Python
+MODEL = ModelConfig(width=16, layers=1, heads=1, context=16)
+RUN = RunConfig(
+    steps=12, batch_size=4, eval_every=12, eval_batches=3, seed=7, data=(TEXT,), model=MODEL
+)
+
+
+def test_all_optimizers_search_the_same_points():
+    unit = {
+        name: [point.learning_rate / RATES.get(name, MIDDLE) for point in points(name, 8, seed=3)]
+        for name in ("adamw", "muon", "sgd", "soap")
+    }
+    for found in unit.values():  # three digits are kept
+        np.testing.assert_allclose(found, unit["adamw"], rtol=0.01)
+    spread = np.log(unit["adamw"]) / math.log(16)
+    assert all(np.histogram(spread, bins=8, range=(-1, 1))[0] == 1)  # one in every eighth
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "muon"])
+def test_a_trial_has_the_trainers_own_loss(name, tmp_path):
+    """The same up to what compiling numbers in or not rounds differently, within 12 small steps."""
+    (point,) = points(name, 1, seed=5)
+    point = dataclasses.replace(point, learning_rate=RATES.get(name, MIDDLE), warmup=0.1)
+    corpus = load_corpus((TEXT,)).for_tuning()
+    run = dataclasses.replace(RUN, warmup_steps=1, weight_decay=point.weight_decay)
+    entrant = Entrant(point.optimizer, point.learning_rate)
+    outcome = Outcome(name, point.learning_rate)
+    train(run, entrant.build(run), corpus, outcome, tmp_path)
+    found = Trials(run, corpus).loss(point, 12)
+    # 12 steps of a loss near 5 nats, float32 sums over 16 to 64 numbers: 12 * 5 * 64 * 6e-8 = 2e-4.
+    assert found == pytest.approx(outcome.final_loss, abs=2e-4)
+    assert abs(found - math.log(256)) > 0.05  # it has learned
+
+
+def test_a_diverged_trial_is_infinite_and_null_in_the_file(tmp_path):
+    corpus = load_corpus((TEXT,)).for_tuning()
+    point = Point(1e30, 0.0, 0.0, OptimizerConfig("sgd"))
+    assert Trials(RUN, corpus).loss(point, 12) == math.inf
+    row = {"optimizer": "sgd", "trial": 0, "steps": 12, "task": "t", "learning_rate": 1.0}
+    assert derived([row | {"heldout_loss": None}])["optimizers"] == {}
+
+
+SMALL = {
+    "optimizers": "sgd,adamw",
+    "trials": 4,
+    "rungs": "4 8",
+    "batch-size": 2,
+    "eval-batches": 2,
+    "width": 16,
+    "layers": 1,
+    "heads": 1,
+    "unroll": 1,
+    "context": 16,
+    "data": TEXT,
+}
+
+
+def test_a_stopped_sweep_goes_on_with_what_is_missing(tmp_path, capsys):
+    out = tmp_path / "trials.jsonl"
+    given = " ".join(f"--{name} {value}" for name, value in SMALL.items()).split()
+    words = ["sweep", *given, "--out", str(out)]
+    assert main(words) == 0
+    lines = out.read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    counts = {(row["optimizer"], row["steps"]) for row in rows}
+    assert counts == {("sgd", 4), ("sgd", 8), ("adamw", 4), ("adamw", 8)}
+    assert len(rows) == 2 * (4 + 1)  # a quarter of four goes on
+    for name in ("sgd", "adamw"):
+        first = {
+            r["trial"]: r["heldout_loss"] for r in rows if (r["optimizer"], r["steps"]) == (name, 4)
+        }
+        (last,) = [r["trial"] for r in rows if (r["optimizer"], r["steps"]) == (name, 8)]
+        assert last == min(first, key=first.__getitem__)
+    assert all(row["versions"]["jax"] == jax.__version__ for row in rows)
+
+    out.write_text("\n".join(lines[:3]) + "\n")
+    assert main(words) == 0
+    told = lambda line: {k: v for k, v in json.loads(line).items() if k != "started"}
+    assert list(map(told, out.read_text().splitlines())) == list(map(told, lines))
+
+    out.write_text(lines[0] + "\n{\n")
+    capsys.readouterr()
+    assert main(words) == 2
+    assert "is damaged in line 2" in capsys.readouterr().err
+
+
+def test_the_races_table_is_what_the_trials_say():
+    """Nobody edits it: `python -m ravine sweep --derive` makes it."""
+    assert tuned_table() == derived(read_trials(TRIALS))
+
+
+def test_every_entrant_had_as_many_trials():
+    table = tuned_table()["optimizers"]
+    assert {"adamw", "muon", "shampoo", "soap", "lion", "sgd"} <= set(table)
+    assert len({(row["trials"], row["steps"]) for row in table.values()}) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("--trials 0", "trials must be at least 1"),
+        ("--rungs 8 4", "rungs must be rising numbers"),
+        ("--optimizers adamv", "adamw"),
+        ("--optimizers sgd,sgd", "must be named once each"),
+    ],
+)
+def test_bad_sweeps_are_refused(given, named, tmp_path, capsys):
+    words = ["sweep", "--out", str(tmp_path / "a" / "b.jsonl"), *given.split()]
+    assert main(words) == 2
+    assert named in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
