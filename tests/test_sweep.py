@@ -1,4 +1,4 @@
-"""The sweep: alike for all, the trainer's own numbers, resumable, the only source of the races' table."""
+"""The sweep: alike for all, with the trainer's own numbers, resumable, and the source of the table."""
 
 import argparse
 import dataclasses
