@@ -216,3 +216,50 @@ def test_reaching_interpolates_between_evaluations():
     assert outcome.reaching(2.0) == {"step": 25, "seconds": 2.5}
     assert outcome.reaching(5.0) == {"step": 10, "seconds": 1.0}
     assert outcome.reaching(0.5) is None
+
+
+def test_several_seeds_have_means_errors_and_noise_named(tmp_path, text, capsys):
+    out = tmp_path / "race"
+    assert run("--optimizers", "adamw,sgd", "--seeds", "3", text=text, out=out) == 0
+    printed = capsys.readouterr().out
+    last = {
+        label: [r["heldout_loss"] for r in records(out / label) if "heldout_loss" in r][-1]
+        for name in ("adamw", "sgd")
+        for label in (name, f"{name}-2", f"{name}-3")
+    }
+    metas = [json.loads((out / label / "meta.json").read_text()) for label in last]
+    assert [meta["run"]["seed"] for meta in metas] == [0, 1, 2, 0, 1, 2]
+    # By NumPy: the mean, its standard error, and that of the paired differences.
+    adamw, sgd = (np.array(list(last.values()))[part] for part in (slice(3), slice(3, 6)))
+    error = lambda x: np.std(x, ddof=1) / 3**0.5
+    assert f"{np.mean(sgd):.3g} ± {error(sgd):.2g}" in printed
+    difference, noise = np.mean(sgd - adamw), error(sgd - adamw)
+    said = f"{difference:+.3f} ± {noise:.3f}"
+    page = (out / "report.html").read_text()
+    assert said in page
+    assert (f"{said} (noise)" in page) == (abs(difference) < 2 * noise)
+    # Resumed, nothing is run again; with another number of seeds it is another race.
+    before = {label: (out / label / "metrics.jsonl").stat().st_mtime_ns for label in last}
+    words = ["--optimizers", "adamw,sgd", "--resume"]
+    assert run(*words, "--seeds", "3", text=text, out=out) == 0
+    assert before == {label: (out / label / "metrics.jsonl").stat().st_mtime_ns for label in last}
+    assert run(*words, "--seeds", "2", text=text, out=out) == 2
+    assert "another configuration" in capsys.readouterr().err
+
+
+def test_a_difference_within_two_standard_errors_is_noise():
+    assert report._difference([0.1, 0.1, 0.13]) == "+0.110 ± 0.010"
+    assert report._difference([0.1, -0.1, 0.03]) == "+0.010 ± 0.059 (noise)"
+    assert report._difference([0.1]) == "-"  # of one seed nothing is known
+
+
+def test_what_was_tuned_holds_where_the_run_does_not_say():
+    from ravine.training.compare.entrants import line_up, tuned_table
+
+    (entrant,) = line_up("adamw")
+    row = tuned_table()["optimizers"]["adamw"]
+    adapted = entrant.adapted(RunConfig(steps=1000))
+    assert adapted.weight_decay == row["weight_decay"]
+    assert adapted.warmup_steps == round(1000 * row["warmup"])
+    told = entrant.adapted(RunConfig(steps=1000, weight_decay=0.5, warmup_steps=3))
+    assert (told.weight_decay, told.warmup_steps) == (0.5, 3)

@@ -56,7 +56,8 @@ class RunConfig:
     the optimizer is this divided by its learning rate. By default what was tuned, else 3e-4."""
     eval_every: int = 50
     """Updates between two evaluations on held-out text."""
-    eval_batches: int = 8
+    eval_batches: int = 32
+    """Held-out batches of every evaluation."""
     seed: int = 0
     """Of the initial parameters and the order of the data."""
     data: tuple[Path, ...] = ()

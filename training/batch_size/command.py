@@ -79,7 +79,9 @@ class BatchSizeConfig:
     """Text files or a uint16 .bin; by default this Python's own standard library."""
     out: Path = Path("runs/batch-size")
     """Folder for branches.jsonl, answer.json and batch_size.png; branches that are there are kept."""
-    model: ModelConfig = dataclasses.field(default_factory=lambda: ModelConfig(unroll=4))
+    model: ModelConfig = dataclasses.field(
+        default_factory=lambda: ModelConfig(width=64, layers=2, unroll=2)
+    )
 
     def __post_init__(self) -> None:
         check_branches(self.batch_sizes, self.rate_factors, range(self.seeds))

@@ -29,6 +29,8 @@ class Entrant:
     """Share of the steps, where the run does not say."""
     trials: int = 0
     """Of the sweep that tuned it."""
+    repeat: int = 0
+    """Which of several runs it is: added to the run's seed."""
 
     def __post_init__(self) -> None:
         check_learning_rate(self.optimizer.name, self.learning_rate)
@@ -38,9 +40,14 @@ class Entrant:
         """The optimizer's registered name."""
         return self.optimizer.name
 
+    @property
+    def label(self) -> str:
+        """Its folder: the name, and from the second run on which it is."""
+        return f"{self.name}-{self.repeat + 1}" if self.repeat else self.name
+
     def adapted(self, run: RunConfig) -> RunConfig:
-        """The run with this entrant's weight decay and warm-up, where it leaves them open."""
-        changes: dict[str, Any] = {}
+        """The run with this entrant's seed, and its weight decay and warm-up where none are given."""
+        changes: dict[str, Any] = {"seed": run.seed + self.repeat}
         if run.weight_decay is None:
             changes["weight_decay"] = self.weight_decay
         if run.warmup_steps is None and self.warmup is not None:

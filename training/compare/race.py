@@ -45,6 +45,9 @@ class RaceConfig:
     """Names, separated by commas."""
     learning_rates: str = ""
     """Peak learning rates that replace the tuned ones: name=value, separated by commas."""
+    seeds: int = 1
+    """Runs of every optimizer, with the seed of the run and those after it; with several, means and
+    standard errors are reported, and which differences are noise."""
     out: Path | None = None
     """Folder for the results; by default runs/race-DATE-TIME."""
     overwrite: bool = False
@@ -85,7 +88,13 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
     start(config.launch)
     console = console or Console(file=cast(TextIO, Output()), quiet=not is_first())
     with unanimous():
-        entrants = line_up(config.optimizers, config.learning_rates)
+        if config.seeds < 1:
+            raise ValueError(f"seeds must be at least 1, got {config.seeds}.")
+        entrants = tuple(
+            dataclasses.replace(entrant, repeat=repeat)
+            for entrant in line_up(config.optimizers, config.learning_rates)
+            for repeat in range(config.seeds)
+        )
         given = config.run.model.vocabulary
         corpus = load_corpus(
             config.run.data, vocabulary=given if given != 256 else None
@@ -98,7 +107,10 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
     for what in ("text", "configuration", "optimizers"):
         check_same(what, _digest(identity[what]))
     with contextlib.ExitStack() as stack:
-        outcomes = [Outcome(entrant.name, entrant.learning_rate) for entrant in entrants]
+        outcomes = [
+            Outcome(entrant.name, entrant.learning_rate, entrant.repeat, trials=entrant.trials)
+            for entrant in entrants
+        ]
         ended = [False for _ in entrants]
         out = Path()
         with unanimous():
@@ -110,8 +122,8 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
                 try:
                     if config.resume:
                         ended = [
-                            check_meta(out / entrant.name, entrant.adapted(run), entrant, corpus)
-                            and outcome.load(out / entrant.name, run)
+                            check_meta(out / entrant.label, entrant.adapted(run), entrant, corpus)
+                            and outcome.load(out / entrant.label, run)
                             for entrant, outcome in zip(entrants, outcomes, strict=True)
                         ]
                     write_report(out, outcomes, run, corpus)
@@ -135,7 +147,7 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
                         entrant.adapted(run), entrant, tx, corpus, outcome, out, progress, mesh
                     )
                     if is_first():
-                        outcome.save(out / entrant.name)
+                        outcome.save(out / entrant.label)
                         if outcome is not outcomes[-1]:
                             write_report(out, outcomes, run, corpus)
         except OSError as error:
@@ -202,7 +214,7 @@ def _identity(config: RaceConfig, entrants: tuple[Entrant, ...], corpus: Corpus)
         "configuration": config.asked(),
         "text": corpus.fingerprint,
         "optimizers": {
-            entrant.name: {
+            entrant.label: {
                 **json.loads(entrant.optimizer.to_json()),
                 "learning_rate": entrant.learning_rate,
                 "weight_decay": entrant.weight_decay,
@@ -223,8 +235,8 @@ def _run_one(
     progress: Progress,
     mesh: Mesh,
 ) -> None:
-    folder = out / entrant.name
-    task = progress.add_task(outcome.name, total=run.steps, loss="compiling", speed="", heldout="")
+    folder = out / entrant.label
+    task = progress.add_task(entrant.label, total=run.steps, loss="compiling", speed="", heldout="")
     tokens = run.batch_size * run.model.context
 
     def show(record: dict[str, float]) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import math
 import os
+import statistics
 from importlib import resources
 from pathlib import Path
 
@@ -32,15 +33,18 @@ STYLES = ("-", "--", ":")
 
 def _columns(outcomes: list[Outcome]) -> list[tuple[str, str]]:
     """Headings, as the page has them and as the terminal has room for."""
+    several = any(outcome.repeat for outcome in outcomes)
     bits = [("bits per byte", "bits/ byte")] if any(map(_bits, outcomes)) else []
     return [
         ("optimizer", "optimizer"),
         ("learning rate", "peak rate"),
+        ("trials", "tri- als"),
         ("held-out loss", "held- out"),
+        *([(f"difference to {REFERENCE}", f"less {REFERENCE}")] if several else []),
         *bits,
         (f"steps to {REFERENCE}'s loss", "steps to it"),
         (f"seconds to {REFERENCE}'s loss", "secs to it"),
-        ("step ms", "step ms"),
+        ("median step ms", "step ms"),
         ("of it optimizer ms", "opt. ms"),
         ("compile s", "comp. s"),
         ("state bytes per parameter", "bytes/ param"),
@@ -55,35 +59,85 @@ def _number(value: float | None, digits: int) -> str:
     return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
+def _mean(values: list[float]) -> float:
+    return statistics.fmean(values) if values else math.nan
+
+
+def _error(values: list[float]) -> float:
+    """Standard error of the mean."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
+
+
 def _ranked(outcomes: list[Outcome]) -> list[Outcome]:
+    """First what finished, best mean first, the runs of an optimizer one after the other."""
     started = [outcome for outcome in outcomes if outcome.steps]
-    return sorted(started, key=lambda outcome: (outcome.status != "finished", outcome.final_loss))
+
+    def place(outcome: Outcome) -> tuple[bool, float, str, int]:
+        same = [other for other in started if other.name == outcome.name]
+        unfinished = any(other.status != "finished" for other in same)
+        return unfinished, _mean([o.final_loss for o in same]), outcome.name, outcome.repeat
+
+    return sorted(started, key=place)
 
 
 def _rows(outcomes: list[Outcome]) -> list[list[str]]:
-    reference = next((o for o in outcomes if o.name == REFERENCE and o.status == "finished"), None)
+    ranked = _ranked(outcomes)
+    reference = {o.repeat: o for o in ranked if o.name == REFERENCE and o.status == "finished"}
+    several = any(outcome.repeat for outcome in outcomes)
     with_bits = any(map(_bits, outcomes))
     rows = []
-    for outcome in _ranked(outcomes):
-        finished = outcome.status == "finished"
-        reached = outcome.reaching(reference.final_loss) if reference and finished else None
-        last = outcome.steps[-1]
-        shown = _number(outcome.final_loss, 4) if finished else outcome.status
+    for name in dict.fromkeys(outcome.name for outcome in ranked):
+        runs = [outcome for outcome in ranked if outcome.name == name]
+        done = [outcome for outcome in runs if outcome.status == "finished"]
+        finished = len(done) == len(runs)
+        losses = [outcome.final_loss for outcome in done]
+        error = f" ± {_error(losses):.2g}" if finished and len(done) > 1 else ""
+        status = next((o.status for o in runs if o.status != "finished"), "")
+        pairs = [(o, reference[o.repeat]) for o in done if o.repeat in reference]
+        reached = [found for o, r in pairs if (found := o.reaching(r.final_loss))]
+        reached = reached if finished and len(reached) == len(runs) else []
+        bits = _mean([b for o in done if (b := _bits(o)) is not None])
         rows.append(
             [
-                outcome.name,
-                f"{outcome.learning_rate:.3g}",
-                shown,
-                *([_number(_bits(outcome), 4) if finished else "-"] if with_bits else []),
-                _number(reached["step"], 0) if reached else "-",
-                _number(reached["seconds"], 1) if reached else "-",
-                _number(1e3 * last["seconds"] / (last["step"] + 1), 1),
-                _number(outcome.optimizer_milliseconds, 2),
-                _number(outcome.compile_seconds, 1),
-                _number(outcome.state_bytes_per_parameter, 1),
+                name,
+                f"{runs[0].learning_rate:.3g}",
+                str(runs[0].trials or "-"),
+                f"{_mean(losses):.3g}{error}" if finished else status,
+                *(
+                    [_difference([o.final_loss - r.final_loss for o, r in pairs])]
+                    if several
+                    else []
+                ),
+                *([f"{bits:.3g}" if finished else "-"] if with_bits else []),
+                _number(_mean([found["step"] for found in reached]), 0),
+                _number(_mean([found["seconds"] for found in reached]), 1),
+                _number(statistics.median(outcome.step_milliseconds for outcome in runs), 1),
+                _number(statistics.median(o.optimizer_milliseconds for o in runs), 2),
+                _number(runs[0].compile_seconds, 1),
+                _number(runs[0].state_bytes_per_parameter, 1),
             ]
         )
     return rows
+
+
+def _difference(differences: list[float]) -> str:
+    """Mean of paired differences and its standard error; noise where it is below two of them."""
+    error = _error(differences)
+    if not math.isfinite(error):
+        return "-"
+    mean = _mean(differences)
+    noise = " (noise)" if abs(mean) < 2 * error else ""
+    return f"{mean:+.3f} ± {error:.3f}{noise}"
+
+
+def summary_columns(outcomes: list[Outcome]) -> list[str]:
+    """Headings of `summary_rows`."""
+    return [heading for heading, _ in _columns(outcomes)]
+
+
+def summary_rows(outcomes: list[Outcome]) -> list[list[str]]:
+    """A race's results, best held-out loss first, a row per optimizer."""
+    return _rows(outcomes)
 
 
 def summary_table(outcomes: list[Outcome]) -> Table:
@@ -146,7 +200,7 @@ def _figures(outcomes: list[Outcome], style: dict[str, dict]) -> list[str]:
             ys = [r[y] for r in rows]
             drawn.append(
                 (
-                    outcome.name,
+                    outcome.name if outcome.repeat == 0 else "_",
                     style[outcome.name],
                     [r[x] for r in rows],
                     _smoothed(ys) if smooth else ys,
@@ -182,7 +236,7 @@ def try_report(run: RunConfig, corpus: Corpus) -> None:
     record = {"step": 0, "seconds": 1.0, "loss": 1.0, "learning_rate": 1.0}
     record |= {"update_norm": 1.0, "gradient_norm": 1.0}
     evaluation = {"step": 1, "seconds": 1.0, "heldout_loss": 1.0}
-    trial = Outcome(REFERENCE, 1.0, "finished", [record], [evaluation])
+    trial = Outcome(REFERENCE, 1.0, 0, "finished", [record], [evaluation])
     try:
         _render([trial], run, corpus)
         summary_table([trial])
@@ -202,11 +256,11 @@ def write_report(out: Path, outcomes: list[Outcome], run: RunConfig, corpus: Cor
 
 def _render(outcomes: list[Outcome], run: RunConfig, corpus: Corpus) -> str:
     style = {
-        outcome.name: {
+        name: {
             "color": COLOURS[index % len(COLOURS)],
             "linestyle": STYLES[index // len(COLOURS) % len(STYLES)],
         }
-        for index, outcome in enumerate(outcomes)
+        for index, name in enumerate(dict.fromkeys(o.name for o in outcomes))
     }
     template = (
         resources.files("ravine.training.compare")
@@ -217,7 +271,7 @@ def _render(outcomes: list[Outcome], run: RunConfig, corpus: Corpus) -> str:
     page = jinja2.Environment(autoescape=True).from_string(template)
     ranked = _ranked(outcomes)
     return page.render(
-        names=[outcome.name for outcome in outcomes],
+        names=list(style),
         parameters=f"{ranked[0].parameters:,}" if ranked else "-",
         steps=run.steps,
         tokens=f"{run.batch_size * run.model.context:,}",

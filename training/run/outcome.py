@@ -1,7 +1,9 @@
 """What a run leaves behind: its records as they are made, its summary at the end."""
 
 import dataclasses
+import itertools
 import math
+import statistics
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +24,7 @@ class Outcome:
 
     name: str
     learning_rate: float
+    repeat: int = 0
     status: Status = "interrupted"
     steps: list[dict[str, float]] = dataclasses.field(default_factory=list)
     evaluations: list[dict[str, float]] = dataclasses.field(default_factory=list)
@@ -29,6 +32,14 @@ class Outcome:
     optimizer_milliseconds: float = math.nan
     state_bytes_per_parameter: float = math.nan
     parameters: int = 0
+    trials: int = 0
+
+    @property
+    def step_milliseconds(self) -> float:
+        """Median time of a step: training only, without compilation and evaluation."""
+        seconds = [entry["seconds"] for entry in self.steps]
+        gaps = [b - a for a, b in itertools.pairwise(seconds)] or seconds
+        return 1e3 * statistics.median(gaps) if gaps else math.nan
 
     @property
     def final_loss(self) -> float:
@@ -78,7 +89,9 @@ class Outcome:
         fix = "remove it, and the run goes on from its newest checkpoint or starts again"
         summary = read_json(file, fix)
         names = {f.name for f in dataclasses.fields(self)} - {"steps", "evaluations"}
-        if set(summary) != names or summary["name"] != self.name:
+        if set(summary) != names or (
+            summary["name"] != self.name or summary["repeat"] != self.repeat
+        ):
             raise ValueError(f"{file} is damaged (not an outcome of {self.name}); {fix}.")
         if not metrics_file.exists():
             raise ValueError(f"{metrics_file} is missing; remove {file}, and {fix[11:]}.")

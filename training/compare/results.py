@@ -1,0 +1,89 @@
+"""The tables of docs/results.md: `python -m ravine.training.compare.results [RACE_FOLDER ...]`."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .report import summary_columns, summary_rows
+from .sweep import TRIALS, derived, read_trials
+
+PAGE = Path(__file__).parents[2] / "docs" / "results.md"
+
+
+def sweep_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A table in Markdown: of every optimizer the best trial, and the best three learning rates.
+
+    Args:
+      rows: of `read_trials`.
+    """
+    table = derived(rows)["optimizers"]
+    lines = [
+        "| optimizer | held-out loss | learning rate | decay per step | warm-up | other | "
+        "rates of the three best short trials |",
+        "|---|---:|---:|---:|---:|---|---|",
+    ]
+    for name, row in sorted(table.items(), key=lambda item: item[1]["heldout_loss"]):
+        mine = [r for r in rows if r["optimizer"] == name and r["heldout_loss"] is not None]
+        short = min(r["steps"] for r in mine)
+        best = sorted((r for r in mine if r["steps"] == short), key=lambda r: r["heldout_loss"])[:3]
+        near = ", ".join(f"{r['learning_rate']:.2g} ({r['heldout_loss']:.2f})" for r in best)
+        other = " ".join(f"{key}={value}" for key, value in row["hyperparameters"].items())
+        lines.append(
+            f"| `{name}` | {row['heldout_loss']:.3f} | {row['learning_rate']:.3g} | "
+            f"{row['weight_decay']:.2g} | {row['warmup']:.2g} | {other} | {near} |"
+        )
+    return lines
+
+
+def race_lines(folder: Path) -> list[str]:
+    """The table of a race in Markdown, from the files in its folder.
+
+    Args:
+      folder: `--out` of the race.
+
+    Raises:
+      ValueError: for a folder without a finished race.
+    """
+    from ..config import RunConfig
+    from ..run.outcome import Outcome
+
+    outcomes = []
+    for meta in sorted(folder.glob("*/meta.json")):
+        run = json.loads(meta.read_text(encoding="utf-8"))["run"]
+        told = json.loads((meta.parent / "outcome.json").read_text(encoding="utf-8"))
+        outcome = Outcome(told["name"], told["learning_rate"], told["repeat"])
+        outcome.load(meta.parent, RunConfig(steps=run["steps"], eval_every=run["eval_every"]))
+        outcomes.append(outcome)
+    if not outcomes:
+        raise ValueError(f"{folder} holds no race; give the --out of a finished one.")
+    columns = summary_columns(outcomes)
+    lines = [f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"]
+    return lines + [f"| {' | '.join(cells)} |" for cells in summary_rows(outcomes)]
+
+
+def fill(page: str, name: str, lines: Sequence[str]) -> str:
+    """The page with new lines between ``<!-- name -->`` and ``<!-- end -->``.
+
+    Example:
+      >>> from ravine.training.compare.results import fill
+      >>> fill("a\\n<!-- race -->\\nold\\n<!-- end -->\\nb", "race", ["new"])
+      'a\\n<!-- race -->\\nnew\\n<!-- end -->\\nb'
+    """
+    before, _, rest = page.partition(f"<!-- {name} -->\n")
+    _, _, after = rest.partition("<!-- end -->")
+    return f"{before}<!-- {name} -->\n" + "\n".join(lines) + f"\n<!-- end -->{after}"
+
+
+def main(folders: Sequence[str]) -> None:
+    """Writes the tables: that of the sweep, and those of the races ``name=folder``."""
+    page = fill(PAGE.read_text(encoding="utf-8"), "sweep", sweep_lines(read_trials(TRIALS)))
+    for given in folders:
+        name, _, folder = given.partition("=")
+        page = fill(page, name, race_lines(Path(folder)))
+    PAGE.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
