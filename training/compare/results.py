@@ -29,7 +29,9 @@ def sweep_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         short = min(r["steps"] for r in mine)
         best = sorted((r for r in mine if r["steps"] == short), key=lambda r: r["heldout_loss"])[:3]
         near = ", ".join(f"{r['learning_rate']:.2g} ({r['heldout_loss']:.2f})" for r in best)
-        other = " ".join(f"{key}={value}" for key, value in row["hyperparameters"].items())
+        other = " ".join(
+            f"{key}={json.dumps(value)}" for key, value in row["hyperparameters"].items()
+        )
         lines.append(
             f"| `{name}` | {row['heldout_loss']:.3f} | {row['learning_rate']:.3g} | "
             f"{row['weight_decay']:.2g} | {row['warmup']:.2g} | {other} | {near} |"

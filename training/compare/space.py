@@ -32,7 +32,7 @@ CHOICES: dict[str, tuple[str, tuple[Any, ...]]] = {
 """At most one parameter of an algorithm's own, and the values tried in turn."""
 
 FIXED: dict[str, dict[str, Any]] = {
-    name: {"every": 5} for name in ("shampoo", "kl_shampoo", "soap", "soap_muon")
+    name: {"refresh": {"every": 5}} for name in ("shampoo", "kl_shampoo", "soap", "soap_muon")
 }
 """Hyperparameters that are not searched and differ from the defaults, the same for like algorithms."""
 
