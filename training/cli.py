@@ -6,13 +6,22 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ..core.checks import near
 from .run.interrupts import Interrupted, Interrupts, check
 from .run.output import Output, say, silence
 
-COMMANDS = ("race", "sweep", "plan", "presets", "batch-size")
+COMMANDS = {
+    "race": "train several optimizers on the same model and text, and compare them",
+    "sweep": "tune optimizers with the same number of trials each",
+    "plan": "what an optimizer costs a chip of a pod, without the pod",
+    "presets": "shapes of published models, and suggestions for new ones",
+    "batch-size": "the batch beyond which more tokens per step buy few fewer steps",
+}
+"""Commands, and what each is for."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,13 +52,13 @@ def _main(words: list[str]) -> int:
         if isinstance(stream, io.TextIOWrapper):  # names of files may be no text at all
             stream.reconfigure(errors="backslashreplace")
     if not words or words[0] in ("-h", "--help"):
-        print(__doc__.strip().splitlines()[0] if __doc__ else "")
-        print(
-            f"commands: {', '.join(COMMANDS)} (give `python -m ravine race --help` for its flags)"
-        )
+        print(_help())
         return 0 if words else 2
+    if words[0] == "--version":
+        print(f"ravine {metadata.version('ravine')}")
+        return 0
     if words[0] not in COMMANDS:
-        return _refuse(f"unknown command {words[0]!r}; commands: {', '.join(COMMANDS)}.")
+        return _refuse(f"unknown command {words[0]!r}; {near(words[0], COMMANDS)}")
     try:
         with Interrupts():
             status = _run(words[0], words[1:])
@@ -61,6 +70,14 @@ def _main(words: list[str]) -> int:
     except KeyboardInterrupt:
         say("interrupted")
         return 130
+
+
+def _help() -> str:
+    lines = [f"  {name:<12}{what}" for name, what in COMMANDS.items()]
+    last = "ravine COMMAND --help lists its flags with their defaults; ravine --version."
+    return "\n".join(
+        ["usage: ravine COMMAND [FLAGS]    (or python -m ravine)", "", *lines, "", last]
+    )
 
 
 def _run(command: str, words: list[str]) -> int:

@@ -1,0 +1,34 @@
+"""The command line as a whole: help, version, unknown words."""
+
+import re
+
+import pytest
+from ravine.training.cli import COMMANDS, main
+
+
+def test_help_names_every_command(capsys):
+    assert main(["--help"]) == 0
+    told = capsys.readouterr().out
+    assert all(name in told for name in COMMANDS)
+    assert main([]) == 2
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"ravine \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("word", "meant"), [("rase", "race"), ("batchsize", "batch-size")])
+def test_an_unknown_command_is_refused_with_the_near_one(word, meant, capsys):
+    assert main([word]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert meant in told
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_its_defaults(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert "default:" in capsys.readouterr().out
