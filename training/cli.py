@@ -17,6 +17,7 @@ from .run.output import Output, say, silence
 COMMANDS = {
     "race": "train several optimizers on the same model and text, and compare them",
     "sweep": "tune optimizers with the same number of trials each",
+    "speedup": "how many of AdamW's tokens a rival's schedule is worth",
     "plan": "what an optimizer costs a chip of a pod, without the pod",
     "presets": "shapes of published models, and suggestions for new ones",
     "batch-size": "the batch beyond which more tokens per step buy few fewer steps",
@@ -85,6 +86,7 @@ def _run(command: str, words: list[str]) -> int:
     try:
         from .batch_size.command import BatchSizeConfig, measure_batch_size
         from .compare.race import RaceConfig, race
+        from .compare.speedup import SpeedupConfig, speedup
         from .compare.sweep import SweepConfig, sweep
         from .plan.plan import PlanConfig, plan
         from .run.outcome import RunFailed
@@ -98,10 +100,13 @@ def _run(command: str, words: list[str]) -> int:
             config = _parse(PresetsConfig, command, words)
             show_presets(config, Console(width=None if sys.stdout.isatty() else 120))
             return 0
-        if command in ("batch-size", "sweep"):
-            kind, act = {"sweep": (SweepConfig, sweep)}.get(
-                command, (BatchSizeConfig, measure_batch_size)
-            )
+        measurements: dict[str, tuple[Any, Any]] = {
+            "batch-size": (BatchSizeConfig, measure_batch_size),
+            "speedup": (SpeedupConfig, speedup),
+            "sweep": (SweepConfig, sweep),
+        }
+        if command in measurements:
+            kind, act = measurements[command]
             out: Any = Output()
             act(
                 _parse(kind, command, words), Console(file=out, width=None if out.isatty() else 120)

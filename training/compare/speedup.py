@@ -1,0 +1,215 @@
+"""The command `python -m ravine speedup`: how many of AdamW's tokens a rival's schedule is worth."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from scipy.optimize import least_squares
+
+from ..config import RunConfig, to_json
+from ..data.corpus import load_corpus
+from ..run import interrupts
+from ..run.files import Lines
+from ..run.meta import provenance
+from .entrants import Entrant, line_up
+from .report import REFERENCE
+from .space import Point
+from .trial import Trials
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeedupConfig:
+    """States speed-up as: so many times the tokens, for AdamW, at the end of a whole schedule.
+
+    AdamW trains with schedules of several lengths, each to its end, and its loss is fitted as a function
+    of the tokens, a + b D^-c. Rivals train with one length; where AdamW's curve has their loss, one
+    reads how many tokens AdamW needs for it. Every run is a line of --out, and a later call goes on.
+    """
+
+    optimizers: str = "muon,shampoo,soap,lion,sgd"
+    """Rivals, separated by commas; tuned ones."""
+    horizons: tuple[int, ...] = (175, 350, 700, 1400, 2800)
+    """Steps of the reference's schedules; four or more."""
+    length: int = 700
+    """Steps of the rivals' schedules."""
+    seeds: int = 2
+    """Runs of each."""
+    run: RunConfig = dataclasses.field(default_factory=RunConfig)
+    """Model, text, batch and first seed."""
+    out: Path = Path("runs/speedup.jsonl")
+    """Strict JSON lines, a run each."""
+
+    def __post_init__(self) -> None:
+        if len(set(self.horizons)) < 4 or min(self.horizons) < 1:
+            raise ValueError(
+                f"a curve with an offset needs four horizons or more, got {list(self.horizons)}."
+            )
+        if self.seeds < 1 or self.length < 1:
+            raise ValueError(
+                f"seeds and length must be at least 1, got {self.seeds}, {self.length}."
+            )
+        line_up(f"{REFERENCE},{self.optimizers}")
+
+
+def fitted(steps: Sequence[float], losses: Sequence[float]) -> tuple[float, float, float]:
+    """a, b, c of ``a + b steps**-c``, by least squares, with b and c positive and a not negative.
+
+    Example:
+      >>> from ravine.training.compare.speedup import fitted
+      >>> [round(x, 3) for x in fitted([1, 4, 16, 64], [3.0, 2.0, 1.5, 1.25])]
+      [1.0, 2.0, 0.5]
+    """
+    x, y = np.log(np.asarray(steps, float)), np.asarray(losses, float)
+
+    def rest(p: np.ndarray) -> np.ndarray:
+        return p[0] + np.exp(p[1] - p[2] * x) - y
+
+    best: Any = None
+    for exponent in (0.2, 0.5, 1.0):
+        start = [0.5 * y.min(), math.log(y[0] - 0.5 * y.min()) + exponent * x[0], exponent]
+        found: Any = least_squares(rest, start, bounds=([0, -50, 1e-3], [y.min(), 50, 5]))
+        if best is None or found.cost < best.cost:
+            best = found
+    a, b, c = best.x
+    return float(a), math.exp(float(b)), float(c)
+
+
+def steps_for(loss: float, curve: tuple[float, float, float]) -> float:
+    """Where the curve has a loss; infinite at or below its offset."""
+    a, b, c = curve
+    return ((loss - a) / b) ** (-1 / c) if loss > a else math.inf
+
+
+def worth(
+    reference: Mapping[int, Sequence[float]],
+    ends: Sequence[float],
+    steps: int,
+    *,
+    samples: int = 500,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """How many times the steps the reference needs, and a 90 % interval by bootstrap over seeds.
+
+    Args:
+      reference: steps of whole schedules to the losses of every seed.
+      ends: the rival's losses at the end of schedules of `steps`.
+      steps: of the rival.
+      samples: of the bootstrap.
+      seed: of the draws.
+    """
+
+    def ratio(pick: Any) -> float:
+        curve = fitted(list(reference), [float(np.mean(pick(runs))) for runs in reference.values()])
+        return steps_for(float(np.mean(pick(ends))), curve) / steps
+
+    rng = np.random.default_rng(seed)
+    middle = ratio(lambda runs: runs)
+    if len(ends) < 2:
+        return middle, math.nan, math.nan
+    drawn = [ratio(lambda runs: rng.choice(runs, len(runs))) for _ in range(samples)]
+    low, high = np.quantile(drawn, [0.05, 0.95], method="nearest").tolist()
+    return middle, low, high
+
+
+def speedup(config: SpeedupConfig, console: Console) -> None:
+    """Runs what is missing, and prints the table.
+
+    Raises:
+      ValueError: for a configuration, a text or a file of runs that cannot be used.
+    """
+    corpus = load_corpus(config.run.data).for_races()
+    model = dataclasses.replace(config.run.model, vocabulary=corpus.vocabulary)
+    run = dataclasses.replace(config.run, model=model)
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    known = _read(config.out)
+    text = json.dumps([to_json(dataclasses.replace(run, data=())), corpus.fingerprint])
+    task = hashlib.sha256(text.encode()).hexdigest()[:12]
+    source = {**provenance(), "text": corpus.description, "command": " ".join(sys.argv[1:])}
+    lines = Lines(config.out)
+    ends: dict[str, dict[int, list[float]]] = {}
+    try:
+        for entrant in line_up(f"{REFERENCE},{config.optimizers}"):
+            lengths = config.horizons if entrant.name == REFERENCE else (config.length,)
+            mine = ends.setdefault(entrant.name, {})
+            for repeat in range(config.seeds):
+                seeded = dataclasses.replace(run, seed=run.seed + repeat)
+                trials = Trials(seeded, corpus)
+                for steps in lengths:
+                    interrupts.check()
+                    key = (task, entrant.name, repeat, steps, _digest(entrant))
+                    if key not in known:
+                        loss = trials.loss(_point(entrant), steps)
+                        known[key] = loss
+                        lines.write({"key": key, "heldout_loss": loss, **source})
+                        console.print(f"{entrant.name:<12} {steps:>6} steps: {loss:.4f} nats")
+                    mine.setdefault(steps, []).append(known[key])
+            jax.clear_caches()
+    finally:
+        lines.close()
+    console.print(_table(config, ends))
+
+
+def _point(entrant: Entrant) -> Point:
+    warmup = 0.1 if entrant.warmup is None else entrant.warmup
+    return Point(entrant.learning_rate, entrant.weight_decay, warmup, entrant.optimizer)
+
+
+def _digest(entrant: Entrant) -> str:
+    told = [
+        entrant.optimizer.to_json(),
+        entrant.learning_rate,
+        entrant.weight_decay,
+        entrant.warmup,
+    ]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
+
+
+def _read(file: Path) -> dict[tuple[Any, ...], float]:
+    known = {}
+    for number, line in enumerate(file.read_text().splitlines() if file.exists() else [], 1):
+        try:
+            row = json.loads(line)
+            loss = row["heldout_loss"]
+            known[tuple(row["key"])] = math.inf if loss is None else loss
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"{file} is damaged in line {number}; remove that line, and its run is made again."
+            ) from None
+    return known
+
+
+def _table(config: SpeedupConfig, ends: Mapping[str, Mapping[int, list[float]]]) -> Table:
+    reference = ends[REFERENCE]
+    a, b, c = fitted(list(reference), [float(np.mean(runs)) for runs in reference.values()])
+    fit = ", ".join(
+        f"{steps}: {np.mean(runs):.3f} ({a + b * steps**-c:.3f})"
+        for steps, runs in reference.items()
+    )
+    caption = f"{REFERENCE}, steps: loss (fit {a:.3g} + {b:.3g} D^-{c:.2g}): {fit}"
+    table = Table(caption=caption, box=box.SIMPLE_HEAD)
+    for heading in (
+        "optimizer",
+        f"loss after {config.length} steps",
+        f"{REFERENCE}'s steps for it",
+    ):
+        table.add_column(heading, justify="left" if heading == "optimizer" else "right")
+    table.add_column("worth", justify="right")
+    for name, found in ends.items():
+        if name == REFERENCE:
+            continue
+        losses = found[config.length]
+        ratio, low, high = worth(reference, losses, config.length)
+        between = "" if math.isnan(low) else f" ({low:.2f} to {high:.2f})"
+        needed = f"{ratio * config.length:,.0f}"
+        table.add_row(name, f"{np.mean(losses):.3f}", needed, f"{ratio:.2f} x the tokens{between}")
+    return table
