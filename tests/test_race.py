@@ -235,6 +235,7 @@ def test_several_seeds_have_means_errors_and_noise_named(tmp_path, text, capsys)
     assert f"{np.mean(sgd):.3g} ± {error(sgd):.2g}" in printed
     difference, noise = np.mean(sgd - adamw), error(sgd - adamw)
     said = f"{difference:+.3f} ± {noise:.3f}"
+    assert said in printed  # nothing is cut off at 80 columns
     page = (out / "report.html").read_text()
     assert said in page
     assert (f"{said} (noise)" in page) == (abs(difference) < 2 * noise)

@@ -31,6 +31,16 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 STYLES = ("-", "--", ":")
 
 
+# Of several seeds the terminal has no room for these; the page has them.
+_PAGE = (
+    "bits per byte",
+    f"seconds to {REFERENCE}'s loss",
+    "of it optimizer ms",
+    "compile s",
+    "state bytes per parameter",
+)
+
+
 def _columns(outcomes: list[Outcome]) -> list[tuple[str, str]]:
     """Headings, as the page has them and as the terminal has room for."""
     several = any(outcome.repeat for outcome in outcomes)
@@ -94,6 +104,7 @@ def _rows(outcomes: list[Outcome]) -> list[list[str]]:
         error = f" ± {_error(losses):.2g}" if finished and len(done) > 1 else ""
         status = next((o.status for o in runs if o.status != "finished"), "")
         pairs = [(o, reference[o.repeat]) for o in done if o.repeat in reference]
+        others = [] if name == REFERENCE else pairs
         reached = [found for o, r in pairs if (found := o.reaching(r.final_loss))]
         reached = reached if finished and len(reached) == len(runs) else []
         bits = _mean([b for o in done if (b := _bits(o)) is not None])
@@ -104,7 +115,7 @@ def _rows(outcomes: list[Outcome]) -> list[list[str]]:
                 str(runs[0].trials or "-"),
                 f"{_mean(losses):.3g}{error}" if finished else status,
                 *(
-                    [_difference([o.final_loss - r.final_loss for o, r in pairs])]
+                    [_difference([o.final_loss - r.final_loss for o, r in others])]
                     if several
                     else []
                 ),
@@ -142,17 +153,21 @@ def summary_rows(outcomes: list[Outcome]) -> list[list[str]]:
 
 def summary_table(outcomes: list[Outcome]) -> Table:
     """The table printed at the end of a race, best held-out loss first, 80 columns wide."""
-    caption = f"held-out loss in nats per token; steps and seconds to {REFERENCE}'s last one"
+    several = any(outcome.repeat for outcome in outcomes)
+    what = ", mean ± standard error; steps" if several else "; steps and seconds"
+    caption = f"held-out loss in nats per token{what} to {REFERENCE}'s last one"
     table = Table(caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    rows = _rows(outcomes)
-    for index, (_, heading) in enumerate(_columns(outcomes)):
+    rows, columns = _rows(outcomes), _columns(outcomes)
+    shown = [index for index, (name, _) in enumerate(columns) if not several or name not in _PAGE]
+    for index in shown:
         # Headings may wrap, cells may not.
+        heading = columns[index][1]
         width = max([len(row[index]) for row in rows] + [len(word) for word in heading.split()])
         table.add_column(
             heading, justify="right" if index else "left", min_width=width, max_width=width
         )
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(row[index] for index in shown))
     return table
 
 
