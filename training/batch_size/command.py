@@ -250,9 +250,9 @@ def measure_batch_size(config: BatchSizeConfig, console: Console) -> CriticalBat
     found = fit_critical_batch({batch * tokens: runs for batch, runs in steps.items()})
     console.print(_table(trainer, steps, factors, found))
     console.print(found.sentence())
-    edge = _edge(config, factors)
-    if edge:
-        console.print(edge)
+    for warning in (_outside(steps, found, tokens), _edge(config, factors)):
+        if warning:
+            console.print(warning)
     answer = {
         "critical_batch_tokens": found.batch,
         "interval_90": [found.low, found.high],
@@ -335,6 +335,14 @@ def _table(trainer: Trainer, steps: Any, factors: Any, found: CriticalBatch) -> 
         )
         table.add_row(f"{batch * tokens:,}", f"{rate:.2g}", reached[0], f"{fit:.0f}", reached[1])
     return table
+
+
+def _outside(steps: Any, found: CriticalBatch, tokens: int) -> str:
+    """A warning where the answer lies outside of what was tried."""
+    if min(steps) * tokens <= found.batch <= max(steps) * tokens:
+        return ""
+    tried = f"{min(steps) * tokens:,} to {max(steps) * tokens:,} tokens"
+    return f"this lies outside of what was tried, {tried}: widen --batch-sizes to be sure of it"
 
 
 def _edge(config: BatchSizeConfig, factors: dict[float, float]) -> str:

@@ -23,7 +23,7 @@ def draw(
 
     figure = Figure(figsize=(9.6, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    batches = np.geomspace(min(steps) / 2, max(steps) * 2, 200)
+    batches = np.geomspace(min(steps) / 2, max(*steps, found.batch) * 1.5, 200)
     fitted = np.array([found.steps_at(batch) for batch in batches])
     left.plot(batches, fitted, color="#0072b2", label=r"$S_{min}(1 + B_{crit} / B)$")
     right.plot(batches * fitted, fitted, color="#0072b2")
@@ -37,7 +37,8 @@ def draw(
     if np.isfinite(noise) and noise > 0:
         left.axvline(noise, color="#666666", ls="--", label=f"noise scale = {noise:,.0f} tokens")
     left.set(xscale="log", yscale="log", xlabel="batch size, tokens", ylabel="steps to the loss")
-    right.set(xscale="log", yscale="log", xlabel="tokens to the loss", ylabel="steps to the loss")
+    right.set(yscale="log", xlabel="tokens to the loss, thousands", ylabel="steps to the loss")
+    right.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1000:g}")
     left.set_title("Steps against batch size")
     right.set_title("Steps against tokens")
     left.legend(frameon=False, fontsize=8)
