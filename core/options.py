@@ -27,10 +27,11 @@ def options(called: str) -> Callable[[Kind], Kind]:
     """
 
     def made(kind: Any) -> Any:
-        kind = dataclasses.dataclass(frozen=True)(kind)
+        kind = dataclasses.dataclass(frozen=True, repr=False)(kind)
         kind.__init__ = checked_call(
             kind.__init__, inspect.signature(kind), skipped=1, prefix=f"{called}."
         )
+        kind.__repr__ = _short
         OPTIONS.add(kind)
         return kind
 
@@ -48,3 +49,9 @@ def given(value: Any) -> dict[str, Any]:
     fields = {field.name: field.default for field in dataclasses.fields(value)}
     found = {name: getattr(value, name) for name in fields}
     return {name: each for name, each in found.items() if each is not fields[name]}
+
+
+def _short(self: Any) -> str:
+    """As it would be written: what differs from the defaults."""
+    words = ", ".join(f"{name}={value!r}" for name, value in given(self).items())
+    return f"{type(self).__name__}({words})"

@@ -10,7 +10,6 @@ import ravine
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from ravine.training.cli import main
-from ravine.training.config import RunConfig
 from ravine.training.model import ModelConfig
 from ravine.training.plan.compile import (
     compiled_train_step,
@@ -25,7 +24,7 @@ from ravine.training.sharding import mesh_sizes, parameter_spec, sharded_paramet
 
 
 def test_the_trainers_own_model_is_what_the_trainer_has():
-    model, shape = RunConfig().model, PRESETS["ravine"]
+    model, shape = ModelConfig(), PRESETS["ravine"]
     assert (model.layers, model.width, model.vocabulary) == (
         shape.layers,
         shape.width,
