@@ -8,7 +8,9 @@ import sys
 import pytest
 
 CODE = """
-import json, sys
+import json, os, sys
+
+os.sched_setaffinity(0, json.loads(sys.argv[2]))  # before a thread is started
 import jax, jax.numpy as jnp, numpy as np, optax, ravine
 
 rng = np.random.default_rng(0)
@@ -67,11 +69,10 @@ def test_one_core_gives_what_two_give():
     losses = []
     for used in (cores[:1], cores[:2]):
         run = subprocess.run(
-            [sys.executable, "-c", CODE, json.dumps(OPTIMIZERS)],
+            [sys.executable, "-c", CODE, json.dumps(OPTIMIZERS), json.dumps(used)],
             env=environment,
             check=True,
             stdout=subprocess.PIPE,
-            preexec_fn=lambda used=used: os.sched_setaffinity(0, used),
         )
         losses.append(json.loads(run.stdout))
     one, two = losses
