@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest
 # More flags for the race: make race RACE="--steps 20"
 RACE ?=
 
-.PHONY: race test notebooks processes test-slow test-pods lint format golden clean
+.PHONY: race test notebooks processes test-slow test-pods docs lint format golden clean
 
 race: $(STAMP)
 	@echo "==> race: optimizers train the same language model on this Python's own source text"
@@ -48,6 +48,19 @@ $(TPU)/.installed: $(STAMP)
 test-pods: $(TPU)/.installed
 	@echo "==> test-pods: optimizers compiled for TPU pods, without a TPU"
 	PYTHONPATH=$(TPU) $(PYTEST) -n 2 -m pods tests/test_pods.py
+
+SITE := .cache/site
+
+$(VENV)/.docs: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "ravine needs Python 3.11 or newer; none was found (give one: make PYTHON=/path/to/python3.11 ...)"; exit 1; }
+	@echo "==> setup: installing ravine and Sphinx into $(VENV) (once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.docs
+	@echo "==> docs: the site, with warnings as errors, into $(SITE)/index.html"
+	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -W --keep-going -q -b html -d .cache/doctrees -c docs . $(SITE)
 
 lint: $(STAMP)
 	@echo "==> lint: ruff and basedpyright"

@@ -209,8 +209,8 @@ def normuon(
       learning_rate: a number or a schedule.
       b1: decay rate of the momentum.
       b2: decay rate of the neurons' second moment.
-      nesterov, polar, scale, mu_dtype, weight_decay, weight_decay_mask, cautious, rules,
-        roles, fallback, max_elements: as for :func:`muon`.
+      nesterov, polar, scale, mu_dtype, weight_decay, weight_decay_mask: as for :func:`muon`.
+      cautious, rules, roles, fallback, max_elements: as for :func:`muon`.
 
     Source: as :func:`scale_by_neuron_rms`.
 
@@ -258,8 +258,8 @@ def adamuon(
       learning_rate: a number or a schedule.
       b1: decay rate of the momentum and of the second moments.
       fallback: as for :func:`muon`, with a ratio of 1 by default.
-      nesterov, polar, mu_dtype, weight_decay, weight_decay_mask, cautious, rules, roles,
-        max_elements: as for :func:`muon`; the scale is ``"none"``.
+      nesterov, polar, mu_dtype, weight_decay, weight_decay_mask, cautious: as for :func:`muon`.
+      rules, roles, max_elements: as for :func:`muon`; the scale is ``"none"``.
 
     Source: Si et al., 2025, https://arxiv.org/abs/2507.11005; Chongjie-Si/AdaMuon, ``adamuon.py``.
 

@@ -289,9 +289,11 @@ def shampoo(
 
     Args:
       learning_rate: a number or a schedule. With a graft, one that suits the graft.
-      b1, b2, nesterov, refresh, blocks, exponent, statistics, root,
-        ridge, absolute_ridge, tolerance, patience, graft, graft_b2, graft_eps, graft_per, mu_dtype,
-        nu_dtype, statistics_dtype, root_dtype, packed, max_elements: as for :func:`scale_by_shampoo`.
+      b1, b2, nesterov, refresh, blocks, exponent, statistics: as for :func:`scale_by_shampoo`.
+      root, ridge, absolute_ridge, tolerance, patience: as for :func:`scale_by_shampoo`.
+      graft, graft_b2, graft_eps, graft_per: as for :func:`scale_by_shampoo`.
+      mu_dtype, nu_dtype, statistics_dtype, root_dtype: as for :func:`scale_by_shampoo`.
+      packed, max_elements: as for :func:`scale_by_shampoo`.
       weight_decay: :math:`\lambda`, multiplied by the learning rate; also that of the default
         fallback.
       weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.

@@ -27,8 +27,8 @@ def clip_adaptively(
 ) -> optax.GradientTransformation:
     r"""Adaptive gradient clipping (AGC): no unit's gradient is large beside the unit's weights.
 
-    .. math:: g_i \min\!\left(1, \lambda \frac{\max(\lVert w_i \rVert, \epsilon)}{\lVert g_i
-    \rVert}\right)
+    .. math::
+        g_i \min\!\left(1, \lambda \frac{\max(\lVert w_i \rVert, \epsilon)}{\lVert g_i \rVert}\right)
 
     A unit is one index of the last axis, all others being its inputs: a column of `[in, out]`, a filter
     of `[height, width, in, out]`. A vector is one unit, also where vectors of layers are stacked. The

@@ -69,7 +69,7 @@ def qk_clip(
     :func:`ravine.stability.attention` gives them:
 
     * `[H]`, or `[L, H]` for layers that are stacked at axis 0 of the parameters, one for all
-    patterns; or
+      patterns; or
     * a mapping of such, from what the group of the pattern, ``(...)``, found in the path.
 
     Heads without a finite largest logit are left alone. It is at odds with QK-norm, under which

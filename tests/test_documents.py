@@ -41,7 +41,7 @@ def test_code_blocks_run(path):
     exec(GIVEN.get(path.name, ""), document.namespace)
     examples = list(document.examples())
     assert examples
-    with jax.numpy_dtype_promotion("standard"):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         for example in examples:
             example.evaluate()
 

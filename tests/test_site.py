@@ -1,0 +1,44 @@
+"""The documentation's API pages name every public name, once, and nothing else."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+import ravine
+
+DOCS = Path(__file__).parents[1] / "docs"
+PACKAGES = (ravine, ravine.schedules, ravine.stability)
+MODULES = {"optimizers", "schedules", "stability", "__version__"}
+DIRECTIVE = re.compile(r"^\.\. (currentmodule|auto\w+):: ([\w.]+)$", re.MULTILINE)
+
+
+def documented():
+    """Pairs of module and name, in the order of the pages."""
+    found = []
+    for page in sorted((DOCS / "api").glob("*.md")):
+        module = None
+        for directive, name in DIRECTIVE.findall(page.read_text()):
+            if directive == "currentmodule":
+                module = name
+            else:
+                found.append((module, name))
+    return found
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
+def test_every_public_name_has_a_place(package):
+    names = [name for module, name in documented() if module == package.__name__]
+    assert sorted(names) == sorted(set(package.__all__) - MODULES)
+
+
+def test_what_is_documented_is_there():
+    for module, name in documented():
+        assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
+
+
+def test_every_notebook_is_a_lesson():
+    lessons = (DOCS / "lessons.md").read_text()
+    for path in (DOCS.parent / "notebooks").glob("*.ipynb"):
+        assert f"(../notebooks/{path.name})" in lessons
+        assert f"\n../notebooks/{path.stem}\n" in lessons
