@@ -42,3 +42,10 @@ def test_every_notebook_is_a_lesson():
     for path in (DOCS.parent / "notebooks").glob("*.ipynb"):
         assert f"(../notebooks/{path.name})" in lessons
         assert f"\n../notebooks/{path.stem}\n" in lessons
+
+
+def test_tables_of_memory_are_what_the_optimizers_keep(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS.parent / "benchmarks")
+    memory = importlib.import_module("memory")
+    page = (DOCS / "memory.md").read_text()
+    assert memory.written(page) == page
