@@ -21,6 +21,7 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
+    "sphinx-mathjax-offline",  # MathJax is part of the site: reading needs no network
 ]
 
 myst_enable_extensions = ["amsmath", "dollarmath", "colon_fence", "attrs_inline"]
@@ -31,7 +32,7 @@ nb_merge_streams = True
 
 default_role = "py:obj"
 add_module_names = False
-autodoc_typehints_format = "short"
+autodoc_typehints = "none"
 autodoc_preserve_defaults = True
 autosummary_generate = False
 napoleon_google_docstring = True

@@ -55,8 +55,8 @@ def test_code_blocks_run(path):
     ],
 )
 def test_readme_takes_other_optimizers_in_the_same_place(instead):
-    example, *_ = SYBIL.parse(ROOT / "README.md").examples()
-    code = example.parsed
+    lines, flax, *_ = SYBIL.parse(ROOT / "README.md").examples()
+    code = f"{lines.parsed}\n{flax.parsed}"
     for old, new in (
         ("adamw(schedule, b2=0.95, weight_decay=0.1)", instead),
         ("width=128, layers=4", "width=32, layers=1"),

@@ -49,3 +49,13 @@ def test_tables_of_memory_are_what_the_optimizers_keep(monkeypatch):
     memory = importlib.import_module("memory")
     page = (DOCS / "memory.md").read_text()
     assert memory.written(page) == page
+
+
+def test_the_picture_draws_the_table_of_results(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
+    rows = importlib.import_module("speedup_picture").rows()
+    readme = (DOCS.parent / "README.md").read_text()
+    alternative = readme.split("](docs/speedup.svg)")[0].rsplit("![", 1)[1]
+    for _, worth, low, high in rows:
+        assert low <= worth <= high
+        assert f"{worth:.2f}" in alternative or worth == 1

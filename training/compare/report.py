@@ -20,15 +20,16 @@ except ValueError as error:  # it checks the variable, whether a backend is need
         f"matplotlib refuses MPLBACKEND={os.environ.get('MPLBACKEND')!r}; unset it, a report needs none."
     ) from error
 
+from ..colours import colour
 from ..config import RunConfig
 from ..data.corpus import Corpus
 from ..run.files import write_text
 from ..run.outcome import Outcome
 
 REFERENCE = "adamw"
-# Okabe and Ito's colours, told apart with any colour vision; then line styles.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", ":")
+SOLID = 7
+"""So many lines are told apart by colour alone; more of them are dashed or dotted too."""
 
 
 # Of several seeds the terminal has no room for these; the page has them.
@@ -272,8 +273,8 @@ def write_report(out: Path, outcomes: list[Outcome], run: RunConfig, corpus: Cor
 def _render(outcomes: list[Outcome], run: RunConfig, corpus: Corpus) -> str:
     style = {
         name: {
-            "color": COLOURS[index % len(COLOURS)],
-            "linestyle": STYLES[index // len(COLOURS) % len(STYLES)],
+            "color": colour(name),
+            "linestyle": STYLES[index // SOLID % len(STYLES)],
         }
         for index, name in enumerate(dict.fromkeys(o.name for o in outcomes))
     }
