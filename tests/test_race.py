@@ -106,6 +106,8 @@ def test_the_first_schedules_keep_their_values(name):
         (["--learning-rates", "adan=1"], "'adan' is no optimizer of this race"),
         (["--context", "100000"], "context"),
         (["--width", "15"], "width"),
+        (["--attention", "cudnn", "--dtype", "bfloat16"], "needs an NVIDIA GPU"),
+        (["--log-every", "0"], "log_every must be at least 1"),
         (["--data", "no-such-file.txt"], "no-such-file.txt"),
     ],
 )

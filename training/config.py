@@ -1,14 +1,13 @@
 """What a run is: typed, frozen, checked before anything is written."""
 
 import dataclasses
-import json
 import math
 from pathlib import Path
-from typing import Any
 
 import optax
 
 from .. import schedules
+from .identity import LATER
 from .model import ModelConfig
 from .rollback import RollbackPolicy
 
@@ -64,16 +63,22 @@ class RunConfig:
     """Text files or a uint16 .bin; by default this Python's own standard library."""
     checkpoint_every: int = 0
     """Updates between two checkpoints; 0 keeps none."""
+    log_every: int = dataclasses.field(default=10, metadata=LATER)
+    """Updates whose metrics come from the device, and go to metrics.jsonl, at a time; all are kept."""
+    read_threads: int = dataclasses.field(default=0, metadata=LATER)
+    """Threads that read batches ahead, for a .bin on a slow disk; without, a batch is read while the
+    device works on the one before."""
     # Five tokens per parameter in 700 steps. Layers in one piece take a seventh less time on CPU.
     model: ModelConfig = dataclasses.field(
         default_factory=lambda: ModelConfig(width=64, layers=2, unroll=2)
     )
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "eval_every", "eval_batches"):
+        for name in ("steps", "batch_size", "eval_every", "eval_batches", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("schedule_steps", "warmup_steps", "checkpoint_every", "monitor_every", "seed"):
+        whole = ("schedule_steps", "warmup_steps", "checkpoint_every", "monitor_every", "seed")
+        for name in (*whole, "read_threads"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         for name in ("steps", "schedule_steps", "warmup_steps"):
@@ -135,8 +140,3 @@ def check_learning_rate(name: str, value: float) -> float:
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"the learning rate of {name} must be positive and finite, got {value}.")
     return value
-
-
-def to_json(config: Any) -> dict[str, Any]:
-    """A dataclass as JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str, allow_nan=False))

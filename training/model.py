@@ -15,7 +15,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..stability import HeadWeights, attention, rms_normalize, soft_cap
+from .identity import LATER
 from .sharding import constrained
+
+JOINED = 2**20
+"""Elements up to which kernels of one input are multiplied as one, see `_project`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +47,21 @@ class ModelConfig:
     rope_base: float = 10_000.0
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of activations; parameters and logits are float32."""
+    attention: Literal["plain", "xla", "cudnn"] = dataclasses.field(default="plain", metadata=LATER)
+    """Kernel of attention where nobody asks for its largest logits: our own, or that implementation of
+    jax.nn.dot_product_attention; cudnn needs an NVIDIA GPU and bfloat16."""
     unroll: int = 1
     """Layers unrolled in the scan: more compile time, sometimes faster steps."""
     remat: bool = False
     """Recompute layers in the backward pass instead of keeping what they computed: less memory."""
 
     def __post_init__(self) -> None:
+        if self.attention != "plain" and self.attention_soft_cap is not None:
+            raise ValueError(
+                f"attention {self.attention} has no soft-cap; take plain, or no attention_soft_cap."
+            )
+        if self.attention == "cudnn" and self.dtype != "bfloat16":
+            raise ValueError("attention cudnn works in bfloat16 only; give --dtype bfloat16.")
         for name in ("vocabulary", "context", "width", "layers", "heads", "unroll"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -142,23 +155,37 @@ class Attention(nnx.Module):
             self.query_norm = RMSNorm(c.head_width)
             self.key_norm = RMSNorm(c.head_width)
 
-    def __call__(self, x_BxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Mixes positions, each with itself and those before it; and the largest logits, `[H]`."""
+    def __call__(
+        self, x_BxTxD: jax.Array, measured: bool = False
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Mixes positions, each with itself and those before it; and the largest logits, `[H]`.
+
+        The latter only if they are to be measured.
+        """
         c = self.config
         batch, length, _ = x_BxTxD.shape
 
         def heads(x: jax.Array) -> jax.Array:
             return x.reshape(batch, length, -1, c.head_width)
 
-        q_BxTxHxK, k_BxTxGxK = heads(self.query(x_BxTxD)), heads(self.key(x_BxTxD))
-        v_BxTxGxK = heads(self.value(x_BxTxD))
+        projected = _project(x_BxTxD, self.query, self.key, self.value)
+        q_BxTxHxK, k_BxTxGxK, v_BxTxGxK = map(heads, projected)
         if c.qk_norm:
             q_BxTxHxK, k_BxTxGxK = self.query_norm(q_BxTxHxK), self.key_norm(k_BxTxGxK)
         q_BxTxHxK, k_BxTxGxK = rotate(q_BxTxHxK, c.rope_base), rotate(k_BxTxGxK, c.rope_base)
 
-        mixed_BxTxHxK, highest_H = attention(
-            q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, causal=True, cap=c.attention_soft_cap
-        )
+        if measured or c.attention == "plain":
+            mixed_BxTxHxK, highest_H = attention(
+                q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, causal=True, cap=c.attention_soft_cap
+            )
+            highest_H = highest_H if measured else None
+        else:
+            mixed_BxTxHxK, highest_H = (
+                jax.nn.dot_product_attention(
+                    q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, is_causal=True, implementation=c.attention
+                ),
+                None,
+            )
         return self.output(mixed_BxTxHxK.reshape(batch, length, -1)), highest_H
 
 
@@ -175,10 +202,10 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         """Transforms each position alone."""
-        up_BxTxF = self.up(x_BxTxD)
         if self.gated:
-            return self.down(jax.nn.silu(self.gate(x_BxTxD)) * up_BxTxF)
-        return self.down(jax.nn.gelu(up_BxTxF))
+            gate_BxTxF, up_BxTxF = _project(x_BxTxD, self.gate, self.up)
+            return self.down(jax.nn.silu(gate_BxTxF) * up_BxTxF)
+        return self.down(jax.nn.gelu(self.up(x_BxTxD)))
 
 
 class Block(nnx.Module):
@@ -190,9 +217,11 @@ class Block(nnx.Module):
         self.feed_forward_norm = RMSNorm(config.width)
         self.feed_forward = FeedForward(config, rngs=rngs)
 
-    def __call__(self, x_BxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The stream after this layer, and the largest attention logits, `[H]`."""
-        mixed_BxTxD, highest_H = self.attention(self.attention_norm(x_BxTxD))
+    def __call__(
+        self, x_BxTxD: jax.Array, measured: bool = False
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The stream after this layer, and the largest attention logits, `[H]`, if measured."""
+        mixed_BxTxD, highest_H = self.attention(self.attention_norm(x_BxTxD), measured)
         x_BxTxD = x_BxTxD + mixed_BxTxD
         return x_BxTxD + self.feed_forward(self.feed_forward_norm(x_BxTxD)), highest_H
 
@@ -234,14 +263,23 @@ class Transformer(nnx.Module):
 
     def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
         """Logits of the token after each position, float32."""
-        return self.with_attention_logits(tokens_BxT)[0]
+        return self.logits(self.hidden(tokens_BxT)[0])
 
     def with_attention_logits(self, tokens_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The same, and the largest attention logits `[L, H]`, as `ravine.stability.qk_clip` takes."""
+        hidden_BxTxD, highest_LxH = self.hidden(tokens_BxT, measured=True)
+        assert highest_LxH is not None
+        return self.logits(hidden_BxTxD), highest_LxH
+
+    def hidden(
+        self, tokens_BxT: jax.Array, *, measured: bool = False
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The last states, normalised, and the largest attention logits `[L, H]` if measured."""
 
         @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0), unroll=self.config.unroll)
-        def through_layers(x_BxTxD: jax.Array, layer: Block) -> tuple[jax.Array, jax.Array]:
-            call = nnx.remat(Block.__call__) if self.config.remat else Block.__call__
+        def through_layers(x_BxTxD: jax.Array, layer: Block) -> tuple[jax.Array, jax.Array | None]:
+            call = lambda layer, x_BxTxD: layer(x_BxTxD, measured)
+            call = nnx.remat(call) if self.config.remat else call
             x_BxTxD, highest_H = call(layer, x_BxTxD)
             return constrained(x_BxTxD, "rows", None, None), highest_H
 
@@ -250,9 +288,13 @@ class Transformer(nnx.Module):
         x_BxTxD = jnp.take(table_VxD.astype(self.config.dtype), tokens_BxT, axis=0)
         x_BxTxD = constrained(x_BxTxD, "rows", None, None)
         x_BxTxD, highest_LxH = through_layers(x_BxTxD, self.layers)
-        logits_BxTxV = self.head(self.final_norm(x_BxTxD)).astype(jnp.float32)
+        return self.final_norm(x_BxTxD), highest_LxH
+
+    def logits(self, hidden_BxTxD: jax.Array) -> jax.Array:
+        """Logits of the next tokens, float32, of what `hidden` gave."""
+        logits_BxTxV = self.head(hidden_BxTxD).astype(jnp.float32)
         logits_BxTxV = constrained(logits_BxTxV, "rows", None, "tensor")
-        return soft_cap(logits_BxTxV, self.config.final_soft_cap), highest_LxH
+        return soft_cap(logits_BxTxV, self.config.final_soft_cap)
 
 
 def _residual_gain(config: ModelConfig) -> float:
@@ -263,3 +305,18 @@ def _residual_gain(config: ModelConfig) -> float:
 def _linear(inner: int, outer: int, gain: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
     init = nnx.initializers.variance_scaling(gain**2, "fan_in", "normal")
     return nnx.Linear(inner, outer, use_bias=False, kernel_init=init, dtype=dtype, rngs=rngs)
+
+
+def _project(x: jax.Array, *maps: nnx.Linear) -> list[jax.Array]:
+    """What each map makes of `x`; on one device small ones are one product, side by side.
+
+    Three products of width 64 take longer than one of width 192 (docs/log.md, 2026-11-28); large ones,
+    and those that a mesh cuts, stay apart.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kernels = [linear.kernel[...] for linear in maps]
+    if not (mesh.empty or mesh.size == 1) or sum(k.size for k in kernels) > JOINED:
+        return [linear(x) for linear in maps]
+    joined = jnp.concatenate(kernels, axis=-1).astype(x.dtype)
+    ends = [k.shape[-1] for k in kernels[:-1]]
+    return jnp.split(x @ joined, [sum(ends[: i + 1]) for i in range(len(ends))], axis=-1)

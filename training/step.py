@@ -104,16 +104,18 @@ def mean_loss(graphdef: nnx.GraphDef, params: Any, batches_NxBxT1: jax.Array) ->
 
 
 def _trained_loss(
-    graphdef: nnx.GraphDef, z_loss: float, sampled: jax.Array | None
+    graphdef: nnx.GraphDef, z_loss: float, sampled: jax.Array | None, attention_logits: bool
 ) -> Callable[[Any, Batch], tuple[jax.Array, Any]]:
     """`loss(params, batch)` with the z-loss; and largest attention logits `[L, H]`, and what logits say.
 
-    The latter only where `sampled` is true, and nothing where it is None.
+    The former only with `attention_logits`; the latter only where `sampled` is true, and nothing where
+    it is None.
     """
 
     def loss(params: Any, batch: Batch) -> tuple[jax.Array, Any]:
         model = nnx.merge(graphdef, params)
-        logits, highest_LxH = model.with_attention_logits(batch[:, :-1])
+        hidden, highest_LxH = model.hidden(batch[:, :-1], measured=attention_logits)
+        logits = model.logits(hidden)
         parts = cross_entropy(logits, batch[:, 1:], z_loss=z_loss)
         said = {} if sampled is None else logit_statistics(logits, sampled=sampled)
         return token_mean(parts.loss + parts.z_loss), (highest_LxH, said)
@@ -142,19 +144,21 @@ def make_train_step(
     *,
     z_loss: float = 0.0,
     monitor_every: int = 0,
+    attention_logits: bool = True,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """`step(state, batch) -> state, metrics`: jit it with ``donate_argnums=0``.
 
     Optimizers that take ``curvature=``, as Sophia, are given the Gauss-Newton-Bartlett estimator on the
-    first of the micro-batches; all are given ``loss=``, as guards need it, and ``max_logits=``, as
-    QK-clip does. With `monitor_every`, the optimizer is to be one `with_monitors` of that period, which
-    is given `MEASURED`.
+    first of the micro-batches; all are given ``loss=``, as guards need it, and, with `attention_logits`,
+    ``max_logits=``, as QK-clip does. With `monitor_every`, the optimizer is to be one `with_monitors` of
+    that period, which is given `MEASURED`.
     """
+    attention_logits = attention_logits or bool(monitor_every)
     tx = optax.with_extra_args_support(tx)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         sampled = state.step % monitor_every == 0 if monitor_every else None
-        trained = _trained_loss(graphdef, z_loss, sampled)
+        trained = _trained_loss(graphdef, z_loss, sampled, attention_logits)
         loss_and_grads = micro_batch_value_and_grad(trained, micro_batches, has_aux=True)
         (loss, (highest_NxLxH, said)), grads = loss_and_grads(state.params, batch)
         inputs = batch[::micro_batches, :-1]
@@ -162,8 +166,9 @@ def make_train_step(
         extra = {
             "loss": loss,
             "curvature": gauss_newton_bartlett(logits, params=state.params),
-            "max_logits": jnp.max(highest_NxLxH, axis=0),
         }
+        if attention_logits:
+            extra["max_logits"] = jnp.max(highest_NxLxH, axis=0)
         if monitor_every:
             extra["measured"] = {
                 "entropy": jnp.mean(said["entropy"]),

@@ -17,10 +17,12 @@ from jax.sharding import Mesh
 from ..core.transformation import states_of
 from ..stability import FiniteGateState, SkipStepState, monitored
 from .checkpoint import Checkpoints
-from .config import RunConfig, to_json
+from .config import RunConfig
 from .data.batches import heldout_batches, train_batches
 from .data.corpus import Corpus
 from .distributed import is_first
+from .identity import to_json
+from .metrics import Clock, Metrics, Rates
 from .model import ModelConfig
 from .rollback import GaveUp, Rollback
 from .run import interrupts
@@ -28,49 +30,6 @@ from .run.files import Lines, dumps, write_text
 from .run.outcome import Outcome, RunFailed
 from .sharding import batch_sharding, build_mesh, local_shards
 from .step import TrainState, init_sharded, make_train_step, mean_loss, place, unmeasured
-
-
-class Clock:
-    """Seconds spent training: compilation and evaluation are not counted."""
-
-    def __init__(self, before: float = 0.0) -> None:
-        self._before = before
-        self._since: float | None = None
-
-    def start(self) -> None:
-        """Goes on counting."""
-        self._since = time.perf_counter()
-
-    def stop(self) -> None:
-        """Stops counting."""
-        self._before, self._since = self.seconds, None
-
-    @property
-    def seconds(self) -> float:
-        """Seconds counted so far."""
-        return self._before + (time.perf_counter() - self._since if self._since else 0.0)
-
-
-class Rates:
-    """The learning rates of a schedule as records show them, a block of steps at a time.
-
-    Args:
-      schedule: maps steps to learning rates.
-      steps: of the run; those past them are not asked for.
-    """
-
-    BLOCK = 4096  # a call per step would take longer than a small model's step
-
-    def __init__(self, schedule: optax.Schedule, steps: int):
-        self._schedule, self._steps = schedule, steps
-        self._start, self._rates = 0, np.zeros(0)
-
-    def __getitem__(self, step: int) -> float:
-        if not self._start <= step < self._start + len(self._rates):
-            self._start = step - step % self.BLOCK
-            block = np.arange(self._start, min(self._start + self.BLOCK, self._steps))
-            self._rates = np.asarray(self._schedule(jnp.asarray(block, jnp.int32)))
-        return float(self._rates[step - self._start])
 
 
 def train(
@@ -126,7 +85,7 @@ def _train(
     shards, shard_count = local_shards(rows, run.batch_size)
     sizes: Any = {"batch_size": run.batch_size, "context": run.model.context}
     mine: Any = {"shards": shards, "shard_count": shard_count}
-    batches = train_batches(corpus, seed=run.seed, **sizes, **mine)
+    batches = train_batches(corpus, seed=run.seed, read_threads=run.read_threads, **sizes, **mine)
     heldout = jax.make_array_from_process_local_data(
         batch_sharding(mesh, run.batch_size, leading=1),
         heldout_batches(corpus, batches=run.eval_batches, **sizes, **mine),
@@ -159,53 +118,66 @@ def _train(
         shape = (run.batch_size, run.model.context + 1)
         example = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
         started = time.perf_counter()
+        wanted = bool(run.qk_clip or run.monitor_every)
+        step = make_train_step(
+            graphdef,
+            tx,
+            z_loss=run.z_loss,
+            monitor_every=run.monitor_every,
+            attention_logits=wanted,
+        )
         step_fn = jax.jit(
-            make_train_step(graphdef, tx, z_loss=run.z_loss, monitor_every=run.monitor_every),
+            _telling(step, bool(run.monitor_every)),
             donate_argnums=0,
-            out_shardings=(shardings, shardings.step),
+            out_shardings=(shardings, shardings.step, shardings.step),
         )
         compiled = step_fn.lower(state, example).compile()
         outcome.compile_seconds = time.perf_counter() - started
         interrupts.check()
         rates = Rates(run.learning_rate(outcome.learning_rate), run.steps)
 
-        def record(entry: dict[str, float]) -> None:
+        def record(entry: dict[str, Any]) -> None:
             outcome.add([entry])
             if file is not None:
                 file.write(entry)
             on_record(entry)
 
-        def entry_of(
-            step: int, rate: float, metrics: dict[str, jax.Array], opt_state: Any
-        ) -> dict[str, float]:
-            values = {name: float(value) for name, value in metrics.items()}
-            if run.monitor_every and step % run.monitor_every == 0:
-                values |= {name: float(value) for name, value in monitored(opt_state).items()}
-            if guard := _guard(opt_state):
-                values["skipped"] = int(guard.skipped)
-            return {"step": step, "seconds": clock.seconds, "learning_rate": rate, **values}
-
         policy = run.rollback_policy()
         rollback = Rollback(policy) if policy else None
+        metrics = Metrics(clock)
+        alone = jax.process_count() == 1
         done = int(state.step)
         while done < run.steps:
-            rate = rates[done]
             clock.start()
             batch = jax.make_array_from_process_local_data(rows, next(batches), shape)
-            state, metrics = compiled(state, batch)
-            entry = entry_of(done, rate, metrics, state.opt_state)
-            clock.stop()
-            if done == 0 and not run.skip_spikes:
-                _check_first(entry)
+            state, told, sampled = compiled(state, batch)
+            due = run.monitor_every and done % run.monitor_every == 0
+            metrics.add(done, told | sampled if due else told)
             done += 1
-            try:
-                back = rollback.observe(done, state, entry["loss"]) if rollback else None
-            except GaveUp as reason:
-                record(entry)
-                warnings.warn(f"{outcome.name} diverged: {reason}", stacklevel=3)
-                outcome.status = "diverged"
-                return outcome
-            record(entry | {"returned_to": back.step} if back else entry)
+            evaluates = done % run.eval_every == 0 or done == run.steps
+            saves = checkpoints is not None and done % run.checkpoint_every == 0
+            waits = evaluates or saves or rollback is not None or done == 1 or interrupts.pending()
+            if not waits and done % run.log_every:
+                continue
+            entries = metrics.fetch(keep_last=not waits)
+            if waits:
+                clock.stop()
+            back = None
+            for entry in entries:
+                entry["learning_rate"] = rates[entry["step"]]
+                if entry["step"] == 0 and not run.skip_spikes:
+                    _check_first(entry)
+                try:
+                    back = rollback.observe(done, state, entry["loss"]) if rollback else None
+                except GaveUp as reason:
+                    record(entry)
+                    warnings.warn(f"{outcome.name} diverged: {reason}", stacklevel=3)
+                    outcome.status = "diverged"
+                    return outcome
+                record(entry | {"returned_to": back.step} if back else entry)
+                if not (math.isfinite(entry["loss"]) or back or run.skip_spikes):
+                    outcome.status = "diverged"
+                    return outcome
             if back:
                 state, done = back.state, back.step
                 for _ in range(back.skip_batches):
@@ -214,10 +186,7 @@ def _train(
                     checkpoints.forget_from(done)
                     checkpoints.save(state, batches)
                 continue
-            if not math.isfinite(entry["loss"]) and not run.skip_spikes:
-                outcome.status = "diverged"
-                return outcome
-            if done % run.eval_every == 0 or done == run.steps:
+            if evaluates:
                 loss = float(mean_loss(graphdef, state.params, heldout))
                 entry = {"step": done, "seconds": clock.seconds, "heldout_loss": loss}
                 if corpus.bytes_per_token is not None:
@@ -227,10 +196,9 @@ def _train(
                 if not math.isfinite(loss):
                     outcome.status = "diverged"
                     return outcome
-            stop = interrupts.pending()
+            stop = waits and interrupts.pending()
             # Other processes may not know of the signal, and would not join in.
-            alone = jax.process_count() == 1
-            if checkpoints is not None and (done % run.checkpoint_every == 0 or (stop and alone)):
+            if checkpoints is not None and (saves or (stop and alone)):
                 checkpoints.save(state, batches)
             if stop:
                 interrupts.check()
@@ -273,6 +241,18 @@ def optimizer_milliseconds(
         opt_state, params = jax.block_until_ready(compiled(grads, opt_state, params))
         times.append(time.perf_counter() - started)
     return 1e3 * float(np.median(times))
+
+
+def _telling(step: Callable[..., Any], monitors: bool) -> Callable[..., Any]:
+    """The step, and apart what its state tells: skipped steps, with the metrics, and monitors."""
+
+    def telling(state: TrainState, batch: Any) -> tuple[TrainState, Any, Any]:
+        state, metrics = step(state, batch)
+        if guard := _guard(state.opt_state):
+            metrics |= {"skipped": guard.skipped}
+        return state, metrics, monitored(state.opt_state) if monitors else {}
+
+    return telling
 
 
 def _guard(opt_state: Any) -> SkipStepState | FiniteGateState | None:

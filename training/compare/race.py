@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any, TextIO, cast
 
+import jax
 import optax
 from jax.sharding import Mesh
 from rich.console import Console
@@ -20,10 +21,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ..config import RunConfig, to_json
+from ..config import RunConfig
 from ..data.batches import heldout_batches, train_batches
 from ..data.corpus import Corpus, load_corpus
 from ..distributed import LaunchConfig, check_same, from_first, is_first, start, unanimous
+from ..identity import to_json
 from ..run import interrupts
 from ..run.files import said
 from ..run.folder import claimed
@@ -176,6 +178,10 @@ def _check(
     run: RunConfig, entrants: tuple[Entrant, ...], corpus: Corpus, mesh: Mesh
 ) -> list[optax.GradientTransformation]:
     """Builds all that can refuse its configuration, without running anything."""
+    if run.model.attention == "cudnn" and jax.default_backend() != "gpu":
+        raise ValueError(
+            f"attention cudnn needs an NVIDIA GPU, not {jax.default_backend()}; take xla or plain."
+        )
     sizes: Any = {"batch_size": run.batch_size, "context": run.model.context}
     train_batches(corpus, seed=run.seed, **sizes)
     heldout_batches(corpus, batches=run.eval_batches, **sizes)

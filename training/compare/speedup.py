@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from scipy.optimize import least_squares
 
-from ..config import RunConfig, to_json
+from ..config import RunConfig
 from ..data.corpus import load_corpus
+from ..identity import to_json
 from ..run import interrupts
 from ..run.files import Lines
 from ..run.meta import provenance

@@ -17,8 +17,9 @@ from rich.table import Table
 
 from ...core.checks import near
 from ...optimizers.registry import OptimizerConfig, names
-from ..config import RunConfig, to_json
+from ..config import RunConfig
 from ..data.corpus import load_corpus
+from ..identity import to_json
 from ..run import interrupts
 from ..run.files import Lines, write_json
 from ..run.meta import provenance

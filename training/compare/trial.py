@@ -79,7 +79,8 @@ class Trials:
             return init_state(params, build(jnp.float32(0), numbers))
 
         def step(state: TrainState, batch: Any, rate: Any, numbers: dict[str, Any]) -> Any:
-            return make_train_step(self._graphdef, build(rate, numbers))(state, batch)
+            tx = build(rate, numbers)
+            return make_train_step(self._graphdef, tx, attention_logits=False)(state, batch)
 
         return jax.jit(init), jax.jit(step, donate_argnums=0)
 

@@ -12,8 +12,9 @@ import jax
 from jax.sharding import Mesh
 
 from ..compare.entrants import Entrant
-from ..config import RunConfig, to_json
+from ..config import RunConfig
 from ..data.corpus import Corpus
+from ..identity import to_json
 from .files import read_json, write_json
 
 _PACKAGES = ("ravine", "jax", "jaxlib", "optax", "flax", "numpy", "grain")

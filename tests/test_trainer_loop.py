@@ -1,0 +1,124 @@
+"""The trainer's loop: what is fetched when, what a step computes, and what identifies a run."""
+
+import dataclasses
+import hashlib
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ravine.training import model as model_module
+from ravine.training import train as loop
+from ravine.training.compare import sweep
+from ravine.training.compare.entrants import line_up
+from ravine.training.config import RunConfig
+from ravine.training.data.corpus import load_corpus
+from ravine.training.identity import to_json
+from ravine.training.metrics import Clock, Metrics
+from ravine.training.model import ModelConfig
+from ravine.training.run.outcome import Outcome
+from ravine.training.step import init_params, init_state, make_loss, make_train_step
+
+MODEL = ModelConfig(width=16, layers=2, heads=2, context=16)
+SMALL = {"model": MODEL, "batch_size": 4, "eval_batches": 1, "eval_every": 4}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"line {i * i} of a text that says little. " for i in range(400)))
+    return load_corpus((path,))
+
+
+@pytest.fixture(autouse=True)
+def untimed(monkeypatch):
+    monkeypatch.setattr(loop, "optimizer_milliseconds", lambda *args: math.nan)
+
+
+def train(corpus, folder, **options):
+    """Records without their seconds."""
+    run = RunConfig(**SMALL | options)
+    (entrant,) = line_up("adamw")
+    folder.mkdir()
+    outcome = Outcome(entrant.name, entrant.learning_rate)
+    loop.train(run, entrant.build(run), corpus, outcome, folder)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+
+
+def test_records_are_the_same_however_many_are_fetched_at_a_time(corpus, tmp_path):
+    runs = [
+        train(corpus, tmp_path / str(every), steps=11, log_every=every, monitor_every=3)
+        for every in (1, 3, 100)
+    ]
+    assert runs[0] == runs[1] == runs[2]
+    assert [r["step"] for r in runs[0]] == [0, 1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 10, 11]
+
+
+def test_the_host_is_one_step_behind_and_fetches_all_at_once(monkeypatch):
+    waited, transfers = [], []
+    monkeypatch.setattr(jax, "block_until_ready", lambda x: waited.append(int(x["loss"])))
+    get = jax.device_get
+    monkeypatch.setattr(jax, "device_get", lambda x: transfers.append(len(x)) or get(x))
+    metrics = Metrics(Clock())
+    for step in range(5):
+        metrics.add(step, {"loss": jnp.float32(step)})
+        assert waited == list(range(step))  # the step before, never this one
+    assert [e["step"] for e in metrics.fetch(keep_last=True)] == [0, 1, 2, 3]
+    assert waited == [0, 1, 2, 3]
+    assert [e["loss"] for e in metrics.fetch()] == [4.0]
+    assert (waited, transfers) == ([0, 1, 2, 3, 4], [4, 1])
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_largest_logits_are_there_only_for_who_asks(asked):
+    (entrant,) = line_up("adamw")
+    config = dataclasses.replace(MODEL, attention="xla")
+    tx = entrant.build(RunConfig(model=config, qk_clip=50.0 if asked else 0.0))
+    graphdef, params = init_params(config, 0)
+    step = make_train_step(graphdef, tx, attention_logits=asked)
+    batch = jnp.zeros((2, 17), jnp.int32)
+    text = str(jax.make_jaxpr(step)(init_state(params, tx), batch))
+    # Of [B, H, T, T] over all but the heads: nothing else in a step takes a maximum over three axes.
+    assert ("reduce_max[axes=(0, 2, 3)" in text) == asked
+
+
+def test_kernels_of_attention_agree():
+    graphdef, params = init_params(MODEL, 0)
+    batch = jax.random.randint(jax.random.key(0), (2, 17), 0, 256)
+    plain = jax.grad(make_loss(graphdef))(params, batch)
+    other, _ = init_params(dataclasses.replace(MODEL, attention="xla"), 0)
+    found = jax.grad(make_loss(other))(params, batch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, plain)
+
+
+def test_projections_side_by_side_are_those_apart(monkeypatch):
+    graphdef, params = init_params(dataclasses.replace(MODEL, kv_heads=1), 0)
+    batch = jax.random.randint(jax.random.key(0), (2, 17), 0, 256)
+    joined = jax.value_and_grad(make_loss(graphdef))(params, batch)
+    monkeypatch.setattr(model_module, "JOINED", 0)
+    apart = jax.value_and_grad(make_loss(graphdef))(params, batch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), joined, apart)
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        ({"attention": "xla", "attention_soft_cap": 30.0}, "has no soft-cap"),
+        ({"attention": "cudnn"}, "bfloat16 only"),
+    ],
+)
+def test_attention_that_cannot_be_is_refused(words, problem):
+    with pytest.raises(ValueError, match=problem):
+        ModelConfig(**words)
+
+
+def test_options_that_came_later_leave_committed_trials_known():
+    """The digest under which training/compare/trials.jsonl has its rows, for the text "text"."""
+    assert sweep._task(sweep.SweepConfig(), "text") == "9ac231352777"
+    told = to_json(RunConfig())
+    digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    assert digest[:12] == "75bc7342eddd"
+    assert to_json(RunConfig(log_every=7)) == told | {"log_every": 7}

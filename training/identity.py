@@ -1,0 +1,36 @@
+"""What decides the results of a run: the same JSON for the same results, from version to version."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+LATER: Mapping[str, bool] = {"later": True}
+"""Metadata of a field that came later: at its default it is left out, as if it did not exist, so that
+trials and checkpoints written before are known again."""
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A dataclass as JSON values.
+
+    Example:
+      >>> import dataclasses
+      >>> from ravine.training.identity import LATER, to_json
+      >>> @dataclasses.dataclass
+      ... class Config:
+      ...     steps: int = 3
+      ...     micro_batches: int = dataclasses.field(default=1, metadata=LATER)
+      >>> to_json(Config()), to_json(Config(micro_batches=2))
+      ({'steps': 3}, {'steps': 3, 'micro_batches': 2})
+    """
+    return json.loads(json.dumps(_fields(config), default=str, allow_nan=False))
+
+
+def _fields(config: Any) -> Any:
+    if not dataclasses.is_dataclass(config):
+        return config
+    return {
+        field.name: _fields(value)
+        for field in dataclasses.fields(config)
+        if (value := getattr(config, field.name)) != field.default or "later" not in field.metadata
+    }
