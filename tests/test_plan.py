@@ -11,14 +11,17 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from ravine.training.cli import main
 from ravine.training.model import ModelConfig
+from ravine.training.plan.by_hand import Work
+from ravine.training.plan.chips import CHIPS
 from ravine.training.plan.compile import (
     compiled_train_step,
     compiled_update,
     rows_for,
     trainer_model,
 )
+from ravine.training.plan.cost import Plan, plan_of
 from ravine.training.plan.flops import arithmetic
-from ravine.training.plan.plan import plan_of
+from ravine.training.plan.verdict import verdict
 from ravine.training.shapes.presets import PRESETS
 from ravine.training.sharding import mesh_sizes, parameter_spec, sharded_parameters
 
@@ -201,6 +204,73 @@ def test_a_batch_that_is_no_number_of_sequences():
         rows_for(1000, 128, mesh)
 
 
+GPUS = ["--model", "ravine", "--topology", "h100:8", "--mesh", "fsdp=4,tensor=2"]
+
+
+def test_a_plan_for_gpus_is_printed(capsys):
+    assert main(["plan", *GPUS, "--compare", "muon,adamw"]) == 0
+    printed = capsys.readouterr().out
+    assert "No compiler for GPUs is at hand" in printed
+    assert "adamw: fits in 80 GB" in printed
+    assert "muon: 4 all-to-all sending" in printed
+    assert printed.index("adamw") < printed.index("muon")  # the faster one first
+
+
+def test_json_has_what_is_printed(capsys):
+    assert main(["plan", *GPUS, "--optimizer", "adamw", "--json", "--micro-batches", "2"]) == 2
+    capsys.readouterr()
+    words = [*GPUS, "--optimizer", "adamw", "--json", "--micro-batches", "2", "--batch", "512"]
+    assert main(["plan", *words]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (adamw,) = found["plans"]
+    sizes = adamw["bytes"]
+    # Gradients in bfloat16 and their float32 sums; two means in float32.
+    assert sizes["gradients"] == 3 * sizes["parameters"]
+    assert sizes["memory"] == pytest.approx(
+        sizes["parameters"]
+        + sizes["gradients"]
+        + sizes["state"]
+        + max(sizes["temporary"], sizes["activations"])
+    )
+    passed = 2 * sizes["parameters"] + sizes["parameters"] + 2 * sizes["state"]
+    assert adamw["estimate"]["update"] == pytest.approx(passed / found["chip"]["bandwidth"])
+    assert adamw["estimate"]["step"] == pytest.approx(
+        adamw["estimate"]["update"] + adamw["estimate"]["model"] + adamw["estimate"]["exposed"]
+    )
+    assert adamw["fits"]
+
+
+def test_one_that_cannot_be_compiled_is_a_row_with_its_reason(capsys, monkeypatch):
+    from ravine.training.plan import plan as planning
+
+    def out_of_memory(tx, params, mesh):
+        raise ValueError("Ran out of memory in memory space hbm. Used 100G of 16G hbm.")
+
+    monkeypatch.setattr(planning, "compiled_update", out_of_memory)
+    assert main(["plan", *GPUS, "--compare", "adamw,muon"]) == 0
+    assert "muon: the program needs 100G of 16G memory." in capsys.readouterr().out
+
+
+def planned(**sizes):
+    return Plan("adamw", **{"parameters": 10**9, "gradients": 10**9, "state": 4 * 10**9, **sizes})
+
+
+@pytest.mark.parametrize(
+    ("found", "tokens", "says"),
+    [
+        (planned(), 4096, "fits in 16 GB with 10.00 GB to spare"),
+        (planned(state=15 * 10**9), 4096, "by 1.00 GB; with the state on the host it does"),
+        (planned(state=10**9, parameters=32 * 10**9), 4096, "shard over 3 times as many chips"),
+        # Of two sequences: 2.15 GB kept, 2.16 at work, 2.10 of logits; of four twice that.
+        (planned(activations=14 * 10**9), 8 * 4096, "with --micro-batches 4 it does"),
+        (planned(activations=10.5e9), 4096, "with --fused-loss it does"),
+    ],
+)
+def test_verdicts_name_the_first_change_that_helps(found, tokens, says):
+    work = Work(PRESETS["llama2-7b"], {"fsdp": 1}, tokens)
+    assert says in verdict(found, CHIPS["v5e"], work)
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
@@ -209,6 +279,16 @@ def test_a_batch_that_is_no_number_of_sequences():
         (["--mesh", "fsdq=8"], "the mesh has no axis 'fsdq'"),
         (["--mesh", "fsdp=8,fsdp=8"], "give every mesh axis one size"),
         (["--mesh", "fsdp=0"], "give every mesh axis one size"),
+        (["--topology", "h100:some"], "unknown topology 'h100:some'"),
+        (["--topology", "h100:16", "--mesh", "fsdp=16"], "needs as many virtual CPU devices"),
+        (["--topology", "h100:8", "--mesh", "fsdp=4"], "h100:8 has 8 devices, and the mesh 4"),
+        (["--topology", "h100:4", "--mesh", "fsdp=3", "--slices", "2"], "2 slices must divide"),
+        (["--slices", "0"], "slices"),
+        ([*GPUS, "--batch", "1000"], "no multiple of 4 sequences of 64; give 1024"),
+        ([*GPUS, "--micro-batches", "3"], "give --batch 768 or a multiple"),
+        ([*GPUS, "--train-step", "--layers-only"], "leave out --layers-only"),
+        ([*GPUS, "--train-step", "--remat", "products"], "leave out --train-step"),
+        ([*GPUS, "--optimizer", "muon", "--options", '{"roles": []}'], "muon: "),
         (["--topology", "v9:2x2"], "unknown topology 'v9:2x2'; known: v4:8x8x8"),
         (["--options", "[1]"], "options must be a JSON object"),
         (["--options", "{"], "options must be a JSON object"),

@@ -19,6 +19,8 @@ import dataclasses
 import math
 import re
 
+import numpy as np
+
 from .hlo import Instruction, Program, Runs
 
 KINDS = (
@@ -31,7 +33,9 @@ KINDS = (
 )
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128}
 _SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
-_GROUPS = re.compile(r"replica_groups=\{\{([\d,]*)\}|replica_groups=\[(\d+),(\d+)\]<=")
+_GROUPS = re.compile(
+    r"replica_groups=\{\{([\d,]*)\}|replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
+)
 _PAIRS = re.compile(r"source_target_pairs=\{(.*?\})\}")
 # XLA for TPU writes a reduce-scatter as an all-reduce and a slice, in a computation named so.
 _SCATTERED = "all-reduce-scatter"
@@ -53,6 +57,9 @@ class Collective:
     """Whether it is in no branch, and in no loop of unknown length."""
     in_loop: bool = False
     """Whether a loop runs it."""
+    group: tuple[int, ...] = ()
+    """Positions in the mesh of devices that communicate with one another, of the first of the
+    groups."""
 
     @property
     def total(self) -> float:
@@ -96,7 +103,8 @@ def _collective(
     devices: int,
     in_loop: bool,
 ) -> Collective:
-    group = _group(line, devices)
+    members = _members(kind, line, devices)
+    group = len(members) if kind != "collective-permute" else max(1, devices)
     size = _result(kind, line)
     if kind == "ragged-all-to-all":
         size = min(size, _operand(line, lines, size))
@@ -108,7 +116,7 @@ def _collective(
         "reduce-scatter": group - 1,
         "collective-permute": _senders(line) / max(1, devices) if devices > 1 else 1,
     }.get(kind, share) * size
-    return Collective(kind, size, sent, runs.times, runs.always, in_loop)
+    return Collective(kind, size, sent, runs.times, runs.always, in_loop, members)
 
 
 def _looped(program: Program) -> set[str]:
@@ -150,19 +158,32 @@ def _operand(line: Instruction, lines: tuple[Instruction, ...], default: int) ->
     return _size(*types[0]) if types else default
 
 
-def _group(line: Instruction, devices: int) -> int:
-    """How many devices communicate with one another."""
+def _members(kind: str, line: Instruction, devices: int) -> tuple[int, ...]:
+    """The first devices that communicate with one another."""
+    if kind == "collective-permute":
+        return next(((a, b) for a, b in _pairs(line) if a != b), (0,))
     found = _GROUPS.search(line.attributes)
     if found is None:
-        return max(1, devices)
-    return len(found[1].split(",")) if found[1] is not None else int(found[3])
+        return tuple(range(max(1, devices)))
+    if found[1] is not None:
+        ids = [int(x) for x in found[1].split(",") if x]
+        return tuple(ids or range(max(1, devices)))
+    # As [groups, size] <= [dimensions] T(permutation): a transposed count.
+    shape = [int(x) for x in found[4].split(",")]
+    order = [int(x) for x in found[5].split(",")] if found[5] else list(range(len(shape)))
+    ids = np.arange(math.prod(shape)).reshape(shape).transpose(order)
+    return tuple(ids.reshape(int(found[2]), int(found[3]))[0].tolist())
+
+
+def _pairs(line: Instruction) -> list[tuple[int, int]]:
+    found = _PAIRS.search(line.attributes)
+    pairs = re.findall(r"\{(\d+),(\d+)\}", found[1]) if found else []
+    return [(int(source), int(target)) for source, target in pairs]
 
 
 def _senders(line: Instruction) -> int:
     """How many devices send to another one."""
-    found = _PAIRS.search(line.attributes)
-    pairs = re.findall(r"\{(\d+),(\d+)\}", found[1]) if found else []
-    return sum(source != target for source, target in pairs)
+    return sum(source != target for source, target in _pairs(line))
 
 
 def _size(dtype: str, dimensions: str) -> int:

@@ -1,7 +1,7 @@
 """Programs of models and chips that are not there: an optimizer's update, or a whole train step.
 
-Both come back as a `Compiled` with the shapes they were compiled for, of parameters and state in their
-shardings.
+Both come back as a `Compiled` with the shapes they were compiled for, of parameters and state in
+their shardings.
 """
 
 import dataclasses
@@ -52,7 +52,11 @@ def compiled_update(tx: optax.GradientTransformation, params: Any, mesh: Mesh) -
 
 
 def compiled_train_step(
-    config: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, batch_size: int
+    config: ModelConfig,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    batch_size: int,
+    micro_batches: int = 1,
 ) -> Compiled:
     """The trainer's step, forwards, backwards and update, its parameters in bfloat16.
 
@@ -61,6 +65,7 @@ def compiled_train_step(
       tx: the optimizer.
       mesh: with `Auto` axes, as the trainer's.
       batch_size: sequences a step, over all devices.
+      micro_batches: parts of it, worked on one after the other.
 
     Raises:
       ValueError: for what the mesh does not divide.
@@ -73,7 +78,7 @@ def compiled_train_step(
         batch = jax.ShapeDtypeStruct((batch_size, config.context + 1), jnp.int32, sharding=rows)
         metrics = NamedSharding(mesh, PartitionSpec())
         step = jax.jit(
-            make_train_step(model_graph(config), tx),
+            make_train_step(model_graph(config), tx, micro_batches),
             donate_argnums=0,
             out_shardings=(shardings, metrics),
         )
@@ -138,7 +143,8 @@ def trainer_model(name: str, shape: ModelShape) -> ModelConfig:
 
 
 def rows_for(tokens: int, context: int, mesh: Mesh) -> int:
-    """Sequences a step: those of a batch of so many tokens, or without one the fewest there can be."""
+    """Sequences a step: those of a batch of so many tokens, or without one the fewest there can
+    be."""
     least = rows_of(mesh)
     if tokens == 0:
         return least

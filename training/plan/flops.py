@@ -1,17 +1,19 @@
 """How much a program calculates, counted in what was traced of it.
 
 The compiler counts what is in a loop once, however often it runs, and nothing of what it hands to a
-library. Here loops count as often as they run, where that is known while tracing. Elementary operations
-on floats count one for each element of their result, sums one for each element that is added up. What is
-not known is listed, never taken for nothing.
+library. Here loops count as often as they run, where that is known while tracing. Elementary
+operations on floats count one for each element of their result, sums one for each element that is
+added up. What is not known is listed, never taken for nothing.
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.extend import core
 
@@ -83,6 +85,17 @@ _ELEMENTWISE = frozenset(
 )
 
 
+class Product(NamedTuple):
+    """A product of matrices, or a decomposition: what is slower than reading and writing it
+    once."""
+
+    kind: str
+    """As the keys of `ravine.training.plan.chips.Chip.products`, or "decomposition"."""
+    operations: float
+    moved: float
+    """Bytes of operands and results."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Arithmetic:
     """Operations of one device."""
@@ -90,21 +103,44 @@ class Arithmetic:
     always: float = 0.0
     """In every step."""
     sometimes: float = 0.0
-    """More, in a step that takes the longest branch everywhere and runs every loop of unknown length
-    once; as that in which roots are refreshed."""
+    """More, in a step that takes the longest branch everywhere and runs every loop of unknown
+    length once; as that in which roots are refreshed."""
     uncounted: frozenset[str] = frozenset()
     """Primitives on floats of which it is not known what they calculate."""
+    products: Mapping[Product, float] = dataclasses.field(default_factory=dict)
+    """How often each runs in every step."""
+    more_products: Mapping[Product, float] = dataclasses.field(default_factory=dict)
+    """How often each runs more at times."""
 
     def __add__(self, other: "Arithmetic") -> "Arithmetic":
         return Arithmetic(
             self.always + other.always,
             self.sometimes + other.sometimes,
             self.uncounted | other.uncounted,
+            _sum(self.products, other.products),
+            _sum(self.more_products, other.more_products),
         )
 
     def times(self, count: float) -> "Arithmetic":
         """That of so many times the same."""
-        return Arithmetic(self.always * count, self.sometimes * count, self.uncounted)
+        return Arithmetic(
+            self.always * count,
+            self.sometimes * count,
+            self.uncounted,
+            {product: n * count for product, n in self.products.items()},
+            {product: n * count for product, n in self.more_products.items()},
+        )
+
+    @property
+    def all_products(self) -> Mapping[Product, float]:
+        """How often each runs in a step that takes the longest branches."""
+        return _sum(self.products, self.more_products)
+
+
+def _sum(ours: Mapping[Product, float], theirs: Mapping[Product, float]) -> Mapping[Product, float]:
+    found = Counter(ours)
+    found.update(theirs)
+    return found
 
 
 def arithmetic(traced: Any, devices: int) -> Arithmetic:
@@ -137,14 +173,23 @@ def _of_one(equation: Any, share: float) -> Arithmetic:
         return _of(parameters["jaxpr"].jaxpr, share).times(parameters["length"])
     if name == "while":
         body = _of(parameters["body_jaxpr"].jaxpr, share)
-        return Arithmetic(0.0, body.always + body.sometimes, body.uncounted)
+        return Arithmetic(
+            0.0, body.always + body.sometimes, body.uncounted, more_products=body.all_products
+        )
     if name == "cond":
         branches = [_of(branch.jaxpr, share) for branch in parameters["branches"]]
-        least = min(found.always for found in branches)
-        most = max(found.always + found.sometimes for found in branches)
-        return Arithmetic(least, most - least, frozenset().union(*(b.uncounted for b in branches)))
+        least = min(branches, key=lambda found: found.always)
+        most = max(branches, key=lambda found: found.always + found.sometimes)
+        return Arithmetic(
+            least.always,
+            most.always + most.sometimes - least.always,
+            frozenset().union(*(b.uncounted for b in branches)),
+            least.products,
+            Counter(most.all_products) - Counter(least.products),
+        )
     if name == "shard_map":
-        # What is inside is of one device along these axes, whose name differs between versions of JAX.
+        # What is inside is of one device along these axes, whose name differs between versions of
+        # JAX.
         here = parameters.get("newly_manual_axes", parameters.get("manual_axes"))
         sizes = (parameters["mesh"].shape[axis] for axis in here)
         return _of(parameters["jaxpr"], share * math.prod(sizes))
@@ -152,11 +197,34 @@ def _of_one(equation: Any, share: float) -> Arithmetic:
     if inner:
         return sum((_of(jaxpr, share) for jaxpr in inner), Arithmetic())
     operations = _operations(name, equation)
-    return (
-        Arithmetic(uncounted=frozenset({name}))
-        if operations is None
-        else Arithmetic(share * operations)
-    )
+    if operations is None:
+        return Arithmetic(uncounted=frozenset({name}))
+    kind = _kind(name, equation)
+    if not kind or not operations:
+        return Arithmetic(share * operations)
+    moved = sum(_bytes(x.aval) for x in (*equation.invars, *equation.outvars))
+    product = Product(kind, share * operations, share * moved)
+    return Arithmetic(share * operations, products={product: 1.0})
+
+
+def _bytes(aval: Any) -> int:
+    return math.prod(aval.shape) * aval.dtype.itemsize
+
+
+def _kind(name: str, equation: Any) -> str:
+    """Of a product or decomposition; nothing for others."""
+    if name in (*_DECOMPOSITIONS, "svd", "triangular_solve"):
+        return "decomposition"
+    if name != "conv_general_dilated" and not name.startswith(("dot_general", "ragged_dot")):
+        return ""
+    dtypes = {x.aval.dtype for x in equation.invars[:2]}
+    if all(dtype.itemsize < 4 for dtype in dtypes):
+        return "bfloat16"
+    precision = equation.params.get("precision")
+    precision = precision[0] if isinstance(precision, tuple) else precision
+    if precision == jax.lax.Precision.HIGH:
+        return "float32:high"
+    return "float32:highest" if precision == jax.lax.Precision.HIGHEST else "float32"
 
 
 def _jaxprs(parameters: Any) -> Iterator[Any]:

@@ -1,121 +1,98 @@
-"""What an optimizer costs on a TPU pod, found by the TPU's own compiler without a TPU.
+"""What an optimizer costs on a pod or a cluster, found without one.
 
 The update is compiled for every chip of the topology, with the shapes and shardings of a published
-model; nothing is allocated or run. What the compiler says is printed: memory a chip, collectives and
-whether any of them sits in a loop, arithmetic, and what is held more than once.
+model; nothing is allocated or run. TPUs' own compiler says how much memory is needed and what is
+communicated; for GPUs, of which no compiler is at hand, XLA's for CPU says it of as many virtual
+devices. Arithmetic is counted in what was traced, the model's part by hand (`by_hand`), and times
+follow by a roofline (`roofline`).
 """
 
 import dataclasses
-import importlib.util
 import json
-import math
-import os
+import re
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 from rich.console import Console
 
-from ...core.checks import near
+from ...core.checks import check_amount, near
 from ...optimizers import Blocks
 from ...optimizers.matrix.algebra.polar import NewtonSchulz
 from ...optimizers.registry import OptimizerConfig
+from ...optimizers.registry import names as registered
 from ..shapes.presets import PRESETS
 from ..shapes.shape import ModelShape
-from ..sharding import mesh_sizes, sharded_parameters
-from .collectives import Collective, collectives
-from .compile import Compiled, auto, compiled_train_step, compiled_update, rows_for, trainer_model
-from .flops import Arithmetic
-from .table import HBM, show
+from ..sharding import mesh_sizes, rows_of, sharded_parameters
+from .by_hand import Remat, Work
+from .compile import auto, compiled_train_step, compiled_update, rows_for, trainer_model
+from .cost import Plan, plan_of
+from .devices import mesh_of
+from .network import Network
+from .report import to_json
+from .table import Shown, show
+from .verdict import spare
 
-TOPOLOGIES = (
-    "v4:8x8x8",
-    "v5e:4x4",
-    "v5e:16x16",
-    "v5p:8x8x8",
-    "v5p:16x16x24",
-    "v6e:16x16",
-    "tpu7x:4x4x4",
-)
-"""Those that were tried; others of the same generations may work."""
 ALIGNED = {"blocks": Blocks(size=128, vocabulary=65_536)}
 POLAR = {"polar": NewtonSchulz(dtype="bfloat16", halvings=0)}
 OPTIONS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("shampoo", "soap", "kl_shampoo"), ALIGNED),
     **dict.fromkeys(("muon", "normuon", "adamuon"), POLAR),
 }
-"""What differs from the defaults: blocks that shards of large matrices do not cross, and products in
-bfloat16 for orthogonalization, as it is run on accelerators."""
+"""What differs from the defaults: blocks that shards of large matrices do not cross, and products
+in bfloat16 for orthogonalization, as it is run on accelerators."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanConfig:
-    """Compile an optimizer for a TPU pod, without one, and print what it costs a chip."""
+    """Find what an optimizer costs a chip of a TPU pod or GPU cluster, without one."""
 
     model: str = "llama2-70b"
     """A model of `ravine.training.shapes.presets`."""
     optimizer: str = "shampoo"
     """A registered name."""
     compare: str = ""
-    """Names, separated by commas: one table of all of them instead."""
+    """Names, separated by commas, or all: one table of them, the fastest that fits first."""
     options: str = "{}"
     """Hyperparameters of the optimizer, as JSON; by default those of `OPTIONS`."""
     topology: str = "v5p:8x8x8"
-    """Generation and chips, as v5p:8x8x8."""
+    """Generation and chips, as v5p:8x8x8; or GPUs and their number, as h100:64."""
     mesh: str = "fsdp=64,tensor=8"
     """Sizes of the mesh's axes: data, fsdp and tensor."""
+    slices: int = 1
+    """Slices of that topology, joined by the data centre's network along the mesh's first axis."""
     batch: int = 0
-    """Tokens a step over all chips, to compare the optimizer's arithmetic with the model's."""
+    """Tokens a step over all chips; 0 is one sequence for each shard of the rows (data x fsdp)."""
+    micro_batches: int = 1
+    """Parts of the batch that are worked on one after the other, their gradients added up."""
+    remat: Remat = "full"
+    """What is recomputed in the backward pass: whole layers, all but products, or nothing."""
+    fused_loss: bool = False
+    """The loss without all logits at once, `ravine.stability.fused_cross_entropy`."""
     layers_only: bool = False
     """Leave out embedding, head and norms."""
     train_step: bool = False
-    """Compile the whole train step, of the trainer's model in these shapes, instead of the update."""
+    """Compile the whole train step, of the trainer's model in these shapes, instead of the
+    update."""
+    json: bool = False
+    """Print JSON, for machines."""
 
     @property
     def names(self) -> tuple[str, ...]:
         """The optimizers to plan."""
+        if self.compare == "all":
+            return registered()
         words = self.compare.split(",") if self.compare else [self.optimizer]
         return tuple(word.strip() for word in words)
 
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What one optimizer costs; bytes and arithmetic are of one chip."""
-
-    optimizer: str
-    parameters: int
-    state: int
-    temporary: int
-    arithmetic: Arithmetic
-    collectives: tuple[Collective, ...]
-    repeated: dict[str, int]
-    """By path in the state: how many chips hold the same, where more than one do."""
-    gradients: int
-    """0 in a train step, where they are among the temporaries."""
-    seconds: float
-    """To trace and compile."""
-
-    @property
-    def memory(self) -> int:
-        """Bytes of all of it; parameters and state are updated in place."""
-        return self.parameters + self.gradients + self.state + self.temporary
-
-    @property
-    def sent(self) -> float:
-        """Bytes one chip sends in a step, by the rules of `ravine.training.plan.collectives`."""
-        return sum(c.total for c in self.collectives if c.always)
-
-    @property
-    def sent_at_times(self) -> float:
-        """More, in branches and in loops of unknown length."""
-        return sum(c.total for c in self.collectives if not c.always)
+    def __post_init__(self) -> None:
+        check_amount(1, slices=self.slices, micro_batches=self.micro_batches)
+        check_amount(0, batch=self.batch)
 
 
 def plan(config: PlanConfig, console: Console | None = None) -> list[Plan]:
-    """Plans every optimizer and prints what was found.
+    """Plans every optimizer and prints what was found, the fastest that fits first.
 
     Raises:
       ValueError: for unknown names, a mesh that does not match the topology, options that are no JSON
@@ -125,66 +102,73 @@ def plan(config: PlanConfig, console: Console | None = None) -> list[Plan]:
     shape = _known("model", config.model, PRESETS)
     sizes = mesh_sizes(config.mesh)
     optimizers = {name: _build(name, config.options) for name in config.names}
-    mesh = Mesh(
-        _devices(config.topology, math.prod(sizes.values())).reshape(tuple(sizes.values())),
-        tuple(sizes),
-        axis_types=(AxisType.Explicit,) * len(sizes),
-    )
-    compile_with, tokens = _work(config, shape, mesh)
-    plans, count = [], 0
+    mesh, network = mesh_of(config.topology, sizes, config.slices)
+    work = _work(config, shape, mesh)
+    program = _program(config, shape, mesh, work)
+    waiting = Console(stderr=True, quiet=console.quiet)
+    plans = []
     for name, tx in optimizers.items():
-        with console.status(f"compiling {name} for {config.topology}"):
-            found = compile_with(tx)
-        plans.append(plan_of(name, found, mesh, is_step=config.train_step))
-        count = sum(x.size for x in jax.tree.leaves(found.params))
+        with waiting.status(f"compiling {name} for {config.topology}"):
+            try:
+                found = program(tx)
+            except (ValueError, jax.errors.JaxRuntimeError) as error:
+                if not config.compare:
+                    raise ValueError(f"{name}: {_reason(error)}") from None
+                plans.append(Plan(name, refused=_reason(error)))
+                continue
+        plans.append(plan_of(name, found, mesh, network, work, is_step=config.train_step))
+    plans.sort(key=lambda found: _order(found, network))
+    if config.json:
+        console.print_json(to_json(config, plans, network, work))
+        return plans
     given = {name: assumed(name, json.loads(config.options)) for name in optimizers}
-    show(config, count, tokens, plans, given, console)
+    show(Shown(config, work, network, given), plans, console)
     return plans
 
 
-def _work(config: PlanConfig, shape: ModelShape, mesh: Mesh) -> tuple[Any, int]:
-    """What compiles an optimizer's program, and the tokens a step of it takes."""
-    if not config.train_step:
-        params = sharded_parameters(shape, mesh, layers_only=config.layers_only)
-        return lambda tx: compiled_update(tx, params, mesh), 0
-    if config.layers_only:
-        raise ValueError("a train step needs all of the model; leave out --layers-only.")
-    model, over = trainer_model(config.model, shape), auto(mesh)
-    rows = rows_for(config.batch, model.context, over)
-    return lambda tx: compiled_train_step(model, tx, over, rows), rows * model.context
+def _order(found: Plan, network: Network) -> tuple[bool, bool, float]:
+    return bool(found.refused), spare(found, network.chip) < 0, found.estimate.step
 
 
-def plan_of(name: str, compiled: Compiled, mesh: Mesh, *, is_step: bool = False) -> Plan:
-    """The plan of what was compiled."""
-    memory = compiled.program.memory_analysis()
-    assert memory is not None, "the TPU's compiler always says"
-    return Plan(
-        name,
-        parameters=_bytes(compiled.params),
-        state=_bytes(compiled.state),
-        temporary=memory.temp_size_in_bytes,
-        arithmetic=compiled.arithmetic,
-        collectives=tuple(collectives(compiled.program.as_text() or "", mesh.size)),
-        repeated=_repeated(compiled.state, mesh),
-        gradients=0 if is_step else _bytes(compiled.params),
-        seconds=compiled.seconds,
+def _reason(error: Exception) -> str:
+    """In one line; of a compiler that runs out of memory, how much it needed."""
+    text = " ".join(str(error).split())
+    used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", text)
+    if used:
+        return f"the program needs {used[1]} of {used[2]} memory."
+    return text if len(text) < 300 else f"{text[:300]} ..."
+
+
+def _work(config: PlanConfig, shape: ModelShape, mesh: Mesh) -> Work:
+    rows = rows_for(config.batch, shape.context, mesh)
+    least = rows_of(mesh) * config.micro_batches
+    if rows // rows_of(mesh) % config.micro_batches:
+        raise ValueError(
+            f"{config.micro_batches} micro-batches do not divide the {rows // rows_of(mesh)} "
+            f"sequences of each shard; give --batch {least * shape.context} or a multiple."
+        )
+    tokens = rows * shape.context
+    return Work(
+        shape, dict(mesh.shape), tokens, config.remat, config.micro_batches, config.fused_loss
     )
 
 
-def _bytes(tree: Any) -> int:
-    """On one chip."""
-    shards = [(x.sharding.shard_shape(x.shape), x.dtype) for x in jax.tree.leaves(tree)]
-    return sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in shards)
-
-
-def _repeated(state: Any, mesh: Mesh) -> dict[str, int]:
-    found = {}
-    for path, x in jax.tree_util.tree_leaves_with_path(state):
-        shard = math.prod(x.sharding.shard_shape(x.shape))
-        copies = mesh.size * shard // max(1, math.prod(x.shape))
-        if x.ndim > 1 and copies > 1:
-            found[jax.tree_util.keystr(path, simple=True, separator="/")] = copies
-    return found
+def _program(config: PlanConfig, shape: ModelShape, mesh: Mesh, work: Work) -> Any:
+    """What compiles an optimizer's program."""
+    if not config.train_step:
+        params = sharded_parameters(shape, mesh, layers_only=config.layers_only)
+        return lambda tx: compiled_update(tx, params, mesh)
+    if config.layers_only:
+        raise ValueError("a train step needs all of the model; leave out --layers-only.")
+    if config.remat == "products" or config.fused_loss:
+        raise ValueError(
+            "the trainer's model recomputes layers or nothing, and has no fused loss; leave out "
+            "--train-step, or --remat products and --fused-loss."
+        )
+    model, over = trainer_model(config.model, shape), auto(mesh)
+    model = dataclasses.replace(model, remat=config.remat == "full")
+    rows = work.tokens // model.context
+    return lambda tx: compiled_train_step(model, tx, over, rows, config.micro_batches)
 
 
 def _build(name: str, options: str) -> optax.GradientTransformation:
@@ -206,36 +190,3 @@ def _known(what: str, name: str, table: Any) -> Any:
     if name not in table:
         raise ValueError(f"unknown {what} {name!r}; {near(name, table)}")
     return table[name]
-
-
-def _devices(topology: str, count: int) -> np.ndarray:
-    """The chips of a topology that is not there."""
-    known = f"known: {', '.join(TOPOLOGIES)}"
-    generation = topology.partition(":")[0]
-    if generation not in HBM or ":" not in topology:
-        raise ValueError(f"unknown topology {topology!r}; {known}.")
-    if importlib.util.find_spec("libtpu") is None:
-        raise ValueError(
-            "planning needs the TPU's compiler, though no TPU: pip install 'ravine[pods]'."
-        )
-    from jax.experimental import topologies
-
-    # The compiler asks where it runs; it runs nowhere.
-    for name, value in {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }.items():
-        os.environ.setdefault(name, value)
-    try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"unknown topology {topology!r} ({reason}); {known}.") from None
-    if len(devices) != count:
-        raise ValueError(
-            f"{topology} has {len(devices)} devices, and the mesh {count}; make the sizes' product "
-            f"{len(devices)}."
-        )
-    return np.array(devices)

@@ -1,99 +1,136 @@
-"""What the planner prints: a table of what was found, and what follows from it."""
+"""What the planner prints: what is held, what it takes, and what follows from them."""
 
 import dataclasses
 import json
-import math
 from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..sharding import mesh_sizes
+from .by_hand import Work
+from .chips import DECOMPOSITIONS
+from .cost import Plan
+from .network import Network
+from .roofline import ASSUMPTIONS
+from .verdict import readable, spare, verdict
 
 if TYPE_CHECKING:
-    from .plan import Plan, PlanConfig
-
-HBM = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 192}
-"""Gigabytes per chip, by generation (https://cloud.google.com/tpu/docs/system-architecture-tpu-vm)."""
-
-_HEADINGS = ("params", "grads", "state", "temp.", "sum", "GFLOP", "at times")
-_COMMUNICATION = ("collectives", "sent", "at times", "in loops", "s")
+    from .plan import PlanConfig
 
 
-def show(
-    config: "PlanConfig",
-    count: int,
-    tokens: int,
-    plans: "list[Plan]",
-    assumed: dict[str, dict[str, object]],
-    console: Console,
-) -> None:
-    """Prints the plans of one model, whose parameters are `count`, for a step of so many tokens."""
-    what = f"a train step of {tokens:,} tokens" if tokens else "one update"
-    sizes = mesh_sizes(config.mesh)
-    memory = HBM[config.topology.partition(":")[0]]
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """What plans were made with."""
+
+    config: "PlanConfig"
+    work: Work
+    network: Network
+    assumed: dict[str, dict[str, object]]
+    """By optimizer: what differs from its defaults."""
+
+
+def show(made: Shown, plans: list[Plan], console: Console) -> None:
+    """Prints the plans of one model."""
+    config, work, chip = made.config, made.work, made.network.chip
+    what = "a train step" if config.train_step else "one update"
+    slices = f" in {config.slices} slices" if config.slices > 1 else ""
+    layers = ", layer matrices only" if config.layers_only else ""
     console.print(
-        f"{config.model}: {count / 1e9:.2f} billion parameters in bfloat16 on {config.topology} "
-        f"({config.mesh}), {what}; numbers are per chip"
+        f"{config.model}: {work.shape.count / 1e9:.2f} billion parameters in bfloat16{layers}, "
+        f"{what} of {work.tokens:,} tokens on {config.topology}{slices} ({config.mesh}); "
+        "numbers are per chip"
     )
-    console.print(_table(plans))
+    done = [found for found in plans if not found.refused]
+    if done:
+        console.print(_memory(made, done))
+        console.print(_time(done))
     for found in plans:
-        for line in _lines(found, memory, assumed.get(found.optimizer, {})):
+        for line in _lines(made, found):
             console.print(line)
-    if config.batch and not tokens:
-        model = 6 * count * config.batch / math.prod(sizes.values())
-        for found in plans:
-            always, more = found.arithmetic.always / model, found.arithmetic.sometimes / model
-            console.print(
-                f"{found.optimizer}: {always:.3%} of the model's {model / 1e9:,.0f} GFLOP, and at "
-                f"times {more:.3%} more"
-            )
+    again = {"full": "with layers recomputed", "products": "with products kept", "none": "as it is"}
+    console.print(ASSUMPTIONS.format(remat=again[config.remat], decompositions=DECOMPOSITIONS))
+    if chip.node:
+        console.print(
+            "No compiler for GPUs is at hand: temporaries and collectives are those that XLA for CPU "
+            "makes of as many devices."
+        )
 
 
-def _table(plans: "list[Plan]") -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("optimizer")
-    for heading in (*_HEADINGS, *_COMMUNICATION):
-        table.add_column(heading, justify="right")
+def _memory(made: Shown, plans: list[Plan]) -> Table:
+    headings = ("params", "grads", "state", "temp.", "activations", "sum", "left", "checkpoint")
+    table = _table(*headings)
     for found in plans:
-        sizes = (found.parameters, found.gradients, found.state, found.temporary, found.memory)
+        sizes = (found.parameters, found.gradients, found.state, found.temporary)
         table.add_row(
             found.optimizer,
-            *map(_readable, sizes),
-            *(f"{x / 1e9:,.1f}" for x in (found.arithmetic.always, found.arithmetic.sometimes)),
-            str(sum(c.times for c in found.collectives)),
-            *map(_readable, (found.sent, found.sent_at_times)),
-            str(sum(c.times for c in found.collectives if c.in_loop)),
-            f"{found.seconds:.0f}",
+            *map(readable, sizes),
+            *map(readable, (found.activations, found.memory)),
+            readable(spare(found, made.network.chip)),
+            readable(found.checkpoint),
         )
     return table
 
 
-def _lines(found: "Plan", memory: int, assumed: dict[str, object]) -> list[str]:
-    name, spare = found.optimizer, memory * 1e9 - found.memory
-    verdict = f"fits in {memory} GB with {_readable(spare)} to spare"
-    if spare < 0:
-        verdict = (
-            f"does not fit in {memory} GB, by {_readable(-spare)}; shard over more chips, or keep the "
-            "state in narrower dtypes"
+def _time(plans: list[Plan]) -> Table:
+    table = _table(
+        *("GFLOP", "at times", "sent", "update", "sending", "at times", "model", "exposed"),
+        *("step ms", "opt.", "tokens/s", "MFU"),
+    )
+    for found in plans:
+        e = found.estimate
+        parts = (e.update, e.exchanges, e.at_times, e.model, e.exposed, e.step)
+        table.add_row(
+            found.optimizer,
+            *(f"{x / 1e9:,.0f}" for x in (found.arithmetic.always, found.arithmetic.sometimes)),
+            readable(found.sent),
+            *(_milliseconds(x) for x in parts),
+            f"{e.share:.1%}",
+            f"{e.tokens_per_second / 1e3:,.4g}k",
+            f"{e.mfu:.0%}",
         )
+    return table
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("optimizer", no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _lines(made: Shown, found: Plan) -> list[str]:
+    name, chip = found.optimizer, made.network.chip
+    if found.refused:
+        return [f"{name}: {found.refused}"]
+    lines = [f"{name}: {verdict(found, chip, made.work)}"]
     by_kind: dict[str, list[float]] = {}
     for c in found.collectives:
         times, sent = by_kind.setdefault(c.kind, [0, 0.0])
         by_kind[c.kind] = [times + c.times, sent + c.total]
-    said = [f"{int(n)} {kind} sending {_readable(x)}" for kind, (n, x) in sorted(by_kind.items())]
-    lines = [f"{name}: {verdict}", f"{name}: {', '.join(said) or 'no collective'}"]
-    if assumed:
+    said = [f"{int(n)} {kind} sending {readable(x)}" for kind, (n, x) in sorted(by_kind.items())]
+    looped = sum(c.times for c in found.collectives if c.in_loop)
+    lines.append(
+        f"{name}: {', '.join(said) or 'no collective'}{f'; {looped} in loops' if looped else ''}"
+    )
+    if assumed := made.assumed.get(name):
         options = json.dumps({k: _plain(v) for k, v in assumed.items()})
         lines.append(f"{name}: not the library's defaults, but {options}")
     if found.arithmetic.uncounted:
         names = ", ".join(sorted(found.arithmetic.uncounted))
         lines.append(f"{name}: GFLOP leaves out what is not counted: {names}")
-    for copies in sorted(set(found.repeated.values()), reverse=True):
+    copies = max(found.repeated.values(), default=1)
+    if copies > 1:
         paths = [path for path, n in found.repeated.items() if n == copies]
         lines.append(
             f"{name}: {len(paths)} arrays of the state are on {copies} chips each, as {paths[0]}"
+        )
+    if spare(found, chip) < 0 and found.state:
+        host = 2 * found.state / chip.host
+        lines.append(
+            f"{name}: the state on the host frees {readable(found.state)} and takes "
+            f"{_milliseconds(host)} ms a step over PCIe"
         )
     return lines
 
@@ -109,5 +146,14 @@ def _plain(value: object) -> object:
     return value
 
 
-def _readable(size: float) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+def _milliseconds(seconds: float) -> str:
+    """Three digits.
+
+    Example:
+      >>> _milliseconds(0.0123), _milliseconds(1.5), _milliseconds(0)
+      ('12.3', '1,500', '0')
+    """
+    value = 1000 * seconds
+    if value == 0:
+        return "0"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,0 +1,202 @@
+"""Times and the model's part, against numbers worked out by hand."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from ravine.training.plan.by_hand import Work
+from ravine.training.plan.chips import CHIPS
+from ravine.training.plan.collectives import Collective, collectives
+from ravine.training.plan.flops import Product, arithmetic
+from ravine.training.plan.network import Network
+from ravine.training.plan.roofline import Estimate, passed_over, seconds_of, sent_in
+from ravine.training.shapes.presets import PRESETS
+
+GOLDEN = Path(__file__).parent / "golden"
+V5P, V5E, H100 = CHIPS["v5p"], CHIPS["v5e"], CHIPS["h100"]
+LLAMA = PRESETS["llama2-7b"]
+
+
+def torus(chip, *shape, slices=1):
+    places = [(s,) for s in range(slices)]
+    for size in shape:
+        places = [(*place, x) for place in places for x in range(size)]
+    return Network(chip, tuple(places))
+
+
+def collective(kind, size, group, sent=0.0):
+    return Collective(kind, round(size), sent, group=tuple(group))
+
+
+CUBE = torus(V5P, 4, 4, 4)
+NODES = Network.of(H100, range(16))
+
+
+@pytest.mark.parametrize(
+    ("network", "found", "seconds"),
+    [
+        # A ring of four: three quarters of 1 GB over two links of 100 GB/s.
+        (CUBE, collective("all-gather", 1e9, range(4)), 0.75 / 200),
+        # A plane of sixteen has four links, and the whole cube six.
+        (CUBE, collective("all-gather", 1e9, range(16)), 15 / 16 / 400),
+        (CUBE, collective("all-gather", 1e9, range(64)), 63 / 64 / 600),
+        # Of a reduce-scatter the bytes are of what is kept.
+        (CUBE, collective("reduce-scatter", 1e9, range(4)), 4 * 0.75 / 200),
+        (CUBE, collective("all-reduce", 1e9, range(4)), 2 * 0.75 / 200),
+        # Half of a dimension is a line: one link.
+        (CUBE, collective("all-gather", 1e9, (0, 1)), 0.5 / 100),
+        # Four of 16 in a v5e do not close to a ring, sixteen do.
+        (torus(V5E, 16, 16), collective("all-gather", 1e9, range(4)), 0.75 / 50),
+        (torus(V5E, 16, 16), collective("all-gather", 1e9, range(16)), 15 / 16 / 100),
+        # All-to-all of a ring of four: half of a chip's 1 GB crosses the middle, by two links of two.
+        (CUBE, collective("all-to-all", 1e9, range(4)), 0.5 / 100),
+        (torus(V5P, 8, 4, 4), collective("ragged-all-to-all", 1e9, range(0, 128, 16)), 1 / 100),
+        (CUBE, collective("collective-permute", 1e9, (0, 1), sent=1e9), 1 / 100),
+        # Two slices: half of what a chip has crosses, at 6.25 GB/s.
+        (
+            torus(V5P, 4, 4, 4, slices=2),
+            collective("all-reduce", 1e9, (0, 64)),
+            2 * 0.5 / 6.25,
+        ),
+        (
+            torus(V5P, 4, 4, 4, slices=2),
+            collective("all-reduce", 1e9, range(128)),
+            2 * (63 / 64 / 600 + 0.5 / 64 / 6.25),
+        ),
+        # Within a node behind a switch; two nodes send an eighth by each of eight cards.
+        (NODES, collective("all-gather", 1e9, range(8)), 7 / 8 / 450),
+        (NODES, collective("all-gather", 1e9, range(16)), 7 / 8 / 450 + 1 / 16 / 50),
+        (NODES, collective("all-to-all", 1e9, range(8)), 7 / 8 / 450),
+        (NODES, collective("all-to-all", 1e9, (0, 8)), 0.5 / 50),
+        (NODES, collective("collective-permute", 1e9, (7, 8), sent=1e9), 1 / 50),
+        (CUBE, collective("all-reduce", 1e9, (3,)), 0.0),
+    ],
+)
+def test_seconds_of_collectives(network, found, seconds):
+    assert network.seconds(found) == pytest.approx(seconds, rel=1e-6)
+
+
+def test_rates_of_products():
+    assert V5P.seconds("bfloat16", 459e12) == 1.0
+    assert V5P.seconds("float32:highest", 459e12) == pytest.approx(6.0)
+    assert V5P.seconds("float32:high", 459e12) == pytest.approx(3.0)
+    assert H100.seconds("float32:highest", 67e12) == 1.0
+    assert V5P.seconds("bfloat16", 1.0, 2.765e12) == 1.0
+    assert V5P.seconds("decomposition", 459e12 / 6) == pytest.approx(100.0)
+
+
+@pytest.mark.parametrize("name", CHIPS)
+def test_chips_are_of_what_is_published(name):
+    chip = CHIPS[name]
+    assert all(source.startswith("https://") for source in chip.sources)
+    assert chip.network < chip.link < chip.bandwidth < chip.products["float32:highest"]
+    assert bool(chip.node) != bool(chip.wraps)
+
+
+def test_products_are_told_apart():
+    def program(x, y):
+        for precision in (None, "high", "highest"):
+            x = jnp.dot(x, x, precision=precision)
+        x = jax.lax.cond(x[0, 0] > 0, lambda x: jnp.linalg.eigh(x)[1], lambda x: x, x)
+        return jax.lax.fori_loop(0, 5, lambda _, z: z @ y, x.astype(jnp.bfloat16))
+
+    found = arithmetic(jax.jit(program).trace(jnp.ones((8, 8)), jnp.ones((8, 8), jnp.bfloat16)), 1)
+    each = Product("float32", 2 * 8**3, 3 * 8 * 8 * 4)
+    assert found.products[each] == 1
+    assert found.products[each._replace(kind="float32:high")] == 1
+    assert found.products[each._replace(kind="float32:highest")] == 1
+    assert found.products[each._replace(kind="bfloat16", moved=3 * 8 * 8 * 2)] == 5
+    assert {product.kind for product in found.more_products} == {"decomposition"}
+    # Three on tensor cores, one without them; all moved from and to memory.
+    assert seconds_of(NODES, found.products) == pytest.approx(
+        max(each.operations / 494.5e12, each.moved / 3.35e12) * 2
+        + max(each.operations / 67e12, each.moved / 3.35e12)
+        + 5 * max(each.operations / 989e12, each.moved / 2 / 3.35e12)
+    )
+
+
+def test_one_pass_over_memory():
+    # Parameters and state both ways, gradients one way: 2 + 1 + 8 bytes.
+    assert passed_over(CUBE, 1, 1, 4) == pytest.approx(11 / 2.765e12)
+
+
+def test_an_estimate_adds_up():
+    found = Estimate(0.1, 0.1, 5.0, model=0.7, exposed=0.1, tokens=10, useful=0.5)
+    assert found.step == pytest.approx(1.0)
+    assert found.share == pytest.approx(0.2)
+    assert found.mfu == pytest.approx(0.5)
+    assert found.tokens_per_second == pytest.approx(10)
+
+
+def test_activations_by_hand():
+    # One sequence of 4096 tokens in each of four shards, width 4096, 32 heads of 128, tensor axis of 2.
+    full = Work(LLAMA, {"fsdp": 4, "tensor": 2}, tokens=4 * 4096)
+    stream = 4096 * 4096 * 2
+    none = 2 * 4096 * (4 * 4096 + (4 * 4096 + 3 * 11008) // 2)
+    assert full.activations() == {
+        "kept": 32 * stream,
+        "at work": 2 * none,
+        "logits": 8 * 4096 * 32000 / 2,
+    }
+    held = Work(LLAMA, {"fsdp": 4, "tensor": 2}, tokens=4 * 4096, remat="none")
+    assert held.activations() == {
+        "kept": 32 * none,
+        "at work": none,
+        "logits": 8 * 4096 * 32000 / 2,
+    }
+    kept = Work(LLAMA, {"fsdp": 4, "tensor": 2}, tokens=4 * 4096, remat="products")
+    products = 2 * 4096 * (3 * 4096 + (3 * 4096 + 2 * 11008) // 2)
+    assert kept.activations()["kept"] == 32 * products
+    halved = Work(
+        LLAMA, {"fsdp": 4, "tensor": 2}, tokens=8 * 4096, micro_batches=2, fused_loss=True
+    )
+    assert halved.activations()["kept"] == 32 * stream
+    assert halved.activations()["logits"] == full.activations()["logits"] / 64
+    # Sums in float32 beside gradients in bfloat16.
+    assert (full.accumulators(100), halved.accumulators(100)) == (0, 200)
+
+
+def test_exchanges_by_hand():
+    work = Work(LLAMA, {"data": 2, "fsdp": 4, "tensor": 2}, tokens=8 * 4096)
+    found = work.exchanges()
+    matrices = 2 * (LLAMA.count - 65 * 4096) / 2  # bytes of all but norms, of a tensor shard
+    assert [c.sent for c in found if c.kind == "all-gather"] == [0.75 * matrices] * 2
+    assert [c.sent for c in found if c.kind == "reduce-scatter"] == [0.75 * matrices]
+    copies, stream = (c for c in found if c.kind == "all-reduce")
+    assert (copies.sent, copies.group) == (matrices / 4, (0, 8))
+    assert (stream.sent, stream.times, stream.group) == (4096 * 4096 * 2, 5 * 32 + 2, (0, 1))
+
+
+def test_the_compiled_step_of_llama_is_what_is_counted_by_hand():
+    found = collectives((GOLDEN / "llama2_7b_step.txt").read_text(), 8)
+    by_hand = Work(LLAMA, {"fsdp": 4, "tensor": 2}, tokens=4 * 4096).exchanges()
+
+    def sent(found, *kinds):
+        return sum(c.total for c in found if c.kind in kinds)
+
+    assert sum(c.total for c in found) == pytest.approx(sum(c.total for c in by_hand), rel=0.1)
+    # FSDP's gathers and scatters, and the tensor axis' sums.
+    fsdp, tensor = ("all-gather", "reduce-scatter"), ("all-reduce",)
+    assert sent(found, *fsdp) == pytest.approx(sent(by_hand, *fsdp), rel=0.1)
+    assert sent(found, *tensor) == pytest.approx(sent(by_hand, *tensor), rel=0.1)
+    assert all(c.times in (1, LLAMA.layers) for c in found)
+
+
+def test_collectives_run_one_after_the_other():
+    found = [collective("all-gather", 1e9, range(4))] * 2
+    assert sent_in(CUBE, found) == pytest.approx(2 * 0.75 / 200)
+
+
+def test_groups_are_read():
+    text = """
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %a = f32[4]{0} all-reduce(%x), replica_groups=[2,4]<=[4,2]T(1,0)
+  %b = f32[4]{0} all-reduce(%x), replica_groups=[4,2]<=[8]
+  %c = f32[4]{0} all-reduce(%x), replica_groups={{0,3},{1,2}}
+  %d = f32[4]{0} all-reduce(%x), replica_groups={}
+  ROOT %e = f32[4]{0} collective-permute(%x), source_target_pairs={{1,1},{2,5}}
+}
+"""
+    groups = [c.group for c in collectives(text, 8)]
+    assert groups == [(0, 2, 4, 6), (0, 1), (0, 3), tuple(range(8)), (2, 5)]

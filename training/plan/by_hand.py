@@ -1,0 +1,151 @@
+r"""What a train step takes besides its optimizer, by arithmetic that can be redone on paper.
+
+Nothing is compiled here. Sizes are of one chip; :math:`n` are the tokens of one micro-batch in one
+shard of the rows, :math:`D` the width, :math:`H K` heads times their width, :math:`G` heads of keys
+and values, :math:`F` the feed-forward width that a token meets, :math:`V` the vocabulary, :math:`t`
+the mesh's tensor axis. Activations take two bytes an element, logits and their gradients four each.
+
+=================  ==================================================================================
+kept per layer     full: :math:`n D`, the layer's input. products: also queries, keys, values and all
+                   other outputs of products, :math:`n (3 D + (H + 2 G) K / t + g F / t)`, with g 2 for
+                   gated feed-forward parts, else 1. none: :math:`n ((2 + m) D + (2 H + 2 G) K / t +
+                   (g + 1) F / t)`, m norms a layer; queries, keys, values, the attention's output and
+                   every input of a norm, of a product and of an activation function
+at work            one layer's values, as none keeps them, recomputed or not, and once more for gradients
+logits             :math:`8 n V / t`; with a fused loss a 64th
+=================  ==================================================================================
+
+Attention's scores are not kept, as by a fused kernel.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+
+from ..shapes.parts import part_of
+from ..shapes.shape import ModelShape
+from .collectives import Collective
+
+Remat = Literal["full", "products", "none"]
+ELEMENT = 2
+"""Bytes of an activation, parameter or gradient, in bfloat16."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A model, the mesh it is on and what one step takes."""
+
+    shape: ModelShape
+    sizes: Mapping[str, int]
+    """Of the mesh's axes."""
+    tokens: int
+    """Of a step, over all chips."""
+    remat: Remat = "full"
+    micro_batches: int = 1
+    fused_loss: bool = False
+
+    def size(self, *axes: str) -> int:
+        """Chips along some axes of the mesh."""
+        return math.prod(self.sizes.get(axis, 1) for axis in axes)
+
+    @property
+    def chips(self) -> int:
+        """Of the mesh."""
+        return math.prod(self.sizes.values())
+
+    @property
+    def rows(self) -> float:
+        """Tokens of one micro-batch in one shard of the rows."""
+        return self.tokens / self.size("data", "fsdp", "expert") / self.micro_batches
+
+    def operations(self, *, recomputed: bool = True) -> float:
+        """Of one chip: forward, backward, and what is recomputed, which MFU leaves out.
+
+        Recomputing a layer is another forward pass, a third of the rest.
+        """
+        again = 4 / 3 if recomputed and self.remat == "full" else 1.0
+        return again * self.shape.flops() * self.tokens / self.chips
+
+    def activations(self) -> dict[str, float]:
+        """Bytes of what is kept for the backward pass, of the layer at work, and of logits.
+
+        Example:
+          >>> from ravine.training.plan.by_hand import Work
+          >>> from ravine.training.shapes.presets import PRESETS
+          >>> llama = Work(PRESETS["llama2-7b"], {"fsdp": 4}, tokens=4 * 4096)
+          >>> llama.activations()["kept"] == 32 * 4096 * 4096 * 2  # layers, tokens, width, bytes
+          True
+          >>> llama.activations()["logits"] == 8 * 4096 * 32000
+          True
+        """
+        layers = self.shape.layers + self.shape.encoder_layers
+        none = self._layer("none")
+        kept = none if self.remat == "none" else self._layer(self.remat)
+        logits = 8 * self.rows * self.shape.vocabulary / self.size("tensor")
+        return {
+            "kept": layers * kept,
+            "at work": none if self.remat == "none" else 2 * none,
+            "logits": logits / 64 if self.fused_loss else logits,
+        }
+
+    def _layer(self, remat: Remat) -> float:
+        shape, tensor = self.shape, self.size("tensor")
+        inner, keys = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
+        used = shape.experts and (shape.experts.per_token + shape.experts.shared)
+        hidden = used * shape.experts.width if shape.experts and used else shape.feed_forward
+        into = 2 if shape.gated else 1
+        elements = {
+            "full": shape.width,
+            "products": 3 * shape.width + (inner + 2 * keys + into * hidden) / tensor,
+            "none": (2 + shape.norms) * shape.width
+            + (2 * inner + 2 * keys + (into + 1) * hidden) / tensor,
+        }
+        return ELEMENT * self.rows * elements[remat]
+
+    def accumulators(self, parameters: int) -> float:
+        """Bytes of float32 sums of gradients, beside the gradients of one micro-batch."""
+        return 4 * parameters / ELEMENT if self.micro_batches > 1 else 0.0
+
+    def exchanges(self) -> list[Collective]:
+        """What the model communicates in a step: FSDP, copies, tensor axis and experts.
+
+        Every matrix is gathered twice in each micro-batch, forward and backward, and its gradient
+        scattered once. Copies add up their gradients once a step. The tensor axis adds up the
+        stream twice a layer forward, twice backward and, with recomputing, once more; and once each
+        behind the embedding and before the head. Experts are sent their tokens and send them back,
+        forward, backward and recomputed.
+        """
+        shape, layers = self.shape, self.shape.layers + self.shape.encoder_layers
+        stream = ELEMENT * self.rows * shape.width
+        again = self.remat == "full"
+        dense = experts = 0.0
+        for name, x in shape.parameters().items():
+            if part_of(name) == "experts":
+                experts += ELEMENT * x.size / self.size("tensor", "expert")
+            elif not name.endswith(("scale", "bias")):
+                dense += ELEMENT * x.size / self.size("tensor")
+        found = []
+        for size, copies in ((dense, ("data", "expert")), (experts, ("data",))):
+            part = size / self.size("fsdp")
+            found += [self._collective("all-gather", size, self.micro_batches, "fsdp")] * 2
+            found.append(self._collective("reduce-scatter", part, self.micro_batches, "fsdp"))
+            found.append(self._collective("all-reduce", part, 1, *copies))
+        sums = layers * (5 if again else 4) + 2
+        found.append(self._collective("all-reduce", stream, sums * self.micro_batches, "tensor"))
+        if shape.experts:
+            sent = stream * shape.experts.per_token
+            times = (shape.layers - shape.experts.dense_layers) * (6 if again else 4)
+            found.append(self._collective("all-to-all", sent, times * self.micro_batches, "expert"))
+        return [c for c in found if c.sent]
+
+    def _collective(self, kind: str, size: float, times: int, *axes: str) -> Collective:
+        names = list(self.sizes)
+        at = np.arange(self.chips).reshape(tuple(self.sizes.values()))
+        group = at[tuple(slice(None) if name in axes else 0 for name in names)].ravel()
+        count = len(group)
+        share = {"all-reduce": 2 * (count - 1) / count, "reduce-scatter": count - 1}
+        sent = share.get(kind, (count - 1) / count) * size
+        return Collective(kind, round(size), sent, times, group=tuple(group.tolist()))

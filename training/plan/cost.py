@@ -1,0 +1,150 @@
+"""What one optimizer costs a chip: sizes, arithmetic, communication and time, of a compiled
+program."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from .by_hand import Work
+from .collectives import Collective, collectives
+from .compile import Compiled
+from .flops import Arithmetic
+from .network import Network
+from .roofline import Estimate, passed_over, seconds_of, sent_in
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one optimizer costs; bytes and arithmetic are of one chip."""
+
+    optimizer: str
+    parameters: int = 0
+    state: int = 0
+    temporary: int = 0
+    arithmetic: Arithmetic = dataclasses.field(default_factory=Arithmetic)
+    collectives: tuple[Collective, ...] = ()
+    repeated: dict[str, int] = dataclasses.field(default_factory=dict)
+    """By path in the state: how many chips hold the same, where more than one do."""
+    gradients: int = 0
+    """With float32 sums over micro-batches; 0 in a train step, where they are among the
+    temporaries."""
+    seconds: float = 0.0
+    """To trace and compile."""
+    activations: float = 0.0
+    """By hand; 0 in a train step, where they are among the temporaries."""
+    checkpoint: int = 0
+    """Bytes of parameters and state over all chips, each array once."""
+    estimate: Estimate = dataclasses.field(default_factory=Estimate)
+    refused: str = ""
+    """Why there is no program."""
+
+    @property
+    def memory(self) -> float:
+        """Bytes of all of it; parameters and state are updated in place.
+
+        Activations are gone when the update's temporaries come, so only the larger of the two
+        counts.
+        """
+        held = self.parameters + self.gradients + self.state
+        return held + max(self.temporary, self.activations)
+
+    @property
+    def sent(self) -> float:
+        """Bytes one chip sends in a step, by the rules of `ravine.training.plan.collectives`."""
+        return sum(c.total for c in self.collectives if c.always)
+
+    @property
+    def sent_at_times(self) -> float:
+        """More, in branches and in loops of unknown length."""
+        return sum(c.total for c in self.collectives if not c.always)
+
+
+def plan_of(
+    name: str,
+    compiled: Compiled,
+    mesh: Mesh,
+    network: Network | None = None,
+    work: Work | None = None,
+    *,
+    is_step: bool = False,
+) -> Plan:
+    """The plan of what was compiled.
+
+    Args:
+      name: of the optimizer.
+      compiled: its update, or a train step with it.
+      mesh: that it was compiled for.
+      network: between its chips; without one times are 0.
+      work: the model's part; without one it is left out.
+      is_step: whether a train step was compiled.
+    """
+    memory = compiled.program.memory_analysis()
+    assert memory is not None, "compilers of TPUs and CPUs always say"
+    found = tuple(collectives(compiled.program.as_text() or "", mesh.size))
+    parameters, state = _bytes(compiled.params), _bytes(compiled.state)
+    sums = work.accumulators(parameters) if work and not is_step else 0
+    leaves = jax.tree.leaves((compiled.params, compiled.state))
+    estimate = Estimate()
+    if network is not None:
+        estimate = _estimate(compiled, found, network, work, (parameters, state), is_step)
+    return Plan(
+        name,
+        parameters=parameters,
+        state=state,
+        temporary=memory.temp_size_in_bytes,
+        arithmetic=compiled.arithmetic,
+        collectives=found,
+        repeated=_repeated(compiled.state, mesh),
+        gradients=0 if is_step else parameters + round(sums),
+        seconds=compiled.seconds,
+        activations=sum(work.activations().values()) if work and not is_step else 0.0,
+        checkpoint=sum(x.size * jnp.dtype(x.dtype).itemsize for x in leaves),
+        estimate=estimate,
+    )
+
+
+def _estimate(
+    compiled: Compiled,
+    found: tuple[Collective, ...],
+    network: Network,
+    work: Work | None,
+    sizes: tuple[int, int],
+    is_step: bool,
+) -> Estimate:
+    parameters, state = sizes
+    arithmetic = compiled.arithmetic
+    products = seconds_of(network, arithmetic.products)
+    sent = sent_in(network, (c for c in found if c.always))
+    at_times = seconds_of(network, arithmetic.more_products)
+    at_times += sent_in(network, (c for c in found if not c.always))
+    passed = passed_over(network, parameters, parameters, state)
+    if work is None:
+        return Estimate(passed + products, sent, at_times)
+    rate = network.chip.products["bfloat16"]
+    useful = work.operations(recomputed=False) / rate
+    if is_step:  # the products of model and optimizer are one program's
+        exposed = max(0.0, sent - products)
+        return Estimate(passed, 0.0, at_times, products, exposed, work.tokens, useful)
+    model = work.operations() / rate
+    exposed = max(0.0, sent_in(network, work.exchanges()) - model)
+    return Estimate(passed + products, sent, at_times, model, exposed, work.tokens, useful)
+
+
+def _bytes(tree: Any) -> int:
+    """On one chip."""
+    shards = [(x.sharding.shard_shape(x.shape), x.dtype) for x in jax.tree.leaves(tree)]
+    return sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in shards)
+
+
+def _repeated(state: Any, mesh: Mesh) -> dict[str, int]:
+    found = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(state):
+        shard = math.prod(x.sharding.shard_shape(x.shape))
+        copies = mesh.size * shard // max(1, math.prod(x.shape))
+        if x.ndim > 1 and copies > 1:
+            found[jax.tree_util.keystr(path, simple=True, separator="/")] = copies
+    return found
