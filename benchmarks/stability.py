@@ -106,6 +106,24 @@ def guards(repeats: int) -> None:
             contender.compile()
         times = [[c.step() for c in contenders] for _ in range(repeats + 1)][1:]
         report(f"{name}, AdamW with and without:", times)
+        contenders = [GuardedContender(guard, gpt_tree()), Contender(plain, gpt_tree())]
+        for contender in contenders:
+            contender.compile()
+        times = [[c.step() for c in contenders] for _ in range(repeats + 1)][1:]
+        report(f"{name} by guarded_step, AdamW with and without:", times)
+
+
+class GuardedContender(Contender):
+    """The same step, its condition around update and addition."""
+
+    def __init__(self, tx, tree):
+        super().__init__(tx, tree)
+
+        def update(grads, state, params):
+            step = stability.guarded_step(tx, grads, state, params, loss=1.0)
+            return step.state, step.params
+
+        self._update = update
 
 
 def with_loss(tx):

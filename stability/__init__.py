@@ -14,6 +14,7 @@ from .attention import (
 from .clipping import clip_by_block_rms, clip_by_global_norm
 from .cross_entropy import CrossEntropy, cross_entropy
 from .fused_cross_entropy import fused_cross_entropy
+from .guarded_step import Guarded, GuardedStep, guarded_step
 from .guards import FiniteGateState, SkipStepState, finite_gate, skip_step
 from .log_sum_exp import log_sum_exp
 from .logit_statistics import logit_statistics
@@ -41,6 +42,8 @@ __all__ = [
     "ClipUpdateNormState",
     "CrossEntropy",
     "FiniteGateState",
+    "Guarded",
+    "GuardedStep",
     "HeadWeights",
     "MicroBatches",
     "MonitorState",
@@ -63,6 +66,7 @@ __all__ = [
     "finite_gate",
     "fused_cross_entropy",
     "gathered",
+    "guarded_step",
     "keep_unit_norm",
     "log_sum_exp",
     "logit_statistics",

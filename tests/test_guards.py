@@ -9,7 +9,7 @@ import optax
 import pytest
 import ravine
 from orbax.checkpoint import v1 as ocp
-from ravine.stability import finite_gate, skip_step
+from ravine.stability import finite_gate, guarded_step, skip_step
 
 STEPS = 30
 WARMUP, PATIENCE, WINDOW = 4, 12, 16
@@ -329,3 +329,26 @@ def test_a_missing_loss_is_refused():
     tx = skip_step(ravine.sgd(0.1))
     with pytest.raises(ValueError, match="skip_step needs loss"):
         tx.update(jnp.ones(1), tx.init(jnp.ones(1)), jnp.ones(1))
+
+
+@pytest.mark.parametrize("kind", ["finite", "plain", ROBUST])
+def test_a_guarded_step_is_update_and_addition_bit_by_bit(kind):
+    tx, faults = guard(kind), series()
+    faults["loss"][9] = np.nan
+    faults["grads"]["matrix"][11, 0, 0] = np.inf
+    faults["loss"][15:18] = 50.0
+
+    def step(carry, batch):
+        weights, state = carry
+        done = guarded_step(tx, batch["grads"], state, weights, loss=batch["loss"])
+        return (done.params, done.state), (done.params, done.state)
+
+    found = jax.jit(lambda batches: jax.lax.scan(step, start(kind), batches)[1])(faults)
+    expected = runner(kind)(faults)
+    assert bits(found) == bits(expected)
+    assert int(found[1].skipped[-1]) == (2 if kind == "finite" else 5)
+
+
+def test_only_guards_make_guarded_steps():
+    with pytest.raises(TypeError, match="put the guard outermost"):
+        guarded_step(ravine.sgd(0.1), params(), None, params())

@@ -12,7 +12,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..optimizers.links.curvature import gauss_newton_bartlett
 from ..optimizers.matrix.mesh.shardings import on_mesh, state_shardings
-from ..stability import cross_entropy, logit_statistics, next_token_loss, token_mean
+from ..stability import (
+    Guarded,
+    cross_entropy,
+    guarded_step,
+    logit_statistics,
+    next_token_loss,
+    token_mean,
+)
 from .gradients import micro_batch_value_and_grad
 from .model import ModelConfig, Transformer
 from .sharding import parameter_shardings
@@ -76,7 +83,11 @@ def place(
     params = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
     )
-    tx = on_mesh(tx, jax.tree.map(lambda s: s.spec, shardings), mesh)
+    specs = jax.tree.map(lambda s: s.spec, shardings)
+    if isinstance(tx, Guarded):
+        tx = tx.around(on_mesh(tx.inner, specs, mesh))
+    else:
+        tx = on_mesh(tx, specs, mesh)
     step = NamedSharding(mesh, PartitionSpec())
     return tx, TrainState(step, shardings, state_shardings(tx, params))
 
@@ -176,12 +187,18 @@ def make_train_step(
                 "max_attention_logit": jnp.max(highest_NxLxH),
                 "max_logit": jnp.max(said["max_logit"]),
             }
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra)
-        params = optax.apply_updates(state.params, updates)
+        if isinstance(tx, Guarded):
+            params, opt_state, update_norm = guarded_step(
+                tx, grads, state.opt_state, state.params, **extra
+            )
+        else:
+            updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra)
+            params = optax.apply_updates(state.params, updates)
+            update_norm = optax.tree.norm(updates)
         metrics = {
             "loss": loss,
             "gradient_norm": optax.tree.norm(grads),
-            "update_norm": optax.tree.norm(updates),
+            "update_norm": update_norm,
         }
         return TrainState(state.step + 1, params, opt_state), metrics
 
