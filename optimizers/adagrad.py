@@ -94,7 +94,15 @@ def adagrad(
 ) -> optax.GradientTransformation:
     r"""AdaGrad with decoupled weight decay.
 
-    .. math:: \theta_t = \theta_{t-1} - \eta_t \, (u_t + \lambda \theta_{t-1})
+    For sparse features, whose rare coordinates keep large steps. Steps shrink as squares add up, for
+    ever.
+
+    .. math::
+        a_t = a_{t-1} + g_t^2, \qquad
+        \theta_t = \theta_{t-1} - \eta_t \left( \frac{g_t}
+            {\sqrt{a_t + \epsilon_\mathrm{root}} + \epsilon} + \lambda \theta_{t-1} \right)
+
+    State: 4 bytes per parameter. Starting rates: 1e-2 to 1e-1.
 
     Args:
       learning_rate: a number or a schedule.
@@ -105,6 +113,9 @@ def adagrad(
       weight_decay: :math:`\lambda`, by default decoupled and multiplied by the learning rate.
       weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
       weight_decay_form: how, see :func:`add_decayed_weights`.
+
+    Returns:
+      An ``optax.GradientTransformation``; its update needs ``params`` where there is weight decay.
 
     Raises:
       ValueError: for hyperparameters out of range.

@@ -126,7 +126,13 @@ def adam(
     mu_dtype: Any = None,
     nu_dtype: Any = None,
 ) -> optax.GradientTransformation:
-    r"""Adam: :math:`\theta_t = \theta_{t-1} - \eta_t u_t`, :math:`u_t` as :func:`scale_by_adam`.
+    r"""Adam, without weight decay: :func:`adamw` with ``weight_decay=0``.
+
+    For reproducing results that used it; for a new run take :func:`adamw`.
+
+    .. math:: \theta_t = \theta_{t-1} - \eta_t u_t, \qquad u_t \text{ as in } \texttt{scale\_by\_adam}
+
+    State: 8 bytes per parameter. Starting rates: as for :func:`adamw`.
 
     Args:
       learning_rate: a number or a schedule.
@@ -137,6 +143,9 @@ def adam(
       nesterov: look-ahead momentum.
       mu_dtype: dtype of the first moment; by default at least float32.
       nu_dtype: dtype of the second moment; by default at least float32.
+
+    Returns:
+      An ``optax.GradientTransformation``.
 
     Raises:
       ValueError: for hyperparameters out of range.
@@ -177,9 +186,22 @@ def adamw(
     weight_decay_mask: Mask | None = None,
     weight_decay_form: DecayForm = "coupled",
 ) -> optax.GradientTransformation:
-    r"""Adam with decoupled weight decay.
+    r"""Adam with decoupled weight decay: the baseline for language models.
 
-    .. math:: \theta_t = \theta_{t-1} - \eta_t \, (u_t + \lambda \theta_{t-1})
+    Start here: it works over a wide range of learning rates, and every published recipe can be
+    compared with it. Take :func:`muon` or :func:`soap` once it is tuned and a better loss per token is
+    wanted.
+
+    .. math::
+        m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad
+        v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2 \\
+        \theta_t &= \theta_{t-1} - \eta_t \left( \frac{m_t / (1 - \beta_1^t)}
+            {\sqrt{v_t / (1 - \beta_2^t) + \epsilon_\mathrm{root}} + \epsilon}
+            + \lambda \theta_{t-1} \right)
+
+    State: 8 bytes per parameter; 6 with ``mu_dtype=jnp.bfloat16``. Starting rates: 1e-4 to 1e-3, the
+    smaller the larger the model (GPT-3: 6e-4 at 125 million parameters, 6e-5 at 175 billion), with
+    ``b2=0.95`` and ``weight_decay=0.1`` for language models.
 
     Args:
       learning_rate: a number or a schedule.
@@ -195,17 +217,24 @@ def adamw(
       weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
       weight_decay_form: how, see :func:`add_decayed_weights`.
 
+    Returns:
+      An ``optax.GradientTransformation``; its update needs ``params`` where there is weight decay.
+
     Raises:
       ValueError: for hyperparameters out of range.
 
     Source: Loshchilov and Hutter, 2019, https://arxiv.org/abs/1711.05101; ``torch.optim.AdamW``.
 
     Example:
-      >>> import jax.numpy as jnp, ravine
-      >>> tx = ravine.adamw(0.1, weight_decay=0.1)
-      >>> params = jnp.array([2.0])
-      >>> tx.update(jnp.array([3.0]), tx.init(params), params)[0]
-      Array([-0.12], dtype=float32)
+      >>> import jax.numpy as jnp, optax, ravine
+      >>> tx, params = ravine.adamw(0.1, weight_decay=0.1), jnp.array([2.0])
+      >>> state = tx.init(params)
+      >>> for _ in range(3):
+      ...     grads = params  # of params**2 / 2
+      ...     updates, state = tx.update(grads, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> params.round(4)
+      Array([1.6444], dtype=float32)
     """
     return with_decay(
         scale_by_adam(

@@ -232,11 +232,16 @@ def adan(
     weight_decay: optax.ScalarOrSchedule = 0.0,
     weight_decay_mask: Mask | None = None,
 ) -> optax.GradientTransformation:
-    r"""Adan with proximal weight decay.
+    r"""Adan with proximal weight decay: Nesterov momentum from differences of gradients.
+
+    For recipes that use it; it looks ahead without evaluating a gradient elsewhere.
 
     .. math:: \theta_t = (\theta_{t-1} - \eta_t u_t) / (1 + \eta_t \lambda)
 
-    and with `no_prox` :math:`\theta_t = \theta_{t-1} - \eta_t (u_t + \lambda \theta_{t-1})`.
+    with :math:`u_t` of :func:`scale_by_adan`, and with `no_prox` :math:`\theta_t = \theta_{t-1} -
+    \eta_t (u_t + \lambda \theta_{t-1})`.
+
+    State: 16 bytes per parameter. Starting rates: 5 to 10 times AdamW's, the authors say.
 
     Args:
       learning_rate: a number or a schedule; the authors advise 5 to 10 times AdamW's.
@@ -244,6 +249,9 @@ def adan(
       no_prox: decay as AdamW does.
       weight_decay: :math:`\lambda`; the authors' examples have 0.02.
       weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
+
+    Returns:
+      An ``optax.GradientTransformation``; its update needs ``params`` where there is weight decay.
 
     Raises:
       ValueError: for hyperparameters out of range.

@@ -169,9 +169,16 @@ def ademamix(
     weight_decay_mask: Mask | None = None,
     weight_decay_form: DecayForm = "coupled",
 ) -> optax.GradientTransformation:
-    r"""AdEMAMix with decoupled weight decay.
+    r"""AdEMAMix with decoupled weight decay: AdamW with a second, very slow momentum.
+
+    For long runs, in which gradients of thousands of steps ago still help. Warm `alpha` and `b3` up
+    over the run.
 
     .. math:: \theta_t = \theta_{t-1} - \eta_t \, (u_t + \lambda \theta_{t-1})
+
+    with :math:`u_t` of :func:`scale_by_ademamix`.
+
+    State: 12 bytes per parameter. Starting rates: AdamW's.
 
     Args:
       learning_rate: a number or a schedule.
@@ -180,6 +187,9 @@ def ademamix(
       weight_decay: :math:`\lambda`, by default multiplied by the learning rate.
       weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
       weight_decay_form: how, see :func:`add_decayed_weights`.
+
+    Returns:
+      An ``optax.GradientTransformation``; its update needs ``params`` where there is weight decay.
 
     Raises:
       ValueError: for hyperparameters out of range.

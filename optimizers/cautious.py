@@ -86,13 +86,19 @@ def cautious_adamw(
 ) -> optax.GradientTransformation:
     r"""C-AdamW: AdamW with a :func:`cautious` direction.
 
-    The authors' file has eps 1e-6, not corrected for the start: :math:`\epsilon / \sqrt{1 - \beta_2^t}`
-    in Adam's terms.
+    For a drop-in to try on a tuned run: coordinates that disagree with the gradient stand still. The
+    authors' file has eps 1e-6, not corrected for the start: :math:`\epsilon / \sqrt{1 - \beta_2^t}` in
+    Adam's terms.
+
+    State: 8 bytes per parameter. Starting rates: AdamW's.
 
     Args:
       learning_rate: a number or a schedule.
       b1, b2, eps, mu_dtype, nu_dtype: as for :func:`scale_by_adam`.
       weight_decay, weight_decay_mask, weight_decay_form: see :func:`add_decayed_weights`.
+
+    Returns:
+      An ``optax.GradientTransformation``; its update needs ``params`` where there is weight decay.
 
     Raises:
       ValueError: for hyperparameters out of range.
@@ -125,10 +131,17 @@ def cautious_lion(
 ) -> optax.GradientTransformation:
     r"""C-Lion: Lion with a :func:`cautious` direction, and the authors' decay rates.
 
+    For a drop-in to try where Lion works.
+
+    State: 4 bytes per parameter. Starting rates: Lion's.
+
     Args:
       learning_rate: a number or a schedule.
       b1, b2, mu_dtype: as for :func:`scale_by_lion`.
       weight_decay, weight_decay_mask, weight_decay_form: see :func:`add_decayed_weights`.
+
+    Returns:
+      An ``optax.GradientTransformation``; its update needs ``params`` where there is weight decay.
 
     Raises:
       ValueError: for hyperparameters out of range.

@@ -210,6 +210,13 @@ def kl_shampoo(
 ) -> optax.GradientTransformation:
     r"""KL-Shampoo for matrices, embeddings and heads, another optimizer for everything else.
 
+    For research: Shampoo whose factors minimize a Kullback–Leibler divergence to the gradients'
+    covariance, with no graft and no second moment. Mind the size of its first steps, see
+    :func:`scale_by_kl_shampoo`.
+
+    State: 4 bytes per parameter and 8 per element of a factor: 23 bytes per parameter for GPT-2, 11
+    for LLaMA-2 7B. Starting rates: its steps are not of Adam's size; of 16 trials 0.015 was best.
+
     Args:
       learning_rate: a number or a schedule.
       b1, b2, eps, refresh, initial_eigenvalue, balance, blocks, mu_dtype: as for
@@ -221,9 +228,12 @@ def kl_shampoo(
       fallback: the optimizer of all other parameters: complete with its learning rate, or AdamW as
         :class:`ravine.Fallback` has it, by default at the same learning rate.
 
+    Returns:
+      An ``optax.GradientTransformation``; its update needs ``params``.
+
     Raises:
-      ValueError: for values out of range, and at `init` for parameters that no rule covers or that are
-        no matrices but shall be.
+      ValueError: for values out of range, and at `init` for parameters that no rule covers or that were
+        assigned to it but are not matrices.
 
     Source: as :func:`scale_by_kl_shampoo`.
 

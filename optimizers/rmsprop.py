@@ -105,8 +105,16 @@ def rmsprop(
 ) -> optax.GradientTransformation:
     r"""RMSProp, with momentum on the scaled gradient and decoupled weight decay.
 
+    For small and recurrent nets, and for reproducing results that used it; Adam corrects its first
+    steps.
+
     .. math:: \theta_t = \theta_{t-1} - \eta_t \, (m_t + \lambda \theta_{t-1}), \qquad
         m_t = \mu m_{t-1} + u_t
+
+    with :math:`u_t` of :func:`scale_by_rmsprop`.
+
+    State: 4 bytes per parameter, and 4 more each with momentum and when centered. Starting rates:
+    1e-3.
 
     Args:
       learning_rate: a number or a schedule.
@@ -121,6 +129,9 @@ def rmsprop(
       weight_decay: :math:`\lambda`, by default decoupled and multiplied by the learning rate.
       weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
       weight_decay_form: how, see :func:`add_decayed_weights`.
+
+    Returns:
+      An ``optax.GradientTransformation``; its update needs ``params`` where there is weight decay.
 
     Raises:
       ValueError: for hyperparameters out of range, or Nesterov without momentum.

@@ -180,12 +180,21 @@ def schedule_free_sgd(
     weight_decay_mask: Mask | None = None,
     weight_decay_form: DecayForm = "coupled",
 ) -> optax.GradientTransformation:
-    """Schedule-Free SGD.
+    r"""Schedule-Free SGD: no decay of the rate, an average of the iterates instead.
+
+    For runs whose end is not known, where SGD would do. Evaluate and keep
+    :func:`schedule_free_eval_params`. The recurrence is that of :func:`schedule_free`.
+
+    State: 8 bytes per parameter. Starting rates: 10 to 50 times those of SGD with a schedule, the
+    authors say, after a warm-up.
 
     Args:
       learning_rate: a number or a schedule that warms up and then stays.
       b1, weight_power, weight_lr_power, state_dtype: as for :func:`schedule_free`.
       weight_decay, weight_decay_mask, weight_decay_form: of y, see :func:`add_decayed_weights`.
+
+    Returns:
+      An ``optax.GradientTransformation``; its update needs ``params``.
 
     Raises:
       ValueError: for hyperparameters out of range.
@@ -225,7 +234,13 @@ def schedule_free_adamw(
     weight_decay_mask: Mask | None = None,
     weight_decay_form: DecayForm = "coupled",
 ) -> optax.GradientTransformation:
-    r"""Schedule-Free AdamW.
+    r"""Schedule-Free AdamW: no decay of the rate, an average of the iterates instead.
+
+    For runs whose end is not known. Gradients are taken at the parameters that training holds;
+    evaluate and keep :func:`schedule_free_eval_params`. The recurrence is that of
+    :func:`schedule_free`.
+
+    State: 12 bytes per parameter. Starting rates: 2.5e-3, the authors', after a warm-up.
 
     Args:
       learning_rate: a number or a schedule that warms up and then stays.
@@ -235,6 +250,9 @@ def schedule_free_adamw(
       inner_momentum: b1 of Adam itself; the authors' default is none.
       nu_dtype: dtype of the second moment; by default at least float32.
       weight_decay, weight_decay_mask, weight_decay_form: of y, see :func:`add_decayed_weights`.
+
+    Returns:
+      An ``optax.GradientTransformation``; its update needs ``params``.
 
     Raises:
       ValueError: for hyperparameters out of range.

@@ -21,13 +21,21 @@ def sgd(
     weight_decay_mask: Mask | None = None,
     weight_decay_form: DecayForm = "coupled",
 ) -> optax.GradientTransformation:
-    r"""Stochastic gradient descent.
+    r"""Stochastic gradient descent, with momentum if asked for.
 
-    .. math:: \theta_t = \theta_{t-1} - \eta_t \, (u_t + \lambda \theta_{t-1})
+    For convolutional nets, for least memory, and as a control. Transformers learn more slowly with it
+    than with any optimizer that rescales coordinates.
 
-    with :math:`u_t` the gradient, or :func:`scale_by_momentum` of it. By default the decay is
-    decoupled, where ``torch.optim.SGD`` adds it to the gradient before the momentum: that is
+    .. math::
+        v_t = \mu v_{t-1} + (1 - \tau) g_t, \qquad
+        \theta_t = \theta_{t-1} - \eta_t \, (v_t + \lambda \theta_{t-1})
+
+    with :math:`\mu v_t + (1 - \tau) g_t` in place of :math:`v_t` under Nesterov, and the gradient
+    itself without momentum; see :func:`scale_by_momentum`. By default the decay is decoupled, where
+    ``torch.optim.SGD`` adds it to the gradient before the momentum: that is
     ``weight_decay_form="l2"``.
+
+    State: none without momentum, 4 bytes per parameter with it. Starting rates: 0.1 to 1.
 
     Args:
       learning_rate: a number or a schedule.
@@ -39,16 +47,24 @@ def sgd(
       weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
       weight_decay_form: how, see :func:`add_decayed_weights`.
 
+    Returns:
+      An ``optax.GradientTransformation``; its update needs ``params`` where there is weight decay.
+
     Raises:
       ValueError: for hyperparameters out of range, or Nesterov without momentum.
 
     Source: Robbins and Monro, 1951; defaults of ``torch.optim.SGD``.
 
     Example:
-      >>> import jax.numpy as jnp, ravine
-      >>> tx = ravine.sgd(0.1, momentum=0.9, nesterov=True)
-      >>> tx.update(jnp.array([1.0]), tx.init(jnp.zeros(1)))[0]
-      Array([-0.19], dtype=float32)
+      >>> import jax.numpy as jnp, optax, ravine
+      >>> tx, params = ravine.sgd(0.1, momentum=0.9, nesterov=True), jnp.array([2.0])
+      >>> state = tx.init(params)
+      >>> for _ in range(3):
+      ...     grads = params  # of params**2 / 2
+      ...     updates, state = tx.update(grads, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> params.round(4)
+      Array([0.65459996], dtype=float32)
     """
     has_momentum = not (isinstance(momentum, (int, float)) and momentum == 0)
     has_dampening = isinstance(dampening, (int, float)) and dampening != 0

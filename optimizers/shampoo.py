@@ -282,10 +282,21 @@ def shampoo(
 ) -> optax.GradientTransformation:
     r"""Shampoo for matrices, embeddings and heads, another optimizer for everything else.
 
-    .. math:: \theta_t = \theta_{t-1} - \eta_t \, (u_t + \lambda \theta_{t-1})
+    For runs with memory to spare and costly steps. Each block of a matrix is preconditioned from both
+    sides, and takes the length of Adam's step, so that AdamW's learning rates fit.
 
-    with :math:`u_t` of :func:`scale_by_shampoo`. Which parameter is what is decided by its role; a
-    parameter that no rule covers is refused, and ``role_table`` shows who gets what.
+    .. math::
+        L_t &= \beta_2 L_{t-1} + (1 - \beta_2) G_t G_t^\top, \qquad
+        R_t = \beta_2 R_{t-1} + (1 - \beta_2) G_t^\top G_t \\
+        U_t &= \hat L^{-1/4} \hat M_t \hat R^{-1/4}, \qquad
+        \theta_t = \theta_{t-1} - \eta_t \left( \frac{\lVert D_t \rVert}{\lVert U_t \rVert} U_t
+            + \lambda \theta_{t-1} \right)
+
+    with the momentum :math:`\hat M_t` and Adam's step :math:`D_t`; the roots, with a ridge, are found
+    every ten steps. The whole of it is in :func:`scale_by_shampoo`. Which parameter is what is decided
+    by its role; a parameter that no rule covers is refused, and :func:`explain` shows who gets what.
+
+    State: about 24 bytes per parameter; 16 with ``packed=True``. Starting rates: AdamW's.
 
     Args:
       learning_rate: a number or a schedule. With a graft, one that suits the graft.
@@ -302,17 +313,26 @@ def shampoo(
       fallback: the optimizer of all other parameters (norms, biases): complete with its learning rate,
         or AdamW as :class:`ravine.Fallback` has it, by default at the same learning rate.
 
+    Returns:
+      An ``optax.GradientTransformation``; its update needs ``params``.
+
     Raises:
-      ValueError: for values out of range, and at `init` for parameters that no rule covers or that are
-        no matrices but shall be.
+      ValueError: for values out of range, and at `init` for parameters that no rule covers or that were
+        assigned to it but are not matrices.
 
     Source: as :func:`scale_by_shampoo`.
 
     Example:
-      >>> import jax.numpy as jnp, ravine
+      >>> import jax.numpy as jnp, optax, ravine
       >>> params = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
       >>> tx = ravine.shampoo(1e-3, refresh=ravine.Refresh(every=5), weight_decay=0.1)
-      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> state = tx.init(params)
+      >>> for _ in range(3):
+      ...     grads = params  # of half the sum of squares
+      ...     updates, state = tx.update(grads, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> bool(params["dense"]["kernel"].max() < 1)
+      True
     """
     direction = functools.partial(
         scale_by_shampoo,

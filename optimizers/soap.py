@@ -203,6 +203,21 @@ def soap(
 ) -> optax.GradientTransformation:
     r"""SOAP for matrices, embeddings and heads, another optimizer for everything else.
 
+    For large batches, costly steps and memory to spare: Adam, run in the eigenbasis of Shampoo's
+    factors.
+
+    .. math::
+        L_t &= \beta_2 L_{t-1} + (1 - \beta_2) G_t G_t^\top, \qquad
+        R_t = \beta_2 R_{t-1} + (1 - \beta_2) G_t^\top G_t \\
+        \theta_t &= \theta_{t-1} - \eta_t \, \bigl( Q_L \operatorname{Adam}(Q_L^\top G_t Q_R) Q_R^\top
+            + \lambda \theta_{t-1} \bigr)
+
+    with the eigenbases :math:`Q_L` of L and :math:`Q_R` of R, refreshed by a QR step every ten steps.
+    The whole of it is in :func:`scale_by_soap`. The first step sets the bases and moves nothing.
+
+    State: 8 bytes per parameter and 8 per element of a factor: 27 bytes per parameter for GPT-2, 15
+    for LLaMA-2 7B, whose longest axes get no factor. Starting rates: 3e-3, the authors', or AdamW's.
+
     Args:
       learning_rate: a number or a schedule.
       b1, b2, eps, shampoo_b2, refresh, blocks, mu_dtype, nu_dtype: as for
@@ -214,17 +229,26 @@ def soap(
       fallback: the optimizer of all other parameters: complete with its learning rate, or AdamW as
         :class:`ravine.Fallback` has it, by default at the same learning rate.
 
+    Returns:
+      An ``optax.GradientTransformation``; its update needs ``params``.
+
     Raises:
-      ValueError: for values out of range, and at `init` for parameters that no rule covers or that are
-        no matrices but shall be.
+      ValueError: for values out of range, and at `init` for parameters that no rule covers or that were
+        assigned to it but are not matrices.
 
     Source: as :func:`scale_by_soap`.
 
     Example:
-      >>> import jax.numpy as jnp, ravine
+      >>> import jax.numpy as jnp, optax, ravine
       >>> params = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
       >>> tx = ravine.soap(3e-3, refresh=ravine.Refresh(every=5))
-      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> state = tx.init(params)
+      >>> for _ in range(3):
+      ...     grads = params  # of half the sum of squares
+      ...     updates, state = tx.update(grads, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> bool(params["dense"]["kernel"].max() < 1)
+      True
     """
     direction = functools.partial(
         scale_by_soap,
