@@ -79,7 +79,7 @@ def is_summable(squares: jax.Array) -> jax.Array:
 
     The one rule for what is fit to enter a moment: in float32 up to a norm of 1.3e19. What is not
     finite breaks it, and so does what is finite but whose square is not, which would make a second
-    moment infinite, and every step zero, for ever.
+    moment infinite, and every step zero, forever.
     """
     return jnp.isfinite(2 * squares)
 
@@ -90,7 +90,7 @@ def is_usable(x: jax.Array) -> jax.Array:
 
 
 def sign(x: jax.Array) -> jax.Array:
-    """The sign, but infinity stays infinite: an overflow shall not pass for a step like any other."""
+    """The sign, but infinity stays infinite: an overflow must not pass for a step like any other."""
     return jnp.where(jnp.isfinite(x), jax.lax.sign(x), x)
 
 

@@ -43,7 +43,7 @@ def _is_readable(value: jax.Array) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value as messages show it: on one line, and not for ever."""
+    """A value as messages show it: on one line, and not forever."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
 

@@ -64,7 +64,7 @@ def scale_by_adam(
         moving once its increments fall below half a unit in the last place.
 
     What is not finite shows in the updates and stays in the moments. An element above 1.8e19 makes its
-    second moment infinite, and its steps zero for ever; below, the moment forgets at the rate `b2`. Put
+    second moment infinite, and its steps zero forever; below, the moment forgets at the rate `b2`. Put
     :func:`ravine.stability.finite_gate` or :func:`ravine.stability.skip_step` around the chain.
 
     Raises:

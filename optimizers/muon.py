@@ -76,7 +76,7 @@ def scale_by_muon(
       max_elements: bound on the elements worked on at once, see ``matrix/batch/batches.py``.
 
     Raises:
-      ValueError: for values out of range, or at `init` for a leaf that is no matrix.
+      ValueError: for values out of range, or at `init` for a leaf that is not a matrix.
 
     Source: Jordan, 2024, https://kellerjordan.github.io/posts/muon/; KellerJordan/Muon, ``muon.py``.
 

@@ -143,7 +143,7 @@ def scale_by_sophia(
         def clipped(g: jax.Array, m: jax.Array, h: jax.Array) -> jax.Array:
             below = jnp.maximum(scaled(h), scalar(eps, h.dtype) * scalar(weight, h.dtype))
             ratio = jnp.clip(m / cast(below, m.dtype), -1, 1)
-            # An overflow shall not pass for a step like any other.
+            # An overflow must not pass for a step like any other.
             return cast(jnp.where(jnp.isfinite(m), ratio, m), g.dtype)
 
         wide_nu = jax.tree.map(wide, nu)

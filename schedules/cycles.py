@@ -178,7 +178,7 @@ def cyclic(
     mode: str = "triangular",
     factor: float = 0.9999,
 ) -> Schedule:
-    r"""Triangles between a low and a high value, for ever.
+    r"""Triangles between a low and a high value, forever.
 
     .. math:: v_t = l + (h - l) \, s_t \, \Lambda(t)
 

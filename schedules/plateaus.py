@@ -112,7 +112,7 @@ def infinite_cosine(
     plateau_ratio: float = 0.5,
     decay_steps: int | None = None,
 ) -> Schedule:
-    """A cosine down to a plateau, which can go on for ever, and an exponential anneal off it.
+    """A cosine down to a plateau, which can go on forever, and an exponential anneal off it.
 
     Args:
       peak: the value at count 0.

@@ -97,7 +97,7 @@ def adagc(
 
     In warm-up the whole gradient is clipped to a global norm instead, and :math:`\gamma` is the smallest
     norm that a tensor has had; one of zero does not count, or a tensor behind a head that starts at
-    zero would never move again. A gradient that is not finite passes, and nothing is learnt from it.
+    zero would never move again. A gradient that is not finite passes; the statistics skip it.
 
     Args:
       ratio: :math:`\lambda`, at least 1.

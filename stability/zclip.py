@@ -41,7 +41,7 @@ def zclip(
 
     so the statistics see the clipped norm, and the new mean goes into the new variance. In warm-up only
     :math:`c_{\max}` clips, and mean and variance are those of the norms so far. A gradient that is not
-    finite passes, and nothing is learnt from it.
+    finite passes, and the statistics skip it.
 
     Args:
       z_threshold: :math:`z_0`.

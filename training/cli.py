@@ -116,7 +116,7 @@ def _run(command: str, words: list[str]) -> int:
             import jax
 
             config = _parse(PlanConfig, command, words)
-            # The TPU's compiler is here, but no TPU: JAX shall not look for one.
+            # The TPU's compiler is here, but no TPU: JAX must not look for one.
             jax.config.update("jax_platforms", "cpu")
             plan(config, Console(width=None if sys.stdout.isatty() else 110))
             return 0

@@ -43,7 +43,7 @@ def scale_by_parameter_norm(*, axes: Axes = DEFAULT_AXES) -> optax.GradientTrans
       axes: which axes of a leaf are rows and columns.
 
     Raises:
-      ValueError: for a leaf that is no matrix, or without parameters at the update.
+      ValueError: for a leaf that is not a matrix, or without parameters at the update.
 
     Source: https://arxiv.org/abs/2606.16899.
 
@@ -83,7 +83,7 @@ def keep_parameter_norm(*, axes: Axes = DEFAULT_AXES) -> optax.GradientTransform
       axes: which axes of a leaf are rows and columns.
 
     Raises:
-      ValueError: for a leaf that is no matrix, or without parameters at the update.
+      ValueError: for a leaf that is not a matrix, or without parameters at the update.
 
     Source: https://arxiv.org/abs/2606.16899.
 

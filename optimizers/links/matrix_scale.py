@@ -52,7 +52,7 @@ def scale_by_matrix_shape(
       axes: which axes of a leaf are rows (in) and columns (out).
 
     Raises:
-      ValueError: for an unknown rule, or a leaf that is no matrix.
+      ValueError: for an unknown rule, or a leaf that is not a matrix.
 
     Source: Jordan, ``muon.py``; Liu et al., 2025, https://arxiv.org/abs/2502.16982 (Moonlight);
     Bernstein and Newhouse, 2024, https://arxiv.org/abs/2409.20325 (spectral).

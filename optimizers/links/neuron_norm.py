@@ -79,7 +79,7 @@ def scale_by_neuron_rms(
       nu_dtype: dtype of the moments; by default at least float32.
 
     Raises:
-      ValueError: for values out of range, or a leaf that is no matrix.
+      ValueError: for values out of range, or a leaf that is not a matrix.
 
     Source: Li et al., 2025, https://arxiv.org/abs/2510.05491; zichongli5/NorMuon, ``normuon.py``.
 
@@ -186,7 +186,7 @@ def equilibrate(
       axes: which axes of a leaf are rows (in) and columns (out).
 
     Raises:
-      ValueError: for other neurons, or a leaf that is no matrix.
+      ValueError: for other neurons, or a leaf that is not a matrix.
 
     Source: https://arxiv.org/abs/2603.28254.
 
@@ -219,7 +219,7 @@ def renormalize(
       axes: which axes of a leaf are rows and columns.
 
     Raises:
-      ValueError: for an `rms` that is negative or not finite, or a leaf that is no matrix.
+      ValueError: for an `rms` that is negative or not finite, or a leaf that is not a matrix.
 
     Example:
       >>> import jax.numpy as jnp, ravine

@@ -34,7 +34,7 @@ def orthogonalize(
         takes 2**21 on CPU and 2**25 elsewhere.
 
     Raises:
-      ValueError: at `init` or the update for a leaf that is no matrix, with its path and shape.
+      ValueError: at `init` or the update for a leaf that is not a matrix, with its path and shape.
 
     Source: Jordan, 2024, https://kellerjordan.github.io/posts/muon/.
 

@@ -75,7 +75,7 @@ def polar_express(
 
     Args:
       steps: how many, at least 1.
-      lower: :math:`\ell` in (0, 1), the smallest singular value that shall come near 1.
+      lower: :math:`\ell` in (0, 1), the smallest singular value that must come near 1.
       safety: :math:`s`, not negative.
       cushion: relative lower end of each interval, in (0, 1).
 
@@ -154,7 +154,7 @@ def named_coefficients(preset: str, steps: int, lower: float = 1e-3) -> Steps:
     Args:
       preset: one of `PRESETS`.
       steps: how many.
-      lower: for ``polar_express``, the smallest singular value that shall come near 1.
+      lower: for ``polar_express``, the smallest singular value that must come near 1.
 
     Raises:
       ValueError: for an unknown preset or a number of steps it does not allow.

@@ -5,7 +5,7 @@ under an `Explicit` mesh they raise (jax #33230); `per_shard` is where optimizer
 
 On CPU the matrices go to LAPACK one by one. Given a batch, jaxlib (0.10 to 0.12) deals it to XLA's
 thread pool and waits inside that same pool: as many such calls at once as there are threads, from two
-independent places of a program or from two devices, wait for each other for ever.
+independent places of a program or from two devices, wait for each other forever.
 """
 
 from collections.abc import Callable

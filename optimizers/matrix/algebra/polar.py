@@ -41,9 +41,9 @@ class NewtonSchulz:
 
     Attributes:
       coefficients: a preset (``"keller"``, ``"quintic"``, ``"polar_express"``, ``"cubic"``) or a
-        tuple of :math:`(a, b, c)`, one a step.
+        tuple of :math:`(a, b, c)`, one per step.
       steps: how many, for a preset.
-      lower: for ``"polar_express"``, the smallest singular value that shall come near one.
+      lower: for ``"polar_express"``, the smallest singular value that must come near one.
       dtype: of the products' inputs: float32, bfloat16 or float16, by name or as ``jnp.bfloat16``;
         kept by name. Norms and sums are float32 in any case.
       form: ``"standard"``, ``"gram"``, or ``"auto"`` for the one that multiplies less; in bfloat16

@@ -265,7 +265,7 @@ class CoupledNewtonSchulz:
 
     Attributes:
       steps: products are 3 a step.
-      lower: the smallest eigenvalue, relative to the largest, that shall come near one.
+      lower: the smallest eigenvalue, relative to the largest, that must come near one.
 
     Source: the coefficients are those of CANS, Grishina et al., 2025, https://arxiv.org/abs/2506.10935.
     """

@@ -67,7 +67,7 @@ def safe_divide(x: jax.Array, by: jax.Array) -> jax.Array:
 
 
 def no_state(axes: Axes) -> Callable[[optax.Params], optax.EmptyState]:
-    """The `init` of what keeps no state but refuses leaves that are no matrices."""
+    """The `init` of what keeps no state but refuses leaves that are not matrices."""
 
     def init(params: optax.Params) -> optax.EmptyState:
         layouts_of(params, axes)
