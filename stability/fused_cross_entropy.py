@@ -133,15 +133,15 @@ def fused_cross_entropy(
     check_whole(1, chunk=chunk)
     check_labels(labels, classes, weights)
 
+    token_axes = (token_axes,) if isinstance(token_axes, str) else tuple(token_axes)
     dtype = wide_dtype(hidden.dtype)
     weights = jnp.ones(shape, dtype) if weights is None else jnp.asarray(weights).astype(dtype)
     counted = weights != 0
     flat = (
         jnp.where(counted[..., None], hidden, 0).reshape(tokens, width),
         jnp.where(counted, labels, 0).reshape(tokens),
-        weights.reshape(tokens),
+        _varying(weights.reshape(tokens), token_axes),
     )
-    token_axes = (token_axes,) if isinstance(token_axes, str) else tuple(token_axes)
     hidden_axes = () if vocabulary_axis is None else (vocabulary_axis,)
     # What is the same on all devices is made theirs alone, so that its gradient is summed up, once.
     flat_hidden = _varying(flat[0], hidden_axes)

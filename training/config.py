@@ -3,11 +3,13 @@
 import dataclasses
 import math
 from pathlib import Path
+from typing import Literal
 
 import optax
 
 from .. import schedules
 from .identity import LATER
+from .loss import LARGE
 from .model import ModelConfig
 from .rollback import RollbackPolicy
 
@@ -50,6 +52,8 @@ class RunConfig:
     z_loss: float = 0.0
     """Coefficient of the z-loss, which the training loss includes and the held-out loss does not.
     PaLM takes 1e-4."""
+    loss: Literal["auto", "plain", "fused"] = dataclasses.field(default="auto", metadata=LATER)
+    """Fused never holds logits, which monitors need; auto takes it for vocabularies above 8192."""
     weight_decay: float | None = None
     """Share of every matrix that a step at the peak learning rate removes: the coefficient handed to
     the optimizer is this divided by its learning rate. By default what was tuned, else 3e-4."""
@@ -94,6 +98,10 @@ class RunConfig:
                 raise ValueError(f"{name} must be finite and not negative, got {value}.")
         schedules.parse_options(self.schedule, self.schedule_options)
         self.rollback_policy()
+        if self.loss == "fused" and self.monitor_every:
+            raise ValueError(
+                "monitors need logits, which a fused loss never holds; take --loss plain."
+            )
         if self.qk_clip and self.model.qk_norm:
             raise ValueError(
                 "qk_clip does nothing under the model's qk_norm; switch one of them off."
@@ -105,6 +113,12 @@ class RunConfig:
                 f"steps {self.steps} is more than the {self.schedule_steps} updates the schedule "
                 "covers; raise --schedule-steps or lower --steps."
             )
+
+    @property
+    def fused(self) -> bool:
+        """Whether the loss never holds logits."""
+        large = self.model.vocabulary > LARGE and not self.monitor_every
+        return self.loss == "fused" or (self.loss == "auto" and large)
 
     @property
     def horizon(self) -> int:

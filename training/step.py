@@ -21,6 +21,7 @@ from ..stability import (
     token_mean,
 )
 from .gradients import micro_batch_value_and_grad
+from .loss import fused_loss
 from .model import ModelConfig, Transformer
 from .sharding import parameter_shardings
 
@@ -35,8 +36,10 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
-def loss_of(model: Transformer, batch: Batch) -> jax.Array:
+def loss_of(model: Transformer, batch: Batch, fused: bool = False) -> jax.Array:
     """Mean next-token loss of a batch, in nats."""
+    if fused:
+        return _fused(model, model.hidden(batch[:, :-1])[0], batch[:, 1:])
     return next_token_loss(model(batch[:, :-1]), batch[:, 1:])
 
 
@@ -102,20 +105,26 @@ def init_sharded(
     return model_graph(config), state
 
 
-def make_loss(graphdef: nnx.GraphDef) -> Callable[[Any, Batch], jax.Array]:
-    """`loss(params, batch)`, pure."""
-    return lambda params, batch: loss_of(nnx.merge(graphdef, params), batch)
+def make_loss(graphdef: nnx.GraphDef, fused: bool = False) -> Callable[[Any, Batch], jax.Array]:
+    """`loss(params, batch)`, pure; `fused` holds no logits, see `ravine.training.loss`."""
+    return lambda params, batch: loss_of(nnx.merge(graphdef, params), batch, fused)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def mean_loss(graphdef: nnx.GraphDef, params: Any, batches_NxBxT1: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def mean_loss(
+    graphdef: nnx.GraphDef, params: Any, batches_NxBxT1: jax.Array, fused: bool = False
+) -> jax.Array:
     """Mean loss over several batches, one after the other."""
-    loss = make_loss(graphdef)
+    loss = make_loss(graphdef, fused)
     return jnp.mean(jax.lax.map(lambda batch: loss(params, batch), batches_NxBxT1))
 
 
 def _trained_loss(
-    graphdef: nnx.GraphDef, z_loss: float, sampled: jax.Array | None, attention_logits: bool
+    graphdef: nnx.GraphDef,
+    z_loss: float,
+    sampled: jax.Array | None,
+    attention_logits: bool,
+    fused: bool,
 ) -> Callable[[Any, Batch], tuple[jax.Array, Any]]:
     """`loss(params, batch)` with the z-loss; and largest attention logits `[L, H]`, and what logits say.
 
@@ -126,12 +135,21 @@ def _trained_loss(
     def loss(params: Any, batch: Batch) -> tuple[jax.Array, Any]:
         model = nnx.merge(graphdef, params)
         hidden, highest_LxH = model.hidden(batch[:, :-1], measured=attention_logits)
+        if fused:
+            return _fused(model, hidden, batch[:, 1:], z_loss), (highest_LxH, {})
         logits = model.logits(hidden)
         parts = cross_entropy(logits, batch[:, 1:], z_loss=z_loss)
         said = {} if sampled is None else logit_statistics(logits, sampled=sampled)
         return token_mean(parts.loss + parts.z_loss), (highest_LxH, said)
 
     return loss
+
+
+def _fused(
+    model: Transformer, hidden: jax.Array, targets: jax.Array, z_loss: float = 0.0
+) -> jax.Array:
+    kernel, cap = model.head.kernel[...], model.config.final_soft_cap
+    return fused_loss(hidden, kernel, targets, z_loss=z_loss, cap=cap)[0].astype(jnp.float32)
 
 
 MEASURED = ("entropy", "log_normalizer", "max_attention_logit", "max_logit")
@@ -156,20 +174,29 @@ def make_train_step(
     z_loss: float = 0.0,
     monitor_every: int = 0,
     attention_logits: bool = True,
+    fused: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """`step(state, batch) -> state, metrics`: jit it with ``donate_argnums=0``.
 
     Optimizers that take ``curvature=``, as Sophia, are given the Gauss-Newton-Bartlett estimator on the
     first of the micro-batches; all are given ``loss=``, as guards need it, and, with `attention_logits`,
     ``max_logits=``, as QK-clip does. With `monitor_every`, the optimizer is to be one `with_monitors` of
-    that period, which is given `MEASURED`.
+    that period, which is given `MEASURED`. `fused` takes the loss without holding logits, which monitors
+    need.
+
+    Raises:
+      ValueError: for a fused loss with monitors.
     """
+    if fused and monitor_every:
+        raise ValueError(
+            "monitors look at logits, which the fused loss never holds; take one of them."
+        )
     attention_logits = attention_logits or bool(monitor_every)
     tx = optax.with_extra_args_support(tx)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         sampled = state.step % monitor_every == 0 if monitor_every else None
-        trained = _trained_loss(graphdef, z_loss, sampled, attention_logits)
+        trained = _trained_loss(graphdef, z_loss, sampled, attention_logits, fused)
         loss_and_grads = micro_batch_value_and_grad(trained, micro_batches, has_aux=True)
         (loss, (highest_NxLxH, said)), grads = loss_and_grads(state.params, batch)
         inputs = batch[::micro_batches, :-1]

@@ -125,6 +125,7 @@ def _train(
             z_loss=run.z_loss,
             monitor_every=run.monitor_every,
             attention_logits=wanted,
+            fused=run.fused,
         )
         step_fn = jax.jit(
             _telling(step, bool(run.monitor_every)),
@@ -187,7 +188,7 @@ def _train(
                     checkpoints.save(state, batches)
                 continue
             if evaluates:
-                loss = float(mean_loss(graphdef, state.params, heldout))
+                loss = float(mean_loss(graphdef, state.params, heldout, run.fused))
                 entry = {"step": done, "seconds": clock.seconds, "heldout_loss": loss}
                 if corpus.bytes_per_token is not None:
                     bits = loss / math.log(2) / corpus.bytes_per_token

@@ -1,0 +1,119 @@
+"""The fused loss in the trainer: the same gradients, and what the compiled step sends."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import ravine
+from ravine.stability import fused_cross_entropy
+from ravine.training import loss as loss_module
+from ravine.training.config import RunConfig
+from ravine.training.model import ModelConfig
+from ravine.training.plan.collectives import collectives
+from ravine.training.sharding import batch_sharding, build_mesh
+from ravine.training.step import (
+    init_params,
+    init_sharded,
+    init_state,
+    make_loss,
+    make_train_step,
+    mean_loss,
+    place,
+)
+
+MODEL = ModelConfig(vocabulary=96, width=16, layers=2, heads=2, context=8, final_soft_cap=5.0)
+
+
+@pytest.fixture(autouse=True)
+def chunked(monkeypatch):
+    """Several chunks of few tokens."""
+    monkeypatch.setattr(loss_module, "chunk_of", lambda columns, backend: 7)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loss_and_gradients_are_those_from_logits(dtype):
+    graphdef, params = init_params(dataclasses.replace(MODEL, dtype=dtype), 0)
+    batch = jax.random.randint(jax.random.key(0), (4, 9), 0, 96)
+    plain, fused = (
+        jax.jit(jax.value_and_grad(make_loss(graphdef, fused)))(params, batch)
+        for fused in (False, True)
+    )
+    tolerance = 1e-5 if dtype == "float32" else 2e-2
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+    jax.tree.map(close, fused, plain)
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=4,tensor=2", "data=2,fsdp=4"])
+def test_steps_on_a_mesh_are_those_of_one_device(mesh):
+    batch = jax.random.randint(jax.random.key(0), (8, 9), 0, 96)
+    ends = []
+    for text, fused in (("data=1", False), (mesh, True)):
+        placed = build_mesh(text, jax.devices()[: 8 if fused else 1])
+        with jax.set_mesh(placed):
+            tx, shardings = place(MODEL, ravine.sgd(0.1), placed)
+            graphdef, state = init_sharded(MODEL, 0, tx, shardings)
+            step = make_train_step(graphdef, tx, z_loss=1e-2, fused=fused)
+            step = jax.jit(step, out_shardings=(shardings, shardings.step))
+            state, metrics = step(state, jax.device_put(batch, batch_sharding(placed, 8)))
+            heldout = jax.device_put(batch[None], batch_sharding(placed, 8, leading=1))
+            after = mean_loss(graphdef, state.params, heldout, fused)
+        ends.append(jax.device_get((state.params, metrics["loss"], after)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), *ends)
+
+
+def compiled(fused_loss, monkeypatch):
+    """What a step of a model with a large head sends, and the bytes of the head's gradient."""
+    model = ModelConfig(vocabulary=16384, width=16, layers=1, heads=2, context=8)
+    monkeypatch.setattr("ravine.training.step.fused_loss", fused_loss)
+    mesh = build_mesh("fsdp=4,tensor=2")
+    tx, shardings = place(model, ravine.sgd(0.1), mesh)
+    with jax.set_mesh(mesh):
+        graphdef, params = jax.eval_shape(lambda: init_params(model, 0))
+        state = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            jax.eval_shape(lambda params: init_state(params, tx), params),
+            shardings,
+        )
+        batch = jax.ShapeDtypeStruct((32, 9), jnp.int32, sharding=batch_sharding(mesh, 32))
+        step = make_train_step(graphdef, tx, fused=True, attention_logits=False)
+        step = jax.jit(step, out_shardings=(shardings, shardings.step))
+        text = step.lower(state, batch).compile().as_text()
+    return [c for c in collectives(text) if c.sent], 4 * 16 * 16384 // 2
+
+
+def test_the_gradient_of_the_head_is_summed_once_and_not_in_every_chunk(monkeypatch):
+    found, whole = compiled(loss_module.fused_loss, monkeypatch)
+    assert max((c.bytes for c in found if c.in_loop), default=0) < whole / 16
+    sums = [c for c in found if c.kind in ("all-reduce", "reduce-scatter") and c.bytes >= whole / 4]
+    assert [c.times for c in sums] == [1]
+    assert (
+        max(c.bytes for c in found) < 1.01 * whole
+    )  # the logits of a device's rows are 4 times that
+
+    def left_alone(hidden, kernel, targets, *, z_loss, cap):
+        return fused_cross_entropy(hidden, kernel, targets, z_loss=z_loss, cap=cap, chunk=7)
+
+    found, whole = compiled(left_alone, monkeypatch)
+    assert max(c.bytes for c in found if c.in_loop) >= whole / 4  # what the wrapper is for
+
+
+@pytest.mark.parametrize(
+    ("options", "fused"),
+    [
+        ({"vocabulary": 8192}, False),
+        ({"vocabulary": 8256}, True),
+        ({"vocabulary": 8256, "loss": "plain"}, False),
+        ({"vocabulary": 8256, "monitor_every": 5}, False),
+        ({"vocabulary": 256, "loss": "fused"}, True),
+    ],
+)
+def test_large_vocabularies_take_it_by_default(options, fused):
+    vocabulary = options.pop("vocabulary")
+    assert RunConfig(model=ModelConfig(vocabulary=vocabulary), **options).fused == fused
+
+
+def test_it_is_refused_with_monitors():
+    with pytest.raises(ValueError, match="take --loss plain"):
+        RunConfig(loss="fused", monitor_every=5)
