@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import jax
+import jupytext
 import nbformat
 import pytest
 import ravine
@@ -58,6 +59,7 @@ def test_runs_and_shows_what_is_committed(path, tmp_path, monkeypatch):
         cell.outputs = []
 
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("RAVINE_SMOKE", "1")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
@@ -89,6 +91,14 @@ def test_outputs_are_clean(path):
             texts += [v for k, v in output.get("data", {}).items() if not k.startswith("image/png")]
             assert not LOCAL_PATH.search("\n".join(map(str, texts)))
     assert not LOCAL_PATH.search(str(notebook.metadata))
+
+
+@every_notebook
+def test_is_its_script_run(path):
+    notebook, script = nbformat.read(path, as_version=4), jupytext.read(path.with_suffix(".py"))
+    assert [(cell.cell_type, cell.source) for cell in notebook.cells] == [
+        (cell.cell_type, cell.source) for cell in script.cells
+    ], f"python notebooks/save.py {path.stem}"
 
 
 @every_notebook
