@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from .chips import CHIPS
+from .chips import CHIPS, Chip
 from .network import Network
 
 TOPOLOGIES = (
@@ -34,8 +34,6 @@ TOPOLOGIES = (
 def mesh_of(topology: str, sizes: Mapping[str, int], slices: int = 1) -> tuple[Mesh, Network]:
     """A mesh with `Explicit` axes over all chips of a topology, and the network between them.
 
-    Axes are laid along dimensions of the torus, as `jax.make_mesh` does.
-
     Args:
       topology: generation and chips of a slice, as v5p:8x8x8; of GPUs their number, as h100:64.
       sizes: of the mesh's axes; with slices, the first is a multiple of their number.
@@ -44,30 +42,44 @@ def mesh_of(topology: str, sizes: Mapping[str, int], slices: int = 1) -> tuple[M
     Raises:
       ValueError: for topologies that are not known, sizes that do not match, or without a compiler.
     """
+    first = next(iter(sizes))
+    if slices < 1 or sizes[first] % slices:
+        raise ValueError(
+            f"{slices} slices must divide the first axis of the mesh, {first}, which has "
+            f"{sizes[first]}; name one first that they divide."
+        )
+    chip, devices = devices_of(topology, slices)
+    if len(devices) != math.prod(sizes.values()):
+        raise ValueError(
+            f"{topology} has {len(devices)} devices, and the mesh {math.prod(sizes.values())}; make "
+            f"the sizes' product {len(devices)}."
+        )
+    return laid_out(chip, devices, sizes, slices)
+
+
+def devices_of(topology: str, slices: int = 1) -> tuple[Chip, list[Any]]:
+    """The chips of a topology that is not there.
+
+    Raises:
+      ValueError: for topologies that are not known, or without a compiler.
+    """
     generation, _, extent = topology.partition(":")
     known = f"known: {', '.join(TOPOLOGIES)}"
     if generation not in CHIPS or not extent:
         raise ValueError(f"unknown topology {topology!r}; {known}.")
-    chip, shape = CHIPS[generation], tuple(sizes.values())
-    if slices < 1 or shape[0] % slices:
-        raise ValueError(
-            f"{slices} slices must divide the first axis of the mesh, {next(iter(sizes))}, which has "
-            f"{shape[0]}; name one first that they divide."
-        )
-    if chip.node:
-        if not extent.isdigit() or int(extent) < 1:
-            raise ValueError(f"unknown topology {topology!r}; give a number of GPUs, as h100:64.")
-        devices = _cpus(int(extent) * slices)
-    else:
-        devices = _tpus(topology, slices, known)
-    if len(devices) != math.prod(shape):
-        raise ValueError(
-            f"{topology} has {len(devices)} devices, and the mesh {math.prod(shape)}; make the sizes' "
-            f"product {len(devices)}."
-        )
-    laid = np.array(devices).reshape(shape)
-    if not chip.node:
-        laid = _laid(devices, shape, slices)
+    if not CHIPS[generation].node:
+        return CHIPS[generation], _tpus(topology, slices, known)
+    if not extent.isdigit() or int(extent) < 1:
+        raise ValueError(f"unknown topology {topology!r}; give a number of GPUs, as h100:64.")
+    return CHIPS[generation], _cpus(int(extent) * slices)
+
+
+def laid_out(
+    chip: Chip, devices: list[Any], sizes: Mapping[str, int], slices: int = 1
+) -> tuple[Mesh, Network]:
+    """Devices as a mesh, its axes along dimensions of the torus as `jax.make_mesh` lays them."""
+    shape = tuple(sizes.values())
+    laid = np.array(devices).reshape(shape) if chip.node else _laid(devices, shape, slices)
     mesh = Mesh(laid, tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes))
     return mesh, Network.of(chip, list(mesh.devices.flat))
 

@@ -29,6 +29,7 @@ from .by_hand import Remat, Work
 from .compile import auto, compiled_train_step, compiled_update, rows_for, trainer_model
 from .cost import Plan, plan_of
 from .devices import mesh_of
+from .find import find_mesh
 from .network import Network
 from .report import to_json
 from .table import Shown, show
@@ -75,6 +76,8 @@ class PlanConfig:
     train_step: bool = False
     """Compile the whole train step, of the trainer's model in these shapes, instead of the
     update."""
+    find_mesh: bool = False
+    """Try all meshes that divide, and plan for the best; --mesh and --micro-batches are not used."""
     json: bool = False
     """Print JSON, for machines."""
 
@@ -102,6 +105,9 @@ def plan(config: PlanConfig, console: Console | None = None) -> list[Plan]:
     shape = _known("model", config.model, PRESETS)
     sizes = mesh_sizes(config.mesh)
     optimizers = {name: _build(name, config.options) for name in config.names}
+    if config.find_mesh:
+        config = find_mesh(config, shape, next(iter(optimizers.values())), console)
+        sizes = mesh_sizes(config.mesh)
     mesh, network = mesh_of(config.topology, sizes, config.slices)
     work = _work(config, shape, mesh)
     program = _program(config, shape, mesh, work)

@@ -1,0 +1,96 @@
+"""``--find-mesh``: the best meshes by hand, printed, and the best of them for a plan."""
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import optax
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ..shapes.shape import ModelShape
+from .by_hand import Work
+from .devices import devices_of, laid_out
+from .search import Candidate, candidates
+from .verdict import readable
+
+if TYPE_CHECKING:
+    from .plan import PlanConfig
+
+SHOWN = 5
+
+
+def find_mesh(
+    config: "PlanConfig",
+    shape: ModelShape,
+    tx: optax.GradientTransformation,
+    console: Console,
+) -> "PlanConfig":
+    """The configuration with the mesh and micro-batches of the fastest step that fits.
+
+    Without a batch, one sequence for each chip.
+
+    Raises:
+      ValueError: if no mesh divides the model and the batch, or the topology is not known.
+    """
+    chip, devices = devices_of(config.topology, config.slices)
+    tokens = config.batch or len(devices) * shape.context
+    if tokens % shape.context:
+        raise ValueError(
+            f"a batch of {tokens} tokens is no multiple of sequences of {shape.context}; give "
+            f"{max(1, round(tokens / shape.context)) * shape.context}."
+        )
+    sizes = {"data": len(devices)}
+    work = Work(shape, sizes, tokens, config.remat, fused_loss=config.fused_loss)
+    params = shape.parameters()
+    ratio = _bytes(jax.eval_shape(tx.init, params)) / _bytes(params)
+    found = candidates(
+        work, ratio, lambda sizes: laid_out(chip, devices, sizes, config.slices)[1], config.slices
+    )
+    if not config.json:
+        fitting = sum(candidate.fits for candidate in found)
+        console.print(
+            f"{len(found)} meshes of {len(devices)} chips divide {config.model} and a step of "
+            f"{tokens:,} tokens; by hand, {fitting} of them fit. The fastest, and those that need least:"
+        )
+        console.print(_table(found))
+    best = found[0]
+    return dataclasses.replace(
+        config,
+        mesh=best.mesh,
+        batch=tokens,
+        micro_batches=best.work.micro_batches,
+        find_mesh=False,
+    )
+
+
+def _table(found: list[Candidate]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("mesh", no_wrap=True)
+    for heading in ("micro-batches", "memory", "fits", "sending ms", "step ms", "tokens/s"):
+        table.add_column(heading, justify="right")
+    least = sorted(found, key=lambda candidate: candidate.memory)
+    shown = list(dict.fromkeys(map(id, found[:SHOWN] + least[: SHOWN // 2])))
+    for candidate in found:
+        if id(candidate) in shown:
+            table.add_row(
+                candidate.mesh,
+                str(candidate.work.micro_batches),
+                readable(candidate.memory),
+                "yes" if candidate.fits else "no",
+                f"{1000 * candidate.sending:,.3g}",
+                f"{1000 * candidate.seconds:,.4g}",
+                f"{candidate.work.tokens / candidate.seconds / 1e3:,.4g}k",
+            )
+    return table
+
+
+def _bytes(tree: object) -> int:
+    return sum(
+        math.prod(x.shape) * jnp.dtype(x.dtype).itemsize
+        for x in jax.tree.leaves(tree)
+        if jnp.issubdtype(x.dtype, jnp.inexact)
+    )

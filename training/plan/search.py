@@ -1,0 +1,120 @@
+"""Which mesh: all that divide a model and its batch, by hand, without compiling any.
+
+Parameters are counted as they would be sharded, the state as so many times the parameters as it has
+over all, activations and communication by `by_hand`, time by `roofline`. Of each mesh, the fewest
+micro-batches are taken with which it fits.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from ..shapes.shape import ModelShape
+from ..sharding import parameter_spec
+from .by_hand import ELEMENT, Work
+from .network import Network
+from .roofline import passed_over, sent_in
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A mesh, and what a step of an element-wise optimizer takes on it."""
+
+    work: Work
+    memory: float
+    """Bytes of one chip."""
+    seconds: float
+    """Of a step."""
+    sending: float
+    """Seconds of the model's communication, hidden or not."""
+    fits: bool
+
+    @property
+    def order(self) -> tuple[bool, float, float, float]:
+        """Those that fit first, then the fastest to three digits, then those that send least."""
+        return not self.fits, float(f"{self.seconds:.3g}"), self.sending, self.memory
+
+    @property
+    def mesh(self) -> str:
+        """As ``--mesh`` takes it, axes of one device left out.
+
+        Example:
+          >>> from ravine.training.plan.by_hand import Work
+          >>> from ravine.training.plan.search import Candidate
+          >>> from ravine.training.shapes.presets import PRESETS
+          >>> work = Work(PRESETS["llama2-7b"], {"data": 1, "fsdp": 8, "tensor": 2}, tokens=8 * 4096)
+          >>> Candidate(work, 0.0, 0.0, 0.0, fits=True).mesh
+          'fsdp=8,tensor=2'
+        """
+        found = [f"{name}={size}" for name, size in self.work.sizes.items() if size > 1]
+        return ",".join(found) or "fsdp=1"
+
+
+def candidates(
+    work: Work, state_ratio: float, network_of: Callable[[Mapping[str, int]], Network], slices: int
+) -> list[Candidate]:
+    """All meshes that divide, in their order.
+
+    Args:
+      work: the model and its batch, on any mesh of as many chips.
+      state_ratio: bytes of the optimizer's state, times those of the parameters.
+      network_of: from sizes of axes to the network.
+      slices: that divide the first axis, data.
+
+    Raises:
+      ValueError: if none divides.
+    """
+    sequences = work.tokens // work.shape.context
+    found = []
+    for sizes in _sizes(work.chips, work.shape, sequences, slices):
+        network = network_of(sizes)
+        placed = dataclasses.replace(work, sizes=sizes, micro_batches=1)
+        found.append(_candidate(placed, state_ratio, network))
+    if not found:
+        raise ValueError(
+            f"no mesh of {work.chips} chips divides the model and its {sequences} sequences; give "
+            f"another --batch, as {work.chips * work.shape.context}."
+        )
+    return sorted(found, key=lambda candidate: candidate.order)
+
+
+def _sizes(chips: int, shape: ModelShape, sequences: int, slices: int) -> Iterator[dict[str, int]]:
+    divisors = [n for n in range(1, chips + 1) if chips % n == 0]
+    for data, tensor in itertools.product(divisors, divisors):
+        if chips % (data * tensor) or data % slices:
+            continue
+        fsdp = chips // (data * tensor)
+        whole = (shape.heads, shape.vocabulary, shape.feed_forward)
+        divides = all(n % tensor == 0 for n in whole) and shape.width % (fsdp * tensor) == 0
+        if divides and sequences % (data * fsdp) == 0:
+            yield {"data": data, "fsdp": fsdp, "tensor": tensor}
+
+
+def _candidate(work: Work, state_ratio: float, network: Network) -> Candidate:
+    sizes = dict(work.sizes)
+    parameters = sum(
+        ELEMENT * math.prod(x.shape) // _parts(parameter_spec(name, x.shape, sizes), sizes)
+        for name, x in work.shape.parameters().items()
+    )
+    state = state_ratio * parameters
+    rows = round(work.rows / work.shape.context)
+    counts = [n for n in range(1, rows + 1) if rows % n == 0]
+    tried = [dataclasses.replace(work, micro_batches=count) for count in counts]
+    needs = [
+        2 * parameters + one.accumulators(parameters) + state + sum(one.activations().values())
+        for one in tried
+    ]
+    best = next((at for at, need in enumerate(needs) if need <= network.chip.memory), -1)
+    work, memory = tried[best], needs[best]
+    model = work.operations() / network.chip.products["bfloat16"]
+    sending = sent_in(network, work.exchanges())
+    exposed = max(0.0, sending - model)
+    update = passed_over(network, parameters, parameters, round(state))
+    fits = memory <= network.chip.memory
+    return Candidate(work, memory, update + model + exposed, sending, fits)
+
+
+def _parts(spec: Iterable[Any], sizes: Mapping[str, int]) -> int:
+    return math.prod(sizes[axis] for axis in spec if axis is not None)
