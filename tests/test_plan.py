@@ -175,7 +175,8 @@ def test_a_train_step_that_is_compiled_here():
     mesh = jax.make_mesh((2, 2, 2), names, axis_types=(jax.sharding.AxisType.Auto,) * 3)
     model = ModelConfig(vocabulary=64, context=8, width=16, layers=2, heads=2, remat=True)
     with jax.numpy_dtype_promotion("standard"):
-        found = plan_of("adamw", compiled_train_step(model, ravine.adamw(0.1), mesh, 4), mesh)
+        compiled = compiled_train_step(model, ravine.adamw(0.1), mesh, 8, 2, fused=True)
+        found = plan_of("adamw", compiled, mesh)
     # Matrices are in four parts, two bytes an element, and Adam keeps eight.
     assert 3.9 <= found.state / found.parameters <= 4.1
     assert {c.kind for c in found.collectives} >= {"all-reduce", "all-gather"}

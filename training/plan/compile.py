@@ -57,6 +57,8 @@ def compiled_train_step(
     mesh: Mesh,
     batch_size: int,
     micro_batches: int = 1,
+    *,
+    fused: bool = False,
 ) -> Compiled:
     """The trainer's step, forwards, backwards and update, its parameters in bfloat16.
 
@@ -66,6 +68,7 @@ def compiled_train_step(
       mesh: with `Auto` axes, as the trainer's.
       batch_size: sequences a step, over all devices.
       micro_batches: parts of it, worked on one after the other.
+      fused: takes the loss without all logits at once.
 
     Raises:
       ValueError: for what the mesh does not divide.
@@ -78,7 +81,7 @@ def compiled_train_step(
         batch = jax.ShapeDtypeStruct((batch_size, config.context + 1), jnp.int32, sharding=rows)
         metrics = NamedSharding(mesh, PartitionSpec())
         step = jax.jit(
-            make_train_step(model_graph(config), tx, micro_batches),
+            make_train_step(model_graph(config), tx, micro_batches, fused=fused),
             donate_argnums=0,
             out_shardings=(shardings, metrics),
         )

@@ -166,15 +166,17 @@ def _program(config: PlanConfig, shape: ModelShape, mesh: Mesh, work: Work) -> A
         return lambda tx: compiled_update(tx, params, mesh)
     if config.layers_only:
         raise ValueError("a train step needs all of the model; leave out --layers-only.")
-    if config.remat == "products" or config.fused_loss:
+    if config.remat == "products":
         raise ValueError(
-            "the trainer's model recomputes layers or nothing, and has no fused loss; leave out "
-            "--train-step, or --remat products and --fused-loss."
+            "the trainer's model recomputes layers or nothing; leave out --train-step, or --remat "
+            "products."
         )
     model, over = trainer_model(config.model, shape), auto(mesh)
     model = dataclasses.replace(model, remat=config.remat == "full")
     rows = work.tokens // model.context
-    return lambda tx: compiled_train_step(model, tx, over, rows, config.micro_batches)
+    return lambda tx: compiled_train_step(
+        model, tx, over, rows, config.micro_batches, fused=config.fused_loss
+    )
 
 
 def _build(name: str, options: str) -> optax.GradientTransformation:
