@@ -21,6 +21,7 @@ from ravine.training.plan.compile import (
 )
 from ravine.training.plan.cost import Plan, plan_of
 from ravine.training.plan.flops import arithmetic
+from ravine.training.plan.plan import PlanConfig
 from ravine.training.plan.verdict import verdict
 from ravine.training.shapes.presets import PRESETS
 from ravine.training.sharding import mesh_sizes, parameter_spec, sharded_parameters
@@ -212,9 +213,22 @@ def test_a_plan_for_gpus_is_printed(capsys):
     assert main(["plan", *GPUS, "--compare", "muon,adamw"]) == 0
     printed = capsys.readouterr().out
     assert "No compiler for GPUs is at hand" in printed
-    assert "adamw: fits in 80 GB" in printed
+    assert "muon: not the library's defaults" in printed
+    assert printed.index(" adamw ") < printed.index(" muon ")  # the faster one first
+    assert main(["plan", *GPUS, "--optimizer", "muon"]) == 0
+    printed = capsys.readouterr().out
+    assert "muon: fits in 80 GB" in printed
     assert "muon: 4 all-to-all sending" in printed
-    assert printed.index("adamw") < printed.index("muon")  # the faster one first
+
+
+def test_every_registered_optimizer_is_one_of_all():
+    assert PlanConfig(compare="all").names == ravine.names()
+
+
+@pytest.mark.parametrize("name", ["sophia_g", "mars", "schedule_free_adamw"])
+def test_what_needs_more_than_gradients_is_planned(name, capsys):
+    assert main(["plan", *GPUS, "--optimizer", name]) == 0
+    assert f"{name}: fits in 80 GB" in capsys.readouterr().out
 
 
 def test_json_has_what_is_printed(capsys):

@@ -41,8 +41,12 @@ def compiled_update(tx: optax.GradientTransformation, params: Any, mesh: Mesh) -
     with jax.set_mesh(mesh):
         state = with_shardings(jax.eval_shape(tx.init, params), state_shardings(tx, params))
 
+        whole = optax.with_extra_args_support(tx)
+
         def update(grads: Any, state: Any, params: Any) -> Any:
-            updates, state = tx.update(grads, state, params)
+            # Sophia's estimate of the curvature is a pass through the model, which is not here.
+            extra: dict[str, Any] = {"curvature": lambda params, key: grads}
+            updates, state = whole.update(grads, state, params, **extra)
             return jax.tree.map(lambda p, u: p + u.astype(p.dtype), params, updates), state
 
         traced = jax.jit(update, donate_argnums=(1, 2)).trace(params, state, params)

@@ -15,7 +15,7 @@ from ..shapes.shape import ModelShape
 from .by_hand import Work
 from .devices import devices_of, laid_out
 from .search import Candidate, candidates
-from .verdict import readable
+from .verdict import readable, thousands
 
 if TYPE_CHECKING:
     from .plan import PlanConfig
@@ -83,7 +83,7 @@ def _table(found: list[Candidate]) -> Table:
                 "yes" if candidate.fits else "no",
                 f"{1000 * candidate.sending:,.3g}",
                 f"{1000 * candidate.seconds:,.4g}",
-                f"{candidate.work.tokens / candidate.seconds / 1e3:,.4g}k",
+                thousands(candidate.work.tokens / candidate.seconds),
             )
     return table
 

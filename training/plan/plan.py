@@ -38,7 +38,7 @@ from .verdict import spare
 ALIGNED = {"blocks": Blocks(size=128, vocabulary=65_536)}
 POLAR = {"polar": NewtonSchulz(dtype="bfloat16", halvings=0)}
 OPTIONS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("shampoo", "soap", "kl_shampoo"), ALIGNED),
+    **dict.fromkeys(("shampoo", "soap", "soap_muon", "kl_shampoo"), ALIGNED),
     **dict.fromkeys(("muon", "normuon", "adamuon"), POLAR),
 }
 """What differs from the defaults: blocks that shards of large matrices do not cross, and products

@@ -13,7 +13,7 @@ from .chips import DECOMPOSITIONS
 from .cost import Plan
 from .network import Network
 from .roofline import ASSUMPTIONS
-from .verdict import readable, spare, verdict
+from .verdict import readable, spare, thousands, verdict
 
 if TYPE_CHECKING:
     from .plan import PlanConfig
@@ -42,11 +42,13 @@ def show(made: Shown, plans: list[Plan], console: Console) -> None:
         "numbers are per chip"
     )
     done = [found for found in plans if not found.refused]
-    if done:
+    if done and config.compare:
+        console.print(_compared(made, done))
+    elif done:
         console.print(_memory(made, done))
         console.print(_time(done))
     for found in plans:
-        for line in _lines(made, found):
+        for line in _short(made, found) if config.compare else _lines(made, found):
             console.print(line)
     again = {"full": "with layers recomputed", "products": "with products kept", "none": "as it is"}
     console.print(ASSUMPTIONS.format(remat=again[config.remat], decompositions=DECOMPOSITIONS))
@@ -55,6 +57,26 @@ def show(made: Shown, plans: list[Plan], console: Console) -> None:
             "No compiler for GPUs is at hand: temporaries and collectives are those that XLA for CPU "
             "makes of as many devices."
         )
+
+
+def _compared(made: Shown, plans: list[Plan]) -> Table:
+    """One table for many."""
+    table = _table(
+        *("state", "sum", "fits", "GFLOP", "sent", "update", "sending", "at times"),
+        *("step ms", "opt.", "tokens/s", "MFU"),
+    )
+    for found in plans:
+        e = found.estimate
+        table.add_row(
+            found.optimizer,
+            *map(readable, (found.state, found.memory)),
+            "yes" if spare(found, made.network.chip) >= 0 else "no",
+            f"{found.arithmetic.always / 1e9:,.0f}",
+            readable(found.sent),
+            *(_milliseconds(x) for x in (e.update, e.exchanges, e.at_times, e.step)),
+            *(f"{e.share:.1%}", thousands(e.tokens_per_second), f"{e.mfu:.0%}"),
+        )
+    return table
 
 
 def _memory(made: Shown, plans: list[Plan]) -> Table:
@@ -85,9 +107,7 @@ def _time(plans: list[Plan]) -> Table:
             *(f"{x / 1e9:,.0f}" for x in (found.arithmetic.always, found.arithmetic.sometimes)),
             readable(found.sent),
             *(_milliseconds(x) for x in parts),
-            f"{e.share:.1%}",
-            f"{e.tokens_per_second / 1e3:,.4g}k",
-            f"{e.mfu:.0%}",
+            *(f"{e.share:.1%}", thousands(e.tokens_per_second), f"{e.mfu:.0%}"),
         )
     return table
 
@@ -98,6 +118,15 @@ def _table(*headings: str) -> Table:
     for heading in headings:
         table.add_column(heading, justify="right")
     return table
+
+
+def _short(made: Shown, found: Plan) -> list[str]:
+    """What a row of the common table leaves out: why one does not fit, and what differs."""
+    said = _lines(made, found)
+    if not found.refused and spare(found, made.network.chip) >= 0:
+        said = said[1:]
+    about = ("does not fit", "not the library's", "without", "leaves out", "on the host")
+    return [line for line in said if found.refused or any(word in line for word in about)]
 
 
 def _lines(made: Shown, found: Plan) -> list[str]:
@@ -117,6 +146,10 @@ def _lines(made: Shown, found: Plan) -> list[str]:
     if assumed := made.assumed.get(name):
         options = json.dumps({k: _plain(v) for k, v in assumed.items()})
         lines.append(f"{name}: not the library's defaults, but {options}")
+    if name.startswith("sophia") and not made.config.train_step:
+        lines.append(
+            f"{name}: without its estimate of the curvature, a pass through the model at times"
+        )
     if found.arithmetic.uncounted:
         names = ", ".join(sorted(found.arithmetic.uncounted))
         lines.append(f"{name}: GFLOP leaves out what is not counted: {names}")
@@ -150,10 +183,10 @@ def _milliseconds(seconds: float) -> str:
     """Three digits.
 
     Example:
-      >>> _milliseconds(0.0123), _milliseconds(1.5), _milliseconds(0)
-      ('12.3', '1,500', '0')
+      >>> _milliseconds(0.0123), _milliseconds(1.5), _milliseconds(0), _milliseconds(1e-6)
+      ('12.3', '1,500', '0', '<0.01')
     """
     value = 1000 * seconds
-    if value == 0:
-        return "0"
+    if value < 0.01:
+        return "<0.01" if value else "0"
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

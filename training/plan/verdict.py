@@ -65,3 +65,13 @@ def readable(size: float) -> str:
     if size == 0:
         return "0"
     return f"{size / 1e9:.2f} GB" if abs(size) >= 1e8 else f"{size / 1e6:.2f} MB"
+
+
+def thousands(number: float) -> str:
+    """Four digits.
+
+    Example:
+      >>> thousands(411_400), thousands(12_345_678)
+      ('411.4k', '12.35M')
+    """
+    return f"{number / 1e6:,.4g}M" if number >= 1e6 else f"{number / 1e3:,.4g}k"
