@@ -75,7 +75,9 @@ def _main(words: list[str]) -> int:
 
 def _help() -> str:
     lines = [f"  {name:<12}{what}" for name, what in COMMANDS.items()]
-    last = "ravine COMMAND --help lists its flags with their defaults; ravine --version."
+    last = """ravine COMMAND --help lists its flags with their defaults; ravine --version.
+ravine COMMAND ... --print-config prints the configuration as JSON and does nothing else;
+ravine COMMAND --config FILE ... starts from one, JSON, TOML or a race.json; flags override it."""
     return "\n".join(
         ["usage: ravine COMMAND [FLAGS]    (or python -m ravine)", "", *lines, "", last]
     )
@@ -88,6 +90,7 @@ def _run(command: str, words: list[str]) -> int:
         from .compare.race import RaceConfig, race
         from .compare.speedup import SpeedupConfig, speedup
         from .compare.sweep import SweepConfig, sweep
+        from .config_file import printed
         from .plan.plan import PlanConfig, plan
         from .run.outcome import RunFailed
         from .shapes.table import PresetsConfig, show_presets
@@ -96,15 +99,21 @@ def _run(command: str, words: list[str]) -> int:
     try:
         from rich.console import Console
 
-        if command == "presets":
-            config = _parse(PresetsConfig, command, words)
-            show_presets(config, Console(width=None if sys.stdout.isatty() else 120))
-            return 0
         measurements: dict[str, tuple[Any, Any]] = {
             "batch-size": (BatchSizeConfig, measure_batch_size),
             "speedup": (SpeedupConfig, speedup),
             "sweep": (SweepConfig, sweep),
         }
+        if "--print-config" in words:
+            kinds = {name: kind for name, (kind, _) in measurements.items()}
+            kinds |= {"presets": PresetsConfig, "plan": PlanConfig, "race": RaceConfig}
+            words = [word for word in words if word != "--print-config"]
+            print(printed(_parse(kinds[command], command, words)))
+            return 0
+        if command == "presets":
+            config = _parse(PresetsConfig, command, words)
+            show_presets(config, Console(width=None if sys.stdout.isatty() else 120))
+            return 0
         if command in measurements:
             kind, act = measurements[command]
             out: Any = Output()
@@ -135,6 +144,10 @@ def _run(command: str, words: list[str]) -> int:
 def _parse(config: Any, command: str, words: list[str]) -> Any:
     import tyro
 
+    from .config_file import read_config
+
+    file, words = _config_file(words)
+    base = {} if file is None else {"default": read_config(file, config())}
     complaint = io.StringIO()
     paths = tyro.constructors.ConstructorRegistry()
 
@@ -158,11 +171,26 @@ def _parse(config: Any, command: str, words: list[str]) -> Any:
                 args=words,
                 config=(tyro.conf.OmitArgPrefixes,),
                 registry=paths,
+                **base,
             )
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
         raise ValueError(_one_line(complaint.getvalue())) from None
+
+
+def _config_file(words: list[str]) -> tuple[Path | None, list[str]]:
+    """The file that `--config` names, and the other words."""
+    file, rest, given = None, [], iter(words)
+    for word in given:
+        flag, equals, value = word.partition("=")
+        if flag != "--config":
+            rest.append(word)
+            continue
+        if file is not None:
+            raise ValueError("--config is given twice; name one file.")
+        file = _path(value if equals else next(given, ""))
+    return file, rest
 
 
 def _path(text: str) -> Path:

@@ -22,6 +22,8 @@ class RunConfig:
     """Updates made."""
     batch_size: int = 16
     """Sequences a step, over all hosts."""
+    micro_batches: int = dataclasses.field(default=1, metadata=LATER)
+    """Parts of a batch whose gradients are added up one after the other, in the memory of one."""
     schedule: str = "cosine"
     """Name of the schedule, any of ravine.schedules.schedule_names()."""
     schedule_options: str = ""
@@ -78,7 +80,8 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "eval_every", "eval_batches", "log_every"):
+        counts = ("steps", "batch_size", "eval_every", "eval_batches", "log_every", "micro_batches")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         whole = ("schedule_steps", "warmup_steps", "checkpoint_every", "monitor_every", "seed")

@@ -122,6 +122,7 @@ def _train(
         step = make_train_step(
             graphdef,
             tx,
+            run.micro_batches,
             z_loss=run.z_loss,
             monitor_every=run.monitor_every,
             attention_logits=wanted,

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
 import optax
 
+from ...core.checks import near
 from ...optimizers.registry import OptimizerConfig
 from ...optimizers.roles import RAVINE_RULES, mask_by_role
 from ...stability import clip_by_global_norm, qk_clip, skip_step, with_monitors
@@ -84,20 +86,28 @@ def tuned_table() -> dict[str, Any]:
     return json.loads(text)
 
 
-def line_up(names: str, learning_rates: str = "") -> tuple[Entrant, ...]:
+def line_up(
+    names: str, learning_rates: str = "", hyperparameters: Sequence[str] = ()
+) -> tuple[Entrant, ...]:
     """Entrants from the command line's words.
 
     Args:
       names: registered names, separated by commas.
       learning_rates: ``name=value`` pairs, separated by commas, that replace tuned values.
+      hyperparameters: ``name.hyperparameter=value`` each, nested ones with more points, which replace
+        tuned values and defaults; values as in JSON, other words are texts.
 
     Raises:
-      ValueError: for unknown or repeated names, or learning rates that are not positive and finite.
+      ValueError: for unknown or repeated names, learning rates that are not positive and finite, or
+        hyperparameters that do not exist or cannot be.
 
     Example:
       >>> from ravine.training.compare.entrants import line_up
       >>> [entrant.learning_rate for entrant in line_up("adamw,lion", "adamw=0.5,lion=0.25")]
       [0.5, 0.25]
+      >>> (entrant,) = line_up("shampoo", hyperparameters=["shampoo.refresh.every=20"])
+      >>> entrant.optimizer.value("refresh").every
+      20
     """
     tuned = tuned_table()["optimizers"]
     wanted = [name.strip() for name in names.split(",") if name.strip()]
@@ -107,10 +117,11 @@ def line_up(names: str, learning_rates: str = "") -> tuple[Entrant, ...]:
     if repeated:
         raise ValueError(f"{sorted(repeated)[0]!r} is given twice; name each optimizer once.")
     replaced = parse_numbers(learning_rates, wanted, "optimizer of this race")
+    given = _given(hyperparameters, wanted)
     entrants = []
     for name in wanted:
         row = tuned.get(name, {})
-        config = OptimizerConfig(name, row.get("hyperparameters", {}))
+        config = OptimizerConfig(name, _merged(row.get("hyperparameters", {}), given[name]))
         if name not in tuned and name not in replaced:
             raise ValueError(
                 f"{name} has no tuned learning rate; give --learning-rates {name}=VALUE."
@@ -119,3 +130,40 @@ def line_up(names: str, learning_rates: str = "") -> tuple[Entrant, ...]:
         more = {key: row[key] for key in ("weight_decay", "warmup") if key in row}
         entrants.append(Entrant(config, rate, trials=row.get("trials", 0), **more))
     return tuple(entrants)
+
+
+def _given(words: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Nested hyperparameters by optimizer, from ``shampoo.refresh.every=20``."""
+    found: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for word in words:
+        path, equals, text = word.partition("=")
+        name, *keys = path.strip().split(".")
+        if not (equals and keys and all(keys)):
+            raise ValueError(
+                f"--set takes OPTIMIZER.HYPERPARAMETER=VALUE, as shampoo.refresh.every=20; got {word!r}."
+            )
+        if name not in found:
+            raise ValueError(f"--set: {name!r} is no optimizer of this race; {near(name, names)}")
+        if keys in (["learning_rate"], ["weight_decay"]):
+            flag = {"learning_rate": f"--learning-rates {name}=VALUE"}.get(
+                keys[0], "--weight-decay"
+            )
+            raise ValueError(
+                f"--set {name}.{keys[0]}: give {flag} instead, which the schedule follows."
+            )
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = {"None": None, "True": True, "False": False}.get(text.strip(), text.strip())
+        inner: Any = value
+        for key in reversed(keys):
+            inner = {key: inner}
+        found[name] = _merged(found[name], inner)
+    return found
+
+
+def _merged(old: Any, new: Any) -> Any:
+    """Mappings one over the other, inner ones likewise."""
+    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+        return new
+    return {**old, **{key: _merged(old.get(key), value) for key, value in new.items()}}

@@ -10,6 +10,7 @@ from typing import Any, TextIO, cast
 
 import jax
 import optax
+import tyro
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import (
@@ -25,7 +26,7 @@ from ..config import RunConfig
 from ..data.batches import heldout_batches, train_batches
 from ..data.corpus import Corpus, load_corpus
 from ..distributed import LaunchConfig, check_same, from_first, is_first, start, unanimous
-from ..identity import to_json
+from ..identity import LATER, to_json
 from ..run import interrupts
 from ..run.files import said
 from ..run.folder import claimed
@@ -47,6 +48,9 @@ class RaceConfig:
     """Names, separated by commas."""
     learning_rates: str = ""
     """Peak learning rates that replace the tuned ones: name=value, separated by commas."""
+    set: tyro.conf.UseAppendAction[tuple[str, ...]] = dataclasses.field(default=(), metadata=LATER)
+    """Hyperparameters that replace an optimizer's own: shampoo.refresh.every=20, muon.b1=0.9; once for
+    each."""
     seeds: int = 1
     """Runs of every optimizer, with the seed of the run and those after it; with several, means and
     standard errors are reported, and which differences are noise."""
@@ -94,7 +98,7 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
             raise ValueError(f"seeds must be at least 1, got {config.seeds}.")
         entrants = tuple(
             dataclasses.replace(entrant, repeat=repeat)
-            for entrant in line_up(config.optimizers, config.learning_rates)
+            for entrant in line_up(config.optimizers, config.learning_rates, config.set)
             for repeat in range(config.seeds)
         )
         given = config.run.model.vocabulary
@@ -185,7 +189,13 @@ def _check(
     sizes: Any = {"batch_size": run.batch_size, "context": run.model.context}
     train_batches(corpus, seed=run.seed, **sizes)
     heldout_batches(corpus, batches=run.eval_batches, **sizes)
-    batch_sharding(mesh, run.batch_size)
+    rows = batch_sharding(mesh, run.batch_size)
+    parts = run.batch_size // rows.shard_shape((run.batch_size,))[0]
+    if run.batch_size % (run.micro_batches * parts):
+        raise ValueError(
+            f"batch_size {run.batch_size} does not divide by {run.micro_batches} micro_batches on "
+            f"{parts} part(s) of the mesh; make it a multiple of {run.micro_batches * parts}."
+        )
     built = [entrant.build(run) for entrant in entrants]
     for tx in built:
         place(run.model, tx, mesh)
