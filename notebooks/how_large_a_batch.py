@@ -85,9 +85,8 @@ print(f"loss above the minimum at the start: {excess(start):.2f}")
 #
 # For our regression everything is known: $G = H \Delta$, and $\Sigma = (\Delta^\top H \Delta + \sigma^2) H + H \Delta \Delta^\top H$.
 
+
 # %%
-
-
 def scales(delta):
     """The exact noise scale, and the simple one, at a point."""
     gradient = CURVATURE * delta
