@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
 from .optimizers_table import FAMILIES, TABLE
+from .tolerances import HALF, double, furthest
 
 DECAYING = [row for row in TABLE if row.accepts("weight_decay")]
 every_optimizer = pytest.mark.parametrize("row", TABLE, ids=[row.label for row in TABLE])
@@ -262,7 +263,7 @@ def without_residuals(tree):
 
 @functools.cache
 def train_unsharded(row):
-    return train(plain(row).tx, row.tree(0), row.tree(1))
+    return train(plain(row).tx, *double((row.tree(0), row.tree(1))))
 
 
 @pytest.mark.parametrize(
@@ -285,15 +286,15 @@ def test_sharded_equals_unsharded(row, kind):
     specs["second"] = P() if row.survives_nan else P("model")
     shardings = {k: NamedSharding(mesh, specs.get(k, P())) for k in row.tree()}
     tx = plain(row).tx
-    with jax.set_mesh(mesh):
-        sharded = jax.device_put((row.tree(0), row.tree(1)), (shardings, shardings))
+    with jax.enable_x64(True), jax.set_mesh(mesh):
+        sharded = jax.device_put(double((row.tree(0), row.tree(1))), (shardings, shardings))
         if kind == AxisType.Auto:
             tx = ravine.on_mesh(tx, jax.tree.map(lambda s: s.spec, shardings))
         params, state, first = train(tx, *sharded)
-    expected = train_unsharded(row)[:2]
-    assert_close(
-        without_residuals((params, state)), without_residuals(expected), row.sharded_tolerance
-    )
+    with jax.enable_x64(True):
+        expected = train_unsharded(row)[:2]
+    assert all(x.dtype == jnp.float64 for x in jax.tree.leaves(params))
+    assert furthest(without_residuals((params, state)), without_residuals(expected)) <= HALF
 
     same = lambda x, sharding: x.sharding.is_equivalent_to(sharding, x.ndim)
     assert all(jax.tree.leaves(jax.tree.map(same, params, shardings)))
@@ -305,7 +306,8 @@ def test_sharded_equals_unsharded(row, kind):
             assert same(moment, of_shape[moment.shape])
         return moment
 
-    optax.tree.map_params(tx, check, state)
+    with jax.enable_x64(True):
+        optax.tree.map_params(tx, check, state)
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: same(a, b.sharding), state, first)))
 
 

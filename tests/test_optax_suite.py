@@ -14,8 +14,8 @@ What does not apply:
   `AliasTest`'s, which wants the gradients';
 - `init` from shapes alone for schedule-free optimizers, whose state holds the parameters' values
   (`jax.eval_shape(tx.init, shapes)` works);
-- other settings of an optimizer for matrices than its first, for which our own tests stand (`VARIANTS`);
-  types with and without `jit`, for matrices, are compared for one of each kind;
+- types on a mesh of other settings of an optimizer for matrices than its first (`VARIANTS`), for which
+  our own tests stand; with and without `jit`, for matrices, they are compared for one of each kind;
 - Optax's wrappers (mechanize, schedule_free) and microbatching, which are not ours.
 """
 
@@ -32,7 +32,7 @@ import pytest
 import ravine
 from absl.testing import parameterized
 
-from .optimizers_table import TABLE, VARIANTS, builder
+from .optimizers_table import FAMILIES, TABLE, VARIANTS, builder
 
 with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
     # sharding_test makes a noisy_sgd in a way that Optax itself deprecates.
@@ -73,24 +73,11 @@ def present(row):
 
 
 NO_WRAPPER = {"wrapper_name": None, "wrapper_kwargs": None}
-ANY_SHAPE = [row for row in TABLE if not row.needs_matrices]
-ALIAS = [options(row) for row in ANY_SHAPE]
-CONTRIB = [options(row, **NO_WRAPPER) for row in ANY_SHAPE]
-INJECTED = [options(row, present(row), **NO_WRAPPER) for row in ANY_SHAPE]
-MATRIX = [options(row, **NO_WRAPPER) for row in TABLE if row not in VARIANTS]
-INSTANCES = [(str(i), row.build()) for i, row in enumerate(TABLE)]
-COMPILED = [
-    (name, tx._replace(update=jax.jit(tx.update)))
-    for row, (name, tx) in zip(TABLE, INSTANCES, strict=True)
-    if row not in VARIANTS
-]
+DTYPES = ("bfloat16", "float32")
 # One operation at a time on a mesh takes up to a minute: of optimizers for matrices one of a kind, whose
 # operations the others share.
-KINDS = ("muon", "shampoo")
-FIRST = [next(i for i, row in enumerate(TABLE) if row.name == kind) for kind in KINDS]
-EAGER = [INSTANCES[i] for i, row in enumerate(TABLE) if not row.needs_matrices or i in FIRST]
-OF_SHAPES = [(str(i), row.build()) for i, row in enumerate(TABLE) if not row.averages]
-DTYPES = ("bfloat16", "float32")
+EAGER = [row for row in TABLE if not row.needs_matrices or (row in FAMILIES and row.name != "soap")]
+OTHERS = [row for row in TABLE if row not in FAMILIES]
 
 
 def original(case, name, suffix="0"):
@@ -115,59 +102,105 @@ class NoSkips(parameterized.TestCase):
         self.fail(f"Optax's test skips itself: {reason}")
 
 
-class OptaxSuite(NoSkips):
-    test_preserve_dtype = parameterized.product(ALIAS, dtype=DTYPES)(alias("test_preserve_dtype"))
-    test_state_stability = parameterized.product(ALIAS, dtype=[jnp.bfloat16, jnp.float32])(
-        alias("test_state_shape_dtype_shard_stability")
-    )
-    test_vectors = parameterized.product(
-        CONTRIB,
-        target=[
-            contrib_test._setup_parabola,
-            contrib_test._setup_rosenbrock,
-            contrib_test._setup_mixed_tensor_target,
-        ],
-        dtype=["float32"],
-    )(contrib("test_optimizers"))
-    test_matrices = parameterized.product(
-        MATRIX, target=[contrib_test._setup_matrix_parabola], dtype=["float32"]
-    )(contrib("test_optimizers"))
-    test_extra_args = parameterized.product(CONTRIB, wrap=[False])(
-        contrib("test_optimizers_accept_extra_args")
-    )
-    test_inject_hyperparams = parameterized.product(INJECTED)(
-        contrib("test_optimizers_can_be_wrapped_in_inject_hyperparams")
-    )
-    test_schedule = parameterized.product(CONTRIB)(
-        contrib("test_optimizers_accept_learning_rate_schedule_if_type_annotated_as_such")
-    )
+def suite(rows):
+    """Optax's tests of these optimizers."""
+    any_shape = [row for row in rows if not row.needs_matrices]
+    injected = [options(row, present(row), **NO_WRAPPER) for row in any_shape]
+    contributed = [options(row, **NO_WRAPPER) for row in any_shape]
+    matrices = [options(row, **NO_WRAPPER) for row in rows if row.needs_matrices]
+    aliases = [options(row) for row in any_shape]
+
+    class OptaxSuite(NoSkips):
+        test_preserve_dtype = parameterized.product(aliases, dtype=DTYPES)(
+            alias("test_preserve_dtype")
+        )
+        test_state_stability = parameterized.product(aliases, dtype=[jnp.bfloat16, jnp.float32])(
+            alias("test_state_shape_dtype_shard_stability")
+        )
+        test_vectors = parameterized.product(
+            contributed,
+            target=[
+                contrib_test._setup_parabola,
+                contrib_test._setup_rosenbrock,
+                contrib_test._setup_mixed_tensor_target,
+            ],
+            dtype=["float32"],
+        )(contrib("test_optimizers"))
+        test_matrices = parameterized.product(
+            matrices, target=[contrib_test._setup_matrix_parabola], dtype=["float32"]
+        )(contrib("test_optimizers"))
+        test_extra_args = parameterized.product(contributed, wrap=[False])(
+            contrib("test_optimizers_accept_extra_args")
+        )
+        test_inject_hyperparams = parameterized.product(injected)(
+            contrib("test_optimizers_can_be_wrapped_in_inject_hyperparams")
+        )
+        test_schedule = parameterized.product(contributed)(
+            contrib("test_optimizers_accept_learning_rate_schedule_if_type_annotated_as_such")
+        )
+
+    return OptaxSuite
 
 
-class Accumulation(NoSkips):
-    def setUp(self):
-        super().setUp()
-        # optax.MultiSteps itself divides floats by an int32 counter.
-        self.enterContext(jax.numpy_dtype_promotion("standard"))
+def accumulation(rows):
+    """Optax's test of these optimizers in its own accumulation."""
+    contributed = [options(row, **NO_WRAPPER) for row in rows if not row.needs_matrices]
 
-    test_gradient_accumulation = parameterized.product(CONTRIB, dtype=DTYPES)(
-        contrib("test_gradient_accumulation")
-    )
+    class Accumulation(NoSkips):
+        def setUp(self):
+            super().setUp()
+            # optax.MultiSteps itself divides floats by an int32 counter.
+            self.enterContext(jax.numpy_dtype_promotion("standard"))
+
+        test_gradient_accumulation = parameterized.product(contributed, dtype=DTYPES)(
+            contrib("test_gradient_accumulation")
+        )
+
+    return Accumulation
 
 
-class Sharding(NoSkips):
-    def setUp(self):
-        super().setUp()
-        # The tests skip themselves where jax is older than 0.7.2, compared as strings: "0.10" is.
-        self.enterContext(mock.patch.object(jax, "__version__", "1"))
+def shardings(rows):
+    """Optax's tests of these optimizers on a mesh."""
+    built = {row: (str(TABLE.index(row)), row.build()) for row in rows}
+    compiled = {
+        row: (name, tx._replace(update=jax.jit(tx.update))) for row, (name, tx) in built.items()
+    }
 
-    test_abstract_init = parameterized.named_parameters(OF_SHAPES)(
-        sharding("test_init_with_abstract_input")
-    )
-    # Of compiled updates, as those of Shampoo and its kin take long one operation at a time; that types
-    # are the same with and without is what the next one shows.
-    test_type_of_update = parameterized.named_parameters(COMPILED)(
-        sharding("test_state_sharding_type_init_match_update")
-    )
-    test_type_under_jit = parameterized.named_parameters(EAGER)(
-        sharding("test_state_sharding_type_preserved_with_jit")
-    )
+    class Sharding(NoSkips):
+        def setUp(self):
+            super().setUp()
+            # The tests skip themselves where jax is older than 0.7.2, compared as strings: "0.10" is.
+            self.enterContext(mock.patch.object(jax, "__version__", "1"))
+
+        test_abstract_init = parameterized.named_parameters(
+            [built[row] for row in rows if not row.averages]
+        )(sharding("test_init_with_abstract_input"))
+        # Of compiled updates, as those of Shampoo and its kin take long one operation at a time; that
+        # types are the same with and without is what the next one shows.
+        test_type_of_update = parameterized.named_parameters(
+            [compiled[row] for row in rows if row not in VARIANTS]
+        )(sharding("test_state_sharding_type_init_match_update"))
+        test_type_under_jit = parameterized.named_parameters(
+            [built[row] for row in rows if row in EAGER]
+        )(sharding("test_state_sharding_type_preserved_with_jit"))
+
+    return Sharding
+
+
+# What they see in others of a family our own common tests see, of all rows: `test_every_optimizer.py`.
+OptaxSuite, Accumulation, Sharding = (make(FAMILIES) for make in (suite, accumulation, shardings))
+
+
+@pytest.mark.slow
+class OptaxSuiteOfOthers(suite(OTHERS)):
+    """The same of all others."""
+
+
+@pytest.mark.slow
+class AccumulationOfOthers(accumulation(OTHERS)):
+    """The same of all others."""
+
+
+@pytest.mark.slow
+class ShardingOfOthers(shardings(OTHERS)):
+    """The same of all others."""

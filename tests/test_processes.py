@@ -18,12 +18,14 @@ from ravine.training import distributed as processes
 from ravine.training import train as loop
 from ravine.training.cli import main
 
+from .run_rounding import furthest_loss, rounding
+
 WORDS = ["race", "--width", "16", "--layers", "2", "--heads", "2", "--context", "8"]
 WORDS += ["--batch-size", "8", "--steps", "8", "--eval-every", "4", "--eval-batches", "2"]
 WORDS += ["--optimizers", "muon", "--checkpoint-every", "1"]
 MESH = ["--mesh", "data=2,fsdp=2,tensor=2"]
 SLURM_PORTS = (1 << 16) - (1 << 12)  # to which JAX adds the number of the job
-LIMIT = 150  # seconds that a launch may take on a busy machine
+LIMIT = 600  # seconds that a launch may take, however busy the machine
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +36,23 @@ def words(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone(words, tmp_path_factory):
-    """The records of this one process with 8 devices."""
-    out = tmp_path_factory.mktemp("alone") / "race"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "optimizer_milliseconds", lambda *args: math.nan)
-        assert main([*words, *MESH, "--out", str(out)]) == 0
-    return records(out)
+def assert_close_to_one_process(words, tmp_path_factory):
+    """That records are those of this one process with 8 devices, but for the order of sums."""
+
+    def run():
+        out = tmp_path_factory.mktemp("alone") / "race"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "optimizer_milliseconds", lambda *args: math.nan)
+            assert main([*words, *MESH, "--out", str(out)]) == 0
+        return records(out)
+
+    expected = run()
+    tolerance = rounding(run, expected)
+
+    def check(found):
+        assert furthest_loss(found, expected) <= tolerance
+
+    return check
 
 
 def records(out):
@@ -48,13 +60,6 @@ def records(out):
     lines = (out / "muon" / "metrics.jsonl").read_text().splitlines()
     found = [json.loads(line) for line in lines]
     return [{k: v for k, v in record.items() if k != "seconds"} for record in found]
-
-
-def assert_close(found, expected):
-    assert [record["step"] for record in found] == [record["step"] for record in expected]
-    for a, b in zip(found, expected, strict=True):
-        key = "loss" if "loss" in b else "heldout_loss"
-        assert abs(a[key] - b[key]) <= 1e-6 * abs(b[key])
 
 
 def free_port(wanted):
@@ -130,12 +135,12 @@ def kill_at(step, started, out, logs):
 
 @pytest.mark.processes
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_processes_have_the_losses_of_one(count, words, alone, tmp_path):
+def test_processes_have_the_losses_of_one(count, words, assert_close_to_one_process, tmp_path):
     out = tmp_path / "race"
     words = [*words, *MESH, "--out", str(out)]
     with launched(words, count, 8 // count, tmp_path, tmp_path / "cache") as started:
         finish(started, tmp_path)
-    assert_close(records(out), alone)
+    assert_close_to_one_process(records(out))
     # One writes and prints, and checkpoints are everyone's.
     assert sorted(path.name for path in out.iterdir()) == [
         "muon",
@@ -205,7 +210,7 @@ def test_a_signal_to_all_processes_ends_all_and_the_run_goes_on_from_there(
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_on_other_meshes(words, alone, tmp_path):
+def test_killed_again_and_again_on_other_meshes(words, assert_close_to_one_process, tmp_path):
     """8, 4, 2, 1 and 8 devices."""
     out, cache = tmp_path / "race", tmp_path / "cache"
     resume = []
@@ -218,7 +223,7 @@ def test_killed_again_and_again_on_other_meshes(words, alone, tmp_path):
         resume = ["--resume"]
     with launched([*words, *resume, *MESH, "--out", str(out)], 2, 4, tmp_path, cache) as started:
         finish(started, tmp_path)
-    assert_close(records(out), alone)
+    assert_close_to_one_process(records(out))
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ravine.optimizers.matrix.algebra.roots import (
+    MARGIN,
     CoupledNewton,
     CoupledNewtonSchulz,
     Eigh,
@@ -19,7 +20,10 @@ from ravine.optimizers.matrix.algebra.roots import (
     largest_eigenvalue,
 )
 
+from .tolerances import HALF, UNIT
+
 METHODS = {"eigh": Eigh(), "newton": CoupledNewton(), "schulz": CoupledNewtonSchulz()}
+ALL = {**METHODS, "pseudo": PseudoInverse()}
 EXACT = {"eigh": Eigh(), "newton": CoupledNewton(), "pseudo": PseudoInverse()}
 # The roots each method offers of those that the references test.
 OFFERED = [
@@ -55,22 +59,43 @@ def single(matrices):
 
 def relative(found, expected):
     """The largest difference of each matrix, relative to its largest element."""
-    expected = np.asarray(expected, np.float64)
+    found, expected = (np.asarray(x, np.float64) for x in (found, expected))
     return np.abs(found - expected).max((1, 2)) / np.abs(expected).max((1, 2))
 
 
-UNIT = 2.0**-24  # what rounding to float32 changes, at most, relative to a number
-
-
-def attainable(condition, p):
+def attainable(condition, p, method="eigh", n=1):
     """How near a root of exponent -1/p comes to the true one in float32, relative to it.
 
     A rounding unit of the largest eigenvalue is `condition` units of the smallest, which A^(-1/p) passes
     on divided by p. Four such: one for A, which float32 does not hold exactly, the others for the
     decomposition or the products that the method consists of (measured on three instruction sets:
-    0.1 to 1.3 of one).
+    0.1 to 1.3 of one). Two products of n terms, or eigenvectors orthogonal to n units, come to it
+    whatever the condition, and where the method would stop without rounding.
     """
-    return 4 * condition * UNIT / p
+    return (4 * condition / p + 2 * n) * UNIT + unfinished(method, condition, p, n)
+
+
+def unfinished(method, condition, p, n):
+    """How far from the root a method may stop, in exact arithmetic, relative to the root."""
+    if method == "newton":
+        # No element of X^p A - I is above the tolerance; as a norm, n of it, and of X a p-th of that.
+        return n * CoupledNewton().tolerance / p
+    if method == "schulz":
+        # The iteration acts on each eigenvalue by itself; its second pair starts from the first one's.
+        chosen, worst = CoupledNewtonSchulz(), 0.0
+        for stage in (1, 2)[: p // 2]:
+            x = np.geomspace(1 / (MARGIN * condition), 1, 1000) ** (1 / (2 * stage))
+            lower = math.sqrt(chosen.lower ** (1 / stage) / MARGIN)
+            for beta, alpha in cubic_steps(lower, chosen.steps):
+                x = beta * x + alpha * x**3
+            worst += np.abs(x - 1).max()
+        return worst
+    return 0.0
+
+
+def certified(condition, p, method="eigh", n=1):
+    """What the certificate of such a root may show, where an error of the smallest counts p-fold."""
+    return p * condition ** (1 / p) * attainable(condition, p, method, n)
 
 
 def tridiagonal(n, pairs):
@@ -80,7 +105,7 @@ def tridiagonal(n, pairs):
 
 @pytest.mark.parametrize("method", [*METHODS.values(), PseudoInverse()], ids=repr)
 def test_metas_badly_conditioned_matrix(method):
-    """Meta's own example: condition number 7e5."""
+    """Meta's own example and bounds: condition number 7e5."""
     a = single([[[1195, -944, -224], [-944, 746, 177], [-224, 177, 42]]])
     expected = [[[1, 1, 1], [1, 2, -3], [1, -3, 18]]]
     root = roots_of(a, -1 / 2, method, ridge=0.0).root
@@ -96,12 +121,13 @@ def test_metas_badly_conditioned_inverse(method):
     assert found.condition[0] == pytest.approx(6.846e5, rel=1e-2)
 
 
-@pytest.mark.parametrize("method", [*METHODS.values(), PseudoInverse()], ids=repr)
+@pytest.mark.parametrize("method", ALL)
 def test_diagonal_matrix_of_one_and_four(method):
-    found = roots_of(single([np.diag([1, 4])]), -1 / 2, method, ridge=0.0)
-    np.testing.assert_allclose(found.root[0], np.diag([1, 0.5]), atol=1e-5)
-    assert found.residual[0] <= 1e-4
-    assert found.condition[0] == pytest.approx(4, rel=1e-3)
+    found = roots_of(single([np.diag([1, 4])]), -1 / 2, ALL[method], ridge=0.0)
+    assert relative(found.root, np.diag([1, 0.5])[None]).max() <= attainable(4, 2, method, 2)
+    assert found.residual[0] <= certified(4, 2, method, 2)
+    # 24 power iterations leave a quarter, to the 48th power, of the smaller eigenvalue.
+    assert found.condition[0] == pytest.approx(4, rel=2 * certified(4, 2, method, 2))
 
 
 @pytest.mark.parametrize(("method", "p"), OFFERED)
@@ -110,7 +136,9 @@ def test_tridiagonal_grid(method, n, p):
     pairs = [(alpha, beta) for alpha in TEN for beta in (0.0, *TEN) if 2 * beta <= alpha]
     matrices = tridiagonal(n, pairs)
     root = roots_of(single(matrices), -1 / p, METHODS[method], ridge=0.0).root
-    assert relative(root, exact(matrices, -1 / p)).max() <= 1e-4
+    # alpha -+ 2 beta bound the eigenvalues, and beta is a tenth of alpha or less.
+    bound = attainable(1.2 / 0.8, p, method, n)
+    assert relative(root, exact(matrices, -1 / p)).max() <= bound
 
 
 @pytest.mark.parametrize(("method", "p"), OFFERED)
@@ -118,14 +146,14 @@ def test_tridiagonal_at_the_edge(method, p):
     """beta = alpha/2, a condition number of 4134 for n = 100."""
     matrices = tridiagonal(100, [(alpha, alpha / 2) for alpha in TEN])
     root = roots_of(single(matrices), -1 / p, METHODS[method], ridge=0.0).root
-    bound = attainable(np.linalg.cond(matrices[0]), p)
+    bound = attainable(np.linalg.cond(matrices[0]), p, method, 100)
     assert relative(root, exact(matrices, -1 / p)).max() <= bound
 
 
 def test_pseudo_inverse_leaves_out_the_null_space():
     found = roots_of(single([np.diag([1, 4, 0])]), -1 / 2, PseudoInverse())
-    np.testing.assert_allclose(found.root[0], np.diag([1, 0.5, 0]), atol=1e-6)
-    assert found.residual[0] <= 1e-5
+    assert relative(found.root, np.diag([1, 0.5, 0])[None]).max() <= attainable(4, 2)
+    assert found.residual[0] <= certified(4, 2)
     assert found.condition[0] == pytest.approx(4)
 
 
@@ -133,8 +161,9 @@ def test_pseudo_inverse_of_a_rotated_singular_matrix():
     values = np.array([3.0, 2.0, 1.0, 0.5, 0, 0, 0, 0])
     power = np.where(values > 0, np.maximum(values, 0.1) ** -0.25, 0)
     found = roots_of(single(spd(values)), -1 / 4, PseudoInverse(rtol=1e-4))
-    np.testing.assert_allclose(found.root, spd(power), atol=1e-5)
-    assert found.residual[0] <= 1e-4
+    # Rounding also turns the null space towards the smallest eigenvalue kept, by 6 units, whatever p.
+    assert relative(found.root, spd(power)).max() <= attainable(6, 1)
+    assert found.residual[0] <= 4 * 6 ** (1 / 4) * attainable(6, 1)
 
 
 @pytest.mark.parametrize("p", [2, 4])
@@ -152,7 +181,7 @@ def test_singular_matrix_without_ridge_is_not_silent(singular, method, p):
 @pytest.mark.parametrize("condition", [1e1, 1e2, 1e3, 1e4, 1e5, 1e6])
 @pytest.mark.parametrize("method", EXACT)
 def test_google_grid_of_condition_numbers(method, condition):
-    """16 x 16, eigenvalues cond^(-i/15), p = 4, ridge 1e-12.
+    """16 x 16, eigenvalues cond^(-i/15), p = 4, ridge 1e-12; the bound is Google's.
 
     CoupledNewtonSchulz is left out: at 1e6 its ten steps give .36 and it says so.
     """
@@ -166,20 +195,25 @@ def test_newton_schulz_below_its_range():
 
 
 @pytest.mark.parametrize("p", [2, 4])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [Eigh(), CoupledNewton(tolerance=1e-12), CoupledNewtonSchulz()], ids=repr
+)
 @pytest.mark.parametrize("size", [4, 32])
 def test_padding_makes_no_difference(size, method, p):
+    """Nor to the estimate of the largest eigenvalue, and so to the ridge."""
     a = 1e-3 * spd(np.geomspace(1e-3, 1, size))
     padded = np.random.default_rng(0).normal(size=(1, 2 * size, 2 * size))
     padded[:, :size, :size] = a
-    alone = roots_of(single(a), -1 / p, METHODS[method], ridge=1e-3)
-    found = roots_of(
-        single(padded), -1 / p, METHODS[method], ridge=1e-3, size=jnp.array([size], jnp.int32)
-    )
-    assert relative(found.root[:, :size, :size], alone.root).max() <= 1e-5
+    with jax.enable_x64(True):
+        alone = roots_of(jnp.asarray(a), -1 / p, method, ridge=1e-3)
+        found = roots_of(
+            jnp.asarray(padded), -1 / p, method, ridge=1e-3, size=jnp.array([size], jnp.int32)
+        )
+    assert relative(found.root[:, :size, :size], alone.root).max() <= HALF
     assert not np.any(found.root[:, size:])
     assert not np.any(found.root[:, :, size:])
-    assert found.residual[0] <= 1e-3
+    bound = 4 * 1e3 ** (1 / 4) * unfinished("schulz", 1e3, p, size)
+    assert float(found.residual[0]) <= max(HALF, float(bound))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -189,18 +223,21 @@ def test_all_padding_has_the_root_zero(method):
     found = roots_of(a, -1 / 4, METHODS[method], size=jnp.array([0, 4], jnp.int32))
     assert not np.any(found.root[0])
     assert found.residual[0] == 0
-    np.testing.assert_allclose(found.root[1], np.eye(4), atol=1e-5)
+    expected = (1 + 1e-5) ** (-1 / 4) * np.eye(4)[None]
+    assert relative(found.root[1:], expected).max() <= attainable(1, 4, method, 4)
 
 
 @pytest.mark.parametrize("n", [8, 16])
 @pytest.mark.parametrize("method", METHODS)
 def test_toeplitz(method, n):
-    """X A X = I, and the square of the inverse of X is A, to 2e-4."""
+    """X A X = I, and the square of the inverse of X is A: twice the error of X, and its condition's."""
     a = tridiagonal(n, [(2.0, 0.25)]) * np.array([1, 2, 3])[:, None, None]
     x = np.asarray(roots_of(single(a), -1 / 2, METHODS[method], ridge=0.0).root, np.float64)
-    np.testing.assert_allclose(x @ a @ x, np.broadcast_to(np.eye(n), a.shape), atol=2e-4)
+    condition = 2.5 / 1.5
+    bound = 2 * condition * attainable(condition, 2, method, n)
+    assert relative(x @ a @ x, np.broadcast_to(np.eye(n), a.shape)).max() <= bound
     inverse = np.linalg.inv(x)
-    np.testing.assert_allclose(inverse @ inverse, a, atol=2e-4)
+    assert relative(inverse @ inverse, a).max() <= bound
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-4, 1e-8, 1e-12, 1e12])
@@ -213,26 +250,30 @@ def test_largest_eigenvalue(n, scale):
     largest = np.linalg.eigvalsh(a)[:, -1]
     found = np.asarray(jax.jit(largest_eigenvalue)(single(a)))
     np.testing.assert_allclose(found, largest, rtol=0.05)
-    assert np.all(found <= largest * (1 + 1e-5))
+    assert np.all(found <= largest * (1 + 4 * n * UNIT))  # two sums of n terms
 
 
 def test_largest_eigenvalue_of_zero():
     assert not np.any(largest_eigenvalue(jnp.zeros((2, 4, 4))))
 
 
-@pytest.mark.parametrize("method", [*METHODS.values(), PseudoInverse()], ids=repr)
+@pytest.mark.parametrize("method", ALL)
 def test_zero_matrix(method):
     """No root, and no harm to the neighbour; with an absolute ridge, a multiple of the identity."""
-    a = single([np.zeros((3, 3)), np.diag([1, 2, 4])])
-    found = roots_of(a, -1 / 4, method)
-    if method == PseudoInverse():
+    a = np.array([np.zeros((3, 3)), np.diag([1, 2, 4])])
+    found = roots_of(single(a), -1 / 4, ALL[method])
+    ridge = 0.0 if method == "pseudo" else 4e-5
+    if method == "pseudo":
         assert not np.any(found.root[0])
     else:
         assert found.residual[0] == jnp.inf
-        lifted = roots_of(a, -1 / 4, method, absolute_ridge=1e-4)
-        np.testing.assert_allclose(lifted.root[0], 10 * np.eye(3), rtol=1e-4, atol=1e-4)
-        assert lifted.residual[0] <= 1e-3
-    np.testing.assert_allclose(found.root[1], np.diag([1, 2**-0.25, 0.5**0.5]), atol=1e-4)
+        lifted = roots_of(single(a), -1 / 4, ALL[method], absolute_ridge=1e-4)
+        bound = attainable(1, 4, method, 3)
+        assert relative(lifted.root[:1], 10 * np.eye(3)[None]).max() <= bound
+        assert lifted.residual[0] <= certified(1, 4, method, 3)
+    # The ridge follows an estimate that is a few percent off, if it is one.
+    bound = attainable(4, 4, method, 3) + 0.05 * ridge / 4
+    assert relative(found.root[1:], exact(a[1:] + ridge * np.eye(3), -1 / 4)).max() <= bound
 
 
 @pytest.mark.parametrize("p", [2, 4])
@@ -247,7 +288,7 @@ def test_rank_one_matrix(method, p):
     assert found.residual[0] <= 0.1
     ridge = relative_ridge * float((vector**2).sum())
     expected = exact(vector @ vector.T + ridge * np.eye(16)[None], -1 / p)
-    assert relative(found.root, expected).max() <= 2e-2
+    assert relative(found.root, expected).max() <= attainable(1 / relative_ridge, p, method, 16)
 
 
 @pytest.mark.parametrize("p", [2, 4])
@@ -264,17 +305,19 @@ def test_what_float32_cannot_do_is_refused(n, method, p):
 def test_fractional_exponents(method, exponent):
     a = spd(np.geomspace(1e-2, 3, 12))
     found = roots_of(single(a), exponent, EXACT[method], ridge=0.0)
-    assert relative(found.root, exact(a, exponent)).max() <= 1e-4
+    bound = -exponent * attainable(300, 1, method, 12)
+    assert relative(found.root, exact(a, exponent)).max() <= bound
 
 
 @pytest.mark.parametrize("condition", [300, 1e4])
 @pytest.mark.parametrize("exponent", [-1 / 2, -1, -2 / 3, -3 / 4])
 @pytest.mark.parametrize("method", EXACT)
 def test_certificate_accepts_good_roots(method, exponent, condition):
-    """A root within 1e-3 is not refused at Shampoo's default tolerance."""
+    """A root as good as float32 has it is not refused at Shampoo's default tolerance."""
     a = spd(np.geomspace(1 / condition, 1, 12))
     found = roots_of(single(a), exponent, EXACT[method], ridge=0.0)
-    assert relative(found.root, exact(a, exponent)).max() <= 1e-3
+    bound = -exponent * attainable(condition, 1, method, 12)
+    assert relative(found.root, exact(a, exponent)).max() <= bound
     assert found.residual[0] <= 0.1
 
 
@@ -294,8 +337,8 @@ def test_scale_passes_through(method, exponent):
     found = roots_of(single(a * scales[:, None, None]), exponent, METHODS[method])
     reference = roots_of(single(a), exponent, METHODS[method])
     expected = np.asarray(reference.root, np.float64) * (scales**exponent)[:, None, None]
-    # Rounding cA alone moves the root by more than its own rounding: cond * 6e-8.
-    assert relative(found.root, expected).max() <= 2e-3
+    # Both are off.
+    assert relative(found.root, expected).max() <= -2 * exponent * attainable(1e4, 1, method, 8)
 
 
 @pytest.mark.parametrize("scale", [2.0**-40, 2.0**-20, 2.0**20, 2.0**40])
@@ -304,7 +347,7 @@ def test_powers_of_two_make_no_difference(method, scale):
     """The certificate is bitwise the same, and the root is only rescaled."""
     a = single(spd(np.geomspace(1e-4, 1, 8)))
     found, reference = (roots_of(x, -1 / 4, METHODS[method]) for x in (scale * a, a))
-    np.testing.assert_allclose(found.root, reference.root * scale**-0.25, rtol=1e-6)
+    np.testing.assert_allclose(found.root, reference.root * scale**-0.25, rtol=8 * UNIT)
     np.testing.assert_array_equal(found.residual, reference.residual)
 
 
@@ -333,16 +376,16 @@ def test_certificate_sees_an_iteration_that_stopped_early():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("method", [*METHODS.values(), PseudoInverse()], ids=repr)
+@pytest.mark.parametrize("method", ALL)
 def test_matrix_that_is_not_finite_harms_only_itself(method, bad):
     a = np.concatenate([spd(np.geomspace(0.1, 1, 8), seed) for seed in range(3)])
     spoiled = a.copy()
     spoiled[1, 2, 3] = spoiled[1, 3, 2] = bad
-    found, reference = (roots_of(single(x), -1 / 4, method) for x in (spoiled, a))
+    found, reference = (roots_of(single(x), -1 / 4, ALL[method]) for x in (spoiled, a))
     assert found.residual[1] == jnp.inf
     for at in (0, 2):
         np.testing.assert_array_equal(found.root[at], reference.root[at])
-        assert found.residual[at] == reference.residual[at] <= 1e-3
+        assert found.residual[at] == reference.residual[at] <= certified(10, 4, method, 8)
 
 
 @pytest.mark.parametrize("at", [(0, 0), (7, 7)])
@@ -358,13 +401,14 @@ def test_low_precision_matrices_have_float32_roots(dtype):
     a = single(spd([1, 2, 3, 4])).astype(dtype)
     found = inverse_root(a, -1 / 2, ridge=0.0)
     assert found.root.dtype == jnp.float32
-    assert relative(found.root, exact(a.astype(jnp.float32), -1 / 2)).max() <= 1e-5
+    assert relative(found.root, exact(a.astype(jnp.float32), -1 / 2)).max() <= attainable(4, 2)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_one_by_one_and_no_matrices(method):
     found = roots_of(single([[[16.0]], [[81.0]]]), -1 / 4, METHODS[method], ridge=0.0)
-    np.testing.assert_allclose(found.root.ravel(), [1 / 2, 1 / 3], rtol=1e-5)
+    bound = attainable(1, 4, method, 1)
+    np.testing.assert_allclose(found.root.ravel(), [1 / 2, 1 / 3], rtol=bound)
     assert roots_of(jnp.zeros((0, 3, 3)), -1 / 4, METHODS[method]).root.shape == (0, 3, 3)
 
 

@@ -62,8 +62,16 @@ class SpeedupConfig:
         line_up(f"{REFERENCE},{self.optimizers}")
 
 
-def fitted(steps: Sequence[float], losses: Sequence[float]) -> tuple[float, float, float]:
+Curve = tuple[float, float, float]
+
+
+def fitted(steps: Sequence[float], losses: Sequence[float], near: Curve | None = None) -> Curve:
     """a, b, c of ``a + b steps**-c``, by least squares, with b and c positive and a not negative.
+
+    Args:
+      steps: numbers of steps.
+      losses: of each.
+      near: where to begin; by default three exponents are tried, and the best fit of the three is taken.
 
     Example:
       >>> from ravine.training.compare.speedup import fitted
@@ -75,17 +83,17 @@ def fitted(steps: Sequence[float], losses: Sequence[float]) -> tuple[float, floa
     def rest(p: np.ndarray) -> np.ndarray:
         return p[0] + np.exp(p[1] - p[2] * x) - y
 
-    best: Any = None
-    for exponent in (0.2, 0.5, 1.0):
-        start = [0.5 * y.min(), math.log(y[0] - 0.5 * y.min()) + exponent * x[0], exponent]
-        found: Any = least_squares(rest, start, bounds=([0, -50, 1e-3], [y.min(), 50, 5]))
-        if best is None or found.cost < best.cost:
-            best = found
-    a, b, c = best.x
+    offset, low, high = 0.5 * float(y.min()), np.array([0, -50, 1e-3]), np.array([y.min(), 50, 5])
+    if near is not None:
+        starts = [np.clip([near[0], math.log(near[1]), near[2]], low, high)]
+    else:
+        starts = [[offset, math.log(y[0] - offset) + c * x[0], c] for c in (0.2, 0.5, 1.0)]
+    fits: list[Any] = [least_squares(rest, start, bounds=(low, high)) for start in starts]
+    a, b, c = min(fits, key=lambda fit: fit.cost).x
     return float(a), math.exp(float(b)), float(c)
 
 
-def steps_for(loss: float, curve: tuple[float, float, float]) -> float:
+def steps_for(loss: float, curve: Curve) -> float:
     """Where the curve has a loss; infinite at or below its offset."""
     a, b, c = curve
     return ((loss - a) / b) ** (-1 / c) if loss > a else math.inf
@@ -109,15 +117,19 @@ def worth(
       seed: of the draws.
     """
 
-    def ratio(pick: Any) -> float:
-        curve = fitted(list(reference), [float(np.mean(pick(runs))) for runs in reference.values()])
-        return steps_for(float(np.mean(pick(ends))), curve) / steps
+    def curve(pick: Any, near: Curve | None = None) -> Curve:
+        means = [float(np.mean(pick(runs))) for runs in reference.values()]
+        return fitted(list(reference), means, near)
 
-    rng = np.random.default_rng(seed)
-    middle = ratio(lambda runs: runs)
+    whole = curve(lambda runs: runs)
+    middle = steps_for(float(np.mean(ends)), whole) / steps
     if len(ends) < 2:
         return middle, math.nan, math.nan
-    drawn = [ratio(lambda runs: rng.choice(runs, len(runs))) for _ in range(samples)]
+    rng = np.random.default_rng(seed)
+    pick = lambda runs: rng.choice(runs, len(runs))
+    drawn = [
+        steps_for(float(np.mean(pick(ends))), curve(pick, whole)) / steps for _ in range(samples)
+    ]
     low, high = np.quantile(drawn, [0.05, 0.95], method="nearest").tolist()
     return middle, low, high
 

@@ -129,10 +129,11 @@ def inverse_root(
     wide = jnp.float64 if matrices_KxNxN.dtype == jnp.float64 else jnp.float32
     a, inside = matrices_KxNxN.astype(wide), None
     if size is not None:
-        inside = jnp.arange(n)[None] < size[:, None]
+        inside = jnp.arange(n, dtype=size.dtype)[None] < size[:, None]
         a = jnp.where(inside[:, :, None] & inside[:, None, :], a, 0)
-        largest = jnp.max(jnp.diagonal(a, axis1=1, axis2=2), axis=1, initial=0)
-        filling = jnp.where(inside, 0, jnp.where(largest > 0, largest, 1)[:, None])
+        # The mean eigenvalue: below the largest, whose estimate then is that of the matrix alone.
+        mean = jnp.trace(a, axis1=1, axis2=2) / jnp.maximum(size, 1).astype(wide)
+        filling = jnp.where(inside, 0, jnp.where(mean > 0, mean, 1)[:, None])
         a = a + filling[:, :, None] * jnp.eye(n, dtype=wide)[None]
     # Divided by its largest element, every matrix has the same scale: squares of tiny statistics
     # neither vanish nor overflow on the way.
