@@ -45,9 +45,13 @@ def test_those_that_fit_come_first_and_then_the_fastest():
 
 def test_micro_batches_are_the_fewest_with_which_it_fits():
     (tight,) = (
-        c for c in found(memory=16e9) if c.work.sizes == {"data": 1, "fsdp": 16, "tensor": 1}
+        c
+        for c in found(memory=16e9)
+        if c.work.sizes == {"data": 1, "fsdp": 16, "expert": 1, "tensor": 1}
     )
-    (wide,) = (c for c in found() if c.work.sizes == {"data": 1, "fsdp": 16, "tensor": 1})
+    (wide,) = (
+        c for c in found() if c.work.sizes == {"data": 1, "fsdp": 16, "expert": 1, "tensor": 1}
+    )
     # 5.1 GB are held; four sequences of each shard take 12.8 GB more, two of them half of it, and 1.7 GB
     # for sums of gradients.
     assert (wide.work.micro_batches, tight.work.micro_batches) == (1, 2)

@@ -9,6 +9,8 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ..core.checks import near
@@ -16,9 +18,10 @@ from ..core.paths import path_string
 from ..optimizers.matrix.mesh.shardings import check_specs
 from .shapes.shape import ModelShape
 
-AXES = ("data", "fsdp", "tensor")
-"""Axes a mesh may have: copies of the model, shards of every matrix, and columns or rows by layer."""
-ROWS = ("data", "fsdp")
+AXES = ("data", "fsdp", "expert", "tensor")
+"""Axes a mesh may have: copies of the model, shards of every matrix, experts of a mixture (of all else
+copies), and columns or rows by layer."""
+ROWS = ("data", "fsdp", "expert")
 """Those that cut the batch."""
 
 
@@ -81,7 +84,7 @@ def build_mesh(text: str = "", devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def parameter_spec(name: str, shape: tuple[int, ...], sizes: dict[str, int]) -> PartitionSpec:
-    """How a parameter is sharded: by columns into a block, by rows out of it, and by FSDP.
+    """How a parameter is sharded: by columns into a block, by rows out of it, by FSDP, and by expert.
 
     Axes that a size does not divide stay whole.
 
@@ -92,6 +95,8 @@ def parameter_spec(name: str, shape: tuple[int, ...], sizes: dict[str, int]) -> 
       P(None, 'tensor', 'fsdp')
       >>> parameter_spec("embed/embedding", (257, 8), mesh)  # 257 is odd
       P(None, 'fsdp')
+      >>> parameter_spec("layers/experts/up/kernel", (2, 8, 8, 8), mesh | {"expert": 2})
+      P(None, 'expert', 'fsdp', 'tensor')
     """
     spec = role_spec(name, len(shape), sizes)
     fits = [
@@ -108,7 +113,10 @@ def role_spec(name: str, rank: int, axes: Collection[str]) -> PartitionSpec:
     out = name.endswith(("output/kernel", "down/kernel", "embedding"))
     wanted = ("tensor", "fsdp") if out else ("fsdp", "tensor")
     cut = [axis if axis in axes else None for axis in wanted]
-    return PartitionSpec(*[None] * (rank - 2), *cut)
+    batch: list[str | None] = [None] * (rank - 2)
+    if batch and "experts/" in name and "expert" in axes:
+        batch[-1] = "expert"
+    return PartitionSpec(*batch, *cut)
 
 
 def parameter_shardings(params: Any, mesh: Mesh) -> Any:
@@ -178,3 +186,37 @@ def sharded_parameters(shape: ModelShape, mesh: Mesh, *, layers_only: bool = Fal
         for name, x in shape.parameters().items()
         if not layers_only or ("layers/" in name and name.endswith("kernel"))
     }
+
+
+def experts_first(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """A transformation that sees experts' matrices as `[experts, layers, in, out]`.
+
+    Optimizers of matrices work on one batch of them. Of `[layers, experts, in, out]` with the experts
+    cut over a mesh, every layer's share would have to be moved to make that batch; with the experts
+    first, each device has its part already. Nothing is exchanged to turn them, and the state is of the
+    turned shape.
+
+    Args:
+      tx: any transformation; parameters of experts are those with ``experts/`` in their path.
+
+    Example:
+      >>> import jax.numpy as jnp, ravine
+      >>> from ravine.training.sharding import experts_first
+      >>> params = {"layers/experts/up/kernel": jnp.zeros((2, 4, 8, 8))}
+      >>> experts_first(ravine.scale_by_adam()).init(params).mu["layers/experts/up/kernel"].shape
+      (4, 2, 8, 8)
+    """
+    whole = optax.with_extra_args_support(tx)
+
+    def turned(tree: Any) -> Any:
+        def turn(path: Any, x: Any) -> Any:
+            is_stack = "experts/" in path_string(path) and x.ndim == 4
+            return jnp.swapaxes(x, 0, 1) if is_stack else x
+
+        return jax.tree_util.tree_map_with_path(turn, tree)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        updates, state = whole.update(turned(updates), state, turned(params), **extra)
+        return turned(updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: whole.init(turned(params)), update)

@@ -24,7 +24,7 @@ from ...optimizers.registry import OptimizerConfig
 from ...optimizers.registry import names as registered
 from ..shapes.presets import PRESETS
 from ..shapes.shape import ModelShape
-from ..sharding import mesh_sizes, rows_of, sharded_parameters
+from ..sharding import experts_first, mesh_sizes, rows_of, sharded_parameters
 from .by_hand import Remat, Work
 from .compile import auto, compiled_train_step, compiled_update, rows_for, trainer_model
 from .cost import Plan, plan_of
@@ -60,11 +60,12 @@ class PlanConfig:
     topology: str = "v5p:8x8x8"
     """Generation and chips, as v5p:8x8x8; or GPUs and their number, as h100:64."""
     mesh: str = "fsdp=64,tensor=8"
-    """Sizes of the mesh's axes: data, fsdp and tensor."""
+    """Sizes of the mesh's axes: data, fsdp, expert and tensor."""
     slices: int = 1
     """Slices of that topology, joined by the data centre's network along the mesh's first axis."""
     batch: int = 0
-    """Tokens a step over all chips; 0 is one sequence for each shard of the rows (data x fsdp)."""
+    """Tokens a step over all chips; 0 is one sequence for each shard of the rows, data x fsdp x
+    expert."""
     micro_batches: int = 1
     """Parts of the batch that are worked on one after the other, their gradients added up."""
     remat: Remat = "full"
@@ -111,6 +112,9 @@ def plan(config: PlanConfig, console: Console | None = None) -> list[Plan]:
     mesh, network = mesh_of(config.topology, sizes, config.slices)
     work = _work(config, shape, mesh)
     program = _program(config, shape, mesh, work)
+    cut = shape.experts is not None and dict(mesh.shape).get("expert", 1) > 1
+    turned = frozenset(OPTIONS if cut else ()) & frozenset(optimizers)
+    optimizers |= {name: experts_first(optimizers[name]) for name in turned}
     waiting = Console(stderr=True, quiet=console.quiet)
     plans = []
     for name, tx in optimizers.items():
@@ -128,7 +132,7 @@ def plan(config: PlanConfig, console: Console | None = None) -> list[Plan]:
         console.print_json(to_json(config, plans, network, work))
         return plans
     given = {name: assumed(name, json.loads(config.options)) for name in optimizers}
-    show(Shown(config, work, network, given), plans, console)
+    show(Shown(config, work, network, given, turned), plans, console)
     return plans
 
 

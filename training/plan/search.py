@@ -82,14 +82,16 @@ def candidates(
 
 def _sizes(chips: int, shape: ModelShape, sequences: int, slices: int) -> Iterator[dict[str, int]]:
     divisors = [n for n in range(1, chips + 1) if chips % n == 0]
-    for data, tensor in itertools.product(divisors, divisors):
-        if chips % (data * tensor) or data % slices:
+    experts = shape.experts.count if shape.experts else 1
+    of_experts = [n for n in divisors if experts % n == 0]
+    for data, expert, tensor in itertools.product(divisors, of_experts, divisors):
+        if chips % (data * expert * tensor) or data % slices:
             continue
-        fsdp = chips // (data * tensor)
+        fsdp = chips // (data * expert * tensor)
         whole = (shape.heads, shape.vocabulary, shape.feed_forward)
         divides = all(n % tensor == 0 for n in whole) and shape.width % (fsdp * tensor) == 0
-        if divides and sequences % (data * fsdp) == 0:
-            yield {"data": data, "fsdp": fsdp, "tensor": tensor}
+        if divides and sequences % (data * fsdp * expert) == 0:
+            yield {"data": data, "fsdp": fsdp, "expert": expert, "tensor": tensor}
 
 
 def _candidate(work: Work, state_ratio: float, network: Network) -> Candidate:

@@ -28,6 +28,8 @@ class Shown:
     network: Network
     assumed: dict[str, dict[str, object]]
     """By optimizer: what differs from its defaults."""
+    turned: frozenset[str] = frozenset()
+    """Optimizers that see experts first."""
 
 
 def show(made: Shown, plans: list[Plan], console: Console) -> None:
@@ -125,7 +127,7 @@ def _short(made: Shown, found: Plan) -> list[str]:
     said = _lines(made, found)
     if not found.refused and spare(found, made.network.chip) >= 0:
         said = said[1:]
-    about = ("does not fit", "not the library's", "without", "leaves out", "on the host")
+    about = ("does not fit", "not the library's", "with `", "without", "leaves out", "on the host")
     return [line for line in said if found.refused or any(word in line for word in about)]
 
 
@@ -146,6 +148,8 @@ def _lines(made: Shown, found: Plan) -> list[str]:
     if assumed := made.assumed.get(name):
         options = json.dumps({k: _plain(v) for k, v in assumed.items()})
         lines.append(f"{name}: not the library's defaults, but {options}")
+    if name in made.turned:
+        lines.append(f"{name}: with `ravine.training.sharding.experts_first`")
     if name.startswith("sophia") and not made.config.train_step:
         lines.append(
             f"{name}: without its estimate of the curvature, a pass through the model at times"

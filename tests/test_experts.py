@@ -1,0 +1,97 @@
+"""Mixtures of experts on a mesh with an axis of experts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import ravine
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+from ravine.training.plan.by_hand import Work
+from ravine.training.plan.compile import compiled_update
+from ravine.training.plan.cost import plan_of
+from ravine.training.shapes.parts import Experts
+from ravine.training.shapes.presets import PRESETS
+from ravine.training.shapes.shape import ModelShape
+from ravine.training.sharding import experts_first, parameter_spec, sharded_parameters
+
+SHAPE = ModelShape(
+    layers=2,
+    width=256,
+    feed_forward=512,
+    heads=4,
+    head_width=64,
+    kv_heads=4,
+    vocabulary=512,
+    context=64,
+    experts=Experts(4, 2, 256),
+)
+
+
+@pytest.fixture
+def mesh():
+    devices = np.array(jax.devices()[:8]).reshape(2, 2, 2)
+    return Mesh(devices, ("expert", "fsdp", "tensor"), axis_types=(AxisType.Explicit,) * 3)
+
+
+def experts(mesh):
+    params = sharded_parameters(SHAPE, mesh, layers_only=True)
+    return {name: x for name, x in params.items() if "experts/" in name}
+
+
+def test_experts_are_cut_by_their_axis(mesh):
+    specs = {x.sharding.spec for x in experts(mesh).values()}
+    assert specs == {
+        P(None, "expert", "fsdp", "tensor"),
+        P(None, "expert", "tensor", "fsdp"),
+    }
+    sizes = dict(mesh.shape)
+    assert parameter_spec("layers/shared_expert/up/kernel", (2, 8, 8), sizes) == P(
+        None, "fsdp", "tensor"
+    )
+    # Of three experts a mesh axis of two has no share.
+    assert parameter_spec("layers/experts/up/kernel", (2, 3, 8, 8), sizes)[1] is None
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        ravine.shampoo(0.1, blocks=ravine.Blocks(size=128)),
+        ravine.soap(0.1, blocks=ravine.Blocks(size=128)),
+        ravine.muon(0.1),
+    ],
+    ids=["shampoo", "soap", "muon"],
+)
+def test_nothing_is_exchanged_between_experts(tx, mesh):
+    params = experts(mesh)
+    found = plan_of("it", compiled_update(experts_first(tx), params, mesh), mesh)
+    # Positions 0 to 3 have the same experts. Muon exchanges rows and columns, the others nothing.
+    for c in found.collectives:
+        assert set(c.group) <= {0, 1, 2, 3}
+    assert not found.repeated
+
+
+def test_experts_first_is_the_same_optimizer():
+    key = jax.random.key(0)
+    params = {"layers/experts/up/kernel": jax.random.normal(key, (2, 4, 16, 8))}
+    plain, turned = (f(ravine.muon(0.1)) for f in (lambda tx: tx, experts_first))
+    grads = jax.tree.map(jnp.sin, params)
+    expected, _ = plain.update(grads, plain.init(params), params)
+    found, _ = turned.update(grads, turned.init(params), params)
+    np.testing.assert_allclose(*map(jax.tree.leaves, (found, expected)), rtol=1e-5, atol=1e-6)
+
+
+def test_tokens_of_experts_by_hand():
+    # Qwen 3 30B-A3B: 48 layers, 8 of 128 experts a token, width 2048; 4096 tokens in each of 16 shards.
+    shape = PRESETS["qwen3-30b-a3b"]
+    work = Work(shape, {"expert": 16}, tokens=16 * 4096)
+    sent = [c for c in work.exchanges() if c.kind == "all-to-all"]
+    assert [(c.sent, c.times) for c in sent] == [(15 / 16 * 8 * 4096 * 2048 * 2, 48 * 6)]
+    # Gradients of all but experts are added up over the shards.
+    dense = 2 * (shape.count - 48 * 128 * 3 * 2048 * 768 - 48 * (2 * 2048 + 2 * 128) - 2048)
+    (copies,) = (c for c in work.exchanges() if c.kind == "all-reduce")
+    assert copies.sent == 2 * 15 / 16 * dense
+    # A token meets eight experts 768 wide.
+    keys = shape.kv_heads * shape.head_width
+    elements = 4 * 2048 + 2 * 32 * 128 + 2 * keys + 3 * 8 * 768
+    assert work.activations()["at work"] == 2 * 2 * 4096 * elements
