@@ -195,15 +195,25 @@ def with_noise_scale(
         squares, traces = state.squares, state.traces
         if micro_batches is not None:
             _check(micro_batches, squares)
-            whole = squared_norms(updates, state.inner, rules)
-            squares, traces = {}, {}
-            for name, square in whole.items():
-                found, usable = _estimates(micro_batches, name, square)
-                means = state.squares[name], state.traces[name]
-                squares[name], traces[name] = (
-                    jnp.where(usable, lerp(new, mean, decay), mean)
-                    for new, mean in zip(found, means, strict=True)
-                )
+            micro = micro_batches
+
+            def taken_in() -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+                squares, traces = {}, {}
+                for name, square in squared_norms(updates, state.inner, rules).items():
+                    found, usable = _estimates(micro, name, square)
+                    means = state.squares[name], state.traces[name]
+                    squares[name], traces[name] = (
+                        jnp.where(usable, lerp(new, mean, decay), mean)
+                        for new, mean in zip(found, means, strict=True)
+                    )
+                return squares, traces
+
+            # Not a pass over the gradient at steps at which nothing was measured.
+            squares, traces = jax.lax.cond(
+                jnp.any(micro.weights > 0),
+                taken_in,
+                lambda: (dict(state.squares), dict(state.traces)),
+            )
         done, inner_state = inner.update(updates, state.inner, params, **extra)
         return done, NoiseScaleState(squares, traces, inner_state)
 

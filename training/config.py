@@ -51,6 +51,9 @@ class RunConfig:
     monitor_every: int = 0
     """Updates between two samples of ravine.stability.with_monitors, which go into metrics.jsonl; 0
     for none."""
+    noise_scale_every: int = dataclasses.field(default=0, metadata=LATER)
+    """Updates between two measurements of the gradient noise scale, in tokens, which go into
+    metrics.jsonl; 0 for none."""
     z_loss: float = 0.0
     """Coefficient of the z-loss, which the training loss includes and the held-out loss does not.
     PaLM takes 1e-4."""
@@ -85,7 +88,7 @@ class RunConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         whole = ("schedule_steps", "warmup_steps", "checkpoint_every", "monitor_every", "seed")
-        for name in (*whole, "read_threads"):
+        for name in (*whole, "read_threads", "noise_scale_every"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         for name in ("steps", "schedule_steps", "warmup_steps"):
@@ -104,6 +107,14 @@ class RunConfig:
         if self.loss == "fused" and self.monitor_every:
             raise ValueError(
                 "monitors need logits, which a fused loss never holds; take --loss plain."
+            )
+        if (
+            self.noise_scale_every
+            and self.micro_batches == 1
+            and (self.qk_clip or self.monitor_every)
+        ):
+            raise ValueError(
+                "noise_scale_every beside monitors or qk_clip needs --micro-batches 2 or more."
             )
         if self.qk_clip and self.model.qk_norm:
             raise ValueError(

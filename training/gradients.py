@@ -99,3 +99,47 @@ def micro_batch_value_and_grad(
         return (value, grads) if measured is None else (value, grads, MicroBatches(*measured))
 
     return whole if micro_batches == 1 else mean
+
+
+def sampled_value_and_grad(
+    loss: Callable[[Any, Any], Any],
+    micro_batches: int,
+    sampled: jax.Array,
+    measure: Callable[[Any], Mapping[str, jax.Array]],
+    tokens: Callable[[Any], Any],
+) -> Callable[[Any, Any], tuple[Any, Any, MicroBatches]]:
+    """`micro_batch_value_and_grad` with something else of the loss, measured at sampled steps only.
+
+    A batch that is not cut is cut into two at those steps, and its gradient is the same but for
+    rounding. There the something else must be without arrays.
+
+    Args:
+      loss: from parameters and a batch to its mean loss and something else.
+      micro_batches: at least 1.
+      sampled: boolean scalar.
+      measure: as for `micro_batch_value_and_grad`.
+      tokens: likewise.
+    """
+    grad_of: Any = micro_batch_value_and_grad
+
+    def of_parts(params: Any, batch: Any) -> tuple[Any, Any, MicroBatches]:
+        def if_sampled(grads: Any) -> Mapping[str, jax.Array]:
+            zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            shapes = jax.eval_shape(measure, grads)
+            return jax.lax.cond(sampled, lambda: measure(grads), zeros)
+
+        split = grad_of(loss, micro_batches, tokens, has_aux=True, measure=if_sampled)
+        value, grads, micro = split(params, batch)
+        return value, grads, micro._replace(weights=jnp.where(sampled, micro.weights, 0))
+
+    def of_whole(params: Any, batch: Any) -> tuple[Any, Any, MicroBatches]:
+        halves = grad_of(loss, 2, tokens, has_aux=True, measure=measure)
+        shapes = jax.eval_shape(halves, params, batch)[2]
+
+        def whole() -> tuple[Any, Any, MicroBatches]:
+            nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            return *grad_of(loss, 1, has_aux=True)(params, batch), nothing
+
+        return jax.lax.cond(sampled, lambda: halves(params, batch), whole)
+
+    return of_parts if micro_batches > 1 else of_whole

@@ -10,17 +10,21 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ..core.transformation import states_of
 from ..optimizers.links.curvature import gauss_newton_bartlett
 from ..optimizers.matrix.mesh.shardings import on_mesh, state_shardings
+from ..optimizers.roles import RAVINE_RULES
 from ..stability import (
     Guarded,
+    NoiseScaleState,
     cross_entropy,
     guarded_step,
     logit_statistics,
     next_token_loss,
+    squared_norms,
     token_mean,
 )
-from .gradients import micro_batch_value_and_grad
+from .gradients import micro_batch_value_and_grad, sampled_value_and_grad
 from .loss import fused_loss
 from .model import ModelConfig, Transformer
 from .sharding import parameter_shardings
@@ -175,6 +179,7 @@ def make_train_step(
     monitor_every: int = 0,
     attention_logits: bool = True,
     fused: bool = False,
+    noise_scale_every: int = 0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """`step(state, batch) -> state, metrics`: jit it with ``donate_argnums=0``.
 
@@ -182,29 +187,45 @@ def make_train_step(
     first of the micro-batches; all are given ``loss=``, as guards need it, and, with `attention_logits`,
     ``max_logits=``, as QK-clip does. With `monitor_every`, the optimizer is to be one `with_monitors` of
     that period, which is given `MEASURED`. `fused` takes the loss without holding logits, which monitors
-    need.
+    need. With `noise_scale_every`, the optimizer holds one `with_noise_scale`, which is told every so
+    many steps.
 
     Raises:
-      ValueError: for a fused loss with monitors.
+      ValueError: for a fused loss with monitors, or a noise scale of one micro-batch beside attention
+        logits.
     """
     if fused and monitor_every:
         raise ValueError(
             "monitors look at logits, which the fused loss never holds; take one of them."
         )
     attention_logits = attention_logits or bool(monitor_every)
+    if noise_scale_every and micro_batches == 1 and attention_logits:
+        raise ValueError("a noise scale beside attention logits needs at least two micro_batches.")
     tx = optax.with_extra_args_support(tx)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         sampled = state.step % monitor_every == 0 if monitor_every else None
         trained = _trained_loss(graphdef, z_loss, sampled, attention_logits, fused)
-        loss_and_grads = micro_batch_value_and_grad(trained, micro_batches, has_aux=True)
-        (loss, (highest_NxLxH, said)), grads = loss_and_grads(state.params, batch)
+        if noise_scale_every:
+            (noise,) = states_of(NoiseScaleState, state.opt_state)
+            loss_and_grads = sampled_value_and_grad(
+                trained,
+                micro_batches,
+                state.step % noise_scale_every == 0,
+                lambda grads: squared_norms(grads, noise.inner, RAVINE_RULES),
+                lambda batch: float(batch[:, 1:].size),
+            )
+        else:
+            loss_and_grads = micro_batch_value_and_grad(trained, micro_batches, has_aux=True)
+        (loss, (highest_NxLxH, said)), grads, *micro = loss_and_grads(state.params, batch)
         inputs = batch[::micro_batches, :-1]
         logits = lambda params: nnx.merge(graphdef, params)(inputs)
         extra = {
             "loss": loss,
             "curvature": gauss_newton_bartlett(logits, params=state.params),
         }
+        if micro:
+            extra["micro_batches"] = micro[0]
         if attention_logits:
             extra["max_logits"] = jnp.max(highest_NxLxH, axis=0)
         if monitor_every:

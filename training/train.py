@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 
 from ..core.transformation import states_of
-from ..stability import FiniteGateState, SkipStepState, monitored
+from ..stability import FiniteGateState, SkipStepState, monitored, noise_scale
 from .checkpoint import Checkpoints
 from .config import RunConfig
 from .data.batches import heldout_batches, train_batches
@@ -127,9 +127,10 @@ def _train(
             monitor_every=run.monitor_every,
             attention_logits=wanted,
             fused=run.fused,
+            noise_scale_every=run.noise_scale_every,
         )
         step_fn = jax.jit(
-            _telling(step, bool(run.monitor_every)),
+            _telling(step, run),
             donate_argnums=0,
             out_shardings=(shardings, shardings.step, shardings.step),
         )
@@ -153,8 +154,12 @@ def _train(
             clock.start()
             batch = jax.make_array_from_process_local_data(rows, next(batches), shape)
             state, told, sampled = compiled(state, batch)
-            due = run.monitor_every and done % run.monitor_every == 0
-            metrics.add(done, told | sampled if due else told)
+            for every, values in zip(
+                (run.monitor_every, run.noise_scale_every), sampled, strict=True
+            ):
+                if every and done % every == 0:
+                    told |= values
+            metrics.add(done, told)
             done += 1
             evaluates = done % run.eval_every == 0 or done == run.steps
             saves = checkpoints is not None and done % run.checkpoint_every == 0
@@ -245,14 +250,16 @@ def optimizer_milliseconds(
     return 1e3 * float(np.median(times))
 
 
-def _telling(step: Callable[..., Any], monitors: bool) -> Callable[..., Any]:
-    """The step, and apart what its state tells: skipped steps, with the metrics, and monitors."""
+def _telling(step: Callable[..., Any], run: RunConfig) -> Callable[..., Any]:
+    """The step, and what its state tells: skipped steps among the metrics; monitors and noise apart."""
 
     def telling(state: TrainState, batch: Any) -> tuple[TrainState, Any, Any]:
         state, metrics = step(state, batch)
         if guard := _guard(state.opt_state):
             metrics |= {"skipped": guard.skipped}
-        return state, metrics, monitored(state.opt_state) if monitors else {}
+        monitors = monitored(state.opt_state) if run.monitor_every else {}
+        noise = noise_scale(state.opt_state) if run.noise_scale_every else {}
+        return state, metrics, (monitors, noise)
 
     return telling
 

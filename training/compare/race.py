@@ -191,10 +191,11 @@ def _check(
     heldout_batches(corpus, batches=run.eval_batches, **sizes)
     rows = batch_sharding(mesh, run.batch_size)
     parts = run.batch_size // rows.shard_shape((run.batch_size,))[0]
-    if run.batch_size % (run.micro_batches * parts):
+    cut = max(run.micro_batches, 2 if run.noise_scale_every else 1)
+    if run.batch_size % (cut * parts):
         raise ValueError(
-            f"batch_size {run.batch_size} does not divide by {run.micro_batches} micro_batches on "
-            f"{parts} part(s) of the mesh; make it a multiple of {run.micro_batches * parts}."
+            f"batch_size {run.batch_size} does not divide by {cut} micro_batches on {parts} part(s) of "
+            f"the mesh; make it a multiple of {cut * parts}."
         )
     built = [entrant.build(run) for entrant in entrants]
     for tx in built:
