@@ -457,15 +457,8 @@ def test_signatures_are_short():
         assert defaults.get("rules", "None") == "None", name
 
 
-def test_the_page_on_roles_runs():
+def test_the_page_on_roles_shows_the_refusal_that_is_printed():
     page = (pathlib.Path(__file__).parent.parent / "docs" / "roles.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
-    namespace: dict = {}
-    for block in blocks:
-        exec(block, namespace)
-    assert len(blocks) == 2
-    assert len(namespace["rules"]) > len(ravine.COMMON_RULES)
-    # What it shows of a refusal is what is printed.
     params = shapes({"qkv": {"kernel": (16, 3, 4, 4), "bias": (3, 4, 4)}})
     with pytest.raises(ValueError) as refused:
         ravine.shampoo(3e-3).init(params)
