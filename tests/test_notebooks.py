@@ -20,8 +20,6 @@ TRAINER = (NOTEBOOKS[0].parents[1] / "docs/api/trainer.md").read_text()
 LOCAL_PATH = re.compile(r"(?<![\w.:/<])/\w[\w.-]*/\w|\b[A-Z]:\\+\w|site-packages")
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-# Two minutes of training; what it shows is tested in test_devices_keep_training.py.
-LONG = ("staying_alive",)
 
 
 class ThisInterpreter(AsyncKernelManager):
@@ -49,10 +47,7 @@ def kinds(cell):
 
 
 @pytest.mark.notebooks
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(p, marks=[pytest.mark.slow] * (p.stem in LONG), id=p.stem) for p in NOTEBOOKS],
-)
+@every_notebook
 def test_runs_and_shows_what_is_committed(path, tmp_path, monkeypatch):
     committed = nbformat.read(path, as_version=4)
     fresh = nbformat.read(path, as_version=4)
@@ -69,7 +64,7 @@ def test_runs_and_shows_what_is_committed(path, tmp_path, monkeypatch):
     NotebookClient(
         fresh,
         kernel_manager_class=ThisInterpreter,
-        timeout=120,
+        timeout=300,
         resources={"metadata": {"path": str(tmp_path)}},
     ).execute()
 
