@@ -77,6 +77,42 @@ def test_scanned_layers_equal_a_loop_over_them(getkey):
     )
 
 
+def test_a_tied_head_is_the_embedding(getkey):
+    model = Transformer(dataclasses.replace(SMALL, tied=True), rngs=nnx.Rngs(0))
+    assert not hasattr(model, "head")
+    tokens = jax.random.randint(getkey(), (2, 8), 0, SMALL.vocabulary)
+    hidden, _ = model.hidden(tokens)
+    table = model.embed.embedding[...]
+    np.testing.assert_allclose(model(tokens), hidden @ table.T, rtol=1e-5, atol=1e-5)
+    # Rows come in at unit size, and logits of a normalised state are about as large.
+    assert 0.8 < float(jnp.std(table)) * SMALL.width**0.5 < 1.2
+    assert float(jnp.std(model(tokens))) < 2
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_fused_loss_of_a_tied_head(tied):
+    batch = jax.random.randint(jax.random.key(1), (2, 9), 0, SMALL.vocabulary)
+    graphdef, params = init_params(dataclasses.replace(SMALL, tied=tied), 0)
+    plain, fused = (
+        jax.value_and_grad(make_loss(graphdef, f))(params, batch) for f in (False, True)
+    )
+    for a, b in zip(*map(jax.tree.leaves, (plain, fused)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_four_norms_a_layer(getkey):
+    model = Transformer(dataclasses.replace(SMALL, norms=4), rngs=nnx.Rngs(0))
+    graphdef, stacked = nnx.split(model.layers)
+    layer = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[0], stacked))
+    x = jax.random.normal(getkey(), (2, 8, SMALL.width))
+    mixed, _ = layer.attention(layer.attention_norm(x))
+    x1 = x + layer.attention_out_norm(mixed)
+    expected = x1 + layer.feed_forward_out_norm(layer.feed_forward(layer.feed_forward_norm(x1)))
+    np.testing.assert_allclose(layer(x)[0], expected, rtol=1e-5, atol=1e-5)
+    roles = assign_roles(init_params(dataclasses.replace(SMALL, norms=4), 0)[1])
+    assert roles["layers"]["feed_forward_out_norm"]["scale"] == "norm"
+
+
 def test_layers_computed_anew_give_the_same_gradients(getkey):
     config = ModelConfig(vocabulary=32, context=8, width=16, layers=2, heads=2)
     batch = jax.random.randint(getkey(), (2, 9), 0, 32)

@@ -41,6 +41,10 @@ class ModelConfig:
     activation: Literal["swiglu", "gelu"] = "swiglu"
     qk_norm: bool = False
     """RMS-normalise queries and keys per head."""
+    tied: bool = dataclasses.field(default=False, metadata=LATER)
+    """The head is the embedding, whose rows are then looked up times the root of the width (Gemma)."""
+    norms: Literal[2, 4] = dataclasses.field(default=2, metadata=LATER)
+    """Normalisations a layer: before attention and feed-forward part, and with 4 after them too."""
     attention_soft_cap: float | None = None
     final_soft_cap: float | None = None
     """Cap of the output logits; Gemma 2 takes 30."""
@@ -216,14 +220,23 @@ class Block(nnx.Module):
         self.attention = Attention(config, rngs=rngs)
         self.feed_forward_norm = RMSNorm(config.width)
         self.feed_forward = FeedForward(config, rngs=rngs)
+        self.after = config.norms == 4
+        if self.after:
+            self.attention_out_norm = RMSNorm(config.width)
+            self.feed_forward_out_norm = RMSNorm(config.width)
 
     def __call__(
         self, x_BxTxD: jax.Array, measured: bool = False
     ) -> tuple[jax.Array, jax.Array | None]:
         """The stream after this layer, and the largest attention logits, `[H]`, if measured."""
         mixed_BxTxD, highest_H = self.attention(self.attention_norm(x_BxTxD), measured)
+        if self.after:
+            mixed_BxTxD = self.attention_out_norm(mixed_BxTxD)
         x_BxTxD = x_BxTxD + mixed_BxTxD
-        return x_BxTxD + self.feed_forward(self.feed_forward_norm(x_BxTxD)), highest_H
+        turned_BxTxD = self.feed_forward(self.feed_forward_norm(x_BxTxD))
+        if self.after:
+            turned_BxTxD = self.feed_forward_out_norm(turned_BxTxD)
+        return x_BxTxD + turned_BxTxD, highest_H
 
 
 class Transformer(nnx.Module):
@@ -252,14 +265,15 @@ class Transformer(nnx.Module):
         self.embed = nnx.Embed(
             config.vocabulary,
             config.width,
-            embedding_init=nnx.initializers.normal(1.0),
+            embedding_init=nnx.initializers.normal(config.width**-0.5 if config.tied else 1.0),
             dtype=dtype,
             rngs=rngs,
         )
         self.layers = stacked(rngs)
         self.final_norm = RMSNorm(config.width)
-        # Small first logits: the loss starts near log V instead of well above it.
-        self.head = _linear(config.width, config.vocabulary, 0.25, dtype, rngs)
+        if not config.tied:
+            # Small first logits: the loss starts near log V instead of well above it.
+            self.head = _linear(config.width, config.vocabulary, 0.25, dtype, rngs)
 
     def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
         """Logits of the token after each position, float32."""
@@ -286,13 +300,23 @@ class Transformer(nnx.Module):
         # Whole rows for the lookup: the compiler finds no good way to look up parts of them.
         table_VxD = constrained(self.embed.embedding[...], "tensor", None)
         x_BxTxD = jnp.take(table_VxD.astype(self.config.dtype), tokens_BxT, axis=0)
+        if self.config.tied:
+            x_BxTxD = x_BxTxD * jnp.asarray(self.config.width**0.5, x_BxTxD.dtype)
         x_BxTxD = constrained(x_BxTxD, "rows", None, None)
         x_BxTxD, highest_LxH = through_layers(x_BxTxD, self.layers)
         return self.final_norm(x_BxTxD), highest_LxH
 
+    def unembedding(self) -> jax.Array:
+        """The head's matrix, `[D, V]`."""
+        return self.embed.embedding[...].T if self.config.tied else self.head.kernel[...]
+
     def logits(self, hidden_BxTxD: jax.Array) -> jax.Array:
         """Logits of the next tokens, float32, of what `hidden` gave."""
-        logits_BxTxV = self.head(hidden_BxTxD).astype(jnp.float32)
+        if self.config.tied:
+            logits_BxTxV = hidden_BxTxD @ self.unembedding().astype(hidden_BxTxD.dtype)
+        else:
+            logits_BxTxV = self.head(hidden_BxTxD)
+        logits_BxTxV = logits_BxTxV.astype(jnp.float32)
         logits_BxTxV = constrained(logits_BxTxV, "rows", None, "tensor")
         return soft_cap(logits_BxTxV, self.config.final_soft_cap)
 

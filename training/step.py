@@ -152,7 +152,7 @@ def _trained_loss(
 def _fused(
     model: Transformer, hidden: jax.Array, targets: jax.Array, z_loss: float = 0.0
 ) -> jax.Array:
-    kernel, cap = model.head.kernel[...], model.config.final_soft_cap
+    kernel, cap = model.unembedding(), model.config.final_soft_cap
     return fused_loss(hidden, kernel, targets, z_loss=z_loss, cap=cap)[0].astype(jnp.float32)
 
 

@@ -125,8 +125,7 @@ def trainer_model(name: str, shape: ModelShape) -> ModelConfig:
         "relative positions": shape.relative_positions > 0,
         "learned positions": shape.learned_positions,
         "biases": shape.biases,
-        "a tied embedding": shape.tied,
-        f"{shape.norms} norms per layer": shape.norms != 2,
+        f"{shape.norms} norm per layer": shape.norms not in (2, 4),
         "heads that are not the width together": shape.heads * shape.head_width != shape.width,
     }
     found = [what for what, has in lacks.items() if has]
@@ -144,6 +143,8 @@ def trainer_model(name: str, shape: ModelShape) -> ModelConfig:
         feed_forward=shape.feed_forward,
         activation="swiglu" if shape.gated else "gelu",
         qk_norm=shape.qk_norm == "head",
+        tied=shape.tied,
+        norms=4 if shape.norms == 4 else 2,
         dtype="bfloat16",
         remat=True,
     )

@@ -15,7 +15,7 @@ from ..shapes.shape import ModelShape
 from .by_hand import Work
 from .devices import devices_of, laid_out
 from .search import Candidate, candidates
-from .verdict import readable, thousands
+from .verdict import milliseconds, readable, thousands
 
 if TYPE_CHECKING:
     from .plan import PlanConfig
@@ -81,8 +81,8 @@ def _table(found: list[Candidate]) -> Table:
                 str(candidate.work.micro_batches),
                 readable(candidate.memory),
                 "yes" if candidate.fits else "no",
-                f"{1000 * candidate.sending:,.3g}",
-                f"{1000 * candidate.seconds:,.4g}",
+                milliseconds(candidate.sending),
+                milliseconds(candidate.seconds),
                 thousands(candidate.work.tokens / candidate.seconds),
             )
     return table

@@ -13,7 +13,7 @@ from .chips import DECOMPOSITIONS
 from .cost import Plan
 from .network import Network
 from .roofline import ASSUMPTIONS
-from .verdict import readable, spare, thousands, verdict
+from .verdict import milliseconds, readable, spare, thousands, verdict
 
 if TYPE_CHECKING:
     from .plan import PlanConfig
@@ -75,7 +75,7 @@ def _compared(made: Shown, plans: list[Plan]) -> Table:
             "yes" if spare(found, made.network.chip) >= 0 else "no",
             f"{found.arithmetic.always / 1e9:,.0f}",
             readable(found.sent),
-            *(_milliseconds(x) for x in (e.update, e.exchanges, e.at_times, e.step)),
+            *(milliseconds(x) for x in (e.update, e.exchanges, e.at_times, e.step)),
             *(f"{e.share:.1%}", thousands(e.tokens_per_second), f"{e.mfu:.0%}"),
         )
     return table
@@ -108,7 +108,7 @@ def _time(plans: list[Plan]) -> Table:
             found.optimizer,
             *(f"{x / 1e9:,.0f}" for x in (found.arithmetic.always, found.arithmetic.sometimes)),
             readable(found.sent),
-            *(_milliseconds(x) for x in parts),
+            *(milliseconds(x) for x in parts),
             *(f"{e.share:.1%}", thousands(e.tokens_per_second), f"{e.mfu:.0%}"),
         )
     return table
@@ -167,7 +167,7 @@ def _lines(made: Shown, found: Plan) -> list[str]:
         host = 2 * found.state / chip.host
         lines.append(
             f"{name}: the state on the host frees {readable(found.state)} and takes "
-            f"{_milliseconds(host)} ms a step over PCIe"
+            f"{milliseconds(host)} ms a step over PCIe"
         )
     return lines
 
@@ -181,16 +181,3 @@ def _plain(value: object) -> object:
         }
         return {type(value).__name__: changed}
     return value
-
-
-def _milliseconds(seconds: float) -> str:
-    """Three digits.
-
-    Example:
-      >>> _milliseconds(0.0123), _milliseconds(1.5), _milliseconds(0), _milliseconds(1e-6)
-      ('12.3', '1,500', '0', '<0.01')
-    """
-    value = 1000 * seconds
-    if value < 0.01:
-        return "<0.01" if value else "0"
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

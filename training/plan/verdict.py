@@ -75,3 +75,16 @@ def thousands(number: float) -> str:
       ('411.4k', '12.35M')
     """
     return f"{number / 1e6:,.4g}M" if number >= 1e6 else f"{number / 1e3:,.4g}k"
+
+
+def milliseconds(seconds: float) -> str:
+    """Three digits.
+
+    Example:
+      >>> milliseconds(0.0123), milliseconds(1.5), milliseconds(0), milliseconds(1e-6)
+      ('12.3', '1,500', '0', '<0.01')
+    """
+    value = 1000 * seconds
+    if value < 0.01:
+        return "<0.01" if value else "0"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
