@@ -1,6 +1,7 @@
 """One run: a model, an optimizer, a loop; every number it makes goes to a file as it is made."""
 
 import contextlib
+import dataclasses
 import math
 import time
 import warnings
@@ -18,6 +19,7 @@ from ..core.transformation import states_of
 from ..stability import FiniteGateState, SkipStepState, monitored, noise_scale
 from .checkpoint import Checkpoints
 from .config import RunConfig
+from .cost import cost_of
 from .data.batches import heldout_batches, train_batches
 from .data.corpus import Corpus
 from .distributed import is_first
@@ -134,8 +136,10 @@ def _train(
             donate_argnums=0,
             out_shardings=(shardings, shardings.step, shardings.step),
         )
-        compiled = step_fn.lower(state, example).compile()
+        traced = step_fn.trace(state, example)
+        compiled = traced.lower().compile()
         outcome.compile_seconds = time.perf_counter() - started
+        outcome.cost = dataclasses.asdict(cost_of(run.model, tx, state, traced, compiled))
         interrupts.check()
         rates = Rates(run.learning_rate(outcome.learning_rate), run.steps)
 

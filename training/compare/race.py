@@ -37,7 +37,8 @@ from ..sharding import batch_sharding, build_mesh
 from ..step import place
 from ..train import train
 from .entrants import Entrant, line_up
-from .report import summary_table, try_report, write_report
+from .hardware import hardware_table
+from .report import ranked, summary_table, try_report, write_report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +142,7 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
         ended = json.loads(from_first(json.dumps(ended)))
         for line in (f"text: {corpus.description}", f"results: {out}"):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
-        stack.enter_context(interrupts.last_words(lambda: _tell(console, outcomes, out)))
+        stack.enter_context(interrupts.last_words(lambda: _tell(console, outcomes, run, out)))
         try:
             with _progress(console) as progress:
                 field = zip(entrants, transformations, outcomes, ended, strict=True)
@@ -165,15 +166,16 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
             if is_first():
                 with contextlib.suppress(OSError):  # of a full disk it was said already
                     write_report(out, outcomes, run, corpus)
-                _tell(console, outcomes, out)
+                _tell(console, outcomes, run, out)
         interrupts.check()
     return outcomes
 
 
-def _tell(console: Console, outcomes: list[Outcome], out: Path) -> None:
+def _tell(console: Console, outcomes: list[Outcome], run: RunConfig, out: Path) -> None:
     if is_first():
         console.show_cursor()
         console.print(summary_table(outcomes))
+        console.print(hardware_table(ranked(outcomes), run))
         line = f"report: {out / 'report.html'}"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 

@@ -25,6 +25,7 @@ from ..config import RunConfig
 from ..data.corpus import Corpus
 from ..run.files import write_text
 from ..run.outcome import Outcome
+from .hardware import COLUMNS, hardware_rows
 
 REFERENCE = "adamw"
 STYLES = ("-", "--", ":")
@@ -79,7 +80,7 @@ def _error(values: list[float]) -> float:
     return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
 
 
-def _ranked(outcomes: list[Outcome]) -> list[Outcome]:
+def ranked(outcomes: list[Outcome]) -> list[Outcome]:
     """First what finished, best mean first, the runs of an optimizer one after the other."""
     started = [outcome for outcome in outcomes if outcome.steps]
 
@@ -92,13 +93,13 @@ def _ranked(outcomes: list[Outcome]) -> list[Outcome]:
 
 
 def _rows(outcomes: list[Outcome]) -> list[list[str]]:
-    ranked = _ranked(outcomes)
-    reference = {o.repeat: o for o in ranked if o.name == REFERENCE and o.status == "finished"}
+    order = ranked(outcomes)
+    reference = {o.repeat: o for o in order if o.name == REFERENCE and o.status == "finished"}
     several = any(outcome.repeat for outcome in outcomes)
     with_bits = any(map(_bits, outcomes))
     rows = []
-    for name in dict.fromkeys(outcome.name for outcome in ranked):
-        runs = [outcome for outcome in ranked if outcome.name == name]
+    for name in dict.fromkeys(outcome.name for outcome in order):
+        runs = [outcome for outcome in order if outcome.name == name]
         done = [outcome for outcome in runs if outcome.status == "finished"]
         finished = len(done) == len(runs)
         losses = [outcome.final_loss for outcome in done]
@@ -211,7 +212,7 @@ def _smoothed(values: list[float], weight: float = 0.9) -> list[float]:
 def _figures(outcomes: list[Outcome], style: dict[str, dict]) -> list[str]:
     def curves(records: str, x: str, y: str, smooth: bool = False):
         drawn = []
-        for outcome in _ranked(outcomes):
+        for outcome in ranked(outcomes):
             rows = [r for r in getattr(outcome, records) if y in r and math.isfinite(r[y])]
             ys = [r[y] for r in rows]
             drawn.append(
@@ -285,21 +286,26 @@ def _render(outcomes: list[Outcome], run: RunConfig, corpus: Corpus) -> str:
     )
     configuration = {**dataclasses.asdict(run), "text fingerprint": corpus.fingerprint}
     page = jinja2.Environment(autoescape=True).from_string(template)
-    ranked = _ranked(outcomes)
+    order = ranked(outcomes)
     return page.render(
         names=list(style),
-        parameters=f"{ranked[0].parameters:,}" if ranked else "-",
+        parameters=f"{order[0].parameters:,}" if order else "-",
         steps=run.steps,
         tokens=f"{run.batch_size * run.model.context:,}",
         text=corpus.description,
         columns=[heading for heading, _ in _columns(outcomes)],
         rows=[{"cells": cells, "colour": style[cells[0]]["color"]} for cells in _rows(outcomes)],
+        hardware_columns=list(COLUMNS),
+        hardware=[
+            {"cells": cells, "colour": style[cells[0]]["color"]}
+            for cells in hardware_rows(order, run)
+        ],
         note=(
             "Seconds count training only, without compilation and evaluation. Steps and seconds to "
             f"{REFERENCE}'s loss are interpolated between evaluations {run.eval_every} updates "
             "apart. Compare final losses: curves cross while the learning rate decays. A model "
             "this small overstates what matrix methods gain on large ones."
         ),
-        figures=_figures(outcomes, style) if ranked else [],
+        figures=_figures(outcomes, style) if order else [],
         configuration=list(configuration.items()),
     )

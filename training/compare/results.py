@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .report import summary_columns, summary_rows
+from .hardware import COLUMNS, hardware_rows
+from .report import ranked, summary_columns, summary_rows
 from .sweep import TRIALS, derived, read_trials
 
 PAGE = Path(__file__).parents[2] / "docs" / "results.md"
@@ -39,30 +40,40 @@ def sweep_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def race_lines(folder: Path) -> list[str]:
+def race_lines(folder: Path, *, hardware: bool = False) -> list[str]:
     """The table of a race in Markdown, from the files in its folder.
 
     Args:
       folder: `--out` of the race.
+      hardware: what the optimizers asked of the machine, in place of the losses.
 
     Raises:
       ValueError: for a folder without a finished race.
     """
     from ..config import RunConfig
+    from ..model import ModelConfig
     from ..run.outcome import Outcome
 
-    outcomes = []
+    outcomes: list[Outcome] = []
+    run, told_device = {}, ""
     for meta in sorted(folder.glob("*/meta.json")):
-        run = json.loads(meta.read_text(encoding="utf-8"))["run"]
+        made = json.loads(meta.read_text(encoding="utf-8"))
+        run, told_device = made["run"], made["device"]
         told = json.loads((meta.parent / "outcome.json").read_text(encoding="utf-8"))
         outcome = Outcome(told["name"], told["learning_rate"], told["repeat"])
         outcome.load(meta.parent, RunConfig(steps=run["steps"], eval_every=run["eval_every"]))
         outcomes.append(outcome)
     if not outcomes:
         raise ValueError(f"{folder} holds no race; give the --out of a finished one.")
-    columns = summary_columns(outcomes)
+    if hardware:
+        columns = list(COLUMNS)
+        model = ModelConfig(context=run["model"]["context"])
+        sizes = RunConfig(batch_size=run["batch_size"], model=model)
+        rows = hardware_rows(ranked(outcomes), sizes, told_device)
+    else:
+        columns, rows = summary_columns(outcomes), summary_rows(outcomes)
     lines = [f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"]
-    return lines + [f"| {' | '.join(cells)} |" for cells in summary_rows(outcomes)]
+    return lines + [f"| {' | '.join(cells)} |" for cells in rows]
 
 
 def fill(page: str, name: str, lines: Sequence[str]) -> str:
@@ -84,6 +95,8 @@ def main(folders: Sequence[str]) -> None:
     for given in folders:
         name, _, folder = given.partition("=")
         page = fill(page, name, race_lines(Path(folder)))
+        if f"<!-- {name} hardware -->" in page:
+            page = fill(page, f"{name} hardware", race_lines(Path(folder), hardware=True))
     PAGE.write_text(page, encoding="utf-8")
 
 

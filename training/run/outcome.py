@@ -33,6 +33,7 @@ class Outcome:
     state_bytes_per_parameter: float = math.nan
     parameters: int = 0
     trials: int = 0
+    cost: dict[str, float] = dataclasses.field(default_factory=dict)  # fields of `Cost`
 
     @property
     def step_milliseconds(self) -> float:

@@ -1,0 +1,111 @@
+"""What a step costs, counted and not timed: floating-point operations, and the memory XLA sets aside."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import optax
+
+from .model import ModelConfig
+from .plan.chips import CHIPS
+from .plan.flops import arithmetic
+from .step import TrainState, unmeasured
+
+_KINDS = {
+    "tpu v4": "v4",
+    "tpu v5 lite": "v5e",
+    "tpu v5e": "v5e",
+    "tpu v5": "v5p",
+    "tpu v5p": "v5p",
+    "tpu v6 lite": "v6e",
+    "tpu v6e": "v6e",
+    "tpu7x": "tpu7x",
+    "nvidia h100": "h100",
+    "nvidia h200": "h200",
+    "nvidia b200": "b200",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of one step on one device.
+
+    Attributes:
+      step_flop: floating-point operations of a step in which nothing is refreshed.
+      optimizer_flop: those of the optimizer among them.
+      refresh_flop: more, in a step that refreshes roots or bases, or estimates a curvature; at most.
+      peak_bytes: parameters, state, batch and temporaries at once, by XLA's own analysis.
+      state_bytes: of the optimizer.
+    """
+
+    step_flop: float
+    optimizer_flop: float
+    refresh_flop: float
+    peak_bytes: int
+    state_bytes: int
+
+    @property
+    def optimizer_share(self) -> float:
+        """Of the operations of a step in which nothing is refreshed, in [0, 1]."""
+        return self.optimizer_flop / self.step_flop
+
+    def utilization(self, seconds: float, device_kind: str, dtype: str) -> float | None:
+        """Model FLOP utilization: operations of the model, per second, of the device's published peak.
+
+        Args:
+          seconds: of a step.
+          device_kind: as JAX names the device.
+          dtype: of activations.
+
+        Returns:
+          A number in [0, 1], or None for a device whose peak is not known, as a CPU's.
+
+        Example:
+          >>> from ravine.training.cost import Cost
+          >>> cost = Cost(197e12, 0.0, 0.0, 0, 0)
+          >>> cost.utilization(2.0, "TPU v5 lite", "bfloat16"), cost.utilization(2.0, "cpu", "float32")
+          (0.5, None)
+        """
+        kind = max((k for k in _KINDS if device_kind.lower().startswith(k)), key=len, default=None)
+        if kind is None:
+            return None
+        peak = CHIPS[_KINDS[kind]].products[dtype]
+        return (self.step_flop - self.optimizer_flop) / (seconds * peak)
+
+
+def cost_of(
+    model: ModelConfig,
+    tx: optax.GradientTransformation,
+    state: TrainState,
+    traced: Any,
+    compiled: Any,
+) -> Cost:
+    """The cost of a step.
+
+    Args:
+      model: whose step it is.
+      tx: its optimizer.
+      state: arrays or their shapes.
+      traced: ``jax.jit(step).trace(state, batch)``.
+      compiled: ``traced.lower().compile()``.
+    """
+    devices = len(jax.tree.leaves(state.params)[0].sharding.device_set)
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+    update = functools.partial(optax.with_extra_args_support(tx).update, **unmeasured(model))
+    alone = arithmetic(
+        jax.jit(update).trace(shapes.params, shapes.opt_state, shapes.params), devices
+    )
+    whole, memory = arithmetic(traced, devices), compiled.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    local = lambda x: x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape))
+    return Cost(
+        whole.always,
+        alone.always,
+        whole.sometimes,
+        held - memory.alias_size_in_bytes + memory.temp_size_in_bytes,
+        sum(map(local, jax.tree.leaves(shapes.opt_state))),
+    )
