@@ -120,13 +120,35 @@ def test_arithmetic_of_known_programs_is_exact(function, shapes, operations):
     assert (round(found, 6), rest) == (round(operations, 6), 0)
 
 
-def test_arithmetic_agrees_with_the_compiler_where_that_counts():
-    def layer(x, w, v):
-        return jax.nn.softmax(jnp.tanh(x @ w) @ v)
+def layer(x, w, v):
+    return jax.nn.softmax(jnp.tanh(x @ w) @ v)
 
+
+def backward(x, w, v):
+    return jax.grad(lambda w, v: jnp.sum(layer(x, w, v) ** 2), argnums=(0, 1))(w, v)
+
+
+def polynomial(x, w, v):
+    for _ in range(3):
+        gram = x @ x.T
+        x = 3.0 * x - 2.0 * (gram @ gram) @ x
+    return x @ w @ v
+
+
+def attention(x, w, v):
+    scores = jnp.einsum("bhd,bkd->bhk", *2 * (x.reshape(4, 16, 128),)) * 0.1
+    return (
+        jnp.einsum("bhk,bkd->bhd", jax.nn.softmax(scores), x.reshape(4, 16, 128)).reshape(64, 128)
+        @ w
+        @ v
+    )
+
+
+@pytest.mark.parametrize("function", [layer, backward, polynomial, attention])
+def test_arithmetic_agrees_with_the_compiler_where_that_counts(function):
     arguments = [jnp.ones(shape) for shape in ((64, 128), (128, 256), (256, 32))]
-    compiled = jax.jit(layer).lower(*arguments).compile()
-    assert counted(layer, *arguments)[0] == pytest.approx(
+    compiled = jax.jit(function).lower(*arguments).compile()
+    assert counted(function, *arguments)[0] == pytest.approx(
         compiled.cost_analysis()["flops"], rel=0.05
     )
 
@@ -266,6 +288,19 @@ def test_json_has_what_is_printed(capsys):
     assert adamw["fits"]
 
 
+def test_a_state_on_the_host_is_moved_both_ways(capsys):
+    words = ["plan", *GPUS, "--optimizer", "adamw", "--json"]
+    found = []
+    for flags in ([], ["--state-on-host"]):
+        assert main([*words, *flags]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    (here,), (there,) = (one["plans"] for one in found)
+    state = here["bytes"]["state"]
+    assert here["bytes"]["memory"] - there["bytes"]["memory"] == state
+    moved = 2 * state / found[0]["chip"]["host"]
+    assert there["estimate"]["update"] - here["estimate"]["update"] == pytest.approx(moved)
+
+
 def test_one_that_cannot_be_compiled_is_a_row_with_its_reason(capsys, monkeypatch):
     from ravine.training.plan import plan as planning
 
@@ -285,7 +320,7 @@ def planned(**sizes):
     ("found", "tokens", "says"),
     [
         (planned(), 4096, "fits in 16 GB with 10.00 GB to spare"),
-        (planned(state=15 * 10**9), 4096, "by 1.00 GB; with the state on the host it does"),
+        (planned(state=15 * 10**9), 4096, "by 1.00 GB; with --state-on-host it does"),
         (planned(state=10**9, parameters=32 * 10**9), 4096, "shard over 3 times as many chips"),
         # Of two sequences: 2.15 GB kept, 2.16 at work, 2.10 of logits; of four twice that.
         (planned(activations=14 * 10**9), 8 * 4096, "with --micro-batches 4 it does"),

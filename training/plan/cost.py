@@ -41,6 +41,8 @@ class Plan:
     estimate: Estimate = dataclasses.field(default_factory=Estimate)
     refused: str = ""
     """Why there is no program."""
+    on_host: bool = False
+    """Whether the state is kept in the memory of the host, and moved to the chip and back each step."""
 
     @property
     def memory(self) -> float:
@@ -49,7 +51,7 @@ class Plan:
         Activations are gone when the update's temporaries come, so only the larger of the two
         counts.
         """
-        held = self.parameters + self.gradients + self.state
+        held = self.parameters + self.gradients + (0 if self.on_host else self.state)
         return held + max(self.temporary, self.activations)
 
     @property
@@ -71,6 +73,7 @@ def plan_of(
     work: Work | None = None,
     *,
     is_step: bool = False,
+    on_host: bool = False,
 ) -> Plan:
     """The plan of what was compiled.
 
@@ -81,6 +84,7 @@ def plan_of(
       network: between its chips; without one times are 0.
       work: the model's part; without one it is left out.
       is_step: whether a train step was compiled.
+      on_host: whether to count the state as kept by the host; the program is the same.
     """
     memory = compiled.program.memory_analysis()
     assert memory is not None, "compilers of TPUs and CPUs always say"
@@ -91,6 +95,9 @@ def plan_of(
     estimate = Estimate()
     if network is not None:
         estimate = _estimate(compiled, found, network, work, (parameters, state), is_step)
+        if on_host:
+            moved = 2 * state / network.chip.host
+            estimate = dataclasses.replace(estimate, update=estimate.update + moved)
     return Plan(
         name,
         parameters=parameters,
@@ -104,6 +111,7 @@ def plan_of(
         activations=sum(work.activations().values()) if work and not is_step else 0.0,
         checkpoint=sum(x.size * jnp.dtype(x.dtype).itemsize for x in leaves),
         estimate=estimate,
+        on_host=on_host,
     )
 
 

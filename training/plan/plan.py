@@ -70,6 +70,8 @@ class PlanConfig:
     """Parts of the batch that are worked on one after the other, their gradients added up."""
     remat: Remat = "full"
     """What is recomputed in the backward pass: whole layers, all but products, or nothing."""
+    state_on_host: bool = False
+    """Keep the optimizer's state in the memory of the host (memory_kind="pinned_host")."""
     fused_loss: bool = False
     """The loss without all logits at once, `ravine.stability.fused_cross_entropy`."""
     layers_only: bool = False
@@ -126,7 +128,12 @@ def plan(config: PlanConfig, console: Console | None = None) -> list[Plan]:
                     raise ValueError(f"{name}: {_reason(error)}") from None
                 plans.append(Plan(name, refused=_reason(error)))
                 continue
-        plans.append(plan_of(name, found, mesh, network, work, is_step=config.train_step))
+        one = plan_of(
+            *(name, found, mesh, network, work),
+            is_step=config.train_step,
+            on_host=config.state_on_host,
+        )
+        plans.append(one)
     plans.sort(key=lambda found: _order(found, network))
     if config.json:
         console.print_json(to_json(config, plans, network, work))

@@ -127,7 +127,7 @@ def _short(made: Shown, found: Plan) -> list[str]:
     said = _lines(made, found)
     if not found.refused and spare(found, made.network.chip) >= 0:
         said = said[1:]
-    about = ("does not fit", "not the library's", "with `", "without", "leaves out", "on the host")
+    about = ("does not fit", "not the library's", "with `", "without", "leaves out")
     return [line for line in said if found.refused or any(word in line for word in about)]
 
 
@@ -163,12 +163,16 @@ def _lines(made: Shown, found: Plan) -> list[str]:
         lines.append(
             f"{name}: {len(paths)} arrays of the state are on {copies} chips each, as {paths[0]}"
         )
-    if spare(found, chip) < 0 and found.state:
-        host = 2 * found.state / chip.host
+    if found.on_host:
         lines.append(
-            f"{name}: the state on the host frees {readable(found.state)} and takes "
-            f"{milliseconds(host)} ms a step over PCIe"
+            f"{name}: the state is on the host, and {milliseconds(2 * found.state / chip.host)} ms of "
+            "the update move it to the chip and back"
         )
+    writing = found.checkpoint / len(made.network.places) / chip.network
+    lines.append(
+        f"{name}: a checkpoint of {readable(found.checkpoint)} takes at least "
+        f"{milliseconds(writing)} ms through the chips' network"
+    )
     return lines
 
 
