@@ -18,6 +18,7 @@ COMMANDS = {
     "race": "train several optimizers on the same model and text, and compare them",
     "sweep": "tune optimizers with the same number of trials each",
     "speedup": "how many of AdamW's tokens a rival's schedule is worth",
+    "sensitivity": "what a learning rate beside the best one costs each optimizer",
     "plan": "what an optimizer costs a chip of a pod, without the pod",
     "presets": "shapes of published models, and suggestions for new ones",
     "batch-size": "the batch beyond which more tokens per step buy few fewer steps",
@@ -88,6 +89,7 @@ def _run(command: str, words: list[str]) -> int:
     try:
         from .batch_size.command import BatchSizeConfig, measure_batch_size
         from .compare.race import RaceConfig, race
+        from .compare.sensitivity import SensitivityConfig, sensitivity
         from .compare.speedup import SpeedupConfig, speedup
         from .compare.sweep import SweepConfig, sweep
         from .config_file import printed
@@ -101,6 +103,7 @@ def _run(command: str, words: list[str]) -> int:
 
         measurements: dict[str, tuple[Any, Any]] = {
             "batch-size": (BatchSizeConfig, measure_batch_size),
+            "sensitivity": (SensitivityConfig, sensitivity),
             "speedup": (SpeedupConfig, speedup),
             "sweep": (SweepConfig, sweep),
         }

@@ -1,10 +1,7 @@
 """The command `python -m ravine speedup`: how many of AdamW's tokens a rival's schedule is worth."""
 
 import dataclasses
-import hashlib
-import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,15 +14,9 @@ from rich.table import Table
 from scipy.optimize import least_squares
 
 from ..config import RunConfig
-from ..data.corpus import load_corpus
-from ..identity import to_json
-from ..run import interrupts
-from ..run.files import Lines
-from ..run.meta import provenance
-from .entrants import Entrant, line_up
+from .entrants import line_up
 from .report import REFERENCE
-from .space import Point
-from .trial import Trials
+from .runs import Runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,65 +131,16 @@ def speedup(config: SpeedupConfig, console: Console) -> None:
     Raises:
       ValueError: for a configuration, a text or a file of runs that cannot be used.
     """
-    corpus = load_corpus(config.run.data).for_races()
-    model = dataclasses.replace(config.run.model, vocabulary=corpus.vocabulary)
-    run = dataclasses.replace(config.run, model=model)
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    known = _read(config.out)
-    text = json.dumps([to_json(dataclasses.replace(run, data=())), corpus.fingerprint])
-    task = hashlib.sha256(text.encode()).hexdigest()[:12]
-    source = {**provenance(), "text": corpus.description, "command": " ".join(sys.argv[1:])}
-    lines = Lines(config.out)
     ends: dict[str, dict[int, list[float]]] = {}
-    try:
+    with Runs(config.run, config.out, console) as runs:
         for entrant in line_up(f"{REFERENCE},{config.optimizers}"):
             lengths = config.horizons if entrant.name == REFERENCE else (config.length,)
-            mine = ends.setdefault(entrant.name, {})
-            for repeat in range(config.seeds):
-                seeded = dataclasses.replace(run, seed=run.seed + repeat)
-                trials = Trials(seeded, corpus)
-                for steps in lengths:
-                    interrupts.check()
-                    key = (task, entrant.name, repeat, steps, _digest(entrant))
-                    if key not in known:
-                        loss = trials.loss(_point(entrant), steps)
-                        known[key] = loss
-                        lines.write({"key": key, "heldout_loss": loss, **source})
-                        console.print(f"{entrant.name:<12} {steps:>6} steps: {loss:.4f} nats")
-                    mine.setdefault(steps, []).append(known[key])
+            ends[entrant.name] = {
+                steps: [runs.loss(entrant, repeat, steps) for repeat in range(config.seeds)]
+                for steps in lengths
+            }
             jax.clear_caches()
-    finally:
-        lines.close()
     console.print(_table(config, ends))
-
-
-def _point(entrant: Entrant) -> Point:
-    warmup = 0.1 if entrant.warmup is None else entrant.warmup
-    return Point(entrant.learning_rate, entrant.weight_decay, warmup, entrant.optimizer)
-
-
-def _digest(entrant: Entrant) -> str:
-    told = [
-        entrant.optimizer.to_json(),
-        entrant.learning_rate,
-        entrant.weight_decay,
-        entrant.warmup,
-    ]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
-
-
-def _read(file: Path) -> dict[tuple[Any, ...], float]:
-    known = {}
-    for number, line in enumerate(file.read_text().splitlines() if file.exists() else [], 1):
-        try:
-            row = json.loads(line)
-            loss = row["heldout_loss"]
-            known[tuple(row["key"])] = math.inf if loss is None else loss
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(
-                f"{file} is damaged in line {number}; remove that line, and its run is made again."
-            ) from None
-    return known
 
 
 def _table(config: SpeedupConfig, ends: Mapping[str, Mapping[int, list[float]]]) -> Table:
