@@ -1,14 +1,27 @@
 """What one does with a trainer every day: files of options, hyperparameters, gradient accumulation."""
 
 import json
+import sys
 import tomllib
+import types
+import typing
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
+import ravine
+from ravine.training.average import averaged, with_ema
 from ravine.training.cli import COMMANDS, main
 from ravine.training.compare.entrants import line_up
 from ravine.training.compare.race import RaceConfig
 from ravine.training.config import RunConfig
 from ravine.training.config_file import printed, read_config
+from ravine.training.model import ModelConfig
+from ravine.training.run import profile
+from ravine.training.samples import continued
+from ravine.training.step import init_params
 
 SMALL = ["--width", "16", "--layers", "1", "--heads", "2", "--context", "16", "--batch-size", "4"]
 SHORT = ["--steps", "6", "--eval-every", "3", "--eval-batches", "2", *SMALL]
@@ -105,9 +118,17 @@ def test_a_default_configuration_is_a_fixed_point(tmp_path):
         (["--set", "sgd.learning_rate=1"], "give --learning-rates sgd=VALUE instead"),
         (["--micro-batches", "3"], "does not divide by 3 micro_batches"),
         (["--micro-batches", "0"], "micro_batches must be at least 1"),
+        (["--tensorboard", "events"], "needs tensorboardX"),
+        (["--samples", "5"], "samples must be at most the batch_size of 4"),
+        (["--samples", "-1"], "samples must not be negative"),
+        (["--ema", "1"], "ema must lie in [0, 1)"),
+        (["--profile", __file__], "is a file"),
     ],
 )
-def test_bad_options_are_one_line_and_leave_nothing(words, expected, tmp_path, text, capsys):
+def test_bad_options_are_one_line_and_leave_nothing(
+    words, expected, tmp_path, text, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
     out = tmp_path / "race"
     assert race("--optimizers", "sgd", *words, text=text, out=out) == 2
     complaint = capsys.readouterr().err
@@ -133,3 +154,75 @@ def test_micro_batches_make_the_same_run(tmp_path, text):
     one, two = (records(tmp_path / name / "adamw") for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):
         assert b == pytest.approx(a, rel=1e-4)
+
+
+class Writer:
+    """As that of tensorboardX."""
+
+    files: typing.ClassVar = {}
+
+    def __init__(self, folder):
+        self.scalars = self.files[folder] = []
+        self.open = True
+
+    def add_scalar(self, name, value, step):
+        assert self.open
+        self.scalars.append((name, value, step))
+
+    def close(self):
+        self.open = False
+
+
+def test_everything_beside_a_run_leaves_it_what_it_is(tmp_path, text, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=Writer))
+    monkeypatch.setattr(profile, "START", 1)
+    monkeypatch.setattr(profile, "STOP", 2)
+    words, out = ["--optimizers", "adamw"], tmp_path / "run"
+    assert race(*words, text=text, out=tmp_path / "plain") == 0
+    capsys.readouterr()
+    beside = ["--ema", "0.5", "--samples", "2", "--skip-spikes"]
+    folders = ["--tensorboard", str(tmp_path / "tb"), "--profile", str(tmp_path / "profile")]
+    assert race(*words, *beside, *folders, text=text, out=out) == 0
+
+    plain, found = (records(tmp_path / name / "adamw") for name in ("plain", "run"))
+    for a, b in zip(plain, found, strict=True):
+        assert {k: b[k] for k in a} == pytest.approx(a, rel=1e-6)
+    ends = [record for record in found if "heldout_loss" in record]
+    assert all(abs(r["heldout_loss_ema"] - r["heldout_loss"]) < 0.5 for r in ends)
+    assert all(r["heldout_loss_ema"] != r["heldout_loss"] for r in ends)
+
+    lines = (out / "adamw" / "samples.txt").read_text().splitlines()
+    assert len(lines) == 2
+    assert all(f"adamw: {line[:20]}" in capsys.readouterr().out for line in lines[:1])
+    assert list((tmp_path / "profile" / "adamw").rglob("*.xplane.pb"))
+    (scalars,) = Writer.files.values()
+    assert list(Writer.files) == [str(tmp_path / "tb" / "run" / "adamw")]
+    assert [(s, v) for n, v, s in scalars if n == "loss"] == [
+        (r["step"], r["loss"]) for r in found if "loss" in r
+    ]
+    assert race(*words, "--overwrite", text=text, out=out) == 0
+    assert not (out / "adamw" / "samples.txt").exists()
+
+
+def test_an_average_is_that_of_the_parameters_after_each_update():
+    tx = with_ema(ravine.adamw(0.1), 0.75)
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.zeros(2)}
+    state, expected = tx.init(params), params
+    for step in range(4):
+        grads = jax.tree.map(lambda p, step=step: jnp.cos(p + step), params)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        expected = jax.tree.map(lambda e, p: 0.75 * e + 0.25 * p, expected, params)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6)
+    jax.tree.map(close, averaged(state), expected)
+
+
+def test_samples_go_on_from_their_prompts_and_look_back_only():
+    graphdef, params = init_params(ModelConfig(width=16, layers=1, heads=2, context=16), 0)
+    prompts = jax.random.randint(jax.random.key(0), (3, 16), 0, 256)
+    seed = jnp.uint32(0)
+    drawn = continued(graphdef, params, prompts, 4, seed)
+    np.testing.assert_array_equal(drawn[:, :4], prompts[:, :4])
+    other = prompts.at[:, 4:].set(7)
+    np.testing.assert_array_equal(continued(graphdef, params, other, 4, seed), drawn)
+    assert not np.array_equal(continued(graphdef, params, prompts, 4, seed + 1), drawn)

@@ -121,4 +121,5 @@ def test_options_that_came_later_leave_committed_trials_known():
     told = to_json(RunConfig())
     digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()
     assert digest[:12] == "75bc7342eddd"
-    assert to_json(RunConfig(log_every=7)) == told | {"log_every": 7}
+    assert to_json(RunConfig(log_every=7)) == told
+    assert to_json(RunConfig(micro_batches=2)) == told | {"micro_batches": 2}

@@ -8,7 +8,7 @@ from typing import Literal
 import optax
 
 from .. import schedules
-from .identity import LATER
+from .identity import FREE, LATER
 from .loss import LARGE
 from .model import ModelConfig
 from .rollback import RollbackPolicy
@@ -72,11 +72,17 @@ class RunConfig:
     """Text files or a uint16 .bin; by default this Python's own standard library."""
     checkpoint_every: int = 0
     """Updates between two checkpoints; 0 keeps none."""
-    log_every: int = dataclasses.field(default=10, metadata=LATER)
+    log_every: int = dataclasses.field(default=10, metadata=FREE)
     """Updates whose metrics come from the device, and go to metrics.jsonl, at a time; all are kept."""
-    read_threads: int = dataclasses.field(default=0, metadata=LATER)
+    read_threads: int = dataclasses.field(default=0, metadata=FREE)
     """Threads that read batches ahead, for a .bin on a slow disk; without, a batch is read while the
     device works on the one before."""
+    ema: float = dataclasses.field(default=0.0, metadata=LATER)
+    """Decay of a moving average of the parameters that is evaluated beside them; 0 for none."""
+    samples: int = dataclasses.field(default=0, metadata=FREE)
+    """Continuations of held-out text drawn at the end of every run, into samples.txt."""
+    profile: Path | None = dataclasses.field(default=None, metadata=FREE)
+    """Folder for JAX's profile of ten updates of every run, the eleventh and those after it."""
     # Five tokens per parameter in 700 steps. Layers in one piece take a seventh less time on CPU.
     model: ModelConfig = dataclasses.field(
         default_factory=lambda: ModelConfig(width=64, layers=2, unroll=2)
@@ -88,7 +94,7 @@ class RunConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         whole = ("schedule_steps", "warmup_steps", "checkpoint_every", "monitor_every", "seed")
-        for name in (*whole, "read_threads", "noise_scale_every"):
+        for name in (*whole, "read_threads", "noise_scale_every", "samples"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         for name in ("steps", "schedule_steps", "warmup_steps"):
@@ -102,6 +108,14 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be finite and not negative, got {value}.")
+        if self.samples > self.batch_size:
+            raise ValueError(
+                f"samples must be at most the batch_size of {self.batch_size}, got {self.samples}."
+            )
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must lie in [0, 1), 0.999 is common; got {self.ema}.")
+        if self.profile is not None and self.profile.exists() and not self.profile.is_dir():
+            raise ValueError(f"profile {self.profile} is a file; give the folder of a new one.")
         schedules.parse_options(self.schedule, self.schedule_options)
         self.rollback_policy()
         if self.loss == "fused" and self.monitor_every:

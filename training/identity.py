@@ -9,9 +9,12 @@ LATER: Mapping[str, bool] = {"later": True}
 """Metadata of a field that came later: at its default it is left out, as if it did not exist, so that
 trials and checkpoints written before are known again."""
 
+FREE: Mapping[str, bool] = {"free": True}
+"""Metadata of a field that does not change the results of a run: it is always left out."""
+
 
 def to_json(config: Any) -> dict[str, Any]:
-    """A dataclass as JSON values.
+    """What of a dataclass decides the results, as JSON values.
 
     Example:
       >>> import dataclasses
@@ -32,5 +35,8 @@ def _fields(config: Any) -> Any:
     return {
         field.name: _fields(value)
         for field in dataclasses.fields(config)
-        if (value := getattr(config, field.name)) != field.default or "later" not in field.metadata
+        if "free" not in field.metadata
+        and (
+            (value := getattr(config, field.name)) != field.default or "later" not in field.metadata
+        )
     }

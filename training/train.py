@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from ..core.transformation import states_of
 from ..stability import FiniteGateState, SkipStepState, monitored, noise_scale
+from .average import averaged
 from .checkpoint import Checkpoints
 from .config import RunConfig
 from .cost import cost_of
@@ -30,6 +31,8 @@ from .rollback import GaveUp, Rollback
 from .run import interrupts
 from .run.files import Lines, dumps, write_text
 from .run.outcome import Outcome, RunFailed
+from .run.profile import Profile
+from .samples import samples
 from .sharding import batch_sharding, build_mesh, local_shards
 from .step import TrainState, init_sharded, make_train_step, mean_loss, place, unmeasured
 
@@ -154,7 +157,10 @@ def _train(
         metrics = Metrics(clock)
         alone = jax.process_count() == 1
         done = int(state.step)
+        profile = Profile(run.profile and run.profile / folder.name, done)
+        stack.callback(profile.close)
         while done < run.steps:
+            profile.before(done, state)
             clock.start()
             batch = jax.make_array_from_process_local_data(rows, next(batches), shape)
             state, told, sampled = compiled(state, batch)
@@ -200,6 +206,9 @@ def _train(
             if evaluates:
                 loss = float(mean_loss(graphdef, state.params, heldout, run.fused))
                 entry = {"step": done, "seconds": clock.seconds, "heldout_loss": loss}
+                if run.ema:
+                    kept = averaged(state.opt_state)
+                    entry["heldout_loss_ema"] = float(mean_loss(graphdef, kept, heldout, run.fused))
                 if corpus.bytes_per_token is not None:
                     bits = loss / math.log(2) / corpus.bytes_per_token
                     entry["heldout_bits_per_byte"] = bits
@@ -223,6 +232,11 @@ def _train(
         )
         outcome.status = "diverged"
         return outcome
+    if run.samples:
+        rows_BxT = heldout[0, :, :-1]
+        outcome.samples = samples(graphdef, state.params, rows_BxT, run.samples, corpus, run.seed)
+        if is_first():
+            write_text(folder / "samples.txt", "".join(f"{line}\n" for line in outcome.samples))
     outcome.optimizer_milliseconds = optimizer_milliseconds(run.model, tx, state)
     outcome.status = "finished"
     return outcome

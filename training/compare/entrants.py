@@ -12,6 +12,7 @@ from ...core.checks import near
 from ...optimizers.registry import OptimizerConfig
 from ...optimizers.roles import RAVINE_RULES, mask_by_role
 from ...stability import clip_by_global_norm, qk_clip, skip_step, with_monitors, with_noise_scale
+from ..average import with_ema
 from ..config import RunConfig, check_learning_rate
 from ..step import MEASURED
 from ..words import parse_numbers
@@ -68,6 +69,8 @@ class Entrant:
         after = [qk_clip(run.qk_clip, run.model.head_weights)] if run.qk_clip else []
         if before or after:
             tx = optax.chain(*before, tx, *after)
+        if run.ema:
+            tx = with_ema(tx, run.ema)
         if run.noise_scale_every:
             tx = with_noise_scale(tx, RAVINE_RULES)
         if run.skip_spikes:

@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import hashlib
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -26,8 +27,8 @@ from ..config import RunConfig
 from ..data.batches import heldout_batches, train_batches
 from ..data.corpus import Corpus, load_corpus
 from ..distributed import LaunchConfig, check_same, from_first, is_first, start, unanimous
-from ..identity import LATER, to_json
-from ..run import interrupts
+from ..identity import FREE, LATER, to_json
+from ..run import interrupts, tensorboard
 from ..run.files import said
 from ..run.folder import claimed
 from ..run.meta import check_meta, write_meta
@@ -63,6 +64,8 @@ class RaceConfig:
     resume: bool = False
     """Go on with the interrupted race in the folder: runs that ended are kept, the one that was cut
     off continues from its newest checkpoint, or starts again if it has none."""
+    tensorboard: Path | None = dataclasses.field(default=None, metadata=FREE)
+    """Folder for TensorBoard event files, one folder inside for every run; needs tensorboardX."""
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
     launch: LaunchConfig = dataclasses.field(default_factory=LaunchConfig)
 
@@ -95,6 +98,8 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
     start(config.launch)
     console = console or Console(file=cast(TextIO, Output()), quiet=not is_first())
     with unanimous():
+        if config.tensorboard is not None:
+            tensorboard.check()
         if config.seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {config.seeds}.")
         entrants = tuple(
@@ -150,9 +155,18 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
                     if has_ended:
                         continue
                     interrupts.check()
-                    _run_one(
-                        entrant.adapted(run), entrant, tx, corpus, outcome, out, progress, mesh
-                    )
+                    with _events(config, entrant, out) as write:
+                        _run_one(
+                            entrant.adapted(run),
+                            entrant,
+                            tx,
+                            corpus,
+                            outcome,
+                            out,
+                            progress,
+                            mesh,
+                            write,
+                        )
                     if is_first():
                         outcome.save(out / entrant.label)
                         if outcome is not outcomes[-1]:
@@ -253,12 +267,14 @@ def _run_one(
     out: Path,
     progress: Progress,
     mesh: Mesh,
+    write: Callable[[dict[str, float]], None],
 ) -> None:
     folder = out / entrant.label
     task = progress.add_task(entrant.label, total=run.steps, loss="compiling", speed="", heldout="")
     tokens = run.batch_size * run.model.context
 
     def show(record: dict[str, float]) -> None:
+        write(record)
         if "heldout_loss" in record:
             progress.update(task, heldout=f"held-out {record['heldout_loss']:.3f}")
             return
@@ -273,8 +289,23 @@ def _run_one(
     if is_first():
         folder.mkdir(exist_ok=True)
     train(run, tx, corpus, outcome, folder, show, mesh, begin)
+    for line in outcome.samples:
+        progress.console.print(f"{entrant.label}: {line}", highlight=False, markup=False)
     if outcome.status == "diverged":
         progress.update(task, loss="[red]diverged[/red]")
+
+
+@contextlib.contextmanager
+def _events(
+    config: RaceConfig, entrant: Entrant, out: Path
+) -> Iterator[Callable[[dict[str, float]], None]]:
+    """What writes records as event files, where these are asked for."""
+    if config.tensorboard is None or not is_first():
+        yield lambda record: None
+        return
+    writer = tensorboard.writer_of(config.tensorboard / out.name / entrant.label)
+    with contextlib.closing(writer):
+        yield lambda record: tensorboard.write(writer, record)
 
 
 def _progress(console: Console) -> Progress:

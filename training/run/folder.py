@@ -22,6 +22,7 @@ from .files import read_json, said, write_json
 
 RACE, REPORT, LOCK, HOLDER = "race.json", "report.html", "race.lock", "race.lock.json"
 META, METRICS, OUTCOME, CHECKPOINTS = "meta.json", "metrics.jsonl", "outcome.json", "checkpoints"
+SAMPLES = "samples.txt"
 _OF_A_STEP = re.compile(r"\d+(\.\d+)?(\.orbax-checkpoint-tmp[^/]*)?")
 # A checkpoint that was never sealed has no list: these are the names that Orbax and TensorStore give.
 _OF_ORBAX = re.compile(
@@ -87,7 +88,7 @@ def is_race(folder: Path) -> bool:
 
 def _writes(names: Collection[str]) -> list[str]:
     """The paths that a race writes; of those that end in a slash, what Orbax puts there."""
-    inner = (META, METRICS, OUTCOME, f"{CHECKPOINTS}/", f"{REFUSED}/")
+    inner = (META, METRICS, OUTCOME, SAMPLES, f"{CHECKPOINTS}/", f"{REFUSED}/")
     return [RACE, REPORT, LOCK, HOLDER, *(f"{name}/{file}" for name in names for file in inner)]
 
 

@@ -34,6 +34,7 @@ class Outcome:
     parameters: int = 0
     trials: int = 0
     cost: dict[str, float] = dataclasses.field(default_factory=dict)  # fields of `Cost`
+    samples: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def step_milliseconds(self) -> float:
@@ -71,7 +72,7 @@ class Outcome:
     def save(self, folder: Path) -> None:
         """Writes ``outcome.json``: all but the records, which ``metrics.jsonl`` holds."""
         summary = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        del summary["steps"], summary["evaluations"]
+        del summary["steps"], summary["evaluations"], summary["samples"]
         write_json(folder / "outcome.json", summary)
 
     def load(self, folder: Path, run: RunConfig) -> bool:
@@ -89,7 +90,7 @@ class Outcome:
             return False
         fix = "remove it, and the run goes on from its newest checkpoint or starts again"
         summary = read_json(file, fix)
-        names = {f.name for f in dataclasses.fields(self)} - {"steps", "evaluations"}
+        names = {f.name for f in dataclasses.fields(self)} - {"steps", "evaluations", "samples"}
         if set(summary) != names or (
             summary["name"] != self.name or summary["repeat"] != self.repeat
         ):
