@@ -19,7 +19,7 @@ COMMANDS = {
     "sweep": "tune optimizers with the same number of trials each",
     "speedup": "how many of AdamW's tokens a rival's schedule is worth",
     "sensitivity": "what a learning rate beside the best one costs each optimizer",
-    "plan": "what an optimizer costs a chip of a pod, without the pod",
+    "plan": "what an optimizer costs per chip of a pod, without the pod",
     "presets": "shapes of published models, and suggestions for new ones",
     "batch-size": "the batch beyond which more tokens per step buy few fewer steps",
 }

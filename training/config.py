@@ -21,9 +21,10 @@ class RunConfig:
     steps: int = 700
     """Updates made."""
     batch_size: int = 16
-    """Sequences a step, over all hosts."""
+    """Sequences per step, over all hosts."""
     micro_batches: int = dataclasses.field(default=1, metadata=LATER)
-    """Parts of a batch whose gradients are added up one after the other, in the memory of one."""
+    """Parts of a batch that are processed one after the other, in the memory of one; their
+    gradients are added."""
     schedule: str = "cosine"
     """Name of the schedule, any of ravine.schedules.schedule_names()."""
     schedule_options: str = ""
@@ -42,10 +43,10 @@ class RunConfig:
     """Skip steps whose loss or gradient norm is far above the last ones, or not finite, see
     ravine.stability.skip_step."""
     qk_clip: float = 0.0
-    """Largest attention logit that a step leaves, see ravine.stability.qk_clip; 0 switches it off.
+    """Bound on attention logits after a step, see ravine.stability.qk_clip; 0 switches it off.
     Kimi K2 takes 100."""
     rollback: str = ""
-    """Return to before a spike that stays and leave its data out: fields of
+    """Return to a snapshot from before a loss spike that stays, and skip its data: fields of
     ravine.training.rollback.RollbackPolicy, name=value, separated by commas, such as
     every=50, margin=20; "default" for its own."""
     monitor_every: int = 0
@@ -73,9 +74,9 @@ class RunConfig:
     checkpoint_every: int = 0
     """Updates between two checkpoints; 0 keeps none."""
     log_every: int = dataclasses.field(default=10, metadata=FREE)
-    """Updates whose metrics come from the device, and go to metrics.jsonl, at a time; all are kept."""
+    """Updates whose metrics are fetched and written to metrics.jsonl together; none are lost."""
     read_threads: int = dataclasses.field(default=0, metadata=FREE)
-    """Threads that read batches ahead, for a .bin on a slow disk; without, a batch is read while the
+    """Threads that read batches ahead, for a .bin on a slow disk; with 0, a batch is read while the
     device works on the one before."""
     ema: float = dataclasses.field(default=0.0, metadata=LATER)
     """Decay of a moving average of the parameters that is evaluated beside them; 0 for none."""

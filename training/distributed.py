@@ -26,13 +26,13 @@ class LaunchConfig:
     distributed: bool = False
     """Join the processes that a TPU slice, SLURM, Open MPI or Kubernetes has started."""
     coordinator: str = ""
-    """Where there is none of these: host:port of process 0, the same in every process."""
+    """Without such a launcher: host:port of process 0, the same in every process."""
     processes: int = 0
     """How many processes there are, with --coordinator."""
     process_id: int = -1
-    """Which of them this is, from 0 on, with --coordinator."""
+    """Index of this process, from 0, with --coordinator."""
     cpu_devices: int = 0
-    """Take so many virtual devices of this machine's CPU, to try a mesh without accelerators."""
+    """Use this many virtual devices of this machine's CPU, to try a mesh without accelerators."""
 
     def __post_init__(self) -> None:
         if self.coordinator:

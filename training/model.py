@@ -30,15 +30,19 @@ class ModelConfig:
     """Number of tokens. 256, the default, leaves it to the text: 256 for bytes, and for a .bin its
     largest token plus one, rounded up to a multiple of 64."""
     context: int = 64
-    """Tokens a sequence."""
+    """Tokens per sequence."""
     width: int = 128
+    """Width of the residual stream."""
     layers: int = 4
+    """Number of layers."""
     heads: int = 4
+    """Query heads, a divisor of `width`."""
     kv_heads: int = 0
     """Key-value heads, a divisor of `heads`; 0 means as many as heads."""
     feed_forward: int = 0
     """Hidden width of the feed-forward part; 0 means 8/3 (SwiGLU) or 4 (GELU) times the width."""
     activation: Literal["swiglu", "gelu"] = "swiglu"
+    """Of the feed-forward part."""
     qk_norm: bool = False
     """RMS-normalise queries and keys per head."""
     tied: bool = dataclasses.field(default=False, metadata=LATER)
@@ -46,9 +50,11 @@ class ModelConfig:
     norms: Literal[2, 4] = dataclasses.field(default=2, metadata=LATER)
     """Normalisations a layer: before attention and feed-forward part, and with 4 after them too."""
     attention_soft_cap: float | None = None
+    """Cap of the attention logits; Gemma 2 takes 50."""
     final_soft_cap: float | None = None
     """Cap of the output logits; Gemma 2 takes 30."""
     rope_base: float = 10_000.0
+    """Base of the rotary position embedding, at least 1."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of activations; parameters and logits are float32."""
     attention: Literal["plain", "xla", "cudnn"] = dataclasses.field(default="plain", metadata=LATER)

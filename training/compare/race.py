@@ -62,8 +62,8 @@ class RaceConfig:
     """Replace the results of an earlier race in the folder; files that no race has written are never
     removed."""
     resume: bool = False
-    """Go on with the interrupted race in the folder: runs that ended are kept, the one that was cut
-    off continues from its newest checkpoint, or starts again if it has none."""
+    """Continue the interrupted race in the folder: finished runs are kept; the one that was
+    interrupted continues from its newest checkpoint, or starts again if it has none."""
     tensorboard: Path | None = dataclasses.field(default=None, metadata=FREE)
     """Folder for TensorBoard event files, one folder inside for every run; needs tensorboardX."""
     run: RunConfig = dataclasses.field(default_factory=RunConfig)

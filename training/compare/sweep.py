@@ -32,7 +32,7 @@ TRIALS, TUNED = HERE / "trials.jsonl", HERE / "tuned.json"
 
 @dataclasses.dataclass(frozen=True)
 class SweepConfig:
-    """Tunes optimizers alike: the same number of quasi-random trials over the same kind of space.
+    """Tunes every optimizer with the same number of quasi-random trials, over the same kind of space.
 
     Every trial is a line of --out, written when it ends; a sweep that was stopped goes on with what is
     missing. The best trial of the last rung becomes an optimizer's row in the table that races use:
@@ -53,7 +53,7 @@ class SweepConfig:
     )
     """Model, text, batch and seed; races have other seeds and other held-out text."""
     out: Path = Path("runs/trials.jsonl")
-    """Strict JSON lines, a trial each."""
+    """File of strict JSON lines, one per trial."""
     derive: bool = False
     """Only derive the table of races from the committed trials, training/compare/trials.jsonl."""
 
