@@ -6,7 +6,6 @@ are joined, and the joint batch is cut where its temporary memory would pass a b
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -112,7 +111,7 @@ def _map_local(
         exchanged = tuple(name for name in column_names if name not in kept)
         done = whole_matrices(work, batch, row_names, exchanged, sharing, ragged=way.ragged)
         lengths = [pieces[index].shape[0] for index, _ in members]
-        for (index, wide), part in zip(members, _unjoin(done, lengths), strict=True):
+        for (index, wide), part in zip(members, _unjoin([done], lengths)[0], strict=True):
             results[index] = part if wide else jnp.swapaxes(part, 1, 2)
     return results
 
@@ -183,14 +182,10 @@ def joined(function: Callable[..., Any], *parts: Sequence[Any]) -> list[Any]:
       [(2, 3), (1, 3)]
     """
     trees = [jax.tree.map(lambda *leaves: _join(leaves), *batches) for batches in parts]
-    ends = list(itertools.accumulate(jax.tree.leaves(batch)[0].shape[0] for batch in parts[0]))
-    found = function(*trees)
-    if len(ends) == 1:
-        return [found]
-    return [
-        jax.tree.map(lambda x, start=start, end=end: x[start:end], found)
-        for start, end in zip([0, *ends[:-1]], ends, strict=True)
-    ]
+    lengths = [jax.tree.leaves(batch)[0].shape[0] for batch in parts[0]]
+    arrays, structure = jax.tree.flatten(function(*trees))
+    cut = _unjoin(arrays, lengths, hidden=platform() == "cpu")
+    return [jax.tree.unflatten(structure, part) for part in zip(*cut, strict=True)]
 
 
 def part_of(x: jax.Array, start: Any, length: int) -> jax.Array:
@@ -202,22 +197,32 @@ def _join(parts: Sequence[jax.Array]) -> jax.Array:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
-def _unjoin(batch: jax.Array, lengths: list[int]) -> list[jax.Array]:
-    """The parts of a batch, of `lengths` along its first axis.
+def _unjoin(
+    batches: Sequence[jax.Array], lengths: Sequence[int], *, hidden: bool = True
+) -> list[list[jax.Array]]:
+    """Of every batch its parts, of `lengths` along its first axis.
 
     XLA compiles a kernel for every slice at another constant place, 12 ms each on CPU, but equal
-    kernels only once; so where there are many, the places are values it cannot know beforehand.
+    kernels only once; so where there are many, `hidden` makes the places values that it cannot know
+    beforehand.
     """
-    starts = [sum(lengths[:at]) for at in range(len(lengths))]
-    if len(lengths) > 2 and batch.size:
-        starts = _unknown_to_the_compiler(starts, batch)
+    if len(lengths) == 1:
+        return [[batch] for batch in batches]
+    starts: Sequence[Any] = [sum(lengths[:at]) for at in range(len(lengths))]
+    seen = next((batch for batch in batches if batch.size), None)
+    if hidden and len(lengths) > 2 and seen is not None:
+        starts = _unknown_to_the_compiler(starts, seen)
+    places = list(zip(starts, lengths, strict=True))
     return [
-        jax.lax.dynamic_slice_in_dim(batch, start, length, allow_negative_indices=False)
-        for start, length in zip(starts, lengths, strict=True)
+        [
+            jax.lax.dynamic_slice_in_dim(batch, start, length, allow_negative_indices=False)
+            for start, length in places
+        ]
+        for batch in batches
     ]
 
 
-def _unknown_to_the_compiler(values: list[int], seen_at_runtime: jax.Array) -> list[jax.Array]:
+def _unknown_to_the_compiler(values: Sequence[int], seen_at_runtime: jax.Array) -> list[jax.Array]:
     """The same values, as results of a loop that runs once, which the compiler cannot foresee."""
     first = jnp.abs(seen_at_runtime[(0,) * seen_at_runtime.ndim]).astype(jnp.float32)
     # A sum of 0 for NaN and every finite or infinite number, but not so that XLA would simplify it.
