@@ -38,9 +38,17 @@ def transformation(
     init: Callable[..., Any],
     update: Callable[..., tuple[Any, Any]],
     describe: Describe | None = None,
+    name: str | None = None,
 ) -> optax.GradientTransformation:
-    """`optax.GradientTransformation(init, update)`, that can be watched."""
-    return optax.GradientTransformation(_watched(init, update, describe), _fitting(update))
+    """`optax.GradientTransformation(init, update)`, that can be watched.
+
+    Args:
+      init: as optax has it.
+      update: likewise.
+      describe: what is to be said of parameters.
+      name: of the function that makes it; by default the one in which `update` is defined.
+    """
+    return optax.GradientTransformation(_watched(init, update, describe, name), _fitting(update))
 
 
 def with_extra_args(
@@ -63,8 +71,10 @@ def watching() -> Iterator[list[Link]]:
         _links.reset(token)
 
 
-def _watched(init: Any, update: Any, describe: Describe | None) -> Callable[..., Any]:
-    name = update.__qualname__.partition(".")[0].lstrip("_")
+def _watched(
+    init: Any, update: Any, describe: Describe | None, given: str | None = None
+) -> Callable[..., Any]:
+    name = given or update.__qualname__.partition(".")[0].lstrip("_")
 
     @functools.wraps(init)
     def watched(params: Any, *args: Any, **kwargs: Any) -> Any:

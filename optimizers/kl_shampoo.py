@@ -10,7 +10,7 @@ changes nothing in exact arithmetic.
 """
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -20,19 +20,15 @@ import optax
 from ..core.arguments import checked
 from ..core.arithmetic import cast, ema, increment, wide, wide_zeros_like
 from ..core.checks import check_decay_rates, check_non_negative, check_positive
-from ..core.leaves import at_leaves, from_leaves
-from ..core.transformation import transformation
 from .by_role import FALLBACK, Fallback, by_role
 from .links.decay import Mask, decay_after_first
 from .matrix.batch.refresh import REFRESH, Refresh
-from .matrix.batch.together import together
-from .matrix.mesh.exchange import per_shard
-from .matrix.mesh.shards import reshape
-from .matrix.shape.blocking import Blocking, blockings_of, blocks_in_words
+from .matrix.shape.blocking import Blocking, blockings_of
 from .matrix.shape.blocks import UNCUT, Blocks
 from .matrix.shape.matrices import Axes
-from .preconditioners.block_state import factors_like, zero_unless
-from .preconditioners.kl_eigenbasis import KLEigenbasis, like, refreshed_factors, unit
+from .preconditioners.block_state import factors_like
+from .preconditioners.blockwise import Tensors, blockwise
+from .preconditioners.kl_eigenbasis import KLEigenbasis, refreshed_factors, stepped
 from .roles import Role, Rules
 from .shampoo import SHAMPOO_ROLES
 
@@ -132,62 +128,32 @@ def scale_by_kl_shampoo(
             factors=factors_like(params, blockings(params), eigenbasis.factor),
         )
 
-    def body(
-        updates: optax.Updates, state: ScaleByKLShampooState, found: Sequence[Blocking]
+    def step(
+        updates: optax.Updates, state: ScaleByKLShampooState, tensors: Tensors
     ) -> tuple[optax.Updates, ScaleByKLShampooState]:
-        structure, count = jax.tree.structure(updates), increment(state.count)
+        count = increment(state.count)
         is_first = count == 1
-        leaves = from_leaves(updates, state.factors)
-        gradients, means = (
-            [
-                blocking.to_blocks(x)
-                for blocking, x in zip(found, jax.tree.leaves(tree), strict=True)
-            ]
-            for tree in (updates, jax.tree.map(wide, state.mu))
+        directions, usable, factors = stepped(
+            tensors,
+            tensors.opened(updates),
+            tensors.opened(jax.tree.map(wide, state.mu)),
+            tensors.of_leaves([m.dtype for m in jax.tree.leaves(state.mu)]),
+            tensors.kept(state.factors),
+            functools.partial(eigenbasis.step, is_first),
         )
-        dtypes = [m.dtype for m in jax.tree.leaves(state.mu)]
-        units = [
-            unit(dtype, *piece)
-            for dtype, *leaf in zip(dtypes, gradients, means, leaves, strict=True)
-            for piece in zip(*leaf, strict=True)
-        ]
-        done = iter(together(units, functools.partial(eigenbasis.step, is_first)))
-        directions, new_leaves, usable = [], [], []
-        for g, mean, blocking, pieces in zip(
-            jax.tree.leaves(updates), means, found, leaves, strict=True
-        ):
-            direction, new_pieces, flags = [], [], []
-            for blocks, factors in zip(mean, pieces, strict=True):
-                flat, fits, new = next(done)
-                direction.append(reshape(flat, blocks.shape))
-                flags.append(reshape(fits, blocks.shape[: blocks.ndim - len(factors)]))
-                new_pieces.append(like(factors, new))
-            moved = blocking.from_blocks(direction)
-            directions.append(cast(jnp.where(is_first, 0, moved), g.dtype))
-            new_leaves.append(tuple(new_pieces))
-            usable.append(flags)
-        shards = [blocking.shards for blocking in found]
-        new_leaves = refreshed_factors(new_leaves, shards, refresh, count, balance=balance)
-        seen = zero_unless(usable, jax.tree.leaves(updates), found)
-        averaged = ema(jax.tree.unflatten(structure, seen), state.mu, b1)
+        factors = refreshed_factors(tensors, factors, refresh, count, balance=balance)
+        averaged = ema(tensors.zero_unless(usable, updates), state.mu, b1)
         mu = jax.tree.map(
             lambda new, old: jnp.where(is_first, old, cast(new, old.dtype)), averaged, state.mu
         )
-        state = ScaleByKLShampooState(count, mu, at_leaves(updates, new_leaves))
-        return jax.tree.unflatten(structure, directions), state
+        moved = jax.tree.map(
+            lambda u, g: cast(jnp.where(is_first, 0, u), g.dtype),
+            tensors.closed(directions),
+            updates,
+        )
+        return moved, ScaleByKLShampooState(count, mu, tensors.to_keep(factors))
 
-    on_mesh = per_shard(body, init)
-
-    def update(
-        updates: optax.Updates, state: ScaleByKLShampooState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, ScaleByKLShampooState]:
-        del params
-        return on_mesh(updates, state, blockings(updates))
-
-    def describe(params: optax.Params) -> dict[str, list[str]]:
-        return {"how": blocks_in_words(blockings(params))}
-
-    return transformation(init, update, describe)
+    return blockwise("scale_by_kl_shampoo", blockings, init, step)
 
 
 @checked

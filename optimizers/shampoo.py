@@ -7,7 +7,7 @@ statistics alone, a root that fails its certificate leaves the previous root in 
 """
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -17,19 +17,17 @@ import optax
 from ..core.arguments import checked
 from ..core.arithmetic import cast_like, corrected_mean, ema, increment, wide_zeros_like
 from ..core.checks import check_amount, check_decay_rates, check_known, check_non_negative, number
-from ..core.leaves import at_leaves, from_leaves
 from ..core.paths import path_string
-from ..core.transformation import transformation
 from .by_role import FALLBACK, Fallback, by_role
 from .links.decay import Mask
 from .links.graft import Graft, magnitude
 from .matrix.algebra.roots import Method, exponent_fraction
 from .matrix.batch.refresh import REFRESH, Refresh
-from .matrix.mesh.exchange import per_shard
-from .matrix.shape.blocking import Blocking, blockings_of, blocks_in_words
+from .matrix.shape.blocking import Blocking, blockings_of
 from .matrix.shape.blocks import BLOCKS, Blocks
 from .matrix.shape.matrices import Axes
-from .preconditioners.block_state import factors_like, ones_like_scalars, zero_unless
+from .preconditioners.block_state import factors_like, ones_like_scalars
+from .preconditioners.blockwise import Tensors, blockwise
 from .preconditioners.inverse_roots import Preconditioner, Storage, grafted
 from .roles import Role, Rules
 
@@ -192,48 +190,37 @@ def scale_by_shampoo(
             graft_ratio=ones_like_scalars(params, found),
         )
 
-    def body(
-        updates: optax.Updates, state: ScaleByShampooState, found: Sequence[Blocking]
+    def step(
+        updates: optax.Updates, state: ScaleByShampooState, tensors: Tensors
     ) -> tuple[optax.Updates, ScaleByShampooState]:
         count = increment(state.count)
-        structure = jax.tree.structure(updates)
-        gradients, old = jax.tree.leaves(updates), from_leaves(updates, state.factors)
-        learned, usable = preconditioner.learn(gradients, found, old, max_elements)
-        seen = jax.tree.unflatten(structure, zero_unless(usable, gradients, found))
+        factors = tensors.kept(state.factors)
+        usable, factors = preconditioner.learn(
+            tensors, tensors.opened(updates), factors, max_elements
+        )
+        seen = tensors.zero_unless(usable, updates)
         mu = ema(seen, state.mu, b1)
         mean = corrected_mean(seen, mu, b1, count, nesterov=nesterov)
-        step, nu = size.update(seen, mean, state.nu, count)
-        factors = preconditioner.refresh(learned, found, refresh, count, max_elements)
-        preconditioned = preconditioner.apply(jax.tree.leaves(mean), found, factors, max_elements)
-        directions, ratios = [], []
-        for blocks, d, blocking, pieces in zip(
-            preconditioned, jax.tree.leaves(step), found, factors, strict=True
-        ):
-            distrusted = list(map(preconditioner.distrusted, pieces, blocks))
-            direction, ratio = grafted(blocks, distrusted, d, blocking, per)
-            directions.append(jnp.where(refresh.started(count), direction.astype(d.dtype), d))
-            ratios.append(ratio)
+        graft_step, nu = size.update(seen, mean, state.nu, count)
+        factors = preconditioner.refresh(tensors, factors, refresh, count, max_elements)
+        blocks = preconditioner.apply(tensors, tensors.opened(mean), factors, max_elements)
+        distrusted = list(map(preconditioner.distrusted, factors, blocks))
+        directions, ratios = grafted(tensors, blocks, distrusted, graft_step, per)
+        directions = jax.tree.map(
+            lambda x, d: jnp.where(refresh.started(count), x.astype(d.dtype), d),
+            directions,
+            graft_step,
+        )
         state = ScaleByShampooState(
             count,
             cast_like(mu, state.mu),
             cast_like(nu, state.nu),
-            at_leaves(updates, factors),
-            at_leaves(updates, ratios),
+            tensors.to_keep(factors),
+            tensors.to_keep(ratios),
         )
-        return cast_like(jax.tree.unflatten(structure, directions), updates), state
+        return cast_like(directions, updates), state
 
-    on_mesh = per_shard(body, init)
-
-    def update(
-        updates: optax.Updates, state: ScaleByShampooState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, ScaleByShampooState]:
-        del params
-        return on_mesh(updates, state, blockings(updates))
-
-    def describe(params: optax.Params) -> dict[str, list[str]]:
-        return {"how": blocks_in_words(blockings(params))}
-
-    return transformation(init, update, describe)
+    return blockwise("scale_by_shampoo", blockings, init, step)
 
 
 def _check_statistics_dtype(dtype: Any, ridge: Any) -> None:

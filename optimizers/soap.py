@@ -16,7 +16,7 @@ theirs divide rounding by its own size; here it is no gradient (:mod:`.matrix.ei
 """
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -26,17 +26,15 @@ import optax
 from ..core.arguments import checked
 from ..core.arithmetic import bias_correction, increment
 from ..core.checks import check_decay_rates, check_non_negative
-from ..core.leaves import at_leaves, from_leaves
-from ..core.transformation import transformation
 from .by_role import FALLBACK, Fallback, by_role
 from .links.decay import Mask, decay_after_first
 from .matrix.batch.refresh import REFRESH, Refresh
-from .matrix.mesh.exchange import per_shard
-from .matrix.shape.blocking import Blocking, blockings_of, blocks_in_words
+from .matrix.shape.blocking import Blocking, blockings_of
 from .matrix.shape.blocks import UNCUT, Blocks
 from .matrix.shape.matrices import Axes
-from .preconditioners.adam_in_eigenbasis import Piece, Step, new_basis, refreshed_bases, stepped
+from .preconditioners.adam_in_eigenbasis import Moments, Step, new_basis, refreshed_bases, stepped
 from .preconditioners.block_state import blocks_like, factors_like
+from .preconditioners.blockwise import Tensors, blockwise
 from .roles import Role, Rules
 from .shampoo import SHAMPOO_ROLES
 
@@ -133,12 +131,12 @@ def scale_by_soap(
             bases=factors_like(params, found, new_basis),
         )
 
-    def body(
-        updates: optax.Updates, state: ScaleBySoapState, found: Sequence[Blocking]
+    def step(
+        updates: optax.Updates, state: ScaleBySoapState, tensors: Tensors
     ) -> tuple[optax.Updates, ScaleBySoapState]:
-        structure, count = jax.tree.structure(updates), increment(state.count)
+        count = increment(state.count)
         k = jnp.maximum(count - 1, 1)
-        step = Step(
+        adam = Step(
             b1=b1,
             b2=b2,
             statistics_b2=statistics_b2,
@@ -146,41 +144,20 @@ def scale_by_soap(
             moves=count > 1,
             correction=jnp.sqrt(bias_correction(b2, k)) / bias_correction(b1, k),
         )
-        gradients = jax.tree.leaves(updates)
-        kept = zip(
-            *(from_leaves(updates, x) for x in (state.mu, state.nu, state.bases)), strict=True
+        moments = list(map(Moments, tensors.kept(state.mu), tensors.kept(state.nu)))
+        directions, moments, bases = stepped(
+            tensors, tensors.opened(updates), moments, tensors.kept(state.bases), adam
         )
-        leaves = [
-            [
-                Piece(blocks, mu, nu, bases)
-                for blocks, mu, nu, bases in zip(blocking.to_blocks(g), *leaf, strict=True)
-            ]
-            for g, blocking, leaf in zip(gradients, found, kept, strict=True)
-        ]
-        leaves = refreshed_bases(stepped(leaves, found, step), found, refresh, count)
-        directions = [
-            blocking.from_blocks([piece.blocks for piece in leaf])
-            for blocking, leaf in zip(found, leaves, strict=True)
-        ]
-        mu, nu, bases = (
-            at_leaves(updates, [tuple(getattr(piece, name) for piece in leaf) for leaf in leaves])
-            for name in ("mu", "nu", "bases")
+        moments, bases = refreshed_bases(tensors, moments, bases, refresh, count)
+        state = ScaleBySoapState(
+            count,
+            tensors.to_keep([each.mu for each in moments]),
+            tensors.to_keep([each.nu for each in moments]),
+            tensors.to_keep(bases),
         )
-        state = ScaleBySoapState(count, mu, nu, bases)
-        return jax.tree.unflatten(structure, directions), state
+        return tensors.closed(directions), state
 
-    on_mesh = per_shard(body, init)
-
-    def update(
-        updates: optax.Updates, state: ScaleBySoapState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, ScaleBySoapState]:
-        del params
-        return on_mesh(updates, state, blockings(updates))
-
-    def describe(params: optax.Params) -> dict[str, list[str]]:
-        return {"how": blocks_in_words(blockings(params))}
-
-    return transformation(init, update, describe)
+    return blockwise("scale_by_soap", blockings, init, step)
 
 
 @checked

@@ -13,11 +13,10 @@ from ..matrix.algebra.eigenbasis import eigenbasis, followed
 from ..matrix.algebra.kronecker import mode_gram, rotate
 from ..matrix.batch.batches import joined
 from ..matrix.batch.refresh import Refresh, refreshed
-from ..matrix.batch.together import Unit, together
+from ..matrix.batch.together import together
 from ..matrix.mesh.exchange import total
-from ..matrix.mesh.shards import flat_axes, reshape
-from ..matrix.shape.blocking import Blocking
-from .block_state import identities, usable_blocks
+from .block_state import fields, identities, usable_blocks, with_fields
+from .blockwise import Tensors
 
 
 class Basis(NamedTuple):
@@ -33,34 +32,15 @@ def new_basis(scalars: jax.Array, size: int) -> Basis:
     return Basis(jnp.zeros_like(identity), identity)
 
 
-class Piece(NamedTuple):
-    """One tensor of a leaf, in blocks."""
+Bases = tuple[Basis | None, ...]
+"""Of a tensor, by axis."""
 
-    blocks: jax.Array  # the gradient, and after the step the direction in its place
+
+class Moments(NamedTuple):
+    """What is kept for a tensor but for its bases, in blocks in the eigenbasis."""
+
     mu: jax.Array
     nu: jax.Array
-    bases: tuple[Basis | None, ...]
-
-    @property
-    def axes(self) -> tuple[int, ...]:
-        """Those with a basis."""
-        return tuple(axis for axis, basis in enumerate(self.bases) if basis is not None)
-
-    def flat(self, x: jax.Array) -> jax.Array:
-        """Blocks `[L, *counts, ...]`, or what belongs to them, as one batch."""
-        return flat_axes(x, self.blocks.ndim - len(self.bases))
-
-    def every(self, name: str) -> list[jax.Array]:
-        """A field of all bases, in batches."""
-        return [self.flat(getattr(self.bases[axis], name)) for axis in self.axes]
-
-    def with_bases(self, name: str, values: Sequence[jax.Array]) -> tuple[Basis | None, ...]:
-        """The bases with one of their fields replaced."""
-        left = iter(values)
-        return tuple(
-            basis and basis._replace(**{name: reshape(next(left), basis.vectors.shape)})
-            for basis in self.bases
-        )
 
 
 class Step(NamedTuple):
@@ -95,69 +75,68 @@ class Step(NamedTuple):
 
 
 def stepped(
-    leaves: Sequence[Sequence[Piece]], found: Sequence[Blocking], step: Step
-) -> list[list[Piece]]:
-    """The leaves with directions for gradients, and with moments and statistics that have seen them."""
+    tensors: Tensors,
+    gradients: Sequence[jax.Array],
+    moments: Sequence[Moments],
+    bases: Sequence[Bases],
+    step: Step,
+) -> tuple[list[jax.Array], list[Moments], list[Bases]]:
+    """Directions, and moments and statistics that have seen the gradients; all in blocks."""
     units = [
-        Unit(
-            (len(piece.bases), piece.axes, blocking.summed),
-            piece.every("vectors"),
-            (*map(piece.flat, piece[:3]), piece.every("statistics")),
-            blocking.shards,
-            is_whole=bool(blocking.summed),
+        tensor.unit(
+            (len(tensor.sizes), tensor.axes, tensor.summed),
+            fields(each, "vectors"),
+            (blocks, *old, fields(each, "statistics")),
+            is_whole=bool(tensor.summed),
         )
-        for leaf, blocking in zip(leaves, found, strict=True)
-        for piece in leaf
+        for tensor, blocks, old, each in zip(tensors, gradients, moments, bases, strict=True)
     ]
-    done = iter(together(units, step))
-
-    def one(piece: Piece) -> Piece:
-        *arrays, statistics = next(done)
-        blocks, mu, nu = (reshape(x, old.shape) for x, old in zip(arrays, piece[:3], strict=True))
-        return Piece(blocks, mu, nu, piece.with_bases("statistics", statistics))
-
-    return [[one(piece) for piece in leaf] for leaf in leaves]
+    found = together(units, step)
+    return (
+        [direction for direction, *_ in found],
+        [Moments(mu, nu) for _, mu, nu, _ in found],
+        [
+            with_fields(each, statistics=statistics)
+            for each, (*_, statistics) in zip(bases, found, strict=True)
+        ],
+    )
 
 
 def refreshed_bases(
-    leaves: list[list[Piece]], found: Sequence[Blocking], schedule: Refresh, count: jax.Array
-) -> list[list[Piece]]:
-    """The leaves with new bases where they are due, and the moments in them."""
-    places = [
-        (at, index)
-        for at, leaf in enumerate(leaves)
-        for index, piece in enumerate(leaf)
-        if piece.axes
-    ]
-
-    def unit(at: int, index: int, *, moments: bool) -> Unit:
-        piece = leaves[at][index]
-        vectors = piece.every("vectors")
-        carry = (vectors, piece.flat(piece.mu), piece.flat(piece.nu)) if moments else vectors
-        return Unit(piece.axes, piece.every("statistics"), carry, found[at].shards)
+    tensors: Tensors,
+    moments: list[Moments],
+    bases: list[Bases],
+    schedule: Refresh,
+    count: jax.Array,
+) -> tuple[list[Moments], list[Bases]]:
+    """New bases where they are due, and the moments in them."""
+    moments, bases = list(moments), list(bases)
+    turned = [(at, tensor) for at, tensor in enumerate(tensors) if tensor.axes]
 
     def first(_: Any, vectors: Any, statistics: Any) -> Any:
         del vectors
         return _by_size(eigenbasis, statistics)
 
-    units = [unit(*place, moments=False) for place in places]
-    for (at, index), vectors in zip(
-        places, refreshed(units, first, 1, lambda _: count == 1), strict=True
-    ):
-        piece = leaves[at][index]
-        leaves[at][index] = piece._replace(bases=piece.with_bases("vectors", vectors))
-    units = [unit(*place, moments=True) for place in places]
-    due = lambda phase: schedule.follows(count, phase)
-    for (at, index), (vectors, mu, nu) in zip(
-        places, refreshed(units, _followed, schedule.phases, due), strict=True
-    ):
-        piece = leaves[at][index]
-        leaves[at][index] = piece._replace(
-            mu=reshape(mu, piece.mu.shape),
-            nu=reshape(nu, piece.nu.shape),
-            bases=piece.with_bases("vectors", vectors),
+    units = [
+        tensor.unit(tensor.axes, fields(bases[at], "statistics"), fields(bases[at], "vectors"))
+        for at, tensor in turned
+    ]
+    found = refreshed(units, first, 1, lambda _: count == 1)
+    for (at, _), vectors in zip(turned, found, strict=True):
+        bases[at] = with_fields(bases[at], vectors=vectors)
+    units = [
+        tensor.unit(
+            tensor.axes,
+            fields(bases[at], "statistics"),
+            (fields(bases[at], "vectors"), *moments[at]),
         )
-    return leaves
+        for at, tensor in turned
+    ]
+    due = lambda phase: schedule.follows(count, phase)
+    found = refreshed(units, _followed, schedule.phases, due)
+    for (at, _), (vectors, mu, nu) in zip(turned, found, strict=True):
+        moments[at], bases[at] = Moments(mu, nu), with_fields(bases[at], vectors=vectors)
+    return moments, bases
 
 
 def _followed(axes: Any, carry: Any, statistics: Sequence[jax.Array]) -> Any:

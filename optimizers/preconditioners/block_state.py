@@ -1,4 +1,4 @@
-"""State for blocks: trees of arrays that belong to the blocks of every leaf."""
+"""State for blocks: trees of arrays that belong to the blocks of every leaf, and what is in them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -65,21 +65,17 @@ def usable_blocks(blocks: jax.Array, order: int, summed: Names = ()) -> jax.Arra
     return is_summable(total(jnp.sum(jnp.square(blocks), axis=inside), summed))
 
 
-def zero_unless(
-    usable: Sequence[Sequence[jax.Array]],
-    leaves: Sequence[jax.Array],
-    blockings: Sequence[Blocking],
-) -> list[jax.Array]:
-    """The leaves, zero in blocks that are not usable; flags `[L, *counts]` by leaf and tensor."""
+def fields(factors: Sequence[Any], name: str) -> list[jax.Array]:
+    """A field of every factor of a tensor, of axes that have one."""
+    return [getattr(factor, name) for factor in factors if factor is not None]
 
-    def masked(flags: Sequence[jax.Array], leaf: jax.Array, blocking: Blocking) -> jax.Array:
-        blocks = [
-            jnp.broadcast_to(x[(..., *(None,) * len(grid.sizes))], (*x.shape, *grid.sizes))
-            for x, grid in zip(flags, blocking.grids, strict=True)
-        ]
-        return jnp.where(blocking.from_blocks(blocks), leaf, 0)
 
-    return list(map(masked, usable, leaves, blockings))
+def with_fields(factors: Sequence[Any], **values: Sequence[Any]) -> tuple[Any, ...]:
+    """A tensor's factors with fields replaced; values for axes that have one."""
+    left = iter(
+        [dict(zip(values, each, strict=True)) for each in zip(*values.values(), strict=True)]
+    )
+    return tuple(factor and factor._replace(**next(left)) for factor in factors)
 
 
 def identities(scalars: jax.Array, size: int) -> jax.Array:

@@ -13,11 +13,11 @@ from ..matrix.algebra.kronecker import mode_gram, rotate
 from ..matrix.algebra.packing import pack, unpack
 from ..matrix.algebra.roots import Method, exponent_fraction, inverse_root
 from ..matrix.batch.refresh import Refresh, refreshed
-from ..matrix.batch.together import Unit, together
+from ..matrix.batch.together import together
 from ..matrix.mesh.exchange import total
-from ..matrix.mesh.shards import flat_axes, reshape
 from ..matrix.shape.blocking import Blocking
-from .block_state import identities, usable_blocks
+from .block_state import fields, identities, usable_blocks, with_fields
+from .blockwise import Tensors
 
 
 class Factor(NamedTuple):
@@ -31,8 +31,8 @@ class Factor(NamedTuple):
     refused: jax.Array  # int32, refused roots so far
 
 
-Pieces = tuple[tuple[Factor | None, ...], ...]
-"""Factors of a leaf: by tensor, by axis."""
+Factors = tuple[Factor | None, ...]
+"""Of a tensor, by axis."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,42 +104,31 @@ class Preconditioner:
 
     def learn(
         self,
+        tensors: Tensors,
         gradients: Sequence[jax.Array],
-        blockings: Sequence[Blocking],
-        leaves: Sequence[Pieces],
+        factors: Sequence[Factors],
         max_elements: int | None,
-    ) -> tuple[list[Pieces], list[list[jax.Array]]]:
-        """Factors whose statistics contain the gradients of usable blocks; and which these are.
+    ) -> tuple[list[jax.Array], list[Factors]]:
+        """Which blocks of the gradients are usable, and factors with those of them in their statistics.
 
         A block is usable if the squares of its gradient can be summed, and its new statistics are
-        finite. Which it is, `[L, *counts]`, comes by leaf and tensor.
+        finite.
         """
-        units, shapes = [], []
-        for gradient, blocking, pieces in zip(gradients, blockings, leaves, strict=True):
-            for blocks, factors in zip(blocking.to_blocks(gradient), pieces, strict=True):
-                roots = _flat(factors, "root") if self.kl else None
-                flat = flat_axes(blocks, blocks.ndim - len(factors))
-                usable = jnp.ones(flat.shape[:1], bool)
-                shapes.append(blocks.shape[: blocks.ndim - len(factors)])
-                units.append(
-                    Unit(
-                        (*_kind(blocks, factors), blocking.summed),
-                        (flat, roots),
-                        (usable, _flat(factors, "statistics")),
-                        is_whole=bool(blocking.summed),
-                        growth=self.statistics.growth,
-                    )
-                )
+        units = [
+            tensor.unit(
+                (tensor.sizes, tensor.axes, tensor.summed),
+                (blocks, fields(each, "root") if self.kl else None),
+                (jnp.ones(tensor.counts, bool), fields(each, "statistics")),
+                is_whole=bool(tensor.summed),
+                growth=self.statistics.growth,
+            )
+            for tensor, blocks, each in zip(tensors, gradients, factors, strict=True)
+        ]
         found = together(units, self._learned, max_elements)
-        flags = iter(reshape(x, shape) for (x, _), shape in zip(found, shapes, strict=True))
-        statistics = iter(kept for _, kept in found)
-        return (
-            [
-                tuple(_with(factors, "statistics", next(statistics)) for factors in pieces)
-                for pieces in leaves
-            ],
-            [[next(flags) for _ in pieces] for pieces in leaves],
-        )
+        return [usable for usable, _ in found], [
+            with_fields(each, statistics=statistics)
+            for each, (_, statistics) in zip(factors, found, strict=True)
+        ]
 
     def _learned(self, kind: Any, carry: Any, beside: Any) -> Any:
         (sizes, axes, summed), (_, kept), (blocks, roots) = kind, carry, beside
@@ -173,50 +162,34 @@ class Preconditioner:
 
     def refresh(
         self,
-        leaves: Sequence[Pieces],
-        blockings: Sequence[Blocking],
+        tensors: Tensors,
+        factors: Sequence[Factors],
         schedule: Refresh,
         step: jax.Array,
         max_elements: int | None,
-    ) -> list[Pieces]:
-        """The leaves' factors, with new roots where they are due and pass their certificate."""
-        units, shapes = [], []
-        for pieces, blocking in zip(leaves, blockings, strict=True):
-            for factors, grid in zip(pieces, blocking.grids, strict=True):
-                for axis, (factor, size) in enumerate(zip(factors, grid.sizes, strict=True)):
-                    if factor is not None:
-                        flat = [flat_axes(x, factor.residual.ndim) for x in factor]
-                        exponent = self.exponent_of(factors)
-                        inside = grid.inside(axis, factor.residual.shape[0])
-                        units.append(
-                            Unit(
-                                (exponent, size),
-                                (flat[0], None if inside is None else jnp.asarray(inside)),
-                                tuple(flat[1:]),
-                                blocking.shards,
-                                growth=self.statistics.growth,
-                            )
-                        )
-                        shapes.append(factor)
+    ) -> list[Factors]:
+        """The factors, with new roots where they are due and pass their certificate."""
+        units = [
+            tensor.unit(
+                (self.exponent_of(each), tensor.sizes[axis]),
+                (factor.statistics, tensor.inside(axis)),
+                tuple(factor[1:]),
+                growth=self.statistics.growth,
+            )
+            for tensor, each in zip(tensors, factors, strict=True)
+            for axis, factor in enumerate(each)
+            if factor is not None
+        ]
         weight = _weight(self.b2, step)
 
         def new_roots(kind: Any, carry: Any, source: Any) -> Any:
             return self._refreshed(kind, source, carry, weight)
 
         due = lambda phase: schedule.due(step, phase)
-        found = refreshed(units, new_roots, schedule.phases, due, max_elements)
-        done = iter(
-            old._replace(
-                **{
-                    name: reshape(value, getattr(old, name).shape)
-                    for name, value in zip(Factor._fields[1:], carry, strict=True)
-                }
-            )
-            for old, carry in zip(shapes, found, strict=True)
-        )
+        found = iter(refreshed(units, new_roots, schedule.phases, due, max_elements))
         return [
-            tuple(tuple(None if f is None else next(done) for f in factors) for factors in pieces)
-            for pieces in leaves
+            tuple(factor and Factor(factor.statistics, *next(found)) for factor in each)
+            for each in factors
         ]
 
     def _refreshed(self, kind: Any, source: Any, carry: Any, weight: Any) -> Any:
@@ -248,24 +221,19 @@ class Preconditioner:
 
     def apply(
         self,
+        tensors: Tensors,
         means: Sequence[jax.Array],
-        blockings: Sequence[Blocking],
-        leaves: Sequence[Pieces],
+        factors: Sequence[Factors],
         max_elements: int | None,
-    ) -> list[list[jax.Array]]:
-        """The preconditioned blocks of every leaf."""
-        units, shapes = [], []
-        for mean, blocking, pieces in zip(means, blockings, leaves, strict=True):
-            for blocks, factors in zip(blocking.to_blocks(mean), pieces, strict=True):
-                flat = flat_axes(blocks, blocks.ndim - len(factors))
-                roots = _flat(factors, "root")
-                units.append(Unit(_kind(blocks, factors), roots, flat, growth=self.roots.growth))
-                shapes.append(blocks.shape)
-        found = (
-            reshape(x, shape)
-            for x, shape in zip(together(units, self._applied, max_elements), shapes, strict=True)
-        )
-        return [[next(found) for _ in pieces] for pieces in leaves]
+    ) -> list[jax.Array]:
+        """The preconditioned blocks."""
+        units = [
+            tensor.unit(
+                (tensor.sizes, tensor.axes), fields(each, "root"), blocks, growth=self.roots.growth
+            )
+            for tensor, blocks, each in zip(tensors, means, factors, strict=True)
+        ]
+        return together(units, self._applied, max_elements)
 
     def _applied(self, kind: Any, blocks: jax.Array, roots: Sequence[jax.Array]) -> jax.Array:
         return rotate(blocks, self._loaded(roots, *kind)) if roots else blocks
@@ -278,54 +246,40 @@ class Preconditioner:
         return failed
 
 
-def _kind(blocks: jax.Array, factors: Sequence[Factor | None]) -> tuple[Any, Any]:
-    """The sizes of a block, and its axes with a factor."""
-    axes = tuple(axis for axis, factor in enumerate(factors) if factor is not None)
-    return blocks.shape[blocks.ndim - len(factors) :], axes
-
-
-def _flat(factors: Sequence[Factor | None], name: str) -> list[jax.Array]:
-    """A field of all factors, in batches."""
-    return [flat_axes(getattr(f, name), f.residual.ndim) for f in factors if f is not None]
-
-
-def _with(
-    factors: Sequence[Factor | None], name: str, values: Sequence[jax.Array]
-) -> tuple[Factor | None, ...]:
-    """The factors with a field replaced."""
-    left = iter(values)
-    return tuple(
-        f and f._replace(**{name: reshape(next(left), getattr(f, name).shape)}) for f in factors
-    )
-
-
 def grafted(
+    tensors: Tensors,
     directions: Sequence[jax.Array],
     distrusted: Sequence[jax.Array],
-    step: jax.Array,
-    blocking: Blocking,
+    step: Any,
     per: str,
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """A leaf's update: its blocks' directions with the size of `step`; and the ratios of sizes.
+) -> tuple[Any, list[jax.Array]]:
+    """The leaves of blocks' directions with the size of `step`, a tree; and the blocks' ratios of sizes.
 
     ``per`` is "block", "parameter" or "none" for directions as they are. Distrusted blocks take `step`.
     """
-    steps = [wide(blocks) for blocks in blocking.to_blocks(step)]
-    ratio = jnp.ones([], steps[0].dtype)
+    steps = [wide(blocks) for blocks in tensors.opened(step)]
     if per == "parameter":
-        whole = blocking.from_blocks(directions)
-        axes = tuple(range(whole.ndim))
-        ratio = norm_ratio(step, whole, axes, keep=False, summed=blocking.leaf_names)
+        leaves = (jax.tree.leaves(tree) for tree in (step, tensors.closed(directions)))
+        every = tensors.of_leaves(
+            [
+                norm_ratio(d, x, tuple(range(x.ndim)), keep=False, summed=blocking.leaf_names)
+                for d, x, blocking in zip(*leaves, tensors.blockings, strict=True)
+            ]
+        )
+    elif per == "block":
+        every = [
+            norm_ratio(d, x, tuple(range(f.ndim, x.ndim)), keep=False, summed=tensor.summed)
+            for d, x, f, tensor in zip(steps, directions, distrusted, tensors, strict=True)
+        ]
+    else:
+        every = [jnp.ones([], d.dtype) for d in steps]
     blocks, ratios = [], []
-    for direction, failed, other in zip(directions, distrusted, steps, strict=True):
-        if per == "block":
-            inside = tuple(range(failed.ndim, direction.ndim))
-            ratio = norm_ratio(other, direction, inside, keep=False, summed=blocking.summed)
+    for direction, failed, other, ratio in zip(directions, distrusted, steps, every, strict=True):
         ratios.append(jnp.broadcast_to(ratio, failed.shape).astype(direction.dtype))
         wider = (...,) + (None,) * (direction.ndim - failed.ndim)
         sized = direction * ratios[-1][wider].astype(direction.dtype)
         blocks.append(jnp.where(failed[wider], other.astype(direction.dtype), sized))
-    return blocking.from_blocks(blocks), tuple(ratios)
+    return tensors.closed(blocks), ratios
 
 
 def _is_number(b2: Any) -> bool:

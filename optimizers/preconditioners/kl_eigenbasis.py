@@ -1,7 +1,7 @@
 """Momentum whitened in eigenbases that minimise a divergence: what `kl_shampoo` does with blocks."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,9 +11,10 @@ from ...core.arithmetic import cast, is_summable, lerp, wide
 from ..matrix.algebra.eigenbasis import eigenbasis, followed
 from ..matrix.algebra.kronecker import mode_gram, mode_product, rotate
 from ..matrix.batch.refresh import Refresh, refreshed
-from ..matrix.batch.together import Unit
-from ..matrix.mesh.shards import flat_axes, flat_batch, reshape
+from ..matrix.batch.together import together
+from ..matrix.mesh.shards import reshape
 from .block_state import identities, usable_blocks
+from .blockwise import Tensors
 
 
 class KLFactor(NamedTuple):
@@ -22,6 +23,10 @@ class KLFactor(NamedTuple):
     statistics: jax.Array  # [..., b, b]
     vectors: jax.Array  # [..., b, b]: the eigenbasis, in columns
     eigenvalues: jax.Array  # [..., b]: their own moving averages
+
+
+KLFactors = tuple[KLFactor | None, ...]
+"""Of a tensor, by axis."""
 
 
 class KLEigenbasis(NamedTuple):
@@ -95,28 +100,31 @@ class KLEigenbasis(NamedTuple):
         return max(10.0, min(float(size), self.max_inverse_root)) ** -2
 
 
-def unit(
-    mu_dtype: Any, blocks: jax.Array, mean: jax.Array, factors: Sequence[KLFactor | None]
-) -> Unit:
-    """What a step does with one tensor of a leaf."""
-    order = len(factors)
-    batch = blocks.ndim - order
-    axes = tuple(axis for axis, factor in enumerate(factors) if factor is not None)
-    flat = lambda x: flat_axes(x, batch)
-    kept = [jax.tree.map(flat, factor) for factor in factors if factor is not None]
-    usable = jnp.ones(flat(blocks).shape[:1], bool)
-    return Unit((order, axes, mu_dtype), flat(blocks), (flat(mean), usable, kept))
-
-
-def like(
-    factors: Sequence[KLFactor | None], flat: Sequence[KLFactor]
-) -> tuple[KLFactor | None, ...]:
-    """Factors from those of `unit`, in the shapes and on the axes that they had."""
-    left = iter(flat)
-    return tuple(
-        factor and jax.tree.map(lambda x, old: reshape(x, old.shape), next(left), factor)
-        for factor in factors
-    )
+def stepped(
+    tensors: Tensors,
+    gradients: Sequence[jax.Array],
+    means: Sequence[jax.Array],
+    mu_dtypes: Sequence[Any],
+    factors: Sequence[KLFactors],
+    step: Callable[[Any, Any, Any], Any],
+) -> tuple[list[jax.Array], list[jax.Array], list[KLFactors]]:
+    """Directions, which blocks are usable, and factors that have seen those; all in blocks."""
+    units = [
+        tensor.unit(
+            (len(tensor.sizes), tensor.axes, dtype),
+            blocks,
+            (mean, jnp.ones(tensor.counts, bool), [each for each in kept if each is not None]),
+        )
+        for tensor, blocks, mean, dtype, kept in zip(
+            tensors, gradients, means, mu_dtypes, factors, strict=True
+        )
+    ]
+    found = together(units, step)
+    learned = []
+    for kept, (*_, new) in zip(factors, found, strict=True):
+        left = iter(new)
+        learned.append(tuple(factor and next(left) for factor in kept))
+    return [direction for direction, *_ in found], [usable for _, usable, _ in found], learned
 
 
 def _outer(vectors: list[jax.Array | None], blocks: jax.Array) -> jax.Array:
@@ -137,9 +145,14 @@ def _whitened(mean: jax.Array, factors: Any, eps: Any) -> jax.Array:
 
 
 def refreshed_factors(
-    leaves: list[Any], shards: Sequence[int], schedule: Refresh, count: jax.Array, *, balance: bool
-) -> list[Any]:
-    """The leaves' factors with new bases where they are due."""
+    tensors: Tensors,
+    factors: Sequence[KLFactors],
+    schedule: Refresh,
+    count: jax.Array,
+    *,
+    balance: bool,
+) -> list[KLFactors]:
+    """The factors with new bases where they are due."""
 
     def first(_: Any, vectors: jax.Array, statistics: jax.Array) -> jax.Array:
         del vectors
@@ -149,28 +162,24 @@ def refreshed_factors(
         return followed(statistics, vectors, sort=False)[0]
 
     is_first, due = count == 1, schedule.follows(count, 0)
-    factors, structure = jax.tree.flatten(leaves, is_leaf=lambda x: isinstance(x, KLFactor))
-    counts = [sum(f is not None for factors in leaf for f in factors) for leaf in leaves]
-    repeats = [n for n, count in zip(shards, counts, strict=True) for _ in range(count)]
     follows = lambda phase: schedule.follows(count, phase)
+    found = list(factors)
     for function, phases, when in (
         (first, 1, lambda _: is_first),
         (follow, schedule.phases, follows),
     ):
         units = [
-            Unit(None, flat_batch(f.statistics, size), flat_batch(f.vectors, size), n)
-            for f, n in zip(factors, repeats, strict=True)
-            for size in f.vectors.shape[-1:]
+            tensor.unit(None, factor.statistics, factor.vectors)
+            for tensor, each in zip(tensors, found, strict=True)
+            for factor in each
+            if factor is not None
         ]
-        found = refreshed(units, function, phases, when)
-        factors = [
-            f._replace(vectors=reshape(vectors, f.vectors.shape))
-            for f, vectors in zip(factors, found, strict=True)
+        new = iter(refreshed(units, function, phases, when))
+        found = [
+            tuple(factor and factor._replace(vectors=next(new)) for factor in each)
+            for each in found
         ]
-    leaves = jax.tree.unflatten(structure, factors)
-    if not balance:
-        return leaves
-    return [tuple(_balanced(factors, due) for factors in leaf) for leaf in leaves]
+    return [_balanced(each, due) for each in found] if balance else found
 
 
 def _balanced(factors: Sequence[KLFactor | None], due: jax.Array) -> tuple[KLFactor | None, ...]:

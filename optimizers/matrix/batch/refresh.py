@@ -103,7 +103,8 @@ def refreshed(
 ) -> list[Any]:
     """The units' carries, those that are due replaced by ``function(kind, carry, source)``.
 
-    Units stay whole, so that what is refreshed when does not depend on how a mesh cuts them.
+    Units stay whole, so that what is refreshed when does not depend on how a mesh cuts them. The
+    function gets arrays with one batch axis.
 
     Args:
       units: what there is.
@@ -112,6 +113,7 @@ def refreshed(
       due: whether a phase is refreshed now.
       max_elements: bound on the elements worked on at once, see `largest_chunk`.
     """
+    given, units = units, [unit.flat for unit in units]
     carries = [unit.carry for unit in units]
     groups: dict[tuple[int, Hashable], list[int]] = {}
     for at, phase in enumerate(phases_of([unit.cost for unit in units], phases)):
@@ -126,7 +128,7 @@ def refreshed(
         busy, found = once(due(phase) & ~busy, refresh, [carries[at] for at in members])
         for at, carry in zip(members, found, strict=True):
             carries[at] = carry
-    return carries
+    return [unit.like(carry) for unit, carry in zip(given, carries, strict=True)]
 
 
 def once(due: jax.Array, body: Callable[[Any], Any], carry: Any) -> tuple[jax.Array, Any]:

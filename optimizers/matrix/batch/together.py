@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from ..mesh.shards import flat_axes, reshape
 from .batches import in_chunks, joined, largest_chunk, part_of
 
 ELEMENTS = 2**23
@@ -37,6 +38,22 @@ class Unit(NamedTuple):
     """Not to be cut into slices, as where devices exchange sums: no collective in a loop."""
     growth: int = 1
     """By how much arrays grow when they are worked on, if they are kept packed."""
+    batch_axes: int = 1
+    """How many first axes count blocks, as `[L, *counts]`; they are one axis for what works on them."""
+
+    @property
+    def flat(self) -> "Unit":
+        """The same with one batch axis."""
+        if self.batch_axes == 1:
+            return self
+        flat = lambda tree: jax.tree.map(lambda x: flat_axes(x, self.batch_axes), tree)
+        return self._replace(source=flat(self.source), carry=flat(self.carry), batch_axes=1)
+
+    def like(self, carry: Any) -> Any:
+        """A carry of `flat`, in the shapes of this one's."""
+        if self.batch_axes == 1:
+            return carry
+        return jax.tree.map(lambda new, old: reshape(new, old.shape), carry, self.carry)
 
     @property
     def cost(self) -> float:
@@ -69,7 +86,7 @@ def together(
     function: Callable[[Hashable, Any, Any], Any],
     max_elements: int | None = None,
 ) -> list[Any]:
-    """The units' carries, replaced by ``function(kind, carry, source)``.
+    """The units' carries, replaced by ``function(kind, carry, source)``, of arrays with one batch axis.
 
     Units of few blocks are joined as they are, those of many slice by slice; a unit that does neither,
     because it is large and cannot be sliced as finely as its group, is worked on alone, as joining
@@ -81,6 +98,7 @@ def together(
       max_elements: bound on the elements worked on at once; ``None`` takes `ELEMENTS`.
     """
     max_elements = ELEMENTS if max_elements is None else max_elements
+    given, units = units, [unit.flat for unit in units]
     carries = [unit.carry for unit in units]
     groups: dict[Hashable, list[int]] = {}
     for at, unit in enumerate(units):
@@ -91,7 +109,7 @@ def together(
             found = worked_on([units[at] for at in batch], function, max_elements)
             for at, carry in zip(batch, found, strict=True):
                 carries[at] = carry
-    return carries
+    return [unit.like(carry) for unit, carry in zip(given, carries, strict=True)]
 
 
 def _batches(

@@ -46,6 +46,11 @@ class Blocking:
         """How many devices share the blocks of the leaf, each with those that this describes."""
         return self.placement.shards if self.is_local else 1
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """How many tensors of equal shape stand in each of the leaf's."""
+        return (1,) if self.layout is None else tuple(piece[0] for piece in self.layout.pieces)
+
     def to_blocks(self, leaf: jax.Array) -> list[jax.Array]:
         """One array `[L, *counts, *sizes]` for each tensor of the leaf."""
         if self.is_local:
@@ -93,9 +98,8 @@ class Blocking:
 
     def zeros(self, leaf: Any, dtype: Any, *, inside: bool) -> list[jax.Array]:
         """For each tensor zeros `[L, *counts]`, in place; with the blocks' own axes if `inside`."""
-        lengths = [1] if self.layout is None else [piece[0] for piece in self.layout.pieces]
         made = []
-        for length, grid, marks in zip(lengths, self.grids, self.factored, strict=True):
+        for length, grid, marks in zip(self.lengths, self.grids, self.factored, strict=True):
             names: list[Names] = [()] * (1 + 2 * len(grid.sizes))
             for axis, at in self._grid_axes().items() if self.placement.inside else ():
                 behind = 0 if at is None or marks[at] else len(grid.sizes)
@@ -191,7 +195,6 @@ def blocks_in_words(blockings: Sequence[Blocking]) -> list[str]:
 
     found = []
     for blocking in blockings:
-        lengths = [1] if blocking.layout is None else [p[0] for p in blocking.layout.pieces]
-        parts = zip(lengths, blocking.grids, blocking.factored, strict=True)
+        parts = zip(blocking.lengths, blocking.grids, blocking.factored, strict=True)
         found.append("; ".join(words(*part) for part in parts))
     return found

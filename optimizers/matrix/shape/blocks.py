@@ -95,16 +95,14 @@ class BlockGrid:
         return 1.0 - math.prod(self.sides) / padded if padded else 0.0
 
     def inside(self, axis: int, length: int) -> np.ndarray | None:
-        """`[L * N1 * ... * Nk]`: how much of an axis of each block is no padding; None if all is."""
+        """`[L, *counts]`: how much of an axis of each block is no padding; None if all is."""
         count, size, side = self.counts[axis], self.sizes[axis], self.sides[axis]
         if count * size == side:
             return None
         lengths = np.minimum(size, side - size * np.arange(count, dtype=np.int32))
         along = [1 + axis == at for at in range(1 + len(self.counts))]
-        shape = (length, *self.counts)
-        return np.broadcast_to(
-            lengths.reshape([count if is_it else 1 for is_it in along]), shape
-        ).reshape(-1)
+        cells = lengths.reshape([count if is_it else 1 for is_it in along])
+        return np.broadcast_to(cells, (length, *self.counts))
 
     def to_blocks(self, tensors: Any) -> Any:
         """Blocks `[L, *counts, *sizes]` of tensors `[L, *sides]`, zeros where they reach beyond."""

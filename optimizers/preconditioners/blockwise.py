@@ -1,0 +1,148 @@
+"""The one driver of what works on blocks: leaf → blocks → step → refresh → leaf.
+
+Shampoo, SOAP and KL-Shampoo differ in what they keep for an axis of a block, and in what they compute
+from it. What they share is here: one `shard_map` per update, in which every leaf is opened into tensors
+of blocks; and units, by which blocks of all leaves are worked on as batches: in `together` what happens
+on every step, in `refreshed` what does not.
+
+A preconditioner's own functions see batches of blocks `[B, ...]` and the factors of these; they know
+neither leaves nor meshes.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ...core.leaves import at_leaves, from_leaves
+from ...core.transformation import transformation
+from ..matrix.batch.together import Unit
+from ..matrix.mesh.exchange import per_shard
+from ..matrix.mesh.placement import Names
+from ..matrix.shape.blocking import Blocking, blocks_in_words
+from ..matrix.shape.blocks import BlockGrid
+
+
+class Tensor(NamedTuple):
+    """How one tensor of one leaf is cut into blocks `[L, *counts, *sizes]`."""
+
+    blocking: Blocking
+    grid: BlockGrid
+    has_factor: tuple[bool, ...]
+    length: int
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of a block."""
+        return self.grid.sizes
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """`[L, *counts]`."""
+        return (self.length, *self.grid.counts)
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """Those with a factor."""
+        return tuple(axis for axis, has in enumerate(self.has_factor) if has)
+
+    @property
+    def summed(self) -> Names:
+        """Mesh axes over which a block's sums are to be added up."""
+        return self.blocking.summed
+
+    def inside(self, axis: int) -> jax.Array | None:
+        """`[L, *counts]`: how much of an axis of each block is no padding; None if all is."""
+        lengths = self.grid.inside(axis, self.length)
+        return None if lengths is None else jnp.asarray(lengths)
+
+    def unit(
+        self, kind: Any, source: Any, carry: Any, *, is_whole: bool = False, growth: int = 1
+    ) -> Unit:
+        """A unit of arrays `[L, *counts, ...]`."""
+        shards = self.blocking.shards
+        return Unit(kind, source, carry, shards, is_whole, growth, len(self.counts))
+
+
+class Tensors:
+    """The tensors of all leaves, one after the other: everything here is a list along them."""
+
+    def __init__(self, like: Any, blockings: Sequence[Blocking]):
+        self._like, self.blockings = like, blockings
+        self._tensors = [
+            Tensor(blocking, *each)
+            for blocking in blockings
+            for each in zip(blocking.grids, blocking.factored, blocking.lengths, strict=True)
+        ]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._tensors)
+
+    def opened(self, tree: Any) -> list[jax.Array]:
+        """The blocks of a tree of leaves."""
+        leaves = zip(self.blockings, jax.tree.leaves(tree), strict=True)
+        return [blocks for blocking, leaf in leaves for blocks in blocking.to_blocks(leaf)]
+
+    def closed(self, blocks: Sequence[jax.Array]) -> Any:
+        """The tree of leaves that consist of these blocks."""
+        cut = zip(self.blockings, self.by_leaf(blocks), strict=True)
+        leaves = [blocking.from_blocks(each) for blocking, each in cut]
+        return jax.tree.unflatten(jax.tree.structure(self._like), leaves)
+
+    def by_leaf(self, values: Sequence[Any]) -> list[tuple[Any, ...]]:
+        """A tuple for every leaf."""
+        left = iter(values)
+        return [tuple(next(left) for _ in blocking.grids) for blocking in self.blockings]
+
+    def of_leaves(self, values: Sequence[Any]) -> list[Any]:
+        """What there is for every leaf, for each of its tensors."""
+        leaves = zip(values, self.blockings, strict=True)
+        return [value for value, blocking in leaves for _ in blocking.grids]
+
+    def kept(self, tree: Any) -> list[Any]:
+        """What a tree of state, with a tuple for every leaf, keeps for each tensor."""
+        return [each for leaf in from_leaves(self._like, tree) for each in leaf]
+
+    def to_keep(self, values: Sequence[Any]) -> Any:
+        """The inverse of `kept`."""
+        return at_leaves(self._like, self.by_leaf(values))
+
+    def zero_unless(self, usable: Sequence[jax.Array], tree: Any) -> Any:
+        """The leaves of a tree, zero in blocks that are not usable; flags are `[L, *counts]`."""
+        wide = [
+            jnp.broadcast_to(x[(..., *(None,) * len(tensor.sizes))], (*x.shape, *tensor.sizes))
+            for x, tensor in zip(usable, self, strict=True)
+        ]
+        return jax.tree.map(lambda flags, x: jnp.where(flags, x, 0), self.closed(wide), tree)
+
+
+def blockwise(
+    name: str,
+    blockings: Callable[[Any], list[Blocking]],
+    init: Callable[[optax.Params], Any],
+    step: Callable[[optax.Updates, Any, Tensors], tuple[optax.Updates, Any]],
+) -> optax.GradientTransformation:
+    """The transformation of a step on blocks.
+
+    Args:
+      name: of the function that makes it.
+      blockings: of all leaves of a tree.
+      init: the state at the start.
+      step: of updates, state and tensors, to updates and state; on a mesh, of every device's parts.
+    """
+    on_mesh = per_shard(
+        lambda updates, state, found: step(updates, state, Tensors(updates, found)), init
+    )
+
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, Any]:
+        del params
+        return on_mesh(updates, state, blockings(updates))
+
+    def describe(params: optax.Params) -> dict[str, list[str]]:
+        return {"how": blocks_in_words(blockings(params))}
+
+    return transformation(init, update, describe, name)
