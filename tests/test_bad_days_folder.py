@@ -106,8 +106,6 @@ def day(tmp_path, text, race, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(loop, "optimizer_milliseconds", lambda *args: 1.0)
     made = Day(tmp_path, text, race, monkeypatch)
-    if "report_that" not in os.environ.get("PYTEST_CURRENT_TEST", ""):  # half a second each
-        monkeypatch.setattr(report, "_figures", lambda *args: [])
     yield made
     if made.lock is not None:
         made.lock.close()
@@ -758,7 +756,7 @@ def test_a_report_that_cannot_be_made_is_told_before_a_run_is_spent(day, capsys)
     def broken(*args, **kwargs):
         raise RuntimeError("no font")
 
-    day.patch.setattr(report, "_figure", broken)
+    day.patch.setattr(report, "specification", broken)
     assert launch([]) == 2
     assert "report of the race cannot be made (RuntimeError: no font)" in capsys.readouterr().err
     assert not day.new.exists()

@@ -9,7 +9,7 @@ import pytest
 from ravine import schedules
 from ravine.training.cli import main
 from ravine.training.compare import race as race_module
-from ravine.training.compare import report
+from ravine.training.compare.summary import difference
 from ravine.training.config import RunConfig
 from ravine.training.run.outcome import Outcome
 
@@ -32,14 +32,6 @@ def records(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_single_evaluation_is_drawn():
-    style = {"color": "#0072B2"}
-    point = report._figure("loss", "x", "y", [("adamw", style, [20.0], [2.5])], False)
-    line = report._figure("loss", "x", "y", [("adamw", style, [20.0, 40.0], [2.5, 2.0])], False)
-    colored = lambda svg: svg.count("#0072b2")
-    assert colored(point) > colored(line)  # a marker, besides the line and the legend's
-
-
 def test_a_race_leaves_metrics_meta_and_a_self_contained_report(tmp_path, text, capsys):
     assert run("--optimizers", "adamw,lion,sgd", text=text, out=tmp_path / "race") == 0
     printed = capsys.readouterr().out
@@ -53,10 +45,8 @@ def test_a_race_leaves_metrics_meta_and_a_self_contained_report(tmp_path, text, 
         assert meta["optimizer"]["name"] == name
         assert {"versions", "device", "git_revision", "run", "text"} <= set(meta)
     page = (tmp_path / "race" / "report.html").read_text()
-    assert page.count("<svg") == 6
-    assert "src=" not in page
+    assert "src=" not in page.split("<script")[0]
     assert "<link" not in page
-    assert "<script" not in page
 
 
 def test_the_schedule_and_its_options_reach_the_run(tmp_path, text):
@@ -235,12 +225,12 @@ def test_several_seeds_have_means_errors_and_noise_named(tmp_path, text, capsys)
     adamw, sgd = (np.array(list(last.values()))[part] for part in (slice(3), slice(3, 6)))
     error = lambda x: np.std(x, ddof=1) / 3**0.5
     assert f"{np.mean(sgd):.3g} ± {error(sgd):.2g}" in printed
-    difference, noise = np.mean(sgd - adamw), error(sgd - adamw)
-    said = f"{difference:+.3f} ± {noise:.3f}"
+    mean, noise = np.mean(sgd - adamw), error(sgd - adamw)
+    said = f"{mean:+.3f} ± {noise:.3f}"
     assert said in printed  # nothing is cut off at 80 columns
     page = (out / "report.html").read_text()
     assert said in page
-    assert (f"{said} (noise)" in page) == (abs(difference) < 2 * noise)
+    assert (f"{said} (noise)" in page) == (abs(mean) < 2 * noise)
     # Resumed, nothing is run again; with another number of seeds it is another race.
     before = {label: (out / label / "metrics.jsonl").stat().st_mtime_ns for label in last}
     words = ["--optimizers", "adamw,sgd", "--resume"]
@@ -251,9 +241,9 @@ def test_several_seeds_have_means_errors_and_noise_named(tmp_path, text, capsys)
 
 
 def test_a_difference_within_two_standard_errors_is_noise():
-    assert report._difference([0.1, 0.1, 0.13]) == "+0.110 ± 0.010"
-    assert report._difference([0.1, -0.1, 0.03]) == "+0.010 ± 0.059 (noise)"
-    assert report._difference([0.1]) == "-"  # of one seed nothing is known
+    assert difference([0.1, 0.1, 0.13]) == "+0.110 ± 0.010"
+    assert difference([0.1, -0.1, 0.03]) == "+0.010 ± 0.059 (noise)"
+    assert difference([0.1]) == "-"  # of one seed nothing is known
 
 
 def test_what_was_tuned_holds_where_the_run_does_not_say():

@@ -39,7 +39,8 @@ from ..step import place
 from ..train import train
 from .entrants import Entrant, line_up
 from .hardware import hardware_table
-from .report import ranked, summary_table, try_report, write_report
+from .report import try_report, write_report
+from .summary import ranked, summary_table
 
 
 @dataclasses.dataclass(frozen=True)

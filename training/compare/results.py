@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .hardware import COLUMNS, hardware_rows
-from .report import ranked, summary_columns, summary_rows
+from .summary import ranked, summary_columns, summary_rows
 from .sweep import TRIALS, derived, read_trials
 
 PAGE = Path(__file__).parents[2] / "docs" / "results.md"

@@ -15,8 +15,8 @@ from scipy.optimize import least_squares
 
 from ..config import RunConfig
 from .entrants import line_up
-from .report import REFERENCE
 from .runs import Runs
+from .summary import REFERENCE
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,134 @@
+"""The page of a race: what it says, what it draws, and that it needs nothing else."""
+
+import argparse
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import vl_convert
+from ravine.training.compare.charts import POINTS, SOLID, specification
+from ravine.training.compare.report import VEGA_LITE, headline, write_report
+from ravine.training.config import RunConfig
+from ravine.training.data.corpus import load_corpus
+from ravine.training.run.outcome import Outcome
+
+RUN = RunConfig(steps=300)
+
+
+def outcome(name, end, repeat=0, steps=300, status="finished"):
+    """A run that comes down to a loss, with seeded noise."""
+    rng = np.random.default_rng([repeat, *name.encode()])
+    loss = lambda step: end + 2 * math.exp(-step / 60)
+    shared = {"learning_rate": 0.1, "update_norm": 0.2, "gradient_norm": 1.0}
+    records = [
+        {"step": s, "seconds": s / 10, "loss": loss(s) + 0.1 * rng.normal(), **shared}
+        for s in range(steps)
+    ]
+    evaluations = [
+        {"step": s, "seconds": s / 10, "heldout_loss": loss(s) + 0.002 * rng.normal()}
+        for s in range(50, steps + 1, 50)
+    ]
+    return Outcome(name, 0.1, repeat, status, records, evaluations, parameters=1000, trials=16)
+
+
+def race(seeds=1):
+    ends = {"adamw": 1.5, "muon": 1.4, "sgd": 1.6}
+    return [outcome(name, end, seed) for name, end in ends.items() for seed in range(seeds)]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    out = tmp_path_factory.mktemp("race")
+    corpus = load_corpus((Path(argparse.__file__),))
+    race_file = {"optimizers": {"muon": {"name": "muon", "b1": 0.9}}}
+    (out / "race.json").write_text(json.dumps(race_file))
+    return write_report(out, race(seeds=2), RUN, corpus).read_text()
+
+
+def test_the_page_loads_nothing_and_is_read_without_scripts(page):
+    head, _, scripts = page.partition('<script type="application/json"')
+    assert not re.findall(r"\b(?:src|href)=", head.split("<noscript>")[0])
+    assert head.count("<noscript>") == head.count("<svg") == 1
+    assert "<h1>muon ends lowest" in head
+    assert "&#34;b1&#34;: 0.9" in head  # its hyperparameters
+    assert page.count("<script") - scripts.count("<script ") <= 2
+    given = scripts.partition(">")[2].partition("</script>")[0]
+    assert json.loads(given)["concat"]
+    assert '<html lang="en">' in page
+    assert head.count('scope="col"') == head.count('<button type="button">') > 10
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+@pytest.mark.parametrize("along", ["steps", "seconds", "tokens"])
+def test_the_charts_are_drawn_whatever_they_are_drawn_against(seeds, along):
+    spec = specification(race(seeds), RUN)
+    for switch, value in zip(spec["params"], (along, False, True), strict=True):
+        switch["value"] = value
+    svg = vl_convert.vegalite_to_svg(spec, vl_version=VEGA_LITE)
+    titles = ("speed-up over adamw", "held-out loss", "training loss", "learning rate")
+    for title in titles:
+        assert title in svg
+    for color in ("#000000", "#0072B2", "#E69F00"):
+        assert f'stroke="{color}"' in svg
+    assert "NaN" not in svg
+
+
+def test_curves_have_few_points_and_a_band_over_seeds():
+    spec = specification(race(seeds=3), RUN)
+    curves = {chart["title"]["text"]: chart["data"]["values"] for chart in spec["concat"]}
+    training = [point for point in curves["training loss"] if point["optimizer"] == "muon"]
+    assert len(training) == POINTS
+    assert training[-1]["steps"] == 299
+    assert training[-1]["tokens"] == 299 * RUN.batch_size * RUN.model.context
+    assert all(point["low"] <= point["smooth"] <= point["high"] for point in training)
+    (muon,) = (bar for bar in spec["concat"][0]["data"]["values"] if bar["optimizer"] == "muon")
+    ratios = [
+        300 / outcome("muon", 1.4, k).reaching(outcome("adamw", 1.5, k).final_loss)["step"]
+        for k in range(3)
+    ]
+    assert muon["speedup"] == pytest.approx(np.mean(ratios), rel=1e-5)
+    assert {bar["optimizer"] for bar in spec["concat"][0]["data"]["values"]} == {"adamw", "muon"}
+
+
+def test_a_single_evaluation_is_drawn_as_a_point():
+    spec = specification([outcome("adamw", 1.5, steps=50)], RUN)
+    held_out = spec["concat"][0]
+    assert held_out["title"]["text"] == "held-out loss"
+    assert held_out["data"]["values"][0]["alone"]
+
+
+def test_a_race_without_evaluations_is_drawn():
+    early = [outcome(name, 1.5, steps=20, status="interrupted") for name in ("adamw", "muon")]
+    svg = vl_convert.vegalite_to_svg(specification(early, RUN), vl_version=VEGA_LITE)
+    assert "training loss" in svg
+    assert "held-out" not in svg
+
+
+def test_many_lines_are_told_apart_by_dashes_too():
+    names = ["adamw", "muon", "soap", "shampoo", "lion", "sgd", "adam", "adan"]
+    assert len(names) > SOLID
+    spec = specification([outcome(name, 1.5) for name in names], RUN)
+    lines = spec["concat"][1]["layer"][0]["encoding"]
+    dashes = lines["strokeDash"]["scale"]["range"]
+    assert dashes[0] != dashes[-1]
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "said"),
+    [
+        ([], "No optimizer has come to its end."),
+        ([outcome("sgd", 1.0, status="diverged")], "No optimizer has come to its end."),
+        ([outcome("muon", 1.4)], "muon ends lowest, at 1.41 nats per token."),
+        (race(), "one seed does not tell"),
+        (race(seeds=3), "over 3 seeds. It passes adamw's last loss after"),
+        (
+            [outcome("adamw", 1.4), outcome("sgd", 1.6)],
+            "adamw ends lowest, at 1.41 nats per token.",
+        ),
+    ],
+)
+def test_the_headline_says_what_came_out(outcomes, said):
+    assert said in headline(outcomes)
