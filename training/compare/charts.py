@@ -163,12 +163,13 @@ def _chart(
                 {"calculate": shown("low"), "as": "y_low"},
                 {"calculate": shown("high"), "as": "y_high"},
             ],
-            "mark": {"type": "area", "opacity": 0.15},
+            "mark": "area",
             "encoding": {
                 "x": x,
                 "y": {"field": "y_low", "type": "quantitative", "scale": {"zero": False}},
                 "y2": {"field": "y_high"},
                 "color": scales["color"],
+                "opacity": {"condition": {"param": "picked", "value": 0.15}, "value": 0.02},
             },
         }
         layers.insert(0, band)

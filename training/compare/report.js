@@ -15,7 +15,7 @@ function draw() {
   spec.columns = columns;
   spec.config.background = "transparent";
   spec.config.legend = {columns: width < 500 ? 3 : 6};
-  spec.config.view.continuousWidth = Math.floor(width / columns) - 110;
+  spec.config.view.continuousWidth = Math.floor(width / columns) - 120;
   vegaEmbed(place, spec, {
     actions: {export: true, source: false, compiled: false, editor: false},
     bind: document.getElementById("switches"),
