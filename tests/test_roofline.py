@@ -49,6 +49,8 @@ NODES = Network.of(H100, range(16))
         # Four of 16 in a v5e do not close to a ring, sixteen do.
         (torus(V5E, 16, 16), collective("all-gather", 1e9, range(4)), 0.75 / 50),
         (torus(V5E, 16, 16), collective("all-gather", 1e9, range(16)), 15 / 16 / 100),
+        # Less than a cube of a v5p closes nowhere.
+        (torus(V5P, 2, 2, 4), collective("all-gather", 1e9, range(4)), 0.75 / 100),
         # All-to-all of a ring of four: half of a chip's 1 GB crosses the middle, by two links of two.
         (CUBE, collective("all-to-all", 1e9, range(4)), 0.5 / 100),
         (torus(V5P, 8, 4, 4), collective("ragged-all-to-all", 1e9, range(0, 128, 16)), 1 / 100),

@@ -36,6 +36,8 @@ class Chip:
     wraps: int = 0
     """A dimension of a torus closes to a ring if it is a multiple of this; 0 for GPUs, behind a
     switch."""
+    cubes: bool = False
+    """Whether it closes only where all dimensions do, as optical switches join whole cubes."""
     node: int = 0
     """GPUs behind one switch."""
     sources: tuple[str, ...] = ()
@@ -92,6 +94,7 @@ def _tpu(
         network,
         host,
         wraps=wraps,
+        cubes=wraps == 4,
         sources=(*sources, _BOOK),
     )
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from .by_hand import Work
+from .by_hand import ELEMENT, Work
 from .collectives import Collective, collectives
 from .compile import Compiled
 from .flops import Arithmetic
@@ -41,6 +41,8 @@ class Plan:
     estimate: Estimate = dataclasses.field(default_factory=Estimate)
     refused: str = ""
     """Why there is no program."""
+    master: int = 0
+    """Of a float32 copy of the parameters, where there is one."""
     on_host: bool = False
     """Whether the state is kept in the memory of the host, and moved to the chip and back each step."""
 
@@ -51,7 +53,8 @@ class Plan:
         Activations are gone when the update's temporaries come, so only the larger of the two
         counts.
         """
-        held = self.parameters + self.gradients + (0 if self.on_host else self.state)
+        held = self.parameters + self.master + self.gradients
+        held += 0 if self.on_host else self.state
         return held + max(self.temporary, self.activations)
 
     @property
@@ -74,6 +77,7 @@ def plan_of(
     *,
     is_step: bool = False,
     on_host: bool = False,
+    master_copy: bool = False,
 ) -> Plan:
     """The plan of what was compiled.
 
@@ -85,19 +89,21 @@ def plan_of(
       work: the model's part; without one it is left out.
       is_step: whether a train step was compiled.
       on_host: whether to count the state as kept by the host; the program is the same.
+      master_copy: whether to count a float32 copy of the parameters, read and written each step.
     """
     memory = compiled.program.memory_analysis()
     assert memory is not None, "compilers of TPUs and CPUs always say"
     found = tuple(collectives(compiled.program.as_text() or "", mesh.size))
     parameters, state = _bytes(compiled.params), _bytes(compiled.state)
+    master = 4 * parameters // ELEMENT if master_copy else 0
     sums = work.accumulators(parameters) if work and not is_step else 0
     leaves = jax.tree.leaves((compiled.params, compiled.state))
     estimate = Estimate()
     if network is not None:
         estimate = _estimate(compiled, found, network, work, (parameters, state), is_step)
-        if on_host:
-            moved = 2 * state / network.chip.host
-            estimate = dataclasses.replace(estimate, update=estimate.update + moved)
+        more = 2 * state / network.chip.host if on_host else 0.0
+        more += 2 * master / network.chip.bandwidth
+        estimate = dataclasses.replace(estimate, update=estimate.update + more)
     return Plan(
         name,
         parameters=parameters,
@@ -109,7 +115,9 @@ def plan_of(
         gradients=0 if is_step else parameters + round(sums),
         seconds=compiled.seconds,
         activations=sum(work.activations().values()) if work and not is_step else 0.0,
-        checkpoint=sum(x.size * jnp.dtype(x.dtype).itemsize for x in leaves),
+        checkpoint=sum(x.size * jnp.dtype(x.dtype).itemsize for x in leaves)
+        + (4 * sum(x.size for x in jax.tree.leaves(compiled.params)) if master_copy else 0),
+        master=master,
         estimate=estimate,
         on_host=on_host,
     )

@@ -46,7 +46,10 @@ def find_mesh(
     sizes = {"data": len(devices)}
     work = Work(shape, sizes, tokens, config.remat, fused_loss=config.fused_loss)
     params = shape.parameters()
-    ratio = _bytes(jax.eval_shape(tx.init, params)) / _bytes(params)
+    ratio = (
+        0.0 if config.state_on_host else _bytes(jax.eval_shape(tx.init, params)) / _bytes(params)
+    )
+    ratio += 2.0 if config.master_copy else 0.0
     found = candidates(
         work, ratio, lambda sizes: laid_out(chip, devices, sizes, config.slices)[1], config.slices
     )

@@ -69,11 +69,15 @@ class Network:
     def _dimensions(self, group: list[tuple[int, ...]]) -> list[tuple[int, bool]]:
         """Sizes of a torus' dimensions along a group, and whether each closes to a ring there."""
         found = []
-        for axis in range(1, len(self.places[0])):
+        axes = range(1, len(self.places[0]))
+        whole = {axis: 1 + max(place[axis] for place in self.places) for axis in axes}
+        closes = {axis: size % self.chip.wraps == 0 for axis, size in whole.items()}
+        if self.chip.cubes and not all(closes.values()):
+            closes = dict.fromkeys(closes, False)
+        for axis in axes:
             along = len({place[axis] for place in group})
-            whole = 1 + max(place[axis] for place in self.places)
             if along > 1:
-                found.append((along, along == whole and whole % self.chip.wraps == 0))
+                found.append((along, along == whole[axis] and closes[axis]))
         return found
 
     def _links(self, group: list[tuple[int, ...]]) -> float:

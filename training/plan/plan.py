@@ -70,6 +70,8 @@ class PlanConfig:
     """Parts of the batch that are worked on one after the other, their gradients added up."""
     remat: Remat = "full"
     """What is recomputed in the backward pass: whole layers, all but products, or nothing."""
+    master_copy: bool = False
+    """Keep a float32 copy of the parameters, which the update reads and writes."""
     state_on_host: bool = False
     """Keep the optimizer's state in the memory of the host (memory_kind="pinned_host")."""
     fused_loss: bool = False
@@ -132,6 +134,7 @@ def plan(config: PlanConfig, console: Console | None = None) -> list[Plan]:
             *(name, found, mesh, network, work),
             is_step=config.train_step,
             on_host=config.state_on_host,
+            master_copy=config.master_copy,
         )
         plans.append(one)
     plans.sort(key=lambda found: _order(found, network))

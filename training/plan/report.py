@@ -40,7 +40,16 @@ def _plain(found: Plan, network: Network, work: Work) -> dict[str, Any]:
         kind = by_kind.setdefault(c.kind, {"times": 0, "sent": 0.0})
         kind["times"] += c.times
         kind["sent"] += c.total
-    sizes = ("parameters", "gradients", "state", "temporary", "activations", "memory", "checkpoint")
+    sizes = (
+        "parameters",
+        "master",
+        "gradients",
+        "state",
+        "temporary",
+        "activations",
+        "memory",
+        "checkpoint",
+    )
     estimate = found.estimate
     properties = ("optimizer", "step", "share", "tokens_per_second", "mfu")
     return {

@@ -59,7 +59,7 @@ def candidates(
 
     Args:
       work: the model and its batch, on any mesh of as many chips.
-      state_ratio: bytes of the optimizer's state, times those of the parameters.
+      state_ratio: bytes of the optimizer's state on the chip, times those of the parameters.
       network_of: from sizes of axes to the network.
       slices: that divide the first axis, data.
 

@@ -41,7 +41,7 @@ def show(made: Shown, plans: list[Plan], console: Console) -> None:
     console.print(
         f"{config.model}: {work.shape.count / 1e9:.2f} billion parameters in bfloat16{layers}, "
         f"{what} of {work.tokens:,} tokens on {config.topology}{slices} ({config.mesh}); "
-        "numbers are per chip"
+        "numbers are per chip, times in ms"
     )
     done = [found for found in plans if not found.refused]
     if done and config.compare:
@@ -64,8 +64,8 @@ def show(made: Shown, plans: list[Plan], console: Console) -> None:
 def _compared(made: Shown, plans: list[Plan]) -> Table:
     """One table for many."""
     table = _table(
-        *("state", "sum", "fits", "GFLOP", "sent", "update", "sending", "at times"),
-        *("step ms", "opt.", "tokens/s", "MFU"),
+        *("state", "sum", "fits", "sent", "update", "sending", "at times", "step", "opt."),
+        *("tok/s", "MFU"),
     )
     for found in plans:
         e = found.estimate
@@ -73,7 +73,6 @@ def _compared(made: Shown, plans: list[Plan]) -> Table:
             found.optimizer,
             *map(readable, (found.state, found.memory)),
             "yes" if spare(found, made.network.chip) >= 0 else "no",
-            f"{found.arithmetic.always / 1e9:,.0f}",
             readable(found.sent),
             *(milliseconds(x) for x in (e.update, e.exchanges, e.at_times, e.step)),
             *(f"{e.share:.1%}", thousands(e.tokens_per_second), f"{e.mfu:.0%}"),
@@ -82,10 +81,12 @@ def _compared(made: Shown, plans: list[Plan]) -> Table:
 
 
 def _memory(made: Shown, plans: list[Plan]) -> Table:
-    headings = ("params", "grads", "state", "temp.", "activations", "sum", "left", "checkpoint")
-    table = _table(*headings)
+    master = ["master"] if made.config.master_copy else []
+    headings = ("grads", "state", "temp.", "activations", "sum", "left", "checkpoint")
+    table = _table("params", *master, *headings)
     for found in plans:
-        sizes = (found.parameters, found.gradients, found.state, found.temporary)
+        copy = [found.master] if master else []
+        sizes = (found.parameters, *copy, found.gradients, found.state, found.temporary)
         table.add_row(
             found.optimizer,
             *map(readable, sizes),
@@ -99,7 +100,7 @@ def _memory(made: Shown, plans: list[Plan]) -> Table:
 def _time(plans: list[Plan]) -> Table:
     table = _table(
         *("GFLOP", "at times", "sent", "update", "sending", "at times", "model", "exposed"),
-        *("step ms", "opt.", "tokens/s", "MFU"),
+        *("step", "opt.", "tok/s", "MFU"),
     )
     for found in plans:
         e = found.estimate
@@ -118,7 +119,7 @@ def _table(*headings: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("optimizer", no_wrap=True)
     for heading in headings:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     return table
 
 
