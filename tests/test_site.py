@@ -59,3 +59,11 @@ def test_the_picture_draws_the_table_of_results(monkeypatch):
     for _, worth, low, high in rows:
         assert low <= worth <= high
         assert f"{worth:.2f}" in alternative or worth == 1
+
+
+def test_every_command_is_on_the_trainer_page():
+    from ravine.training.cli import COMMANDS
+
+    page = (DOCS / "api" / "trainer.md").read_text()
+    for name, what in COMMANDS.items():
+        assert f"| `python -m ravine {name}` | {what} |" in page
