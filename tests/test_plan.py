@@ -3,6 +3,9 @@
 import dataclasses
 import importlib.util
 import json
+import re
+import shlex
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +13,7 @@ import pytest
 import ravine
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from ravine.training.cli import main
+from ravine.training.cli import _parse, main
 from ravine.training.model import ModelConfig
 from ravine.training.plan.by_hand import Work
 from ravine.training.plan.chips import CHIPS
@@ -301,6 +304,20 @@ def test_a_state_on_the_host_is_moved_both_ways(capsys):
     assert there["estimate"]["update"] - here["estimate"]["update"] == pytest.approx(moved)
 
 
+def test_a_master_copy_is_four_bytes_a_parameter(capsys):
+    words = ["plan", *GPUS, "--optimizer", "adamw"]
+    assert main([*words, "--json", "--master-copy"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    sizes, chip = found["plans"][0]["bytes"], found["chip"]
+    assert sizes["master"] == 2 * sizes["parameters"]
+    held = sizes["parameters"] + sizes["master"] + sizes["gradients"] + sizes["state"]
+    assert sizes["memory"] == held + max(sizes["temporary"], sizes["activations"])
+    passed = 3 * sizes["parameters"] + 2 * sizes["state"] + 2 * sizes["master"]
+    assert found["plans"][0]["estimate"]["update"] == pytest.approx(passed / chip["bandwidth"])
+    assert main([*words, "--master-copy"]) == 0
+    assert "master" in capsys.readouterr().out
+
+
 def test_one_that_cannot_be_compiled_is_a_row_with_its_reason(capsys, monkeypatch):
     from ravine.training.plan import plan as planning
 
@@ -374,3 +391,21 @@ def test_a_missing_compiler_is_one_clear_line(monkeypatch, capsys):
 
 def test_sizes_of_a_mesh():
     assert mesh_sizes("data=2, fsdp=4") == {"data": 2, "fsdp": 4}
+
+
+def commands_of_the_page():
+    page = (Path(__file__).parents[1] / "docs" / "pods.md").read_text()
+    pattern = r"```\n\$ python -m ravine plan((?:[^\n]*\\\n)*[^\n]*)\n(.*?)```"
+    return [
+        (shlex.split(words.replace("\\\n", " ")), printed)
+        for words, printed in re.findall(pattern, page, re.DOTALL)
+    ]
+
+
+@pytest.mark.parametrize(("words", "printed"), commands_of_the_page())
+def test_commands_of_the_page_are_understood(words, printed):
+    config = _parse(PlanConfig, "plan", words)
+    assert config.model in PRESETS
+    assert f"{config.model}: " in printed
+    for name in config.names:
+        assert name in printed
