@@ -74,6 +74,7 @@ from .shampoo import ScaleByShampooState, scale_by_shampoo, shampoo
 from .soap import ScaleBySoapState, scale_by_soap, soap
 from .soap_muon import soap_muon
 from .sophia import ScaleBySophiaState, scale_by_sophia, sophia_g, sophia_h
+from .width import WidthRule, scale_by_width, width_rule
 
 for _builder in (
     sgd,
@@ -141,6 +142,7 @@ __all__ = [
     "ScaleBySophiaState",
     "ScheduleFreeState",
     "TelemetryState",
+    "WidthRule",
     "accumulate",
     "adagrad",
     "adam",
@@ -197,6 +199,7 @@ __all__ = [
     "scale_by_shampoo",
     "scale_by_soap",
     "scale_by_sophia",
+    "scale_by_width",
     "schedule_free",
     "schedule_free_adamw",
     "schedule_free_eval_params",
@@ -210,6 +213,7 @@ __all__ = [
     "split_state",
     "state_shardings",
     "telemetry",
+    "width_rule",
     "with_decay",
     "with_telemetry",
 ]

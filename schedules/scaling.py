@@ -137,8 +137,7 @@ def scale_with_width(
     .. math:: \eta' = \eta / m, \qquad \lambda' = \lambda m
 
     Their product, the share that an update removes, stays. Embeddings, gains and biases keep
-    theirs. Updates whose size does not grow with the width (Muon with an update scaled by the
-    matrix's shape) need no such rule.
+    theirs. :func:`ravine.scale_by_width` has the rule of every optimizer, parameter by parameter.
 
     Args:
       learning_rate: :math:`\eta`.

@@ -10,8 +10,15 @@ import ravine
 from flax import nnx
 from ravine.optimizers.roles import RAVINE_RULES, assign_roles, mask_by_role
 from ravine.stability import cross_entropy, next_token_loss, skip_step
+from ravine.training.dropout import dropout_key, dropped
 from ravine.training.model import ModelConfig, Transformer, rotate
-from ravine.training.step import init_params, init_state, make_loss, make_train_step, nnx_train_step
+from ravine.training.step import (
+    init_params,
+    init_state,
+    make_loss,
+    make_train_step,
+    nnx_train_step,
+)
 
 SMALL = ModelConfig(vocabulary=32, context=8, width=16, layers=2, heads=2)
 OPTIONS = {
@@ -207,3 +214,37 @@ def test_uncounted_positions_hold_anything():
 def test_impossible_models_are_refused(fields, culprit):
     with pytest.raises(ValueError, match=culprit):
         ModelConfig(**fields)
+
+
+def test_dropout_is_in_training_alone_and_its_mean_is_the_model(getkey):
+    """A dropped stream is scaled up, so that its mean over keys is what goes in."""
+    model = build(dropout=0.5)
+    tokens = jax.random.randint(getkey(), (2, 8), 0, 32)
+    np.testing.assert_array_equal(model(tokens), build()(tokens))
+    keys = jax.random.split(getkey(), 2)
+    one, other = (model.hidden(tokens, dropout_key=key)[0] for key in keys)
+    assert not np.allclose(one, other)
+    np.testing.assert_array_equal(one, model.hidden(tokens, dropout_key=keys[0])[0])
+    x = jnp.ones((64, 64))
+    share = float(jnp.mean(dropped(x, 0.25, getkey())))
+    assert abs(share - 1) < 6 * (0.25 / 0.75) ** 0.5 / 64  # six standard errors of 4096 draws
+
+
+def test_a_step_drops_other_elements_at_each_update_and_in_each_micro_batch(getkey):
+    batch = jax.random.randint(getkey(), (4, 9), 0, 32)
+    first = dropout_key(jnp.int32(0), batch)
+    others = [dropout_key(jnp.int32(1), batch), dropout_key(jnp.int32(0), batch[::-1])]
+    assert all(
+        not np.array_equal(jax.random.key_data(first), jax.random.key_data(k)) for k in others
+    )
+    graphdef, params = init_params(dataclasses.replace(SMALL, dropout=0.5), 0)
+    step = jax.jit(make_train_step(graphdef, ravine.sgd(0.0), 2, attention_logits=False))
+    state = init_state(params, ravine.sgd(0.0))
+    state, before = step(state, batch)
+    _, after = step(state, batch)  # no parameter has moved
+    assert float(before["loss"]) != float(after["loss"])
+
+
+def test_dropout_out_of_range_is_refused():
+    with pytest.raises(ValueError, match=r"dropout must lie in \[0, 1\), got 1"):
+        ModelConfig(dropout=1.0)

@@ -22,6 +22,8 @@ COMMANDS = {
     "plan": "what an optimizer costs per chip of a pod, without the pod",
     "presets": "shapes of published models, and suggestions for new ones",
     "batch-size": "the batch beyond which more tokens per step buy few fewer steps",
+    "study": "one question in a small experiment: study decay",
+    "coordinate-check": "whether activations change as much in a wide model as in a narrow one",
 }
 """Commands, and what each is for."""
 
@@ -75,7 +77,7 @@ def _main(words: list[str]) -> int:
 
 
 def _help() -> str:
-    lines = [f"  {name:<12}{what}" for name, what in COMMANDS.items()]
+    lines = [f"  {name:<18}{what}" for name, what in COMMANDS.items()]
     last = """ravine COMMAND --help lists its flags with their defaults; ravine --version.
 ravine COMMAND ... --print-config prints the configuration as JSON and does nothing else;
 ravine COMMAND --config FILE ... starts from one, JSON, TOML or a race.json; flags override it."""
@@ -96,6 +98,8 @@ def _run(command: str, words: list[str]) -> int:
         from .plan.plan import PlanConfig, plan
         from .run.outcome import RunFailed
         from .shapes.table import PresetsConfig, show_presets
+        from .studies.decay import DecayStudyConfig, study_decay
+        from .width.command import CoordinateConfig, coordinate_check
     except ValueError as error:
         return _refuse(str(error))
     try:
@@ -104,9 +108,12 @@ def _run(command: str, words: list[str]) -> int:
         measurements: dict[str, tuple[Any, Any]] = {
             "batch-size": (BatchSizeConfig, measure_batch_size),
             "sensitivity": (SensitivityConfig, sensitivity),
+            "coordinate-check": (CoordinateConfig, coordinate_check),
             "speedup": (SpeedupConfig, speedup),
+            "study": (DecayStudyConfig, study_decay),
             "sweep": (SweepConfig, sweep),
         }
+        words = _study(words) if command == "study" else words
         if "--print-config" in words:
             kinds = {name: kind for name, (kind, _) in measurements.items()}
             kinds |= {"presets": PresetsConfig, "plan": PlanConfig, "race": RaceConfig}
@@ -142,6 +149,15 @@ def _run(command: str, words: list[str]) -> int:
             "every optimizer diverged; lower --learning-rates or lengthen the warm-up.", 1
         )
     return 0
+
+
+def _study(words: list[str]) -> list[str]:
+    """The words without the name of the study, of which there is one so far."""
+    if words[:1] == ["decay"]:
+        return words[1:]
+    if words and words[0].startswith("-"):
+        return words
+    raise ValueError(f"no study {' '.join(words[:1])!r}; write: study decay [FLAGS].")
 
 
 def _parse(config: Any, command: str, words: list[str]) -> Any:

@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..stability import HeadWeights, attention, rms_normalize, soft_cap
+from ..stability import HeadWeights, attention, soft_cap
+from .dropout import dropped
 from .identity import LATER
+from .layers import RMSNorm, rotate
 from .sharding import constrained
 
 JOINED = 2**20
@@ -64,6 +66,9 @@ class ModelConfig:
     """Layers unrolled in the scan: more compile time, sometimes faster steps."""
     remat: bool = False
     """Recompute layers in the backward pass instead of keeping what they computed: less memory."""
+    dropout: float = dataclasses.field(default=0.0, metadata=LATER)
+    """Share of elements dropped behind the embedding and every branch, in training only. Models that
+    see a token about once take 0."""
 
     def __post_init__(self) -> None:
         if self.attention != "plain" and self.attention_soft_cap is not None:
@@ -80,6 +85,8 @@ class ModelConfig:
                 f"width {self.width} must be an even multiple of heads {self.heads} (RoPE turns "
                 "pairs of coordinates)."
             )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}.")
         if self.kv_heads < 0 or self.heads % (self.kv_heads or self.heads):
             raise ValueError(f"kv_heads {self.kv_heads} must divide heads {self.heads}.")
         if self.feed_forward < 0:
@@ -117,34 +124,6 @@ class ModelConfig:
         if self.activation == "gelu":
             return 4 * self.width
         return -(-8 * self.width // (3 * 32)) * 32
-
-
-def rotate(x_BxTxHxK: jax.Array, base: float) -> jax.Array:
-    r"""Rotary position embedding: turns coordinate pairs by angles :math:`t\,b^{-2k/K}`.
-
-    Source: Su et al., 2021, https://arxiv.org/abs/2104.09864 (half-split pairs, as in GPT-NeoX).
-    """
-    _, length, _, width = x_BxTxHxK.shape
-    frequency = base ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-    angle = jnp.arange(length, dtype=jnp.float32)[:, None] * frequency[None, :]
-    cos, sin = (f(angle)[None, :, None, :] for f in (jnp.cos, jnp.sin))
-    a, b = jnp.split(x_BxTxHxK.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
-    return turned.astype(x_BxTxHxK.dtype)
-
-
-class RMSNorm(nnx.Module):
-    """Division by the root mean square over the last axis, and a learned scale.
-
-    ``nnx.RMSNorm`` (Flax 0.12) multiplies dtypes that strict promotion keeps apart.
-    """
-
-    def __init__(self, width: int):
-        self.scale = nnx.Param(jnp.ones(width))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """The same shape and dtype; the arithmetic is float32."""
-        return rms_normalize(x, self.scale[...])
 
 
 class Attention(nnx.Module):
@@ -226,23 +205,25 @@ class Block(nnx.Module):
         self.attention = Attention(config, rngs=rngs)
         self.feed_forward_norm = RMSNorm(config.width)
         self.feed_forward = FeedForward(config, rngs=rngs)
+        self.rate = config.dropout
         self.after = config.norms == 4
         if self.after:
             self.attention_out_norm = RMSNorm(config.width)
             self.feed_forward_out_norm = RMSNorm(config.width)
 
     def __call__(
-        self, x_BxTxD: jax.Array, measured: bool = False
+        self, x_BxTxD: jax.Array, measured: bool = False, keys_2: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array | None]:
-        """The stream after this layer, and the largest attention logits, `[H]`, if measured."""
+        """The stream after this layer, dropped out with keys, and the largest attention logits, `[H]`."""
+        first, second = (None, None) if keys_2 is None else keys_2
         mixed_BxTxD, highest_H = self.attention(self.attention_norm(x_BxTxD), measured)
         if self.after:
             mixed_BxTxD = self.attention_out_norm(mixed_BxTxD)
-        x_BxTxD = x_BxTxD + mixed_BxTxD
+        x_BxTxD = x_BxTxD + dropped(mixed_BxTxD, self.rate, first)
         turned_BxTxD = self.feed_forward(self.feed_forward_norm(x_BxTxD))
         if self.after:
             turned_BxTxD = self.feed_forward_out_norm(turned_BxTxD)
-        return x_BxTxD + turned_BxTxD, highest_H
+        return x_BxTxD + dropped(turned_BxTxD, self.rate, second), highest_H
 
 
 class Transformer(nnx.Module):
@@ -292,24 +273,39 @@ class Transformer(nnx.Module):
         return self.logits(hidden_BxTxD), highest_LxH
 
     def hidden(
-        self, tokens_BxT: jax.Array, *, measured: bool = False
+        self,
+        tokens_BxT: jax.Array,
+        *,
+        measured: bool = False,
+        dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array | None]:
-        """The last states, normalised, and the largest attention logits `[L, H]` if measured."""
+        """The last states, normalised, and the largest attention logits `[L, H]` if measured.
 
-        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0), unroll=self.config.unroll)
-        def through_layers(x_BxTxD: jax.Array, layer: Block) -> tuple[jax.Array, jax.Array | None]:
-            call = lambda layer, x_BxTxD: layer(x_BxTxD, measured)
+        With a key, elements drop out as the model's `dropout` says.
+        """
+
+        @nnx.scan(in_axes=(nnx.Carry, 0, 0), out_axes=(nnx.Carry, 0), unroll=self.config.unroll)
+        def through_layers(
+            x_BxTxD: jax.Array, layer: Block, keys_2: jax.Array | None
+        ) -> tuple[jax.Array, jax.Array | None]:
+            call = lambda layer, x_BxTxD, keys_2: layer(x_BxTxD, measured, keys_2)
             call = nnx.remat(call) if self.config.remat else call
-            x_BxTxD, highest_H = call(layer, x_BxTxD)
+            x_BxTxD, highest_H = call(layer, x_BxTxD, keys_2)
             return constrained(x_BxTxD, "rows", None, None), highest_H
+
+        first, keys_Lx2 = None, None
+        if dropout_key is not None and self.config.dropout:
+            first, rest = jax.random.split(dropout_key)
+            keys_Lx2 = jax.random.split(rest, (self.config.layers, 2))
 
         # Whole rows for the lookup: the compiler finds no good way to look up parts of them.
         table_VxD = constrained(self.embed.embedding[...], "tensor", None)
         x_BxTxD = jnp.take(table_VxD.astype(self.config.dtype), tokens_BxT, axis=0)
         if self.config.tied:
             x_BxTxD = x_BxTxD * jnp.asarray(self.config.width**0.5, x_BxTxD.dtype)
+        x_BxTxD = dropped(x_BxTxD, self.config.dropout, first)
         x_BxTxD = constrained(x_BxTxD, "rows", None, None)
-        x_BxTxD, highest_LxH = through_layers(x_BxTxD, self.layers)
+        x_BxTxD, highest_LxH = through_layers(x_BxTxD, self.layers, keys_Lx2)
         return self.final_norm(x_BxTxD), highest_LxH
 
     def unembedding(self) -> jax.Array:

@@ -24,6 +24,7 @@ from ..stability import (
     squared_norms,
     token_mean,
 )
+from .dropout import dropout_key
 from .gradients import micro_batch_value_and_grad, sampled_value_and_grad
 from .loss import fused_loss
 from .model import ModelConfig, Transformer
@@ -129,6 +130,7 @@ def _trained_loss(
     sampled: jax.Array | None,
     attention_logits: bool,
     fused: bool,
+    count: jax.Array,
 ) -> Callable[[Any, Batch], tuple[jax.Array, Any]]:
     """`loss(params, batch)` with the z-loss; and largest attention logits `[L, H]`, and what logits say.
 
@@ -138,7 +140,10 @@ def _trained_loss(
 
     def loss(params: Any, batch: Batch) -> tuple[jax.Array, Any]:
         model = nnx.merge(graphdef, params)
-        hidden, highest_LxH = model.hidden(batch[:, :-1], measured=attention_logits)
+        key = dropout_key(count, batch) if model.config.dropout else None
+        hidden, highest_LxH = model.hidden(
+            batch[:, :-1], measured=attention_logits, dropout_key=key
+        )
         if fused:
             return _fused(model, hidden, batch[:, 1:], z_loss), (highest_LxH, {})
         logits = model.logits(hidden)
@@ -205,7 +210,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         sampled = state.step % monitor_every == 0 if monitor_every else None
-        trained = _trained_loss(graphdef, z_loss, sampled, attention_logits, fused)
+        trained = _trained_loss(graphdef, z_loss, sampled, attention_logits, fused, state.step)
         if noise_scale_every:
             (noise,) = states_of(NoiseScaleState, state.opt_state)
             loss_and_grads = sampled_value_and_grad(

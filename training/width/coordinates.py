@@ -1,0 +1,153 @@
+"""The coordinate check: how much activations change in a few steps, at several widths.
+
+Under the right rule the change of every activation is of one size at all widths; a wrong one shows as
+a power of the width, from the first steps on and without tuning anything.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from ...optimizers.links.growth import Rank
+from ...optimizers.matrix.batch.refresh import Refresh
+from ...optimizers.registry import OptimizerConfig
+from ...optimizers.roles import RAVINE_RULES, decide
+from ...optimizers.width import width_rule
+from ..model import ModelConfig, Transformer
+from ..run import interrupts
+from ..step import init_params, make_loss
+
+UPDATES = "update of matrices"
+"""The row of the spectral norms of hidden matrices' changes, over what activations ask for."""
+
+
+def at_width(model: ModelConfig, width: int) -> ModelConfig:
+    """The model with another width, heads as wide as before, and matrices of the same ratio of sides.
+
+    Raises:
+      ValueError: for a width that does not have whole heads, or a head that is the embedding.
+
+    Example:
+      >>> from ravine.training.model import ModelConfig
+      >>> from ravine.training.width.coordinates import at_width
+      >>> wide = at_width(ModelConfig(width=64, heads=4), 256)
+      >>> wide.heads, wide.hidden
+      (16, 768)
+    """
+    if model.tied:
+        raise ValueError("rules for width do not cover a tied head; leave --tied out.")
+    if width % model.head_width or (model.hidden * width) % model.width:
+        raise ValueError(
+            f"width {width} must be a multiple of the width of a head, {model.head_width}, and of "
+            "what keeps the feed-forward ratio; take multiples of the base width."
+        )
+    heads = width // model.head_width
+    kv_heads = heads * model.key_value_heads // model.heads if model.kv_heads else 0
+    hidden = model.hidden * width // model.width
+    return dataclasses.replace(
+        model, width=width, heads=heads, kv_heads=kv_heads, feed_forward=hidden
+    )
+
+
+def activations(graphdef: nnx.GraphDef, params: Any, tokens_BxT: jax.Array) -> dict[str, jax.Array]:
+    """The stream behind the embedding and every layer, and the logits."""
+    model: Transformer = nnx.merge(graphdef, params)
+    stream = jnp.take(model.embed.embedding[...], tokens_BxT, axis=0)
+    found = {"embedding": stream}
+    structure, stacked = nnx.split(model.layers)
+    for index in range(model.config.layers):
+        layer = nnx.merge(structure, jax.tree.map(lambda x, i=index: x[i], stacked))
+        stream = layer(stream)[0]
+        found[f"layer {index + 1}"] = stream
+    return found | {"logits": model.logits(model.final_norm(stream))}
+
+
+def changes(
+    optimizer: OptimizerConfig,
+    learning_rate: float,
+    model: ModelConfig,
+    width: int,
+    batches: Sequence[Any],
+    *,
+    rule: Iterable[bool] = (False, True),
+    rank: Rank = "full",
+    seed: int = 0,
+) -> dict[bool, dict[str, float]]:
+    """The RMS of every activation's change after one step per batch, without and with the rule.
+
+    Args:
+      optimizer: which.
+      learning_rate: constant, of the model as it is, the base.
+      model: the base model.
+      width: the width to look at.
+      batches: tokens `[B, T + 1]`; the first is also what activations are looked at on.
+      rule: False for the base model's rate everywhere, True for :func:`width_rule`.
+      rank: as for :func:`width_rule`.
+      seed: of the parameters.
+    """
+    config = at_width(model, width)
+    graphdef, params = init_params(config, seed)
+    base = jax.eval_shape(lambda: init_params(model, seed)[1])
+    decided = decide(params, RAVINE_RULES)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(base)]
+    chosen = width_rule(optimizer, rank=rank)
+    factors = [chosen.factor(found, old) for found, old in zip(decided, shapes, strict=True)]
+    overrides: dict[str, Any] = {"weight_decay": 0.0} if optimizer.accepts("weight_decay") else {}
+    if optimizer.accepts("refresh"):  # else the first steps are the graft's
+        overrides["refresh"] = Refresh(every=1)
+    tx = optimizer.build(learning_rate, **overrides)
+    loss = make_loss(graphdef)
+    look = jax.jit(lambda p: activations(graphdef, p, batches[0][:, :-1]))
+
+    @jax.jit
+    def step(params: Any, state: Any, batch: Any, factors: Any) -> tuple[Any, Any]:
+        grads = jax.grad(loss)(params, batch)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, jax.tree.map(jnp.multiply, updates, factors)), state
+
+    start, before, done = params, look(params), {}
+    for with_rule in rule:
+        used = [jnp.float32(f if with_rule else 1.0) for f in factors]
+        tree = jax.tree.unflatten(jax.tree.structure(params), used)
+        now, state = start, tx.init(start)
+        for batch in batches:
+            interrupts.check()
+            now, state = step(now, state, batch, tree)
+        after = look(now)
+        row = {name: float(_rms(after[name] - before[name])) for name in before}
+        done[with_rule] = row | {UPDATES: _spectral(start, now, decided)}
+    return done
+
+
+def _rms(x: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.mean(jnp.square(x)))
+
+
+def _spectral(start: Any, end: Any, decided: Any) -> float:
+    """The geometric mean of hidden matrices' spectral norms of change over sqrt(out / in)."""
+    sizes = []
+    for old, new, found in zip(jax.tree.leaves(start), jax.tree.leaves(end), decided, strict=True):
+        if found.role == "matrix":
+            change_LxMxN = np.asarray(new) - np.asarray(old)
+            norms = np.linalg.norm(change_LxMxN, ord=2, axis=(-2, -1))
+            rows, columns = change_LxMxN.shape[-2:]
+            sizes.append(np.mean(np.log(np.maximum(norms * (rows / columns) ** 0.5, 1e-30))))
+    return float(np.exp(np.mean(sizes)))
+
+
+def slope(sizes: Mapping[int, float]) -> float:
+    """The power of the width that fits sizes by width best; 0 if they do not depend on it.
+
+    Example:
+      >>> from ravine.training.width.coordinates import slope
+      >>> round(slope({64: 1.0, 128: 2.0, 256: 4.0}), 6)
+      1.0
+    """
+    widths, values = np.log(list(sizes)), np.log(list(sizes.values()))
+    return float(np.polyfit(widths, values, 1)[0])

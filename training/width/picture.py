@@ -1,0 +1,46 @@
+"""The picture of a coordinate check."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+
+
+def draw(file: Path, found: Mapping[str, Mapping[bool, Mapping[str, Mapping[int, float]]]]) -> None:
+    """The change of every activation against the width; above without the rule, below with it.
+
+    Args:
+      file: where to; the ending decides the format.
+      found: by optimizer, by whether the rule is used, by activation, by width.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2.6 * len(found) + 1.6, 5.4), layout="constrained")
+    panels = figure.subplots(2, len(found), sharex=True, sharey="col", squeeze=False)
+    for column, (name, both) in enumerate(found.items()):
+        for with_rule, sizes in both.items():
+            axes = panels[int(with_rule)][column]
+            for index, (activation, by_width) in enumerate(sizes.items()):
+                axes.plot(
+                    list(by_width),
+                    list(by_width.values()),
+                    marker="o",
+                    ms=3,
+                    lw=1.3,
+                    color=COLOURS[index % len(COLOURS)],
+                    label=activation,
+                )
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.grid(alpha=0.25, which="both", lw=0.5)
+            widths = list(next(iter(sizes.values())))
+            axes.set_xticks(widths, [str(width) for width in widths])
+            if not with_rule:
+                axes.set_title(name)
+            else:
+                axes.set_xlabel("width")
+    panels[0][0].set_ylabel("one rate for all widths\nRMS of change")
+    panels[1][0].set_ylabel("by the rule\nRMS of change")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
+    figure.savefig(file, dpi=130)
