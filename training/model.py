@@ -214,7 +214,7 @@ class Block(nnx.Module):
     def __call__(
         self, x_BxTxD: jax.Array, measured: bool = False, keys_2: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array | None]:
-        """The stream after this layer, dropped out with keys, and the largest attention logits, `[H]`."""
+        """The stream after this layer, dropped out with keys; and the largest attention logits `[H]`."""
         first, second = (None, None) if keys_2 is None else keys_2
         mixed_BxTxD, highest_H = self.attention(self.attention_norm(x_BxTxD), measured)
         if self.after:
