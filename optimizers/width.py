@@ -39,7 +39,15 @@ POLAR = ("muon", "normuon", "soap_muon")
 
 @dataclasses.dataclass(frozen=True)
 class WidthRule:
-    """How the learning rates of an optimizer follow the shapes of its parameters; by `width_rule`."""
+    """How the learning rates of an optimizer follow the shapes of its parameters; by `width_rule`.
+
+    Example:
+      >>> import jax.numpy as jnp, ravine
+      >>> from ravine.optimizers.roles import decide
+      >>> (found,) = decide({"dense": {"kernel": jnp.ones((64, 64))}})
+      >>> ravine.width_rule("adamw").factor(found, (16, 16))
+      0.25
+    """
 
     growth: Growth
     """Of the direction for parameters with one of `roles`."""
