@@ -419,7 +419,7 @@ RESUMED = [
     Fault(
         "other steps",
         [*RESUME, "--steps", "7"],
-        "configuration (steps is 6 there and 7 here)",
+        "configuration (6 steps there and 7 here: learning rates of",
     ),
     Fault("another seed", [*RESUME, "--seed", "1"], "another configuration (seed is 0 there"),
     Fault(
@@ -455,7 +455,7 @@ RESUMED = [
     ),
     Fault(
         "a run of another configuration",
-        damaged("sgd/meta.json", edited("run", "steps", value=7)),
+        damaged("sgd/meta.json", edited("run", "batch_size", value=7)),
         "meta.json is of a run of another run",
     ),
     Fault("records lost whole", damaged(METRICS, lambda _: None), "metrics.jsonl is missing"),

@@ -256,3 +256,47 @@ def test_what_was_tuned_holds_where_the_run_does_not_say():
     assert adapted.warmup_steps == round(1000 * row["warmup"])
     told = entrant.adapted(RunConfig(steps=1000, weight_decay=0.5, warmup_steps=3))
     assert (told.weight_decay, told.warmup_steps) == (0.5, 3)
+
+
+def test_a_run_ends_with_a_checkpoint_and_a_longer_race_goes_on_from_it(tmp_path, text, capsys):
+    words = ["--optimizers", "adamw,sgd", "--schedule", "constant", "--warmup-steps", "1"]
+    short, whole = tmp_path / "short", tmp_path / "whole"
+    assert run(*words, "--steps", "10", text=text, out=whole) == 0
+    assert run(*words, text=text, out=short) == 0
+    assert [path.name for path in (short / "sgd" / "checkpoints").iterdir()] == ["6"]
+    capsys.readouterr()
+
+    assert run(*words, "--resume", "--steps", "5", text=text, out=short) == 2
+    assert "may only grow" in capsys.readouterr().err
+    cosine = [*words[:2], "--steps", "10", "--resume"]
+    assert run(*cosine, text=text, out=short) == 2
+    assert "learning rates of adamw would be others from step" in capsys.readouterr().err
+    assert len(records(short / "sgd")) == 8
+
+    moved = tmp_path / "moved.txt"
+    moved.write_text(Path(text).read_text())
+    other = ["--steps", "10", "--eval-every", "5", "--checkpoint-every", "4", "--resume"]
+    assert run(*words, *other, text=str(moved), out=short) == 0
+    assert json.loads((short / "race.json").read_text())["configuration"]["run"]["steps"] == 10
+    for name in ("adamw", "sgd"):
+        losses = [
+            {r["step"]: r["loss"] for r in records(out / name) if "loss" in r}
+            for out in (short, whole)
+        ]
+        assert losses[0] == losses[1]
+        assert list(losses[0]) == list(range(10))
+        ends = [r for r in records(short / name) if "heldout_loss" in r]
+        assert [r["step"] for r in ends] == [3, 6, 10]
+        assert ends[-1]["heldout_loss"] == records(whole / name)[-1]["heldout_loss"]
+    # Once more: nothing is left to do.
+    before = records(short / "sgd")
+    assert run(*words, *other, text=str(moved), out=short) == 0
+    assert records(short / "sgd") == before
+
+
+def test_other_hyperparameters_are_not_resumed(tmp_path, text, capsys):
+    words = ["--optimizers", "sgd"]
+    assert run(*words, text=text, out=tmp_path / "race") == 0
+    again = [*words, "--set", "sgd.momentum=0.5", "--resume"]
+    assert run(*again, text=text, out=tmp_path / "race") == 2
+    assert "another configuration" in capsys.readouterr().err

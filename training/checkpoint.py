@@ -14,7 +14,7 @@ import hashlib
 import itertools
 import json
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,16 @@ class Checkpoints:
     Args:
       folder: where they lie; made when missing.
       identity: JSON values that a checkpoint must agree with to be restored (the configuration).
+      past: from a step to more of them, of what came before it.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any]):
-        self._identity = identity
+    def __init__(
+        self,
+        folder: Path,
+        identity: dict[str, Any],
+        past: Callable[[int], dict[str, Any]] = lambda step: {},
+    ):
+        self._identity, self._past = identity, past
         self._path = folder.absolute()
         orbax_noise.quiet()
         self._background = concurrent.futures.ThreadPoolExecutor(1)
@@ -65,8 +71,9 @@ class Checkpoints:
           OSError: if this checkpoint cannot be written, or the one before could not be.
         """
         self._wait()
-        metadata: Any = {"identity": self._identity, "data": batches.get_state()}
         step = int(state.step)
+        identity = {**self._identity, **self._past(step)}
+        metadata: Any = {"identity": identity, "data": batches.get_state()}
         self._step = step
         with self._unwritten():
             # The loop decides when; Orbax's own policy must not drop one.
@@ -102,7 +109,7 @@ class Checkpoints:
             complaint = from_first(_complaint(self._folder(step)) if is_first() else "")
             if not complaint:
                 metadata: Any = ocp.metadata(str(self._folder(step))).custom_metadata
-                differing = self._differing(metadata["identity"])
+                differing = self._differing(metadata["identity"], step)
                 if not differing:
                     break
                 complaint = f"is of another configuration ({'; '.join(differing[:3])})"
@@ -185,9 +192,9 @@ class Checkpoints:
                 self._folder(step).rename(next(name for name in names if not name.exists()))
         from_first("moved")
 
-    def _differing(self, found: dict[str, Any]) -> list[str]:
+    def _differing(self, found: dict[str, Any], step: int) -> list[str]:
         """What is not as in this configuration."""
-        mine, theirs = _leaves(self._identity), _leaves(found)
+        mine, theirs = _leaves({**self._identity, **self._past(step)}), _leaves(found)
         return [
             f"{name} is {theirs.get(name)!r} there and {mine.get(name)!r} here"
             for name in {**theirs, **mine}

@@ -3,12 +3,12 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import optax
 
 from .. import schedules
-from .identity import FREE, LATER
+from .identity import EXTENDS, FREE, LATER
 from .loss import LARGE
 from .model import ModelConfig
 from .rollback import RollbackPolicy
@@ -18,23 +18,23 @@ from .rollback import RollbackPolicy
 class RunConfig:
     """What all optimizers of a race share."""
 
-    steps: int = 700
+    steps: int = dataclasses.field(default=700, metadata=EXTENDS)
     """Updates made."""
     batch_size: int = 16
     """Sequences per step, over all hosts."""
     micro_batches: int = dataclasses.field(default=1, metadata=LATER)
     """Parts of a batch that are processed one after the other, in the memory of one; their
     gradients are added."""
-    schedule: str = "cosine"
+    schedule: str = dataclasses.field(default="cosine", metadata=EXTENDS)
     """Name of the schedule, any of ravine.schedules.schedule_names()."""
-    schedule_options: str = ""
+    schedule_options: str = dataclasses.field(default="", metadata=EXTENDS)
     """Arguments of the schedule: name=value, separated by commas, such as
     decay_steps=60, shape=1-sqrt."""
-    schedule_steps: int = 0
+    schedule_steps: int = dataclasses.field(default=0, metadata=EXTENDS)
     """Updates the schedule covers, warm-up included; 0 means as many as steps."""
-    warmup_steps: int | None = None
+    warmup_steps: int | None = dataclasses.field(default=None, metadata=EXTENDS)
     """Updates of linear warm-up; by default what was tuned for the optimizer, else 20."""
-    end_ratio: float | None = None
+    end_ratio: float | None = dataclasses.field(default=None, metadata=EXTENDS)
     """Learning rate at the end of the schedule, relative to its peak; by default the schedule's
     own, which is 0 where it can be."""
     clip_norm: float = 1.0
@@ -63,16 +63,16 @@ class RunConfig:
     weight_decay: float | None = None
     """Share of every matrix that a step at the peak learning rate removes: the coefficient handed to
     the optimizer is this divided by its learning rate. By default what was tuned, else 3e-4."""
-    eval_every: int = 50
+    eval_every: int = dataclasses.field(default=50, metadata=EXTENDS)
     """Updates between two evaluations on held-out text."""
     eval_batches: int = 32
     """Held-out batches of every evaluation."""
     seed: int = 0
     """Of the initial parameters and the order of the data."""
-    data: tuple[Path, ...] = ()
+    data: tuple[Path, ...] = dataclasses.field(default=(), metadata=EXTENDS)
     """Text files or a uint16 .bin; by default this Python's own standard library."""
-    checkpoint_every: int = 0
-    """Updates between two checkpoints; 0 keeps none."""
+    checkpoint_every: int = dataclasses.field(default=0, metadata=EXTENDS)
+    """Updates between two checkpoints; 0 keeps that of the end, or of a signal, alone."""
     log_every: int = dataclasses.field(default=10, metadata=FREE)
     """Updates whose metrics are fetched and written to metrics.jsonl together; none are lost."""
     read_threads: int = dataclasses.field(default=0, metadata=FREE)
@@ -183,3 +183,9 @@ def check_learning_rate(name: str, value: float) -> float:
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"the learning rate of {name} must be positive and finite, got {value}.")
     return value
+
+
+def decisive(told: dict[str, Any]) -> dict[str, Any]:
+    """Of a `RunConfig` in JSON, what decided the past of its run."""
+    extends = {f.name for f in dataclasses.fields(RunConfig) if "extends" in f.metadata}
+    return {name: value for name, value in told.items() if name not in extends}

@@ -12,9 +12,13 @@ trials and checkpoints written before are known again."""
 FREE: Mapping[str, bool] = {"free": True}
 """Metadata of a field that does not change the results of a run: it is always left out."""
 
+EXTENDS: Mapping[str, bool] = {"extends": True}
+"""Metadata of a field that may be another one when a run is resumed: it decides about what is still to
+come, or about the past only through learning rates, which are compared by themselves."""
 
-def to_json(config: Any) -> dict[str, Any]:
-    """What of a dataclass decides the results, as JSON values.
+
+def to_json(config: Any, *, resumed: bool = False) -> dict[str, Any]:
+    """What of a dataclass decides the results, as JSON values; with `resumed`, what decided its past.
 
     Example:
       >>> import dataclasses
@@ -26,16 +30,17 @@ def to_json(config: Any) -> dict[str, Any]:
       >>> to_json(Config()), to_json(Config(micro_batches=2))
       ({'steps': 3}, {'steps': 3, 'micro_batches': 2})
     """
-    return json.loads(json.dumps(_fields(config), default=str, allow_nan=False))
+    return json.loads(json.dumps(_fields(config, resumed), default=str, allow_nan=False))
 
 
-def _fields(config: Any) -> Any:
+def _fields(config: Any, resumed: bool) -> Any:
     if not dataclasses.is_dataclass(config):
         return config
     return {
-        field.name: _fields(value)
+        field.name: _fields(value, resumed)
         for field in dataclasses.fields(config)
         if "free" not in field.metadata
+        and not (resumed and "extends" in field.metadata)
         and (
             (value := getattr(config, field.name)) != field.default or "later" not in field.metadata
         )

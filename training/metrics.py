@@ -57,6 +57,10 @@ class Rates:
             self._rates = np.asarray(self._schedule(jnp.asarray(block, jnp.int32)))
         return float(self._rates[step - self._start])
 
+    def before(self, step: int) -> np.ndarray:
+        """Those of the steps before `step`, float32."""
+        return np.asarray([self[at] for at in range(step)], np.float32)
+
 
 class Metrics:
     """Metrics of the steps that were dispatched, until they are fetched together.

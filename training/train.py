@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import math
 import time
 import warnings
@@ -100,17 +101,18 @@ def _train(
     outcome.state_bytes_per_parameter = _bytes(state.opt_state) / outcome.parameters
 
     with contextlib.ExitStack() as stack:
-        checkpoints = None
-        if run.checkpoint_every:
-            identity = {
-                "optimizer": outcome.name,
-                "learning_rate": outcome.learning_rate,
-                "run": to_json(run),
-                "text": corpus.fingerprint,  # a position in the data means nothing in another text
-            }
-            checkpoints = Checkpoints(folder / "checkpoints", identity)
-            stack.callback(checkpoints.close)
-            state = checkpoints.restore(state, batches)
+        rates = Rates(run.learning_rate(outcome.learning_rate), run.steps)
+        identity = {
+            "optimizer": outcome.name,
+            "hyperparameters": outcome.hyperparameters,
+            "learning_rate": outcome.learning_rate,
+            "run": to_json(run, resumed=True),
+            "text": corpus.fingerprint,  # a position in the data means nothing in another text
+        }
+        past = lambda step: {"learning rates before": _digest(rates.before(step))}
+        checkpoints = Checkpoints(folder / "checkpoints", identity, past)
+        stack.callback(checkpoints.close)
+        state = checkpoints.restore(state, batches)
         metrics_file = folder / "metrics.jsonl"
         kept = outcome.take_up(metrics_file, run, int(state.step))
         clock = Clock(max((entry["seconds"] for entry in kept), default=0.0))
@@ -144,7 +146,6 @@ def _train(
         outcome.compile_seconds = time.perf_counter() - started
         outcome.cost = dataclasses.asdict(cost_of(run.model, tx, state, traced, compiled))
         interrupts.check()
-        rates = Rates(run.learning_rate(outcome.learning_rate), run.steps)
 
         def record(entry: dict[str, Any]) -> None:
             outcome.add([entry])
@@ -172,7 +173,7 @@ def _train(
             metrics.add(done, told)
             done += 1
             evaluates = done % run.eval_every == 0 or done == run.steps
-            saves = checkpoints is not None and done % run.checkpoint_every == 0
+            saves = done == run.steps or (run.checkpoint_every and done % run.checkpoint_every == 0)
             waits = evaluates or saves or rollback is not None or done == 1 or interrupts.pending()
             if not waits and done % run.log_every:
                 continue
@@ -199,8 +200,8 @@ def _train(
                 state, done = back.state, back.step
                 for _ in range(back.skip_batches):
                     next(batches)
-                if checkpoints is not None:
-                    checkpoints.forget_from(done)
+                checkpoints.forget_from(done)
+                if run.checkpoint_every:
                     checkpoints.save(state, batches)
                 continue
             if evaluates:
@@ -218,7 +219,7 @@ def _train(
                     return outcome
             stop = waits and interrupts.pending()
             # Other processes may not know of the signal, and would not join in.
-            if checkpoints is not None and (saves or (stop and alone)):
+            if saves or (stop and alone):
                 checkpoints.save(state, batches)
             if stop:
                 interrupts.check()
@@ -295,6 +296,10 @@ def _check_first(entry: dict[str, float]) -> None:
                 f"the {name.replace('_', ' ')} is {entry[name]} before the first update: look at the "
                 "model's options and the text, not at the optimizer."
             )
+
+
+def _digest(values: np.ndarray) -> str:
+    return hashlib.sha256(values.tobytes()).hexdigest()[:16]
 
 
 def _bytes(tree: Any) -> int:

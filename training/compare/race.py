@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 import tyro
 from jax.sharding import Mesh
@@ -24,13 +26,14 @@ from rich.progress import (
 )
 
 from ..config import RunConfig
+from ..config_file import read_config
 from ..data.batches import heldout_batches, train_batches
 from ..data.corpus import Corpus, load_corpus
 from ..distributed import LaunchConfig, check_same, from_first, is_first, start, unanimous
 from ..identity import FREE, LATER, to_json
 from ..run import interrupts, tensorboard
 from ..run.files import said
-from ..run.folder import claimed
+from ..run.folder import RACE, claimed, is_race
 from ..run.meta import check_meta, write_meta
 from ..run.outcome import Outcome, RunFailed
 from ..run.output import Output
@@ -121,7 +124,13 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
         check_same(what, _digest(identity[what]))
     with contextlib.ExitStack() as stack:
         outcomes = [
-            Outcome(entrant.name, entrant.learning_rate, entrant.repeat, trials=entrant.trials)
+            Outcome(
+                entrant.name,
+                entrant.learning_rate,
+                entrant.repeat,
+                trials=entrant.trials,
+                hyperparameters=json.loads(entrant.optimizer.to_json())["hyperparameters"],
+            )
             for entrant in entrants
         ]
         ended = [False for _ in entrants]
@@ -130,6 +139,8 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
             if is_first():
                 out = _out(config)
                 _check_data(config, out)
+                if config.resume:
+                    _check_past(config, entrants, run, out)
                 flags = {"overwrite": config.overwrite, "resume": config.resume}
                 stack.enter_context(claimed(out, identity, **flags))
                 try:
@@ -242,6 +253,35 @@ def _check_data(config: RaceConfig, out: Path) -> None:
             raise ValueError(f"{path} lies in {out}, which --overwrite clears; give another --out.")
 
 
+def _check_past(
+    config: RaceConfig, entrants: tuple[Entrant, ...], run: RunConfig, out: Path
+) -> None:
+    """What is resumed may become longer, not shorter, and its past keeps its learning rates."""
+    if not is_race(out):
+        return  # `claimed` says so
+    before = read_config(out / RACE, RaceConfig()).run
+    before = dataclasses.replace(before, model=run.model)
+    another = f"{out} holds a race of another configuration"
+    if run.steps < before.steps:
+        raise ValueError(
+            f"{another} ({before.steps} steps there and {run.steps} here); steps may only grow."
+        )
+    for entrant in entrants:
+        then, now = (
+            np.asarray(
+                entrant.adapted(r).learning_rate(entrant.learning_rate)(jnp.arange(before.steps))
+            )
+            for r in (before, run)
+        )
+        if (then != now).any():
+            first = int((then != now).argmax())
+            raise ValueError(
+                f"{another} ({before.steps} steps there and {run.steps} here: learning rates of "
+                f"{entrant.name} would be others from step {first} on); a race that may become longer "
+                "needs --schedule constant and --warmup-steps, or --schedule-steps for its full length."
+            )
+
+
 def _identity(config: RaceConfig, entrants: tuple[Entrant, ...], corpus: Corpus) -> dict[str, Any]:
     """What decides the results; a race is resumed only where all of it is the same."""
     return {
@@ -285,7 +325,8 @@ def _run_one(
 
     def begin() -> None:
         if is_first():
-            write_meta(folder, run, entrant, corpus, mesh)
+            step = int(outcome.steps[-1]["step"]) + 1 if outcome.steps else 0
+            write_meta(folder, run, entrant, corpus, mesh, step)
 
     if is_first():
         folder.mkdir(exist_ok=True)

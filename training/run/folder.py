@@ -18,6 +18,7 @@ from typing import Any
 import filelock
 
 from ..checkpoint import REFUSED, SEAL
+from ..config import decisive
 from .files import read_json, said, write_json
 
 RACE, REPORT, LOCK, HOLDER = "race.json", "report.html", "race.lock", "race.lock.json"
@@ -68,7 +69,10 @@ def claimed(
                 file.unlink()
             for folder in folders:
                 folder.rmdir()
-            if not resume:
+            if not resume or _manifest(out) != {
+                **identity,
+                "writes": _writes(identity["optimizers"]),
+            }:
                 manifest = {**identity, "writes": _writes(identity["optimizers"])}
                 write_json(out / RACE, manifest)
         except OSError as error:
@@ -117,11 +121,12 @@ def _removable(
     if resume:
         if found is None:
             raise ValueError(f"{out} holds no race; --resume needs the --out of an earlier one.")
-        differing = [name for name in identity if found.get(name) != identity[name]]
+        theirs, mine = _decisive(found), _decisive(identity)
+        differing = [name for name in mine if theirs.get(name) != mine[name]]
         if differing:
             raise ValueError(
                 f"{out} holds a race of another {' and '.join(differing)} "
-                f"({_difference(found, identity)}); repeat its flags, or give another --out."
+                f"({_difference(theirs, mine)}); repeat its flags, or give another --out."
             )
         return [], []
     if empty:
@@ -140,6 +145,14 @@ def _removable(
             "--overwrite removes only a race's files; move it away or give another --out."
         )
     return files, folders
+
+
+def _decisive(identity: dict[str, Any]) -> dict[str, Any]:
+    """Without what may change when a race is resumed."""
+    told = identity.get("configuration")
+    if not (isinstance(told, dict) and isinstance(told.get("run"), dict)):
+        return identity
+    return {**identity, "configuration": {**told, "run": decisive(told["run"])}}
 
 
 def _difference(found: Any, identity: Any) -> str:

@@ -12,23 +12,31 @@ import jax
 from jax.sharding import Mesh
 
 from ..compare.entrants import Entrant
-from ..config import RunConfig
+from ..config import RunConfig, decisive
 from ..data.corpus import Corpus
 from ..identity import to_json
 from .files import read_json, write_json
+from .outcome import periods_in
 
 _PACKAGES = ("ravine", "jax", "jaxlib", "optax", "flax", "numpy", "grain")
 
 
-def write_meta(folder: Path, run: RunConfig, entrant: Entrant, corpus: Corpus, mesh: Mesh) -> None:
-    """Writes ``meta.json``."""
+def write_meta(
+    folder: Path, run: RunConfig, entrant: Entrant, corpus: Corpus, mesh: Mesh, step: int
+) -> None:
+    """Writes ``meta.json`` of a run that begins, or goes on, at a step."""
+    periods = [(start, every) for start, every in periods_in(folder) if start < step]
+    if not periods or periods[-1][1] != run.eval_every:
+        periods.append((step if periods else 0, run.eval_every))
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     meta = {
         **_decides(run, entrant, corpus),
+        "run": to_json(run),
         **provenance(),
         "mesh": dict(mesh.shape),
         "processes": jax.process_count(),
         "started": now,
+        "evaluations": periods,
     }
     write_json(folder / "meta.json", meta)
 
@@ -45,7 +53,12 @@ def check_meta(folder: Path, run: RunConfig, entrant: Entrant, corpus: Corpus) -
     fix = f"move {folder} away, and this run starts again"
     found = read_json(file, fix)
     for name, mine in _decides(run, entrant, corpus).items():
-        if found.get(name) != mine:
+        theirs = found.get(name)
+        if name == "run" and isinstance(theirs, dict):
+            theirs = decisive(theirs)
+        if name == "text" and isinstance(theirs, dict):  # it may have moved
+            theirs, mine = theirs.get("fingerprint"), mine["fingerprint"]
+        if theirs != mine:
             raise ValueError(f"{file} is of a run of another {name}; {fix}.")
     return True
 
@@ -54,7 +67,7 @@ def _decides(run: RunConfig, entrant: Entrant, corpus: Corpus) -> dict[str, Any]
     return {
         "optimizer": json.loads(entrant.optimizer.to_json()),
         "learning_rate": entrant.learning_rate,
-        "run": to_json(run),
+        "run": to_json(run, resumed=True),
         "text": {"description": corpus.description, "fingerprint": corpus.fingerprint},
     }
 

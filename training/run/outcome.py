@@ -5,7 +5,7 @@ import itertools
 import math
 import statistics
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..config import RunConfig
 from .files import read_json, write_json
@@ -33,6 +33,7 @@ class Outcome:
     state_bytes_per_parameter: float = math.nan
     parameters: int = 0
     trials: int = 0
+    hyperparameters: dict[str, Any] = dataclasses.field(default_factory=dict)
     cost: dict[str, float] = dataclasses.field(default_factory=dict)  # fields of `Cost`
     samples: list[str] = dataclasses.field(default_factory=list)
 
@@ -97,11 +98,13 @@ class Outcome:
             raise ValueError(f"{file} is damaged (not an outcome of {self.name}); {fix}.")
         if not metrics_file.exists():
             raise ValueError(f"{metrics_file} is missing; remove {file}, and {fix[11:]}.")
+        if summary["status"] == "finished" and _steps_in(folder, run) < run.steps:
+            return False  # it goes on: the race became longer
         for name, value in summary.items():
             setattr(self, name, math.nan if value is None else value)
         entries = read_records(metrics_file)
         until = run.steps if self.status == "finished" else 0
-        entries, complaints = audited(entries, run, until)
+        entries, complaints = audited(entries, run, until, periods_in(folder))
         warn(metrics_file, complaints)
         self.add(entries)
         return True
@@ -114,7 +117,12 @@ class Outcome:
         if step == 0 or not metrics_file.exists():
             entries, complaints = [], ["all records are lost"] if step else []
         else:
-            entries, complaints = audited(up_to(read_records(metrics_file), step), run, step)
+            entries, complaints = audited(
+                up_to(read_records(metrics_file), step),
+                run,
+                step,
+                periods_in(metrics_file.parent),
+            )
         warn(metrics_file, complaints)
         self.add(entries)
         return entries
@@ -123,3 +131,21 @@ class Outcome:
         """Takes records in, training's and evaluations'."""
         for entry in entries:
             (self.evaluations if "heldout_loss" in entry else self.steps).append(entry)
+
+
+def periods_in(folder: Path) -> list[tuple[int, int]]:
+    """From which step on a run was evaluated how often, as its ``meta.json`` has it; else none."""
+    try:
+        return [
+            (start, every) for start, every in read_json(folder / "meta.json", "")["evaluations"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _steps_in(folder: Path, run: RunConfig) -> int:
+    """The steps a run was to have, as its ``meta.json`` has it."""
+    try:
+        return int(read_json(folder / "meta.json", "")["run"]["steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return run.steps

@@ -3,6 +3,7 @@
 import json
 import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..config import RunConfig
@@ -50,8 +51,20 @@ def up_to(records: list[Record], step: int) -> list[Record]:
     return records[:end]
 
 
-def audited(records: list[Record], run: RunConfig, until: int) -> tuple[list[Record], list[str]]:
-    """The records once each, and what is lost or doubled among those of the steps before `until`."""
+def audited(
+    records: list[Record],
+    run: RunConfig,
+    until: int,
+    periods: Sequence[tuple[int, int]] = (),
+) -> tuple[list[Record], list[str]]:
+    """The records once each, and what is lost or doubled among those of the steps before `until`.
+
+    Args:
+      records: as they were written.
+      run: its configuration.
+      until: the step after the last one.
+      periods: pairs of a step and the updates between two evaluations after it; by default the run's.
+    """
     kept, lost, doubled = [], [], []
     expected: float = 0
     evaluated: set[float] = set()
@@ -74,10 +87,11 @@ def audited(records: list[Record], run: RunConfig, until: int) -> tuple[list[Rec
         kept.append(entry)
     if expected < until:
         lost.append(_steps(expected, until - 1))
-    due = {
-        *range(run.eval_every, until + 1, run.eval_every),
-        *([until] if until == run.steps else []),
-    }
+    periods = periods or [(0, run.eval_every)]
+    ends = [start for start, _ in periods[1:]] + [until]
+    due = {until} if until == run.steps else set()
+    for (start, every), end in zip(periods, ends, strict=True):
+        due |= {step for step in range(every, min(end, until) + 1, every) if step > start}
     lost += [f"the evaluation after {step:,}" for step in sorted(due - evaluated)]
     return kept, [*_listed(lost, "lost"), *_listed(doubled, "doubled, and the first ones count")]
 
