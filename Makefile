@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest
 # More flags for the race: make race RACE="--steps 20"
 RACE ?=
 
-.PHONY: race test notebooks processes test-slow test-pods docs lint format golden clean
+.PHONY: race test notebooks processes test-slow test-pods docs guard lint format golden clean
 
 race: $(STAMP)
 	@echo "==> race: optimizers train the same language model on this Python's own source text"
@@ -26,7 +26,7 @@ test: $(STAMP)
 
 notebooks: $(STAMP)
 	@echo "==> notebooks: each runs from top to bottom and shows what is committed"
-	XLA_FLAGS= $(PYTEST) -m "notebooks and not slow" tests/test_notebooks.py
+	XLA_FLAGS= $(PYTEST) -n 2 -m "notebooks and not slow" tests/test_notebooks.py
 
 processes: $(STAMP)
 	@echo "==> processes: several processes, and several cores, have the losses of one"
@@ -61,6 +61,10 @@ $(VENV)/.docs: pyproject.toml
 docs: $(VENV)/.docs
 	@echo "==> docs: the site, with warnings as errors, into $(SITE)/index.html"
 	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -W --keep-going -q -b html -d .cache/doctrees -c docs . $(SITE)
+
+guard: $(STAMP)
+	@echo "==> guard: a fast part of the benchmarks, its ratios against committed bounds"
+	OPENBLAS_NUM_THREADS=1 JAX_PLATFORMS=cpu $(BIN)/python benchmarks guard
 
 lint: $(STAMP)
 	@echo "==> lint: ruff and basedpyright"

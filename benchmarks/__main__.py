@@ -1,0 +1,34 @@
+"""python benchmarks COMMAND [FLAGS]: every question a command; most write their own part of the page."""
+
+import runpy
+import sys
+from pathlib import Path
+
+COMMANDS = {
+    "first_order": "update and compile time of SGD, Adam and their kin against Optax's",
+    "muon": "update, compile time and temporary memory of Muon against Optax's",
+    "shampoo": "compile time and steps of Shampoo and SOAP against Meta's, PyTorch's and Google's",
+    "compile_time": "growth of compile time from 8 to 128 equal leaves (printed only)",
+    "memory": "bytes of state, bfloat16 and float32",
+    "stability": "losses, guards and attention devices",
+    "schedules": "what evaluating a schedule costs in a step (printed only)",
+    "hard": "problems on which optimizers fail: pass or fail, ours and Optax's",
+    "guard": "a fast subset, its ratios against the bounds of guard.json; status 1 where one is passed",
+}
+HERE = Path(__file__).parent
+
+
+def main() -> int:
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in COMMANDS:
+        lines = [f"  {command:<14}{what}" for command, what in COMMANDS.items()]
+        print("\n".join(["usage: python benchmarks COMMAND [FLAGS]", "", *lines]))
+        return 0 if name in ("-h", "--help") else 2
+    sys.argv = [f"benchmarks/{name}.py", *sys.argv[2:]]
+    sys.path.insert(0, str(HERE))
+    runpy.run_path(str(HERE / f"{name}.py"), run_name="__main__")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
