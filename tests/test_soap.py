@@ -38,6 +38,34 @@ def test_one_step_is_adam_in_the_basis():
     np.testing.assert_allclose(update, expected, atol=1e-9)
 
 
+def rare(kind, count=40):
+    """Gradients of 16 by 8 that span the space little by little: single elements, rows, or rank one."""
+    rng = np.random.default_rng(0)
+    gradients = rng.normal(size=(count, 16, 8))
+    if kind == "elements":
+        gradients *= rng.random(gradients.shape) < 0.05
+    elif kind == "rows":  # as rarely as words
+        gradients *= (rng.random((count, 16)) < 1 / (2 + np.arange(16)))[..., None]
+    else:
+        gradients = gradients[:, :, :1] * gradients[:, :1]
+    return [single(gradient) for gradient in gradients]
+
+
+@pytest.mark.parametrize("kind", ["elements", "rows", "rank one"])
+@pytest.mark.parametrize("every", [1, 10])
+@pytest.mark.parametrize(("b1", "b2"), [(0.95, 0.95), (0.9, 0.99), (0.0, 0.9)])
+def test_a_new_basis_makes_no_step_larger_than_adams(b1, b2, every, kind):
+    """It has directions of which the second moment knows nothing yet, and the first has a part in them.
+
+    Whatever the gradients, |m| <= C sqrt(v) in Adam, with C^2 = (1 - b1)^2 / ((1 - b2)(1 - b1^2 / b2)).
+    """
+    tx = ravine.scale_by_soap(b1, b2, refresh=ravine.Refresh(every=every))
+    most = (1 - b1) / np.sqrt((1 - b2) * (1 - b1**2 / b2))
+    for k, update in enumerate(run(tx, rare(kind))[0][1:], 1):
+        correction = np.sqrt(1 - b2**k) / (1 - b1**k)
+        assert np.linalg.norm(update) <= 1.001 * most * correction * np.sqrt(16 * 8)
+
+
 @pytest.mark.parametrize("make", [ravine.scale_by_soap, ravine.scale_by_kl_shampoo])
 def test_updates_turn_with_the_space(make):
     gradients, rng = [single(conditioned(6, seed)) for seed in range(5)], np.random.default_rng(9)

@@ -108,8 +108,11 @@ def refreshed_bases(
     bases: list[Bases],
     schedule: Refresh,
     count: jax.Array,
+    *,
+    b1: Any,
+    b2: Any,
 ) -> tuple[list[Moments], list[Bases]]:
-    """New bases where they are due, and the moments in them."""
+    """New bases where they are due, and the moments in them, with their decay rates `b1` and `b2`."""
     moments, bases = list(moments), list(bases)
     turned = [(at, tensor) for at, tensor in enumerate(tensors) if tensor.axes]
 
@@ -133,14 +136,32 @@ def refreshed_bases(
         for at, tensor in turned
     ]
     due = lambda phase: schedule.follows(count, phase)
-    found = refreshed(units, _followed, schedule.phases, due)
+    follow = functools.partial(_followed, floor=_floor(b1, b2))
+    found = refreshed(units, follow, schedule.phases, due)
     for (at, _), (vectors, mu, nu) in zip(turned, found, strict=True):
         moments[at], bases[at] = Moments(mu, nu), with_fields(bases[at], vectors=vectors)
     return moments, bases
 
 
-def _followed(axes: Any, carry: Any, statistics: Sequence[jax.Array]) -> Any:
-    """All bases a QR step on: the first moment rotated into them, the second one permuted."""
+def _floor(b1: Any, b2: Any) -> Any:
+    r"""What part of the first moment's square the second one is at least, in Adam.
+
+    With the same gradients in both, Cauchy and Schwarz have it that :math:`m^2 \le C^2 v`,
+
+    .. math:: C^2 = \frac{(1 - \beta_1)^2}{(1 - \beta_2)(1 - \beta_1^2 / \beta_2)}
+
+    if :math:`\beta_1^2 < \beta_2`; otherwise there is no such bound, and this is zero.
+    """
+    return jnp.maximum((1 - b2) * (1 - b1 * b1 / jnp.maximum(b2, 1e-30)), 0) / (1 - b1) ** 2
+
+
+def _followed(axes: Any, carry: Any, statistics: Sequence[jax.Array], floor: Any) -> Any:
+    """All bases a QR step on: the first moment rotated into them, the second one permuted.
+
+    Where the new basis has directions of which the second moment knows nothing yet, as of a row without
+    gradients until now, the first may have a part in them, and would be divided by nothing. So the
+    second is at least what the first proves (`_floor`).
+    """
     vectors, mu, nu = carry
     found = _by_size(functools.partial(followed, sort=True), statistics, vectors)
     new, permuted = [basis for basis, _ in found], nu
@@ -150,7 +171,8 @@ def _followed(axes: Any, carry: Any, statistics: Sequence[jax.Array]) -> Any:
         )
         permuted = jnp.take_along_axis(permuted, index, axis=1 + axis)
     turned = without_rounding(_turned(axes, wide(mu), vectors, new), wide(mu), axes)
-    return new, cast(turned, mu.dtype), permuted
+    proven = jnp.square(turned) * jnp.asarray(floor, turned.dtype)
+    return new, cast(turned, mu.dtype), cast(jnp.maximum(wide(permuted), proven), nu.dtype)
 
 
 def _turned(
