@@ -78,9 +78,6 @@ PROBLEMS = {
         2e-2,
         lambda g, key: g + jax.random.cauchy(key, g.shape) / 256,
     ),
-    "kinks of slope 1e3": Problem(
-        lambda w: jnp.mean(jnp.logaddexp(1e3 * (w - 3), 1e3 * (3 - w))), _NORMAL, 50.0
-    ),
 }
 THEIRS = {
     name: getattr(optax, name) for name in ("sgd", "adam", "adamw", "lion", "rmsprop", "adagrad")
@@ -100,6 +97,8 @@ def builders() -> dict[str, Callable[[Any], optax.GradientTransformation]]:
 
     found = {name: ours(name) for name in ravine.names() if not name.startswith("sophia")}
     found |= {f"optax.{name}": build for name, build in THEIRS.items()}
+    for name in ("adamw", "lion"):
+        found[f"optax.{name}"] = lambda rate, name=name: THEIRS[name](rate, weight_decay=0.0)
     found["optax.contrib.muon"] = lambda rate: optax.contrib.muon(rate)
     return found
 
