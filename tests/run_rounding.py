@@ -1,5 +1,6 @@
-"""What another order of the same sums does to the losses of a run."""
+"""What rounding does to the losses of a run."""
 
+import jax
 import numpy as np
 import pytest
 from ravine.training import train as loop
@@ -31,18 +32,36 @@ class Permuted:
         return getattr(self.batches, name)
 
 
-def rounding(run, expected):
-    """A bound on what the order of sums may do to the losses of `run()`, relative to them.
+def moved(init, seed):
+    """`init_sharded`, each of whose parameters is moved by at most one unit in its last place."""
 
-    Rounding is magnified by what follows, up to chaos; how far, runs tell that differ in nothing but the
-    order of the rows of their batches. Eight times the furthest of three, as on a mesh all sums have
-    another order, not only those over rows; and at least 16 units, as of a mean of 64 float32 losses.
+    def start(*args):
+        graphdef, state = init(*args)
+        rng = np.random.default_rng(seed)
+
+        def one(x):
+            factors = 1 + 2 * UNIT * rng.integers(-1, 2, x.shape).astype(np.float32)
+            return jax.device_put(np.asarray(x) * factors.astype(x.dtype), x.sharding)
+
+        return graphdef, state._replace(params=jax.tree.map(one, state.params))
+
+    return start
+
+
+def rounding(run, expected):
+    """A bound on what rounding may do to the losses of `run()`, relative to them.
+
+    What follows magnifies it, up to chaos; how far, runs tell that differ in nothing but the last place
+    of their first parameters and the order of the rows of their batches. Eight times the furthest of
+    three, as on a mesh all sums of all steps have another order; and at least 16 units, as of a mean of
+    64 float32 losses.
     """
-    worst, batches = 0.0, loop.train_batches
+    worst, batches, init = 0.0, loop.train_batches, loop.init_sharded
     for seed in range(3):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
                 loop, "train_batches", lambda *a, order=seed, **k: Permuted(batches(*a, **k), order)
             )
+            patch.setattr(loop, "init_sharded", moved(init, seed))
             worst = max(worst, furthest_loss(run(), expected))
     return max(8 * worst, 16 * UNIT)
