@@ -47,7 +47,9 @@ class ScaleByShampooState(NamedTuple):
     factors: (
         Any  # like params: a tuple (tensors) of tuples (axes) of Factor, or None without a factor
     )
-    graft_ratio: Any  # like params: a tuple of [L, *counts], by how much the graft scaled a block
+    graft_ratio: (
+        Any  # like params: a tuple of [*batch, *counts], by how much the graft scaled a block
+    )
 
 
 @checked

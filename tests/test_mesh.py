@@ -127,14 +127,12 @@ def test_ten_steps_equal_those_of_one_device(name, layout, kind):
     assert step._cache_size() <= 2
 
 
-def communicated(tx, specs, sizes):
+def communicated(tx, specs, sizes, shapes=SHAPES | SQUARES):
     """Names of the collectives in the compiled update, and of those in loops."""
     mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes))
     with jax.set_mesh(mesh):
         params = {
-            k: jax.ShapeDtypeStruct(
-                (SHAPES | SQUARES)[k], jnp.float32, sharding=NamedSharding(mesh, s)
-            )
+            k: jax.ShapeDtypeStruct(shapes[k], jnp.float32, sharding=NamedSharding(mesh, s))
             for k, s in specs.items()
         }
         state = jax.tree.map(
@@ -166,7 +164,62 @@ def test_aligned_blocks_need_no_communication(tx):
     assert communicated(tx, ALIGNED, {"x": 2, "y": 2}) == ([], [])
 
 
-def test_blocks_that_shards_cross_are_seen_by_the_test_above():
+EXPERTS = {"layers-experts": (2, 8, 4, 8), "experts-layers": (8, 3, 4, 8), "stages": (2, 4, 8, 4)}
+EXPERTS_ALONE = {
+    "layers-experts": P(None, ("x", "y")),
+    "experts-layers": P(("x", "y")),
+    "stages": P("y", "x"),
+}
+
+
+def on_matrices(name):
+    makers = {
+        "shampoo": ravine.scale_by_shampoo,
+        "soap": ravine.scale_by_soap,
+        "kl_shampoo": ravine.scale_by_kl_shampoo,
+    }
+    if name == "muon":
+        return ravine.scale_by_muon(scale="moonlight")
+    return makers[name](refresh=ravine.Refresh(every=2), axes=lambda path: IN_OUT)
+
+
+@pytest.mark.parametrize("name", ["shampoo", "soap", "kl_shampoo", "muon"])
+def test_sharded_experts_need_no_communication(name):
+    """Wherever they stand among the axes of the batch, and if two of these are sharded."""
+    found = communicated(on_matrices(name), EXPERTS_ALONE, {"x": 4, "y": 2}, EXPERTS)
+    assert found == ([], [])
+
+
+def test_muon_exchanges_for_experts_what_rows_and_columns_ask():
+    specs = {"layers-experts": P(None, "x", "y"), "experts-layers": P("x", None, None, "y")}
+    found, inside = communicated(ravine.scale_by_muon(), specs, {"x": 4, "y": 2}, EXPERTS)
+    assert found == ["all-to-all"] * 4
+    assert not inside
+
+
+@pytest.mark.parametrize("name", ["shampoo", "muon"])
+def test_sharded_experts_have_the_updates_and_the_state_of_one_device(name):
+    tx = on_matrices(name)
+    specs = {**EXPERTS_ALONE, "layers-experts": P(None, "x", "y")}
+    rng = np.random.default_rng(0)
+    grads = {k: jnp.asarray(rng.normal(size=shape), jnp.float32) for k, shape in EXPERTS.items()}
+
+    def twice(grads):
+        state = tx.init(grads)
+        for _ in range(2):
+            updates, state = tx.update(grads, state)
+        return updates, state
+
+    expected = jax.jit(twice)(grads)
+    mesh = jax.make_mesh((4, 2), ("x", "y"))
+    with jax.set_mesh(mesh):
+        placed = {k: jax.device_put(x, NamedSharding(mesh, specs[k])) for k, x in grads.items()}
+        found = jax.jit(twice)(placed)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=2e-4, atol=2e-5)
+
+
+def test_blocks_that_shards_cross_are_seen_by_these_tests():
     found, inside = communicated(
         ravine.scale_by_shampoo(refresh=ravine.Refresh(every=2)), ALIGNED, {"x": 2, "y": 2}
     )

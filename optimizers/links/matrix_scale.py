@@ -8,7 +8,9 @@ import optax
 
 from ...core.arguments import checked
 from ...core.arithmetic import cast, wide
-from ..matrix.shape.matrices import DEFAULT_AXES, Axes, stateless_on_matrices
+from ...core.transformation import transformation
+from ..matrix.shape.layout import Layout
+from ..matrix.shape.matrices import DEFAULT_AXES, Axes, layouts_of, map_pieces, no_state
 
 Scale = Literal["keller", "moonlight", "spectral", "none"]
 
@@ -65,8 +67,21 @@ def scale_by_matrix_shape(
     """
     shape_factor(rule, 1, 1)
 
-    def scaled(piece_LxMxN: jax.Array) -> jax.Array:
-        factor = shape_factor(rule, *piece_LxMxN.shape[1:])
-        return cast(factor * wide(piece_LxMxN), piece_LxMxN.dtype)
+    def scaled(piece: jax.Array, rows: int, columns: int) -> jax.Array:
+        return cast(shape_factor(rule, rows, columns) * wide(piece), piece.dtype)
 
-    return stateless_on_matrices(scaled, axes)
+    def of_leaf(leaf: jax.Array, found: Layout) -> jax.Array:
+        if len(found.pieces) == 1:
+            # Matrices of one shape: the leaf stays as it is, wherever a mesh cuts it.
+            return scaled(leaf, *found.pieces[0][1:])
+        return map_pieces(lambda piece: scaled(piece, *piece.shape[1:]), [found], leaf)
+
+    def update(
+        updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.EmptyState]:
+        del params
+        leaves, structure = jax.tree.flatten(updates)
+        done = list(map(of_leaf, leaves, layouts_of(updates, axes)))
+        return jax.tree.unflatten(structure, done), state
+
+    return transformation(no_state(axes), update)

@@ -1,6 +1,6 @@
 """The orthogonalizing step of Muon, as a transformation of its own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import optax
@@ -9,7 +9,8 @@ from ...core.arguments import checked
 from ...core.transformation import transformation
 from ..matrix.algebra.polar import NewtonSchulz
 from ..matrix.batch.batches import map_matrices
-from ..matrix.shape.matrices import DEFAULT_AXES, Axes, joined, layouts_of, no_state, split
+from ..matrix.mesh.exchange import per_shard
+from ..matrix.shape.matrices import DEFAULT_AXES, Axes, Matrices, matrices_of, no_state
 
 
 @checked
@@ -47,15 +48,28 @@ def orthogonalize(
     """
     chosen = NewtonSchulz() if polar is None else polar
 
+    def body(
+        updates: optax.Updates, state: optax.EmptyState, found: Sequence[Matrices]
+    ) -> tuple[optax.Updates, optax.EmptyState]:
+        leaves, structure = jax.tree.flatten(updates)
+        pieces = [each.opened(leaf) for each, leaf in zip(found, leaves, strict=True)]
+        names = [each.names for each, leaf in zip(found, pieces, strict=True) for _ in leaf]
+        sizes = found[0].sizes if found else {}
+        flat = [piece for leaf in pieces for piece in leaf]
+        done = iter(map_matrices(chosen, flat, max_elements, names=names, sizes=sizes))
+        closed = [
+            each.closed([next(done) for _ in leaf])
+            for each, leaf in zip(found, pieces, strict=True)
+        ]
+        return jax.tree.unflatten(structure, closed), state
+
+    on_mesh = per_shard(body, lambda updates: optax.EmptyState())
+
     def update(
         updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.EmptyState]:
         del params
-        layouts = layouts_of(updates, axes)
-        pieces = split(updates, layouts)
-        flat = [piece for leaf in pieces for piece in leaf]
-        done = iter(map_matrices(chosen, flat, max_elements))
-        return joined([[next(done) for _ in leaf] for leaf in pieces], updates, layouts), state
+        return on_mesh(updates, state, matrices_of(updates, axes))
 
     def describe(params: optax.Params) -> dict[str, str]:
         del params

@@ -20,7 +20,7 @@ from .blockwise import Tensors
 
 
 class Basis(NamedTuple):
-    """What is kept for one axis of the blocks of one tensor; the first axes are `[L, *counts]`."""
+    """What is kept for one axis of the blocks of one tensor; the first axes are `[*batch, *counts]`."""
 
     statistics: jax.Array  # [..., b, b]: mean of Gram matrices
     vectors: jax.Array  # [..., b, b]: the eigenbasis, in columns

@@ -60,7 +60,7 @@ def _map_leaves(
 
 
 def usable_blocks(blocks: jax.Array, order: int, summed: Names = ()) -> jax.Array:
-    """Which blocks are usable, `[L, *counts]`: their squares can be summed, as `is_usable` says."""
+    """Which blocks are usable, `[*batch, *counts]`: their squares can be summed, as `is_usable` says."""
     inside = tuple(range(blocks.ndim - order, blocks.ndim))
     return is_summable(total(jnp.sum(jnp.square(blocks), axis=inside), summed))
 
@@ -79,6 +79,6 @@ def with_fields(factors: Sequence[Any], **values: Sequence[Any]) -> tuple[Any, .
 
 
 def identities(scalars: jax.Array, size: int) -> jax.Array:
-    """An identity matrix for each of the zeros `[L, *counts]`."""
+    """An identity matrix for each of the zeros `[*batch, *counts]`."""
     eye = jnp.eye(size, dtype=scalars.dtype)
     return scalars[..., None, None] + jnp.broadcast_to(eye, (1,) * scalars.ndim + eye.shape)

@@ -9,6 +9,7 @@ A preconditioner's own functions see batches of blocks `[B, ...]` and the factor
 neither leaves nor meshes.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -26,12 +27,12 @@ from ..matrix.shape.blocks import BlockGrid
 
 
 class Tensor(NamedTuple):
-    """How one tensor of one leaf is cut into blocks `[L, *counts, *sizes]`."""
+    """How one tensor of one leaf is cut into blocks `[*batch, *counts, *sizes]`."""
 
     blocking: Blocking
     grid: BlockGrid
     has_factor: tuple[bool, ...]
-    length: int
+    batch: tuple[int, ...]
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -40,8 +41,8 @@ class Tensor(NamedTuple):
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """`[L, *counts]`."""
-        return (self.length, *self.grid.counts)
+        """`[*batch, *counts]`."""
+        return (*self.batch, *self.grid.counts)
 
     @property
     def axes(self) -> tuple[int, ...]:
@@ -54,14 +55,14 @@ class Tensor(NamedTuple):
         return self.blocking.summed
 
     def inside(self, axis: int) -> jax.Array | None:
-        """`[L, *counts]`: how much of an axis of each block is no padding; None if all is."""
-        lengths = self.grid.inside(axis, self.length)
-        return None if lengths is None else jnp.asarray(lengths)
+        """`[*batch, *counts]`: how much of an axis of each block is no padding; None if all is."""
+        lengths = self.grid.inside(axis, math.prod(self.batch))
+        return None if lengths is None else jnp.asarray(lengths.reshape(self.counts))
 
     def unit(
         self, kind: Any, source: Any, carry: Any, *, is_whole: bool = False, growth: int = 1
     ) -> Unit:
-        """A unit of arrays `[L, *counts, ...]`."""
+        """A unit of arrays `[*batch, *counts, ...]`."""
         shards = self.blocking.shards
         return Unit(kind, source, carry, shards, is_whole, growth, len(self.counts))
 
@@ -74,7 +75,7 @@ class Tensors:
         self._tensors = [
             Tensor(blocking, *each)
             for blocking in blockings
-            for each in zip(blocking.grids, blocking.factored, blocking.lengths, strict=True)
+            for each in zip(blocking.grids, blocking.factored, blocking.batches, strict=True)
         ]
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -110,7 +111,7 @@ class Tensors:
         return at_leaves(self._like, self.by_leaf(values))
 
     def zero_unless(self, usable: Sequence[jax.Array], tree: Any) -> Any:
-        """The leaves of a tree, zero in blocks that are not usable; flags are `[L, *counts]`."""
+        """The leaves of a tree, zero in blocks that are not usable; flags are `[*batch, *counts]`."""
         wide = [
             jnp.broadcast_to(x[(..., *(None,) * len(tensor.sizes))], (*x.shape, *tensor.sizes))
             for x, tensor in zip(usable, self, strict=True)

@@ -21,7 +21,7 @@ from .blockwise import Tensors
 
 
 class Factor(NamedTuple):
-    """What is kept for one axis of the blocks of one tensor; the first axes are `[L, *counts]`."""
+    """What is kept for one axis of the blocks of one tensor; the first axes are `[*batch, *counts]`."""
 
     statistics: jax.Array  # [..., b, b], or packed: mean (or sum) of Gram matrices
     root: jax.Array  # likewise: the last root that passed its certificate, at first the identity
@@ -239,7 +239,7 @@ class Preconditioner:
         return rotate(blocks, self._loaded(roots, *kind)) if roots else blocks
 
     def distrusted(self, factors: Sequence[Factor | None], blocks: jax.Array) -> jax.Array:
-        """Which blocks `[L, *counts]` have no root to trust."""
+        """Which blocks `[*batch, *counts]` have no root to trust."""
         failed = jnp.zeros(blocks.shape[: blocks.ndim - len(factors)], bool)
         for factor in factors:
             failed = failed if factor is None else failed | (factor.failures > self.patience)

@@ -14,7 +14,7 @@ class RefusedRoot(NamedTuple):
 
     piece: int  # of the parameter, where it is several matrices of unequal size
     axis: int  # of the block: 0 for rows, 1 for columns
-    block: tuple[int, ...]  # index into `[L, *counts]`: which matrix, which block of it
+    block: tuple[int, ...]  # index into `[*batch, *counts]`: which matrix, which block of it
     refused: int  # roots so far
     failures: int  # roots since the last good one
     residual: float  # of the last root tried, to be compared with `tolerance`

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from ....core.platform import platform
 from ..mesh.exchange import whole_matrices
-from ..mesh.placement import Names, explicit_sizes, mesh_of, names_of, spec
+from ..mesh.placement import Names
 from ..mesh.traffic import OnShards, cheapest
 
 MAX_ELEMENTS = {"cpu": 2**21}
@@ -27,7 +27,12 @@ Pieces = Sequence[jax.Array]  # of [L, M, N], the shapes may differ
 
 
 def map_matrices(
-    function: Callable[[jax.Array], jax.Array], pieces: Pieces, max_elements: int | None = None
+    function: Callable[[jax.Array], jax.Array],
+    pieces: Pieces,
+    max_elements: int | None = None,
+    *,
+    names: Sequence[Sequence[Names]] | None = None,
+    sizes: Mapping[str, int] | None = None,
 ) -> list[jax.Array]:
     """Applies `function` to all matrices, those of equal shape together.
 
@@ -41,6 +46,8 @@ def map_matrices(
       pieces: batches `[L, M, N]`.
       max_elements: bound on the elements worked on at once, and so on temporary memory; at least
         one matrix is taken. ``None`` takes 2**21 on CPU and 2**25 (128 MB in float32) elsewhere.
+      names: inside `per_shard`, for each piece the mesh axes that cut its batch, rows and columns.
+      sizes: likewise, of all mesh axes.
 
     Returns:
       The results, in the order and shapes of the pieces.
@@ -57,30 +64,8 @@ def map_matrices(
       >>> shapes, [result.shape for result in results]
       ([(3, 3, 4), (1, 2, 2)], [(2, 3, 4), (1, 4, 3), (1, 2, 2)])
     """
-    cuts = [names_of(piece) for piece in pieces]
-    meshes = [mesh for piece in pieces if (mesh := mesh_of(piece)) is not None]
-    if not meshes:
-        return _map_local(function, pieces, cuts, {}, max_elements)
-    sizes, specs = explicit_sizes(meshes[0]), tuple(map(spec, cuts))
-    local = jax.shard_map(
-        lambda *pieces: _map_local(function, pieces, cuts, sizes, max_elements),
-        mesh=meshes[0],
-        in_specs=specs,
-        out_specs=list(specs),
-        axis_names=set(sizes),
-        check_vma=False,
-    )
-    return local(*pieces)
-
-
-def _map_local(
-    function: Callable[[jax.Array], jax.Array],
-    pieces: Pieces,
-    cuts: Sequence[tuple[Names, ...]],
-    sizes: Mapping[str, int],
-    max_elements: int | None,
-) -> list[jax.Array]:
-    """`map_matrices` on one device's parts of pieces that mesh axes of these sizes cut."""
+    sizes = {} if sizes is None else sizes
+    cuts = [((), (), ())] * len(pieces) if names is None else names
     parts = lambda names: math.prod(sizes[name] for name in names)
     groups: dict[Any, list[tuple[int, bool]]] = {}
     for index, (piece, (batch, *sides)) in enumerate(zip(pieces, cuts, strict=True)):

@@ -39,7 +39,7 @@ class Unit(NamedTuple):
     growth: int = 1
     """By how much arrays grow when they are worked on, if they are kept packed."""
     batch_axes: int = 1
-    """How many first axes count blocks, as `[L, *counts]`; they are one axis for what works on them."""
+    """How many first axes count blocks, as `[*batch, *counts]`; what works on them sees one."""
 
     @property
     def flat(self) -> "Unit":

@@ -10,6 +10,7 @@ import jax
 from ....core.paths import path_string
 from ..mesh.exchange import move_in, move_out, zeros
 from ..mesh.placement import WHOLE, Names, Placement, explicit_sizes, mesh_of, names_of, place
+from ..mesh.shards import flat_axes, reshape
 from .blocks import BlockGrid, Blocks, block_grid
 from .layout import Layout, MatrixAxes, layout
 from .matrices import Axes
@@ -47,20 +48,27 @@ class Blocking:
         return self.placement.shards if self.is_local else 1
 
     @property
-    def lengths(self) -> tuple[int, ...]:
-        """How many tensors of equal shape stand in each of the leaf's."""
-        return (1,) if self.layout is None else tuple(piece[0] for piece in self.layout.pieces)
+    def batches(self) -> tuple[tuple[int, ...], ...]:
+        """By tensor, the first axes of what is kept for it: the leaf's batch axes, or (1,)."""
+        return ((1,),) if self.layout is None else self.layout.batches
 
     def to_blocks(self, leaf: jax.Array) -> list[jax.Array]:
-        """One array `[L, *counts, *sizes]` for each tensor of the leaf."""
+        """One array `[*batch, *counts, *sizes]` for each tensor of the leaf."""
         if self.is_local:
             leaf = move_in(leaf, self.placement)
         pieces = (leaf[None],) if self.layout is None else self.layout.to_matrices(leaf)
-        return [grid.to_blocks(piece) for grid, piece in zip(self.grids, pieces, strict=True)]
+        found = [grid.to_blocks(piece) for grid, piece in zip(self.grids, pieces, strict=True)]
+        return [
+            reshape(blocks, (*batch, *blocks.shape[1:]))
+            for blocks, batch in zip(found, self.batches, strict=True)
+        ]
 
     def from_blocks(self, blocks: Sequence[jax.Array]) -> jax.Array:
         """The leaf of these blocks."""
-        pieces = [grid.from_blocks(block) for grid, block in zip(self.grids, blocks, strict=True)]
+        pieces = [
+            grid.from_blocks(flat_axes(block, len(batch)))
+            for grid, block, batch in zip(self.grids, blocks, self.batches, strict=True)
+        ]
         leaf = pieces[0][0] if self.layout is None else self.layout.from_matrices(pieces)
         return move_out(leaf, self.placement) if self.is_local else leaf
 
@@ -73,16 +81,15 @@ class Blocking:
         if mesh is None:
             return self
         cuts, free = [1] * len(leaf.shape), []
-        for axis, at in self._grid_axes().items():
-            if at is None:
-                cuts[axis] = leaf.shape[axis]
-            elif self._is_one_piece:
-                grid, has_factor = self.grids[0], self.factored[0][at]
-                even = grid.counts[at] * grid.sizes[at] == grid.sides[at]
-                if has_factor and even:
-                    cuts[axis] = math.gcd(grid.counts[at], leaf.shape[axis])
-                elif not has_factor and sums:
-                    free.append(axis)
+        for axis in self._batch_axes:
+            cuts[axis] = leaf.shape[axis]
+        for axis, at in self._grid_axes().items() if self._is_one_piece else ():
+            grid, has_factor = self.grids[0], self.factored[0][at]
+            even = grid.counts[at] * grid.sizes[at] == grid.sides[at]
+            if has_factor and even:
+                cuts[axis] = math.gcd(grid.counts[at], leaf.shape[axis])
+            elif not has_factor and sums:
+                free.append(axis)
         found = place(names_of(leaf), cuts, explicit_sizes(mesh), free)
         return dataclasses.replace(self, placement=found)
 
@@ -91,35 +98,36 @@ class Blocking:
         parts = [self.placement.parts(names) for names in self.placement.inside]
         grids = list(self.grids)
         for axis, at in self._grid_axes().items():
-            if at is not None and parts[axis] > 1:
+            if parts[axis] > 1:
                 grids[0] = _shrunk(grids[0], at, parts[axis], self.factored[0][at])
         shrunk = None if self.layout is None else self.layout.shrunk(parts)
         return dataclasses.replace(self, layout=shrunk, grids=tuple(grids), is_local=True)
 
     def zeros(self, leaf: Any, dtype: Any, *, inside: bool) -> list[jax.Array]:
-        """For each tensor zeros `[L, *counts]`, in place; with the blocks' own axes if `inside`."""
+        """For each tensor zeros `[*batch, *counts]`, in place; with the blocks' own axes if `inside`."""
         made = []
-        for length, grid, marks in zip(self.lengths, self.grids, self.factored, strict=True):
-            names: list[Names] = [()] * (1 + 2 * len(grid.sizes))
-            for axis, at in self._grid_axes().items() if self.placement.inside else ():
-                behind = 0 if at is None or marks[at] else len(grid.sizes)
-                names[0 if at is None else 1 + at + behind] = self.placement.inside[axis]
-            shape = (length, *grid.counts, *grid.sizes)
-            ndim = len(shape) if inside else 1 + len(grid.counts)
+        for batch, grid, marks in zip(self.batches, self.grids, self.factored, strict=True):
+            shape = (*batch, *grid.counts, *grid.sizes)
+            names: list[Names] = [()] * len(shape)
+            cut = self.placement.inside
+            for position, axis in enumerate(self._batch_axes if cut else ()):
+                names[position] = cut[axis]
+            for axis, at in self._grid_axes().items() if cut else ():
+                behind = 0 if marks[at] else len(grid.sizes)
+                names[len(batch) + at + behind] = cut[axis]
+            ndim = len(shape) if inside else len(batch) + len(grid.counts)
             made.append(zeros(shape[:ndim], dtype, leaf, names[:ndim]))
         return made
 
-    def _grid_axes(self) -> dict[int, int | None]:
-        """The axes of the leaf that can be cut, and the tensors' axis each cuts; None: batch."""
+    @property
+    def _batch_axes(self) -> tuple[int, ...]:
+        return () if self.layout is None else self.layout.batch_axes
+
+    def _grid_axes(self) -> dict[int, int]:
+        """The axes of the leaf that can be cut between blocks, and the tensors' axis each cuts."""
         if self.layout is None:
             return {axis: axis for axis in range(len(self.grids[0].sides))}
-        found: dict[int, int | None] = {
-            self.layout.row_axes[0]: 0,
-            self.layout.column_axes[0]: 1,
-        }
-        if self.layout.batch_axes:
-            found[self.layout.batch_axes[0]] = None
-        return found
+        return {self.layout.row_axes[0]: 0, self.layout.column_axes[0]: 1}
 
     @property
     def _is_one_piece(self) -> bool:
@@ -185,16 +193,16 @@ def blockings_of(
 def blocks_in_words(blockings: Sequence[Blocking]) -> list[str]:
     """Of every leaf its blocks, and the sizes of their factors."""
 
-    def words(batch: int, grid: BlockGrid, marks: tuple[bool, ...]) -> str:
+    def words(batch: tuple[int, ...], grid: BlockGrid, marks: tuple[bool, ...]) -> str:
         sizes = "x".join(map(str, grid.sizes)) or "1"
         factors = ", ".join(
             str(n) if has else "none" for n, has in zip(grid.sizes, marks, strict=True)
         )
-        count = batch * math.prod(grid.counts)
+        count = math.prod(batch + grid.counts)
         return f"{count} block{'s' if count > 1 else ''} of {sizes}, factors of {factors or 'none'}"
 
     found = []
     for blocking in blockings:
-        parts = zip(blocking.lengths, blocking.grids, blocking.factored, strict=True)
+        parts = zip(blocking.batches, blocking.grids, blocking.factored, strict=True)
         found.append("; ".join(words(*part) for part in parts))
     return found

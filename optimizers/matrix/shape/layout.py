@@ -70,6 +70,26 @@ class Layout:
             for (rows, p), (columns, q) in itertools.product(self.row_pieces, self.column_pieces)
         )
 
+    @property
+    def batches(self) -> tuple[tuple[int, ...], ...]:
+        """L of each piece as axes: the leaf's batch axes, the last with parts of sides; (1,) if none."""
+        axes = [self.shape[axis] for axis in self.batch_axes] or [1]
+        return tuple(
+            (*axes[:-1], axes[-1] * p * q)
+            for (_, p), (_, q) in itertools.product(self.row_pieces, self.column_pieces)
+        )
+
+    def cuts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """By axis of the leaf, into how many parts shards may cut it; and axes they may cut anywhere.
+
+        They may cut the batch between matrices, and the slowest axis of rows and columns that are one
+        piece.
+        """
+        cuts = tuple(n if axis in self.batch_axes else 1 for axis, n in enumerate(self.shape))
+        sides = ((self.row_axes, self.row_pieces), (self.column_axes, self.column_pieces))
+        free = [axes[0] for axes, side in sides if len(side) == 1 and side[0][1] == 1]
+        return cuts, tuple(free)
+
     def to_matrices(self, leaf: Any) -> tuple[Any, ...]:
         """The pieces `[L, M, N]` of a leaf: a NumPy or JAX array, of any dtype."""
         if leaf.shape != self.shape:

@@ -1,6 +1,7 @@
 """Between trees of leaves and the matrices in them."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +11,8 @@ import optax
 from ....core.arithmetic import wide
 from ....core.paths import path_string
 from ....core.transformation import transformation
-from ..mesh.exchange import resharded
+from ..mesh.exchange import move_in, move_out, resharded
+from ..mesh.placement import WHOLE, Names, Placement, explicit_sizes, mesh_of, names_of, place
 from .layout import DEFAULT, Layout, MatrixAxes, layout
 
 DEFAULT_AXES = DEFAULT
@@ -32,6 +34,56 @@ def layouts_of(tree: Any, axes: Axes) -> list[Layout]:
         return layout(leaf.shape, axes if isinstance(axes, MatrixAxes) else axes(name), name)
 
     return [layout_of(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrices:
+    """A leaf as matrices, on the mesh that it is sharded over."""
+
+    layout: Layout
+    placement: Placement = WHOLE
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Of the mesh's axes, by name."""
+
+    def local(self) -> "Matrices":
+        """The same for the part of the leaf that one device has."""
+        parts = [self.placement.parts(names) for names in self.placement.inside]
+        return dataclasses.replace(self, layout=self.layout.shrunk(parts))
+
+    @property
+    def names(self) -> tuple[Names, Names, Names]:
+        """Mesh axes that cut the batch, rows and columns of the matrices that a device has."""
+        inside = self.placement.inside
+        if not inside:
+            return (), (), ()
+        batch = {name for axis in self.layout.batch_axes for name in inside[axis]}
+        rows, columns = self.layout.row_axes[0], self.layout.column_axes[0]
+        # Matrices that the same mesh axes deal to devices are joined, in whatever order these stand.
+        dealing = tuple(name for name in self.sizes if name in batch)
+        return dealing, inside[rows], inside[columns]
+
+    def opened(self, leaf: jax.Array) -> tuple[jax.Array, ...]:
+        """The batches `[L, M, N]` that a device has of a leaf."""
+        return self.layout.to_matrices(move_in(leaf, self.placement))
+
+    def closed(self, pieces: Sequence[jax.Array]) -> jax.Array:
+        """The inverse of `opened`."""
+        return move_out(self.layout.from_matrices(pieces), self.placement)
+
+
+def matrices_of(tree: Any, axes: Axes) -> list[Matrices]:
+    """The matrices of every leaf, in the order of the leaves."""
+
+    def matrices(leaf: Any, found: Layout) -> Matrices:
+        mesh = mesh_of(leaf)
+        if mesh is None:
+            return Matrices(found)
+        sizes, names = explicit_sizes(mesh), names_of(leaf)
+        used = {n: size for n, size in sizes.items() if any(n in axis for axis in names)}
+        cuts, free = found.cuts()
+        return Matrices(found, place(names, cuts, used, free), sizes)
+
+    return list(map(matrices, jax.tree.leaves(tree), layouts_of(tree, axes)))
 
 
 def split(tree: Any, layouts: Sequence[Layout]) -> list[tuple[jax.Array, ...]]:
