@@ -7,18 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ravine.optimizers.matrix.algebra.root_parts import largest_eigenvalue
 from ravine.optimizers.matrix.algebra.roots import (
-    MARGIN,
     CoupledNewton,
     CoupledNewtonSchulz,
     Eigh,
     Found,
     PseudoInverse,
-    cubic_steps,
     exponent_fraction,
     inverse_root,
-    largest_eigenvalue,
 )
+from ravine.optimizers.matrix.algebra.roots_by_products import MARGIN, cubic_steps
 
 from .tolerances import HALF, UNIT
 

@@ -20,19 +20,28 @@ method              how                                                  exponen
 ==================  ===================================================  ==========================
 """
 
-import dataclasses
 import math
 from fractions import Fraction
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from .lapack import for_each_matrix
+from .root_parts import Found, multiply, power
+from .roots_by_eigh import Eigh, PseudoInverse
+from .roots_by_products import CoupledNewton, CoupledNewtonSchulz
 
-MARGIN = 1.1
-"""An estimate of the largest eigenvalue times this is above it."""
+__all__ = [
+    "CoupledNewton",
+    "CoupledNewtonSchulz",
+    "Eigh",
+    "Found",
+    "InverseRoot",
+    "Method",
+    "PseudoInverse",
+    "exponent_fraction",
+    "inverse_root",
+]
 
 
 class InverseRoot(NamedTuple):
@@ -43,15 +52,6 @@ class InverseRoot(NamedTuple):
         jax.Array
     )  # [K]: largest element of |A^q X^p - I|; infinite where anything is not finite
     condition: jax.Array  # [K]: estimate of the condition number, ridge included
-
-
-class Found(NamedTuple):
-    """What a method found."""
-
-    root: jax.Array  # [K, n, n]: R
-    ridged: jax.Array  # [K, n, n]: A, with its ridge
-    identity: jax.Array  # what A R^p should be
-    condition: jax.Array  # [K]
 
 
 class Method(Protocol):
@@ -150,257 +150,8 @@ def inverse_root(
     return InverseRoot(root, jnp.where(finite, residual, jnp.inf), found.condition)
 
 
-@dataclasses.dataclass(frozen=True)
-class Eigh:
-    r"""By eigendecomposition, :math:`V \Lambda^{-q/p} V^\top`; no eigenvalue is taken below the ridge.
-
-    Example:
-      >>> import ravine
-      >>> from ravine.optimizers.matrix.algebra.roots import Eigh
-      >>> tx = ravine.shampoo(1e-3, root=Eigh())
-    """
-
-    def __call__(self, matrices_KxNxN: jax.Array, p: int, ridge: Any, absolute: Any) -> Found:
-        """See `Method`."""
-        values, vectors = _eigh(matrices_KxNxN)
-        lift = ridge * jnp.maximum(values[:, -1:], 0) + jnp.reshape(absolute, (-1, 1))
-        ridged = matrices_KxNxN + lift[:, :, None] * _identity(matrices_KxNxN)
-        # A value that the ridge does not lift above zero gives NaN, and the root is refused.
-        values = values + lift
-        root = _recompose(vectors, values ** (-1 / p))
-        return Found(root, ridged, _identity(root), values[:, -1] / values[:, 0])
-
-
-@dataclasses.dataclass(frozen=True)
-class PseudoInverse:
-    r"""The inverse root on the space of eigenvalues above a tolerance, zero on the rest; no ridge.
-
-    Attributes:
-      rtol: eigenvalues up to ``rtol * largest`` are left out; ``None`` takes n times the rounding unit.
-
-    Source: Anil, 2026, facebookresearch/optimizers #265: it decides the quality of one-sided Shampoo.
-    """
-
-    rtol: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.rtol is not None and not 0 <= self.rtol < 1:
-            raise ValueError(f"rtol must lie in [0, 1), got {self.rtol!r}.")
-
-    def __call__(self, matrices_KxNxN: jax.Array, p: int, ridge: Any, absolute: Any) -> Found:
-        """See `Method`; the ridge is not used."""
-        del ridge, absolute
-        a = matrices_KxNxN
-        values, vectors = _eigh(a)
-        rtol = a.shape[-1] * jnp.finfo(a.dtype).eps if self.rtol is None else self.rtol
-        kept = values > rtol * values[:, -1:]
-        safe = jnp.where(kept, values, 1)
-        root = _recompose(vectors, jnp.where(kept, safe ** (-1 / p), 0))
-        condition = values[:, -1] / jnp.min(jnp.where(kept, values, values[:, -1:]), axis=1)
-        return Found(root, a, _recompose(vectors, kept.astype(a.dtype)), condition)
-
-
-@dataclasses.dataclass(frozen=True)
-class CoupledNewton:
-    r"""Newton's iteration for the inverse p-th root, coupled with :math:`M = X^p A`.
-
-    .. math:: M' = (1 + 1/p) I - M/p, \qquad X \leftarrow X M', \qquad M \leftarrow M'^p M
-
-    Matrices that have converged, or that would become worse, are left alone while others go on.
-
-    Attributes:
-      tolerance: stops where no element of M - I is larger.
-      max_iterations: at most.
-      error_ratio: stops where the error grows by this factor, and keeps the step before.
-
-    Source: Guo and Higham, 2006; google-research/precondition, ``distributed_shampoo.py``.
-    """
-
-    tolerance: float = 1e-6
-    max_iterations: int = 100
-    error_ratio: float = 1.2
-
-    def __post_init__(self) -> None:
-        if self.tolerance < 0 or self.max_iterations < 1 or self.error_ratio < 1:
-            raise ValueError(f"tolerance, max_iterations or error_ratio is out of range in {self}.")
-
-    def __call__(self, matrices_KxNxN: jax.Array, p: int, ridge: Any, absolute: Any) -> Found:
-        """See `Method`."""
-        a, eye = _ridged(matrices_KxNxN, ridge, absolute), _identity(matrices_KxNxN)
-        norm = jnp.sqrt(jnp.sum(jnp.square(a), axis=(1, 2), keepdims=True))
-        z = (1 + p) / (2 * norm)
-        x, m = z ** (1 / p) * eye, z * a
-        error = jnp.max(jnp.abs(m - eye), axis=(1, 2))
-        going = error > self.tolerance
-
-        def body(carry: Any) -> Any:
-            count, x, m, error, going = carry
-            step = (1 + 1 / p) * eye - m / p
-            new_x, new_m = multiply(x, step), multiply(power(step, p), m)
-            new_error = jnp.max(jnp.abs(new_m - eye), axis=(1, 2))
-            better = going & (new_error < error * self.error_ratio)
-            x = jnp.where(better[:, None, None], new_x, x)
-            m = jnp.where(better[:, None, None], new_m, m)
-            error = jnp.where(better, new_error, error)
-            return count + 1, x, m, error, better & (error > self.tolerance)
-
-        def unfinished(carry: Any) -> jax.Array:
-            return (carry[0] < self.max_iterations) & jnp.any(carry[-1])
-
-        start = (jnp.int32(0), x, m, error, going)
-        root = jax.lax.while_loop(unfinished, body, start)[1]
-        return Found(root, a, eye, _condition(a, root, p))
-
-
-@dataclasses.dataclass(frozen=True)
-class CoupledNewtonSchulz:
-    r"""A fixed number of coupled steps towards :math:`A^{1/2}` and :math:`A^{-1/2}`; once more for 1/4.
-
-    .. math:: Z \leftarrow \beta Z + \alpha (ZY) Z, \qquad Y \leftarrow \beta Y + \alpha Y (ZY)
-
-    from :math:`Y_0 = A, Z_0 = I`, with the cubic polynomials that bring the root of every eigenvalue in
-    [lower, 1] as near to one as any can (`cubic_steps`). Matrix products only, and nothing that depends
-    on values: the method for accelerators. Ten steps reach condition numbers up to about 1e5 with a
-    residual of a few hundredths, and 1e6 with one of a few tenths: give singular matrices a ridge of
-    1e-4.
-
-    Attributes:
-      steps: products are 3 a step.
-      lower: the smallest eigenvalue, relative to the largest, that must come near one.
-
-    Source: the coefficients are those of CANS, Grishina et al., 2025, https://arxiv.org/abs/2506.10935.
-    """
-
-    steps: int = 10
-    lower: float = 1e-6
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or not 0 < self.lower < 1:
-            raise ValueError(f"steps must be at least 1 and lower in (0, 1), got {self}.")
-
-    def check_root(self, p: int) -> None:
-        """Raises for roots that it does not find."""
-        if p not in (2, 4):
-            raise ValueError(
-                f"CoupledNewtonSchulz finds multiples of the exponents -1/2 and -1/4, not of -1/{p}; "
-                "take Eigh or CoupledNewton."
-            )
-
-    def __call__(self, matrices_KxNxN: jax.Array, p: int, ridge: Any, absolute: Any) -> Found:
-        """See `Method`."""
-        self.check_root(p)
-        a = _ridged(matrices_KxNxN, ridge, absolute)
-        square, root = self._pair(a, self.lower)
-        if p == 4:
-            _, root = self._pair(square, math.sqrt(self.lower))
-        return Found(root, a, _identity(a), _condition(a, root, p))
-
-    def _pair(self, a: jax.Array, lower: float) -> tuple[jax.Array, jax.Array]:
-        """The root and the inverse root."""
-        # The estimate is at most a few percent too small; a norm that bounds the largest eigenvalue for
-        # sure, as the row sums', may be tenfold too large, which costs steps.
-        bound = MARGIN * largest_eigenvalue(a)[:, None, None]
-        identity = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype)[None], a.shape)
-
-        def step(pair: Any, coefficients: jax.Array) -> tuple[Any, None]:
-            (y, z), (beta, alpha) = pair, coefficients
-            product = multiply(z, y)
-            y, z = (
-                beta * y + alpha * multiply(y, product),
-                beta * z + alpha * multiply(product, z),
-            )
-            return (y, z), None
-
-        # A loop: written out, compiling takes ten times as long, and running as long as this.
-        steps = jnp.asarray(cubic_steps(math.sqrt(lower / MARGIN), self.steps), a.dtype)
-        (y, z), _ = jax.lax.scan(step, (a / bound, identity), steps)
-        return y * jnp.sqrt(bound), z / jnp.sqrt(bound)
-
-
-def cubic_steps(lower: float, steps: int) -> list[tuple[float, float]]:
-    r"""Coefficients :math:`(\beta, \alpha)` of the best :math:`\beta x + \alpha x^3` for every step.
-
-    On :math:`[a, b]` the cubic that is nearest to one touches :math:`1 - \epsilon` at both ends and
-    :math:`1 + \epsilon` between; with :math:`e = (a^2 + ab + b^2)/3` that is
-    :math:`\alpha = -2 / (2 e^{3/2} + a(3e - a^2))` and :math:`\beta = -3 e \alpha`. The next step works
-    on :math:`[1 - \epsilon, 1 + \epsilon]`.
-
-    Example:
-      >>> from ravine.optimizers.matrix.algebra.roots import cubic_steps
-      >>> [tuple(round(c, 3) for c in step) for step in cubic_steps(0.01, 8)][::7]
-      [(5.04, -4.989), (1.5, -0.5)]
-    """
-    a, b, table = lower, 1.0, []
-    for _ in range(steps):
-        e = (a * a + a * b + b * b) / 3
-        alpha = -2 / (2 * e**1.5 + a * (3 * e - a * a))
-        beta = -3 * e * alpha
-        table.append((beta, alpha))
-        a = beta * a + alpha * a**3
-        b = 2 - a
-    return table
-
-
-def largest_eigenvalue(matrices_KxNxN: jax.Array, iterations: int = 24) -> jax.Array:
-    """`[K]`: the largest eigenvalues of symmetric positive semi-definite matrices, to a few percent.
-
-    `optax.power_iteration`, of matrices divided by their largest element and for a fixed number of
-    steps: so the estimate is as good at 1e-12 as at 1. It is never above the true value.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from ravine.optimizers.matrix.algebra.roots import largest_eigenvalue
-      >>> found = largest_eigenvalue(1e-12 * jnp.diag(jnp.array([1.0, 3.0]))[None])
-      >>> round(1e12 * float(found[0]), 3)
-      3.0
-    """
-    if 0 in matrices_KxNxN.shape:
-        return jnp.zeros(matrices_KxNxN.shape[0], matrices_KxNxN.dtype)
-    largest = jnp.max(jnp.abs(matrices_KxNxN), axis=(1, 2))
-    scaled = matrices_KxNxN / jnp.where(largest > 0, largest, 1)[:, None, None]
-
-    def estimate(matrix: jax.Array) -> jax.Array:
-        value, _ = optax.power_iteration(matrix, num_iters=iterations, error_tolerance=0.0)
-        return jnp.asarray(value)
-
-    found = jax.vmap(estimate)(scaled).astype(largest.dtype)
-    return jnp.where(largest > 0, found * largest, largest)
-
-
-def multiply(left: jax.Array, right: jax.Array) -> jax.Array:
-    """Matrix products in full float32, whatever the platform's default."""
-    return jnp.matmul(left, right, precision="highest")
-
-
-def power(a: jax.Array, exponent: int) -> jax.Array:
-    """A positive integer power, in full float32."""
-    with jax.default_matmul_precision("highest"):
-        return jnp.linalg.matrix_power(a, exponent)
-
-
 def _materialized(x: jax.Array) -> jax.Array:
     """`x`, out of reach of fusion: XLA for CPU (JAX 0.10) makes one kernel of a chain of products and a
     maximum, four times slower than the two; it drops an optimization barrier before it does."""
     numbers = jnp.finfo(x.dtype)
     return jax.lax.reduce_precision(x, numbers.nexp, numbers.nmant)
-
-
-def _ridged(a: jax.Array, ridge: Any, absolute: Any) -> jax.Array:
-    return a + (ridge * largest_eigenvalue(a)[:, None, None] + absolute) * _identity(a)
-
-
-def _condition(a: jax.Array, root: jax.Array, p: int) -> jax.Array:
-    """The condition number of A, from the inverse p-th root of it."""
-    return largest_eigenvalue(a) * largest_eigenvalue(root) ** p
-
-
-def _identity(a: jax.Array) -> jax.Array:
-    return jnp.eye(a.shape[-1], dtype=a.dtype)[None]
-
-
-def _eigh(a: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return for_each_matrix(lambda x: tuple(jnp.linalg.eigh(x, symmetrize_input=False)), a)
-
-
-def _recompose(vectors: jax.Array, values: jax.Array) -> jax.Array:
-    return multiply(vectors * values[:, None, :], jnp.swapaxes(vectors, 1, 2))
