@@ -54,7 +54,7 @@ def orthogonalize(
         leaves, structure = jax.tree.flatten(updates)
         pieces = [each.opened(leaf) for each, leaf in zip(found, leaves, strict=True)]
         names = [each.names for each, leaf in zip(found, pieces, strict=True) for _ in leaf]
-        sizes = found[0].sizes if found else {}
+        sizes = next((each.sizes for each in found if each.sizes), {})
         flat = [piece for leaf in pieces for piece in leaf]
         done = iter(map_matrices(chosen, flat, max_elements, names=names, sizes=sizes))
         closed = [

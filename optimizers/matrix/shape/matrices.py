@@ -47,6 +47,8 @@ class Matrices:
 
     def local(self) -> "Matrices":
         """The same for the part of the leaf that one device has."""
+        if not self.placement.inside:
+            return self
         parts = [self.placement.parts(names) for names in self.placement.inside]
         return dataclasses.replace(self, layout=self.layout.shrunk(parts))
 
