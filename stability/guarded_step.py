@@ -80,7 +80,7 @@ def guarded_step(
     """
     if not isinstance(tx, Guarded):
         raise TypeError(
-            "guarded_step takes what finite_gate or skip_step gave; put the guard outermost."
+            "tx must be what finite_gate or skip_step gave; put the guard outermost."
         )
     made, finish = tx.decide(grads, state, extra.get("loss"))
 

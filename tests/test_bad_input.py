@@ -23,6 +23,7 @@ TX = optax.identity()
 LINE = s.linear(1.0, 4)
 ARRAY = jnp.ones((2, 3))
 HEADS = jnp.ones((1, 2, 2, 4))
+GUARD = stability.finite_gate(ravine.sgd(0.1))
 
 # What is required, by name; by builder where a name means different things.
 VALID = {
@@ -117,6 +118,7 @@ VALID_FOR = {
     "merge": {"checkpoints": [ARRAY]},
     "qk_clip": {"weights": {"q": stability.HeadWeights("query", 2)}},
     "HeadWeights": {"kind": "query", "heads": 2},
+    "guarded_step": {"tx": GUARD, "state": GUARD.init(ARRAY)},
     "fraction": {"amount": 0.5},
     "seesaw": {"schedule": s.exponential(1.0, 8)},
     "merge_weights": {"decay": [0.5]},
