@@ -37,6 +37,7 @@ ELEMENTS = (
 POLAR = ("muon", "normuon", "soap_muon")
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class WidthRule:
     """How the learning rates of an optimizer follow the shapes of its parameters; by `width_rule`.
@@ -79,6 +80,7 @@ def _rate(growth: Growth, fan_in: int, fan_out: int) -> float:
     return math.sqrt(fan_out / fan_in) / growth(fan_in, fan_out)
 
 
+@checked
 def width_rule(optimizer: str | OptimizerConfig, *, rank: Rank = "full") -> WidthRule:
     r"""The rule of an optimizer for width and depth, by its name and hyperparameters.
 
@@ -143,7 +145,8 @@ def width_rule(optimizer: str | OptimizerConfig, *, rank: Rank = "full") -> Widt
     if name == "shampoo":
         return _shampoo(config, roles, rank)
     raise ValueError(
-        f"{name} has no width rule; make a WidthRule(growth, roles, depth) of how its update grows."
+        f"optimizer {name!r} has no width rule; make a WidthRule(growth, roles, depth) of how its "
+        "update grows."
     )
 
 
