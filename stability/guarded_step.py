@@ -79,9 +79,7 @@ def guarded_step(
       (Array([1., 1.], dtype=float32), 1)
     """
     if not isinstance(tx, Guarded):
-        raise TypeError(
-            "tx must be what finite_gate or skip_step gave; put the guard outermost."
-        )
+        raise TypeError("tx must be what finite_gate or skip_step gave; put the guard outermost.")
     made, finish = tx.decide(grads, state, extra.get("loss"))
 
     def make() -> tuple[Any, Any, jax.Array]:
