@@ -2,8 +2,8 @@ r"""Shampoo: a preconditioner for every axis of every block.
 
 The pipeline of :func:`scale_by_shampoo`, block by block: ``statistics → (every T steps) roots →
 direction of the momentum → graft``; then decay and learning rate, each a transformation of its own.
-What can go wrong is kept in the block where it happens: a gradient that is not finite leaves the
-statistics alone, a root that fails its certificate leaves the previous root in place.
+What goes wrong stays in its block: a gradient that is not finite leaves the statistics alone, and a
+root that fails its certificate leaves the previous one in place.
 """
 
 import functools
@@ -28,13 +28,15 @@ from .matrix.shape.blocks import BLOCKS, Blocks
 from .matrix.shape.matrices import Axes
 from .preconditioners.block_state import factors_like, ones_like_scalars
 from .preconditioners.blockwise import Tensors, blockwise
-from .preconditioners.inverse_roots import Preconditioner, Storage, grafted
+from .preconditioners.inverse_roots import (
+    Preconditioner,
+    Storage,
+    check_statistics_dtype,
+    grafted,
+)
 from .roles import Role, Rules
 
 Statistics = Literal["gram", "kl"]
-NARROW_RIDGE = 0.03
-"""The least ridge of statistics in 16 bits: the most negative eigenvalue of statistics in bfloat16, of
-gradients with a spectrum i^-1.5, is -0.0024 (32 rows) to -0.013 (256) times the largest one."""
 SHAMPOO_ROLES: tuple[Role, ...] = ("matrix", "convolution", "embedding", "head")
 
 
@@ -161,7 +163,7 @@ def scale_by_shampoo(
     check_known(patience=patience)
     check_amount(0, patience=patience)
     size = magnitude(graft, b2 if graft_b2 is None else graft_b2, graft_eps, nu_dtype)
-    _check_statistics_dtype(statistics_dtype, ridge)
+    check_statistics_dtype(statistics_dtype, ridge)
     preconditioner = Preconditioner(
         b2=b2,
         kl=statistics == "kl",
@@ -223,18 +225,6 @@ def scale_by_shampoo(
         return cast_like(directions, updates), state
 
     return blockwise("scale_by_shampoo", blockings, init, step)
-
-
-def _check_statistics_dtype(dtype: Any, ridge: Any) -> None:
-    """Raises for statistics that are rounded by more than the ridge lifts them."""
-    if dtype is None or jnp.finfo(dtype).bits >= 32 or not isinstance(ridge, (int, float)):
-        return
-    if ridge < NARROW_RIDGE:
-        raise ValueError(
-            f"statistics_dtype={jnp.dtype(dtype).name} needs a ridge of at least {NARROW_RIDGE}, got "
-            f"{ridge!r}: rounded statistics have negative eigenvalues, and no roots. Leave them in "
-            "float32 (packed=True halves them), and take root_dtype for the roots."
-        )
 
 
 @checked

@@ -15,7 +15,7 @@ import ravine
 from ravine.training.average import averaged, with_ema
 from ravine.training.cli import COMMANDS, main
 from ravine.training.compare.entrants import line_up
-from ravine.training.compare.race import RaceConfig
+from ravine.training.compare.race_config import RaceConfig
 from ravine.training.config import RunConfig
 from ravine.training.config_file import printed, read_config
 from ravine.training.model import ModelConfig

@@ -90,7 +90,8 @@ def _run(command: str, words: list[str]) -> int:
     # JAX and the rest take seconds, in which an interruption is one already.
     try:
         from .batch_size.command import BatchSizeConfig, measure_batch_size
-        from .compare.race import RaceConfig, race
+        from .compare.race import race
+        from .compare.race_config import RaceConfig
         from .compare.sensitivity import SensitivityConfig, sensitivity
         from .compare.speedup import SpeedupConfig, speedup
         from .compare.sweep import SweepConfig, sweep
