@@ -52,7 +52,7 @@ def hardware_rows(
                 f"{cost.refresh_flop / 1e6:,.0f}",
                 f"{cost.peak_bytes / 1e6:,.1f}",
                 f"{cost.state_bytes / 1e6:,.1f}",
-                ", ".join(f"{a:.0f}-{b:.0f} s" for a, b in spans[name]) or "never",
+                ", ".join(f"{a:.3g}-{b:.3g} s" for a, b in spans[name]) or "never",
             ]
         )
     return rows
