@@ -55,9 +55,12 @@ def with_extra_args(
     init: Callable[..., Any],
     update: Callable[..., tuple[Any, Any]],
     describe: Describe | None = None,
+    name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """`optax.GradientTransformationExtraArgs(init, update)`, that can be watched."""
-    return optax.GradientTransformationExtraArgs(_watched(init, update, describe), _fitting(update))
+    """As `transformation`, with extra arguments of `update`."""
+    return optax.GradientTransformationExtraArgs(
+        _watched(init, update, describe, name), _fitting(update)
+    )
 
 
 @contextlib.contextmanager

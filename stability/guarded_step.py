@@ -1,4 +1,4 @@
-"""A guarded step: one condition around the update and its addition to the parameters.
+"""What a guard consists of, and a guarded step: one condition around update and addition.
 
 A guard as a transformation has to hand on updates, zeros for a step that is not made: XLA then writes
 them, and copies the state besides. With parameters and state as what the condition chooses between,
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..core.transformation import with_extra_args
 from ..optimizers.links.clock import advance
 
 Decide = Callable[[Any, Any, Any], tuple[jax.Array, Callable[[Any], Any]]]
@@ -31,12 +32,30 @@ class Guarded(optax.GradientTransformationExtraArgs):
 
 
 def guarded(
-    tx: optax.GradientTransformationExtraArgs,
+    name: str,
+    init: Callable[[optax.Params], Any],
     inner: optax.GradientTransformationExtraArgs,
     decide: Decide,
     around: Callable[[optax.GradientTransformation], Guarded],
 ) -> Guarded:
-    """The transformation `tx`, with its parts."""
+    """The guard of that name: its transformation, and its parts."""
+
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
+    ) -> tuple[optax.Updates, Any]:
+        made, finish = decide(updates, state, extra.get("loss"))
+
+        def make() -> tuple[Any, Any]:
+            found, inner_state = inner.update(updates, state.inner, params, **extra)
+            return jax.tree.map(lambda new, old: new.astype(old.dtype), found, updates), inner_state
+
+        # -0, since adding 0 would turn a parameter of -0 into 0.
+        unchanged = lambda: jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates)
+        keep = lambda: (unchanged(), advance(state.inner))
+        updates, inner_state = jax.lax.cond(made, make, keep)
+        return updates, finish(inner_state)
+
+    tx = with_extra_args(init, update, name=name)
     found = Guarded(tx.init, tx.update)
     found.inner, found.decide, found.around = inner, decide, around
     return found

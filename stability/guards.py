@@ -5,7 +5,6 @@ product with zero, which would keep NaN. Schedules go on, so that they stay in s
 that is remembered is in the state, so it is checkpointed and takes no round trip to the host.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +14,6 @@ import optax
 from ..core.arguments import checked
 from ..core.arithmetic import is_summable
 from ..core.checks import check_positive, check_whole
-from ..core.transformation import with_extra_args
-from ..optimizers.links.clock import advance
 from ._arithmetic import global_norm
 from ._checks import check_extra_given
 from ._window import Window, empty_window, push, threshold
@@ -78,18 +75,7 @@ def finite_gate(tx: optax.GradientTransformation) -> Guarded:
         in_a_row = jnp.where(finite, 0, state.in_a_row + 1)
         return finite, lambda inner_state: FiniteGateState(skipped, in_a_row, inner_state)
 
-    def update(
-        updates: optax.Updates,
-        state: FiniteGateState,
-        params: optax.Params | None = None,
-        **extra: Any,
-    ) -> tuple[optax.Updates, FiniteGateState]:
-        finite, finish = decide(updates, state, extra.get("loss"))
-        run = lambda: inner.update(updates, state.inner, params, **extra)
-        updates, inner_state = _run_if(finite, run, updates, state.inner)
-        return updates, finish(inner_state)
-
-    return guarded(with_extra_args(init, update), inner, decide, finite_gate)
+    return guarded("finite_gate", init, inner, decide, finite_gate)
 
 
 class SkipStepState(NamedTuple):
@@ -207,32 +193,7 @@ def skip_step(
             inner=inner_state,
         )
 
-    def update(
-        updates: optax.Updates,
-        state: SkipStepState,
-        params: optax.Params | None = None,
-        **extra: Any,
-    ) -> tuple[optax.Updates, SkipStepState]:
-        made, finish = decide(updates, state, extra.get("loss"))
-        run = lambda: inner.update(updates, state.inner, params, **extra)
-        updates, inner_state = _run_if(made, run, updates, state.inner)
-        return updates, finish(inner_state)
-
     options: dict[str, Any] = {"deviations": deviations, "window": window, "warmup": warmup}
     options |= {"patience": patience, "robust": robust}
     around = lambda other: skip_step(other, **options)
-    return guarded(with_extra_args(init, update), inner, decide, around)
-
-
-def _run_if(
-    made: jax.Array, run: Callable[[], tuple[Any, Any]], updates: optax.Updates, inner_state: Any
-) -> tuple[Any, Any]:
-    """What `run` gives where the step is made, else no change and the state as it is, but later."""
-
-    def in_dtypes_of_updates() -> tuple[Any, Any]:
-        found, state = run()
-        return jax.tree.map(lambda new, old: new.astype(old.dtype), found, updates), state
-
-    # -0, since adding 0 would turn a parameter of -0 into 0.
-    unchanged = lambda: jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates)
-    return jax.lax.cond(made, in_dtypes_of_updates, lambda: (unchanged(), advance(inner_state)))
+    return guarded("skip_step", init, inner, decide, around)
