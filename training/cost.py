@@ -2,30 +2,16 @@
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
 import optax
 
 from .model import ModelConfig
-from .plan.chips import CHIPS
+from .plan.chips import chip_of
+from .plan.cost import bytes_per_device
 from .plan.flops import arithmetic
 from .step import TrainState, unmeasured
-
-_KINDS = {
-    "tpu v4": "v4",
-    "tpu v5 lite": "v5e",
-    "tpu v5e": "v5e",
-    "tpu v5": "v5p",
-    "tpu v5p": "v5p",
-    "tpu v6 lite": "v6e",
-    "tpu v6e": "v6e",
-    "tpu7x": "tpu7x",
-    "nvidia h100": "h100",
-    "nvidia h200": "h200",
-    "nvidia b200": "b200",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +54,10 @@ class Cost:
           >>> cost.utilization(2.0, "TPU v5 lite", "bfloat16"), cost.utilization(2.0, "cpu", "float32")
           (0.5, None)
         """
-        kind = max((k for k in _KINDS if device_kind.lower().startswith(k)), key=len, default=None)
-        if kind is None:
+        chip = chip_of(device_kind)
+        if chip is None:
             return None
-        peak = CHIPS[_KINDS[kind]].products[dtype]
-        return (self.step_flop - self.optimizer_flop) / (seconds * peak)
+        return (self.step_flop - self.optimizer_flop) / (seconds * chip.products[dtype])
 
 
 def cost_of(
@@ -101,11 +86,10 @@ def cost_of(
     )
     whole, memory = arithmetic(traced, devices), compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    local = lambda x: x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape))
     return Cost(
         whole.always,
         alone.always,
         whole.sometimes,
         held - memory.alias_size_in_bytes + memory.temp_size_in_bytes,
-        sum(map(local, jax.tree.leaves(shapes.opt_state))),
+        bytes_per_device(shapes.opt_state),
     )

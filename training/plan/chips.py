@@ -139,3 +139,30 @@ CHIPS: dict[str, Chip] = {
     )
 }
 """By generation."""
+
+_KINDS = {
+    "tpu v4": "v4",
+    "tpu v5 lite": "v5e",
+    "tpu v5e": "v5e",
+    "tpu v5": "v5p",
+    "tpu v5p": "v5p",
+    "tpu v6 lite": "v6e",
+    "tpu v6e": "v6e",
+    "tpu7x": "tpu7x",
+    "nvidia h100": "h100",
+    "nvidia h200": "h200",
+    "nvidia b200": "b200",
+}
+"""How JAX's names of devices begin, in lower case."""
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip that JAX calls so, or None for one that is not listed, as a CPU.
+
+    Example:
+      >>> from ravine.training.plan.chips import chip_of
+      >>> chip_of("TPU v5 lite").name, chip_of("NVIDIA H100 80GB HBM3").name, chip_of("cpu")
+      ('v5e', 'h100', None)
+    """
+    begins = [kind for kind in _KINDS if device_kind.lower().startswith(kind)]
+    return CHIPS[_KINDS[max(begins, key=len)]] if begins else None

@@ -94,7 +94,7 @@ def plan_of(
     memory = compiled.program.memory_analysis()
     assert memory is not None, "compilers of TPUs and CPUs always say"
     found = tuple(collectives(compiled.program.as_text() or "", mesh.size))
-    parameters, state = _bytes(compiled.params), _bytes(compiled.state)
+    parameters, state = bytes_per_device(compiled.params), bytes_per_device(compiled.state)
     master = 4 * parameters // ELEMENT if master_copy else 0
     sums = work.accumulators(parameters) if work and not is_step else 0
     leaves = jax.tree.leaves((compiled.params, compiled.state))
@@ -150,8 +150,8 @@ def _estimate(
     return Estimate(passed + products, sent, at_times, model, exposed, work.tokens, useful)
 
 
-def _bytes(tree: Any) -> int:
-    """On one chip."""
+def bytes_per_device(tree: Any) -> int:
+    """Of arrays with shardings, or of their shapes, on one device."""
     shards = [(x.sharding.shard_shape(x.shape), x.dtype) for x in jax.tree.leaves(tree)]
     return sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in shards)
 
