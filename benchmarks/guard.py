@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import ravine
+from measure import Contender
 from ravine.optimizers.roles import IN_OUT
 from ravine.stability import fused_cross_entropy, skip_step
 
@@ -32,46 +33,12 @@ FILE = Path(__file__).with_name("guard.json")
 MARGIN = {"time": 2.0, "memory": 1.1}
 
 
-def tree(leaves: int, side: int) -> dict[str, jax.Array]:
-    """Equal leaves of normal numbers."""
+def contender(tx: optax.GradientTransformation, leaves: int, side: int) -> Contender:
+    """An optimizer on equal leaves of normal numbers, timed by the processor's clock."""
     rng = np.random.default_rng(0)
-    return {
-        f"{at:03}": jnp.asarray(rng.normal(size=(side, side)), jnp.float32) for at in range(leaves)
-    }
-
-
-class Update:
-    """An optimizer's update on a tree, parameters added, compiled for the processor time it takes."""
-
-    def __init__(self, tx: optax.GradientTransformation, params: dict[str, jax.Array]):
-        self._tx, self._grads = optax.with_extra_args_support(tx), params
-        self._params = jax.tree.map(jnp.copy, params)
-        self._state = jax.jit(tx.init)(params)
-
-    def compile(self) -> float:
-        """Processor seconds of tracing, lowering and compiling."""
-
-        def update(grads: Any, state: Any, params: Any) -> Any:
-            updates, state = self._tx.update(grads, state, params, loss=jnp.float32(1))
-            return state, optax.apply_updates(params, updates)
-
-        jax.clear_caches()
-        started = time.process_time()
-        jitted = jax.jit(update, donate_argnums=(1, 2))
-        self._compiled = jitted.lower(self._grads, self._state, self._params).compile()
-        return time.process_time() - started
-
-    def step(self) -> float:
-        """Processor seconds of one step."""
-        started = time.process_time()
-        self._state, self._params = self._compiled(self._grads, self._state, self._params)
-        jax.block_until_ready(self._params)
-        return time.process_time() - started
-
-    @property
-    def temporary(self) -> int:
-        """Bytes."""
-        return self._compiled.memory_analysis().temp_size_in_bytes
+    shape = (side, side)
+    tree = {f"{at:03}": rng.normal(size=shape).astype(np.float32) for at in range(leaves)}
+    return Contender(tx, tree, time.process_time)
 
 
 def in_turn(one: Callable[[], float], other: Callable[[], float], times: int) -> float:
@@ -83,16 +50,16 @@ def against(
     ours: optax.GradientTransformation, theirs: optax.GradientTransformation, leaves: int, side: int
 ) -> dict[str, float]:
     """Ratios of compile time, step time and temporary memory."""
-    a, b = (Update(tx, tree(leaves, side)) for tx in (ours, theirs))
+    a, b = (contender(tx, leaves, side) for tx in (ours, theirs))
     compiled = in_turn(a.compile, b.compile, 3)
     in_turn(a.step, b.step, 2)
-    memory = a.temporary / b.temporary
+    memory = a.temporary_megabytes / b.temporary_megabytes
     return {"compile": compiled, "step": in_turn(a.step, b.step, 15), "memory": memory}
 
 
 def growth(tx: optax.GradientTransformation) -> float:
     """Compile time of 48 equal leaves over that of 6."""
-    many, few = (Update(tx, tree(leaves, 64)) for leaves in (48, 6))
+    many, few = (contender(tx, leaves, 64) for leaves in (48, 6))
     return in_turn(many.compile, few.compile, 3)
 
 
