@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 
 def dropped(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -15,10 +16,7 @@ def dropped(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
       >>> sorted(set(dropped(jnp.ones(100), 0.5, jax.random.key(0)).tolist()))
       [0.0, 2.0]
     """
-    if key is None or not rate:
-        return x
-    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
+    return x if key is None or not rate else nnx.Dropout(rate)(x, rngs=key)
 
 
 def dropout_key(count: jax.Array, batch: jax.Array) -> jax.Array:

@@ -208,8 +208,8 @@ def _train(
                 loss = float(mean_loss(graphdef, state.params, heldout, run.fused))
                 entry = {"step": done, "seconds": clock.seconds, "heldout_loss": loss}
                 if run.ema:
-                    kept = averaged(state.opt_state)
-                    entry["heldout_loss_ema"] = float(mean_loss(graphdef, kept, heldout, run.fused))
+                    mean = averaged(state.opt_state)
+                    entry["heldout_loss_ema"] = float(mean_loss(graphdef, mean, heldout, run.fused))
                 if corpus.bytes_per_token is not None:
                     bits = loss / math.log(2) / corpus.bytes_per_token
                     entry["heldout_bits_per_byte"] = bits
