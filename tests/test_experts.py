@@ -1,7 +1,6 @@
 """Mixtures of experts on a mesh with an axis of experts."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import ravine
@@ -13,7 +12,7 @@ from ravine.training.plan.cost import plan_of
 from ravine.training.shapes.parts import Experts
 from ravine.training.shapes.presets import PRESETS
 from ravine.training.shapes.shape import ModelShape
-from ravine.training.sharding import experts_first, parameter_spec, sharded_parameters
+from ravine.training.sharding import parameter_spec, sharded_parameters
 
 SHAPE = ModelShape(
     layers=2,
@@ -64,21 +63,11 @@ def test_experts_are_cut_by_their_axis(mesh):
 )
 def test_nothing_is_exchanged_between_experts(tx, mesh):
     params = experts(mesh)
-    found = plan_of("it", compiled_update(experts_first(tx), params, mesh), mesh)
+    found = plan_of("it", compiled_update(tx, params, mesh), mesh)
     # Positions 0 to 3 have the same experts. Muon exchanges rows and columns, the others nothing.
     for c in found.collectives:
         assert set(c.group) <= {0, 1, 2, 3}
     assert not found.repeated
-
-
-def test_experts_first_is_the_same_optimizer():
-    key = jax.random.key(0)
-    params = {"layers/experts/up/kernel": jax.random.normal(key, (2, 4, 16, 8))}
-    plain, turned = (f(ravine.muon(0.1)) for f in (lambda tx: tx, experts_first))
-    grads = jax.tree.map(jnp.sin, params)
-    expected, _ = plain.update(grads, plain.init(params), params)
-    found, _ = turned.update(grads, turned.init(params), params)
-    np.testing.assert_allclose(*map(jax.tree.leaves, (found, expected)), rtol=1e-5, atol=1e-6)
 
 
 def test_tokens_of_experts_by_hand():

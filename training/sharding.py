@@ -9,8 +9,6 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ..core.checks import near
@@ -186,37 +184,3 @@ def sharded_parameters(shape: ModelShape, mesh: Mesh, *, layers_only: bool = Fal
         for name, x in shape.parameters().items()
         if not layers_only or ("layers/" in name and name.endswith("kernel"))
     }
-
-
-def experts_first(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """A transformation that sees experts' matrices as `[experts, layers, in, out]`.
-
-    Optimizers of matrices work on one batch of them. Of `[layers, experts, in, out]` with the experts
-    cut over a mesh, every layer's share would have to be moved to make that batch; with the experts
-    first, each device has its part already. Nothing is exchanged to turn them, and the state is of the
-    turned shape.
-
-    Args:
-      tx: any transformation; parameters of experts are those with ``experts/`` in their path.
-
-    Example:
-      >>> import jax.numpy as jnp, ravine
-      >>> from ravine.training.sharding import experts_first
-      >>> params = {"layers/experts/up/kernel": jnp.zeros((2, 4, 8, 8))}
-      >>> experts_first(ravine.scale_by_adam()).init(params).mu["layers/experts/up/kernel"].shape
-      (4, 2, 8, 8)
-    """
-    whole = optax.with_extra_args_support(tx)
-
-    def turned(tree: Any) -> Any:
-        def turn(path: Any, x: Any) -> Any:
-            is_stack = "experts/" in path_string(path) and x.ndim == 4
-            return jnp.swapaxes(x, 0, 1) if is_stack else x
-
-        return jax.tree_util.tree_map_with_path(turn, tree)
-
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        updates, state = whole.update(turned(updates), state, turned(params), **extra)
-        return turned(updates), state
-
-    return optax.GradientTransformationExtraArgs(lambda params: whole.init(turned(params)), update)

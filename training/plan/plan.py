@@ -24,7 +24,7 @@ from ...optimizers.registry import OptimizerConfig
 from ...optimizers.registry import names as registered
 from ..shapes.presets import PRESETS
 from ..shapes.shape import ModelShape
-from ..sharding import experts_first, mesh_sizes, rows_of, sharded_parameters
+from ..sharding import mesh_sizes, rows_of, sharded_parameters
 from .by_hand import Remat, Work
 from .compile import auto, compiled_train_step, compiled_update, rows_for, trainer_model
 from .cost import Plan, plan_of
@@ -116,9 +116,6 @@ def plan(config: PlanConfig, console: Console | None = None) -> list[Plan]:
     mesh, network = mesh_of(config.topology, sizes, config.slices)
     work = _work(config, shape, mesh)
     program = _program(config, shape, mesh, work)
-    cut = shape.experts is not None and dict(mesh.shape).get("expert", 1) > 1
-    turned = frozenset(OPTIONS if cut else ()) & frozenset(optimizers)
-    optimizers |= {name: experts_first(optimizers[name]) for name in turned}
     waiting = Console(stderr=True, quiet=console.quiet)
     plans = []
     for name, tx in optimizers.items():
@@ -142,7 +139,7 @@ def plan(config: PlanConfig, console: Console | None = None) -> list[Plan]:
         console.print_json(to_json(config, plans, network, work))
         return plans
     given = {name: assumed(name, json.loads(config.options)) for name in optimizers}
-    show(Shown(config, work, network, given, turned), plans, console)
+    show(Shown(config, work, network, given), plans, console)
     return plans
 
 

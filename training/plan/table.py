@@ -28,8 +28,6 @@ class Shown:
     network: Network
     assumed: dict[str, dict[str, object]]
     """By optimizer: what differs from its defaults."""
-    turned: frozenset[str] = frozenset()
-    """Optimizers that see experts first."""
 
 
 def show(made: Shown, plans: list[Plan], console: Console) -> None:
@@ -149,8 +147,6 @@ def _lines(made: Shown, found: Plan) -> list[str]:
     if assumed := made.assumed.get(name):
         options = json.dumps({k: _plain(v) for k, v in assumed.items()})
         lines.append(f"{name}: not the library's defaults, but {options}")
-    if name in made.turned:
-        lines.append(f"{name}: with `ravine.training.sharding.experts_first`")
     if name.startswith("sophia") and not made.config.train_step:
         lines.append(
             f"{name}: without its estimate of the curvature, a pass through the model at times"
