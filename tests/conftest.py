@@ -51,6 +51,14 @@ def library():
     return load_corpus()
 
 
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """The path of a short text."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"line {i * i} of a text that says little. " for i in range(400)))
+    return str(path)
+
+
 @pytest.fixture
 def getkey():
     """A function that returns a fresh random key at each call, the same sequence in every run."""

@@ -23,19 +23,7 @@ from ravine.training.run import profile
 from ravine.training.samples import continued
 from ravine.training.step import init_params
 
-SMALL = ["--width", "16", "--layers", "1", "--heads", "2", "--context", "16", "--batch-size", "4"]
-SHORT = ["--steps", "6", "--eval-every", "3", "--eval-batches", "2", *SMALL]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"line {i * i} of a text that says little. " for i in range(400)))
-    return str(path)
-
-
-def race(*words, text, out):
-    return main(["race", *SHORT, "--data", text, "--out", str(out), *words])
+from .short_race import race
 
 
 def records(folder):

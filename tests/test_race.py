@@ -13,19 +13,7 @@ from ravine.training.compare.summary import difference
 from ravine.training.config import RunConfig
 from ravine.training.run.outcome import Outcome
 
-SMALL = ["--width", "16", "--layers", "1", "--heads", "2", "--context", "16", "--batch-size", "4"]
-SHORT = ["--steps", "6", "--eval-every", "3", "--eval-batches", "2", *SMALL]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"line {i * i} of a text that says little. " for i in range(400)))
-    return str(path)
-
-
-def run(*words, text, out):
-    return main(["race", *SHORT, "--data", text, "--out", str(out), *words])
+from .short_race import race
 
 
 def records(folder):
@@ -33,7 +21,7 @@ def records(folder):
 
 
 def test_a_race_leaves_metrics_meta_and_a_self_contained_report(tmp_path, text, capsys):
-    assert run("--optimizers", "adamw,lion,sgd", text=text, out=tmp_path / "race") == 0
+    assert race("--optimizers", "adamw,lion,sgd", text=text, out=tmp_path / "race") == 0
     printed = capsys.readouterr().out
     for name in ("adamw", "lion", "sgd"):
         assert name in printed
@@ -51,7 +39,7 @@ def test_a_race_leaves_metrics_meta_and_a_self_contained_report(tmp_path, text, 
 
 def test_the_schedule_and_its_options_reach_the_run(tmp_path, text):
     words = ["--schedule", "wsd", "--schedule-options", "decay_steps=2, shape=linear"]
-    assert run("--optimizers", "sgd", *words, text=text, out=tmp_path / "race") == 0
+    assert race("--optimizers", "sgd", *words, text=text, out=tmp_path / "race") == 0
     rows = [r for r in records(tmp_path / "race" / "sgd") if "loss" in r]
     rates = [row["learning_rate"] / rows[0]["learning_rate"] for row in rows]
     assert rates == pytest.approx([1, 1, 1, 1, 1, 0.5])
@@ -103,7 +91,7 @@ def test_the_first_schedules_keep_their_values(name):
 )
 def test_bad_input_is_one_line_and_leaves_nothing(words, expected, tmp_path, text, capsys):
     out = tmp_path / "race"
-    assert main(["race", *SHORT, "--data", text, "--out", str(out), *words]) == 2
+    assert race(*words, text=text, out=out) == 2
     complaint = capsys.readouterr().err
     assert expected in complaint
     assert complaint.count("\n") == 1
@@ -116,7 +104,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(words, expected, tmp_path, tex
 )
 def test_unusable_files_are_named(content, expected, tmp_path, capsys):
     (tmp_path / "file.txt").write_bytes(content)
-    assert run(text=str(tmp_path / "file.txt"), out=tmp_path / "race") == 2
+    assert race(text=str(tmp_path / "file.txt"), out=tmp_path / "race") == 2
     complaint = capsys.readouterr().err
     assert expected in complaint
     assert not (tmp_path / "race").exists()
@@ -129,21 +117,21 @@ def test_unknown_commands_are_refused(capsys):
 
 def test_results_are_never_overwritten_unasked(tmp_path, text, capsys):
     out = tmp_path / "race"
-    assert run("--optimizers", "sgd", text=text, out=out) == 0
-    assert run("--optimizers", "sgd", text=text, out=out) == 2
+    assert race("--optimizers", "sgd", text=text, out=out) == 0
+    assert race("--optimizers", "sgd", text=text, out=out) == 2
     assert "--overwrite" in capsys.readouterr().err
-    assert run("--optimizers", "lion", "--overwrite", text=text, out=out) == 0
+    assert race("--optimizers", "lion", "--overwrite", text=text, out=out) == 0
     assert not (out / "sgd").exists()
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("mine")
-    assert run("--overwrite", text=text, out=tmp_path / "notes") == 2
+    assert race("--overwrite", text=text, out=tmp_path / "notes") == 2
     assert (tmp_path / "notes" / "mine.txt").exists()
 
 
 def test_a_diverged_run_is_shown_and_the_others_go_on(tmp_path, text, capsys):
     out = tmp_path / "race"
     rates = "sgd=1e30"
-    assert run("--optimizers", "sgd,adamw", "--learning-rates", rates, text=text, out=out) == 0
+    assert race("--optimizers", "sgd,adamw", "--learning-rates", rates, text=text, out=out) == 0
     printed = capsys.readouterr().out
     assert "diverged" in printed
     assert "diverged" in (out / "report.html").read_text()
@@ -156,7 +144,7 @@ def test_an_interruption_leaves_finished_runs_reported_and_can_be_resumed(
 ):
     out, whole = tmp_path / "race", tmp_path / "whole"
     words = ["--optimizers", "adamw,lion", "--checkpoint-every", "2"]
-    assert run(*words, text=text, out=whole) == 0
+    assert race(*words, text=text, out=whole) == 0
     capsys.readouterr()
 
     train = race_module.train
@@ -170,16 +158,16 @@ def test_an_interruption_leaves_finished_runs_reported_and_can_be_resumed(
         return train(run_config, tx, corpus, outcome, folder, stop, mesh, on_start)
 
     monkeypatch.setattr(race_module, "train", interrupted)
-    assert run(*words, text=text, out=out) == 130
+    assert race(*words, text=text, out=out) == 130
     printed = capsys.readouterr().out
     assert "adamw" in printed
     assert "interrupted" in printed
     assert (out / "report.html").exists()
 
     monkeypatch.setattr(race_module, "train", train)
-    assert run(*words, "--steps", "7", "--resume", text=text, out=out) == 2
+    assert race(*words, "--steps", "7", "--resume", text=text, out=out) == 2
     assert "another configuration" in capsys.readouterr().err
-    assert run(*words, "--resume", text=text, out=out) == 0
+    assert race(*words, "--resume", text=text, out=out) == 0
     for name in ("adamw", "lion"):
         resumed, unbroken = records(out / name), records(whole / name)
         for record in (*resumed, *unbroken):
@@ -192,11 +180,11 @@ def test_a_checkpoint_of_another_text_is_refused(tmp_path, text, capsys):
     original = Path(text).read_text()
     mine.write_text(original)
     words = ["--optimizers", "sgd", "--checkpoint-every", "2"]
-    assert run(*words, text=str(mine), out=out) == 0
+    assert race(*words, text=str(mine), out=out) == 0
     (out / "sgd" / "outcome.json").unlink()  # as if cut off before its end
     before = records(out / "sgd")
     mine.write_text(original[::-1])
-    assert run(*words, "--resume", text=str(mine), out=out) == 2
+    assert race(*words, "--resume", text=str(mine), out=out) == 2
     assert "another text" in capsys.readouterr().err
     assert records(out / "sgd") == before
 
@@ -212,7 +200,7 @@ def test_reaching_interpolates_between_evaluations():
 
 def test_several_seeds_have_means_errors_and_noise_named(tmp_path, text, capsys):
     out = tmp_path / "race"
-    assert run("--optimizers", "adamw,sgd", "--seeds", "3", text=text, out=out) == 0
+    assert race("--optimizers", "adamw,sgd", "--seeds", "3", text=text, out=out) == 0
     printed = capsys.readouterr().out
     last = {
         label: [r["heldout_loss"] for r in records(out / label) if "heldout_loss" in r][-1]
@@ -234,9 +222,9 @@ def test_several_seeds_have_means_errors_and_noise_named(tmp_path, text, capsys)
     # Resumed, nothing is run again; with another number of seeds it is another race.
     before = {label: (out / label / "metrics.jsonl").stat().st_mtime_ns for label in last}
     words = ["--optimizers", "adamw,sgd", "--resume"]
-    assert run(*words, "--seeds", "3", text=text, out=out) == 0
+    assert race(*words, "--seeds", "3", text=text, out=out) == 0
     assert before == {label: (out / label / "metrics.jsonl").stat().st_mtime_ns for label in last}
-    assert run(*words, "--seeds", "2", text=text, out=out) == 2
+    assert race(*words, "--seeds", "2", text=text, out=out) == 2
     assert "another configuration" in capsys.readouterr().err
 
 
@@ -261,22 +249,22 @@ def test_what_was_tuned_holds_where_the_run_does_not_say():
 def test_a_run_ends_with_a_checkpoint_and_a_longer_race_goes_on_from_it(tmp_path, text, capsys):
     words = ["--optimizers", "adamw,sgd", "--schedule", "constant", "--warmup-steps", "1"]
     short, whole = tmp_path / "short", tmp_path / "whole"
-    assert run(*words, "--steps", "10", text=text, out=whole) == 0
-    assert run(*words, text=text, out=short) == 0
+    assert race(*words, "--steps", "10", text=text, out=whole) == 0
+    assert race(*words, text=text, out=short) == 0
     assert [path.name for path in (short / "sgd" / "checkpoints").iterdir()] == ["6"]
     capsys.readouterr()
 
-    assert run(*words, "--resume", "--steps", "5", text=text, out=short) == 2
+    assert race(*words, "--resume", "--steps", "5", text=text, out=short) == 2
     assert "may only grow" in capsys.readouterr().err
     cosine = [*words[:2], "--steps", "10", "--resume"]
-    assert run(*cosine, text=text, out=short) == 2
+    assert race(*cosine, text=text, out=short) == 2
     assert "learning rates of adamw would be others from step" in capsys.readouterr().err
     assert len(records(short / "sgd")) == 8
 
     moved = tmp_path / "moved.txt"
     moved.write_text(Path(text).read_text())
     other = ["--steps", "10", "--eval-every", "5", "--checkpoint-every", "4", "--resume"]
-    assert run(*words, *other, text=str(moved), out=short) == 0
+    assert race(*words, *other, text=str(moved), out=short) == 0
     assert json.loads((short / "race.json").read_text())["configuration"]["run"]["steps"] == 10
     for name in ("adamw", "sgd"):
         losses = [
@@ -290,13 +278,13 @@ def test_a_run_ends_with_a_checkpoint_and_a_longer_race_goes_on_from_it(tmp_path
         assert ends[-1]["heldout_loss"] == records(whole / name)[-1]["heldout_loss"]
     # Once more: nothing is left to do.
     before = records(short / "sgd")
-    assert run(*words, *other, text=str(moved), out=short) == 0
+    assert race(*words, *other, text=str(moved), out=short) == 0
     assert records(short / "sgd") == before
 
 
 def test_other_hyperparameters_are_not_resumed(tmp_path, text, capsys):
     words = ["--optimizers", "sgd"]
-    assert run(*words, text=text, out=tmp_path / "race") == 0
+    assert race(*words, text=text, out=tmp_path / "race") == 0
     again = [*words, "--set", "sgd.momentum=0.5", "--resume"]
-    assert run(*again, text=text, out=tmp_path / "race") == 2
+    assert race(*again, text=text, out=tmp_path / "race") == 2
     assert "another configuration" in capsys.readouterr().err

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import pytest
 import ravine
 from jax.sharding import PartitionSpec as P
-from ravine.training import model as model_module
 from ravine.training import train as loop
 from ravine.training.cli import main
 from ravine.training.compare import race as race_module
@@ -64,12 +63,6 @@ def corpus(tmp_path_factory):
 def untimed(monkeypatch):
     """Without the optimizer timed by itself at the end of a run, which compiles it once more."""
     monkeypatch.setattr(loop, "optimizer_milliseconds", lambda *args: math.nan)
-
-
-@pytest.fixture(autouse=True)
-def apart(monkeypatch):
-    """One device multiplies small kernels side by side, a mesh apart: another order of sums."""
-    monkeypatch.setattr(model_module, "JOINED", 0)
 
 
 def run(corpus, name, mesh, folder, on_record=lambda record: None, **options):

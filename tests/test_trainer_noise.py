@@ -8,16 +8,15 @@ import numpy as np
 import pytest
 from ravine.optimizers.roles import RAVINE_RULES
 from ravine.stability import noise_scale, squared_norms
-from ravine.training.cli import main
 from ravine.training.compare.entrants import line_up
 from ravine.training.config import RunConfig
 from ravine.training.gradients import micro_batch_value_and_grad
 from ravine.training.model import ModelConfig
 from ravine.training.step import init_params, init_state, make_loss, make_train_step
 
+from .short_race import race
+
 MODEL = ModelConfig(width=16, layers=2, heads=2, context=16)
-SMALL = ["--width", "16", "--layers", "1", "--heads", "2", "--context", "16", "--batch-size", "4"]
-SHORT = ["--steps", "6", "--eval-every", "3", "--eval-batches", "2", *SMALL]
 
 
 @pytest.mark.parametrize("micro_batches", [1, 4])
@@ -59,19 +58,12 @@ def test_estimates_are_those_of_every_micro_batch(micro_batches):
     assert any(float(after[name]) != float(x) for name, x in before.items())
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"line {i * i} of a text that says little. " for i in range(400)))
-    return str(path)
-
-
 def test_it_is_in_the_records_of_its_steps_and_changes_nothing(tmp_path, text):
     runs = []
     for every in ("0", "2"):
         out = tmp_path / every
-        words = ["--data", text, "--out", str(out), "--noise-scale-every", every]
-        assert main(["race", *SHORT, "--optimizers", "adamw", *words]) == 0
+        words = ["--optimizers", "adamw", "--noise-scale-every", every]
+        assert race(*words, text=text, out=out) == 0
         lines = (out / "adamw" / "metrics.jsonl").read_text().splitlines()
         runs.append([json.loads(line) for line in lines])
     for plain, measured in zip(*runs, strict=True):
@@ -92,8 +84,7 @@ def test_it_is_in_the_records_of_its_steps_and_changes_nothing(tmp_path, text):
 )
 def test_what_cannot_be_is_refused(words, expected, tmp_path, text, capsys):
     out = tmp_path / "race"
-    files = ["--data", text, "--out", str(out)]
-    assert main(["race", *SHORT, "--optimizers", "sgd", *files, *words]) == 2
+    assert race("--optimizers", "sgd", *words, text=text, out=out) == 2
     complaint = capsys.readouterr().err
     assert expected in complaint
     assert complaint.count("\n") == 1
