@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
 from .optimizers_table import FAMILIES, TABLE
-from .tolerances import HALF, double, furthest
+from .tolerances import HALF, double, furthest, without_residuals
 
 DECAYING = [row for row in TABLE if row.accepts("weight_decay")]
 every_optimizer = pytest.mark.parametrize("row", TABLE, ids=[row.label for row in TABLE])
@@ -251,14 +251,6 @@ def train(tx, params, target):
     for _ in range(10):
         params, state = step(params, state)
     return params, state, first
-
-
-def without_residuals(tree):
-    """Certificates of roots and condition numbers magnify rounding, which is all that differs."""
-    is_residual = lambda path: getattr(path[-1], "name", "") in ("residual", "condition")
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: jnp.zeros(()) if path and is_residual(path) else x, tree
-    )
 
 
 @functools.cache
