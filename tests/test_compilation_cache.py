@@ -1,0 +1,28 @@
+"""The cache of compiled programs that all processes of the tests share.
+
+JAX writes an entry in place, so that another process may read one that is not whole, and a process
+that was killed leaves one behind. JAX compiles such a program again and says so in a warning, which
+pyproject.toml takes out of the warnings that are errors here.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.compilation_cache import compilation_cache
+
+
+def test_an_entry_that_is_not_whole_is_compiled_again(tmp_path):
+    used = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+        compilation_cache.reset_cache()
+        program = jax.jit(lambda x: x * 3 + 1)
+        expected = program(jnp.arange(4.0))
+        entries = [path for path in tmp_path.iterdir() if path.stat().st_size > 8]
+        assert entries
+        for path in entries:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        jax.clear_caches()
+        assert (program(jnp.arange(4.0)) == expected).all()
+    finally:
+        jax.config.update("jax_compilation_cache_dir", used)
+        compilation_cache.reset_cache()
