@@ -89,7 +89,8 @@ def scale_by_kl_shampoo(
       b1: decay rate of the momentum, in [0, 1).
       b2: decay rate of factors and eigenvalues.
       eps: added to the root of the product of eigenvalues.
-      refresh: T, and whether bases take turns, see :class:`ravine.Refresh`; without a start.
+      refresh: T, whether bases take turns, and which gradients factors (eigenvalues included) learn
+        from, see :class:`ravine.Refresh`; without a start.
       initial_eigenvalue: of all eigenvalues.
       max_inverse_root: bound on :math:`\lambda^{-1/2}`; for n eigenvalues max(10, min(n, this)).
       balance: bring both factors to the same mean eigenvalue at every refresh.
@@ -116,7 +117,8 @@ def scale_by_kl_shampoo(
     check_non_negative(eps=eps)
     check_positive(initial_eigenvalue=initial_eigenvalue, max_inverse_root=max_inverse_root)
     refresh.check_at_once("KL-Shampoo")
-    eigenbasis = KLEigenbasis(b1, b2, eps, initial_eigenvalue, max_inverse_root)
+    rates = (b1, refresh.decay(b2), eps)
+    eigenbasis = KLEigenbasis(*rates, initial_eigenvalue, max_inverse_root)
 
     def blockings(tree: Any) -> list[Blocking]:
         return blockings_of(tree, axes, blocks, sums=False)
@@ -133,13 +135,14 @@ def scale_by_kl_shampoo(
     ) -> tuple[optax.Updates, ScaleByKLShampooState]:
         count = increment(state.count)
         is_first = count == 1
+        learning = eigenbasis._replace(learns=refresh.learning_from_first(count))
         directions, usable, factors = stepped(
             tensors,
             tensors.opened(updates),
             tensors.opened(jax.tree.map(wide, state.mu)),
             tensors.of_leaves([m.dtype for m in jax.tree.leaves(state.mu)]),
             tensors.kept(state.factors),
-            functools.partial(eigenbasis.step, is_first),
+            functools.partial(learning.step, is_first),
         )
         factors = refreshed_factors(tensors, factors, refresh, count, balance=balance)
         averaged = ema(tensors.zero_unless(usable, updates), state.mu, b1)
@@ -153,7 +156,7 @@ def scale_by_kl_shampoo(
         )
         return moved, ScaleByKLShampooState(count, mu, tensors.to_keep(factors))
 
-    return blockwise("scale_by_kl_shampoo", blockings, init, step)
+    return blockwise("scale_by_kl_shampoo", blockings, init, step, refresh)
 
 
 @checked

@@ -90,7 +90,8 @@ def _note(link: Link, found: dict[str, Found]) -> None:
         for what, says in link.says.items():
             text = says[index] if isinstance(says, list) else says
             if text is not None:
-                owner.says[what] = text
+                both = what == "how" and what in owner.says
+                owner.says[what] = f"{owner.says[what]}; {text}" if both else text
 
 
 def _leaves(

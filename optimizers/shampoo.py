@@ -111,8 +111,8 @@ def scale_by_shampoo(
       b1: decay rate of the momentum, in [0, 1).
       b2: decay rate of statistics, in [0, 1]; 1 sums them up.
       nesterov: look-ahead momentum.
-      refresh: T and the first step that is preconditioned, see :class:`ravine.Refresh`; a start at
-        infinity leaves the graft alone.
+      refresh: T, the first step that is preconditioned, and which gradients statistics learn from, see
+        :class:`ravine.Refresh`; a start at infinity leaves the graft alone.
       blocks: which axes have a factor, and how they are cut, see :class:`ravine.Blocks`.
       exponent: of the roots, negative; ``None`` takes -1/(2k) for k factors.
       statistics: ``"gram"`` as above, or ``"kl"``, where the gradient is first preconditioned along the
@@ -200,7 +200,7 @@ def scale_by_shampoo(
         count = increment(state.count)
         factors = tensors.kept(state.factors)
         usable, factors = preconditioner.learn(
-            tensors, tensors.opened(updates), factors, max_elements
+            tensors, tensors.opened(updates), factors, refresh, count, max_elements
         )
         seen = tensors.zero_unless(usable, updates)
         mu = ema(seen, state.mu, b1)
@@ -224,7 +224,7 @@ def scale_by_shampoo(
         )
         return cast_like(directions, updates), state
 
-    return blockwise("scale_by_shampoo", blockings, init, step)
+    return blockwise("scale_by_shampoo", blockings, init, step, refresh)
 
 
 @checked

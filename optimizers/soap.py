@@ -94,7 +94,8 @@ def scale_by_soap(
       b2: decay rate of the second, in [0, 1).
       eps: added to the root of the second moment.
       shampoo_b2: decay rate of the factors' statistics; ``None`` takes `b2`.
-      refresh: T, and whether bases take turns, see :class:`ravine.Refresh`; without a start.
+      refresh: T, whether bases take turns, and which gradients their statistics (but not the moments)
+        learn from, see :class:`ravine.Refresh`; without a start.
       blocks: which axes have a basis, and how they are cut, see :class:`ravine.Blocks`; by default
         they are not cut.
       precondition_vectors: whether leaves with one axis get a basis too.
@@ -143,10 +144,11 @@ def scale_by_soap(
         adam = Step(
             b1=b1,
             b2=b2,
-            statistics_b2=statistics_b2,
+            statistics_b2=refresh.decay(statistics_b2),
             eps=eps,
             moves=count > 1,
             correction=jnp.sqrt(bias_correction(b2, k)) / bias_correction(b1, k),
+            learns=refresh.learning_from_first(count),
         )
         moments = list(map(Moments, tensors.kept(state.mu), tensors.kept(state.nu)))
         directions, moments, bases = stepped(
@@ -161,7 +163,7 @@ def scale_by_soap(
         )
         return tensors.closed(directions), state
 
-    return blockwise("scale_by_soap", blockings, init, step)
+    return blockwise("scale_by_soap", blockings, init, step, refresh)
 
 
 @checked

@@ -21,6 +21,7 @@ RULES = ((".*", "matrix", IN_OUT),)
 SHAPES = {"a": (8, 16), "b": (16, 8), "stack": (4, 8, 8), "odd": (6, 10), "tall": (24, 4)}
 SQUARES = {"square": (8, 8), "turned": (8, 8)}
 COMMON = {"rules": RULES, "refresh": ravine.Refresh(every=2)}
+RARE = ravine.Refresh(every=2, statistics_every=2)
 # Decay rates that float32 holds exactly.
 MOMENTS = {"b1": 0.9375, "b2": 0.9375, "eps": 1e-2}
 SHAMPOO = {**COMMON, "b2": 0.96875}
@@ -34,16 +35,20 @@ OPTIMIZERS = {
         blocks=ravine.Blocks(size=4),
         **{**SHAMPOO, "refresh": ravine.Refresh(every=2, staggered=True)},
     ),
-    "one-sided": lambda: ravine.shampoo(0.1, blocks=ravine.Blocks(size=4, bound=8), **SHAMPOO),
+    "one-sided": lambda: ravine.shampoo(
+        0.1, blocks=ravine.Blocks(size=4, bound=8), **{**SHAMPOO, "refresh": RARE}
+    ),
     "unblocked": lambda: ravine.shampoo(0.1, **SHAMPOO),
     "kl": lambda: ravine.shampoo(
         0.1, blocks=ravine.Blocks(size=4, bound=8), statistics="kl", **SHAMPOO
     ),
     "soap": lambda: ravine.soap(0.1, blocks=ravine.Blocks(size=4), **MOMENTS, **COMMON),
     "soap-one-sided": lambda: ravine.soap(
-        0.1, blocks=ravine.Blocks(size=4, bound=8), **MOMENTS, **COMMON
+        0.1, blocks=ravine.Blocks(size=4, bound=8), **MOMENTS, **{**COMMON, "refresh": RARE}
     ),
-    "kl_shampoo": lambda: ravine.kl_shampoo(0.1, blocks=ravine.Blocks(size=4), **COMMON),
+    "kl_shampoo": lambda: ravine.kl_shampoo(
+        0.1, blocks=ravine.Blocks(size=4), **{**COMMON, "refresh": RARE}
+    ),
     "muon": lambda: ravine.muon(0.1, rules=RULES),
     "normuon": lambda: ravine.normuon(0.1, rules=RULES),
     "hyperball": lambda: optax.chain(

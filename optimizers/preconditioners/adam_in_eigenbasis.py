@@ -12,7 +12,7 @@ from ...core.arithmetic import cast, lerp, wide
 from ..matrix.algebra.eigenbasis import eigenbasis, followed
 from ..matrix.algebra.kronecker import mode_gram, rotate
 from ..matrix.batch.batches import joined
-from ..matrix.batch.refresh import Refresh, refreshed
+from ..matrix.batch.refresh import Refresh, if_due, refreshed
 from ..matrix.batch.together import together
 from ..matrix.mesh.exchange import total
 from .block_state import fields, identities, usable_blocks, with_fields
@@ -52,6 +52,7 @@ class Step(NamedTuple):
     eps: Any
     moves: jax.Array
     correction: jax.Array
+    learns: jax.Array | None  # whether statistics do; None where they always do
 
     def __call__(self, kind: Any, carry: Any, vectors: Sequence[jax.Array]) -> Any:
         """Direction, moments and statistics for gradients, moments and statistics."""
@@ -66,12 +67,17 @@ class Step(NamedTuple):
         new_nu = jnp.where(self.moves, lerp(jnp.square(rotated), nu, self.b2), wide(nu))
         adam = new_mu / (jnp.sqrt(new_nu) + jnp.asarray(self.eps, new_nu.dtype))
         adam = jnp.where(self.moves, adam * self.correction.astype(adam.dtype), 0)
-        learned = []
-        for axis, old in zip(axes, statistics, strict=True):
-            new = lerp(total(mode_gram(seen, axis, order), summed), old, self.statistics_b2)
-            learned.append(jnp.where(usable[:, None, None], new, old))
+
+        def learned(statistics: Sequence[jax.Array]) -> list[jax.Array]:
+            grams = [total(mode_gram(seen, axis, order), summed) for axis in axes]
+            return [
+                jnp.where(usable[:, None, None], lerp(gram, old, self.statistics_b2), old)
+                for gram, old in zip(grams, statistics, strict=True)
+            ]
+
+        statistics = if_due(self.learns, learned, list(statistics))
         direction = cast(rotate(adam, turn), blocks.dtype)
-        return direction, cast(new_mu, mu.dtype), cast(new_nu, nu.dtype), learned
+        return direction, cast(new_mu, mu.dtype), cast(new_nu, nu.dtype), statistics
 
 
 def stepped(

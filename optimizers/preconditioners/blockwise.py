@@ -19,6 +19,7 @@ import optax
 
 from ...core.leaves import at_leaves, from_leaves
 from ...core.transformation import transformation
+from ..matrix.batch.refresh import Refresh
 from ..matrix.batch.together import Unit
 from ..matrix.mesh.exchange import per_shard
 from ..matrix.mesh.placement import Names
@@ -124,6 +125,7 @@ def blockwise(
     blockings: Callable[[Any], list[Blocking]],
     init: Callable[[optax.Params], Any],
     step: Callable[[optax.Updates, Any, Tensors], tuple[optax.Updates, Any]],
+    refresh: Refresh,
 ) -> optax.GradientTransformation:
     """The transformation of a step on blocks.
 
@@ -132,6 +134,7 @@ def blockwise(
       blockings: of all leaves of a tree.
       init: the state at the start.
       step: of updates, state and tensors, to updates and state; on a mesh, of every device's parts.
+      refresh: for the explanation, which tells what is not the default.
     """
     on_mesh = per_shard(
         lambda updates, state, found: step(updates, state, Tensors(updates, found)), init
@@ -144,6 +147,8 @@ def blockwise(
         return on_mesh(updates, state, blockings(updates))
 
     def describe(params: optax.Params) -> dict[str, list[str]]:
-        return {"how": blocks_in_words(blockings(params))}
+        return {
+            "how": [f"{blocks}{refresh.words}" for blocks in blocks_in_words(blockings(params))]
+        }
 
     return transformation(init, update, describe, name)

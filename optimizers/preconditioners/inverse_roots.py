@@ -1,6 +1,7 @@
 """Shampoo's factors: how they are kept, learn from gradients, get their roots, and precondition."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from ..links.graft import norm_ratio
 from ..matrix.algebra.kronecker import mode_gram, rotate
 from ..matrix.algebra.packing import pack, unpack
 from ..matrix.algebra.roots import Method, exponent_fraction, inverse_root
-from ..matrix.batch.refresh import Refresh, refreshed
+from ..matrix.batch.refresh import Refresh, if_due, refreshed
 from ..matrix.batch.together import together
 from ..matrix.mesh.exchange import total
 from ..matrix.shape.blocking import Blocking
@@ -112,12 +113,13 @@ class Preconditioner:
         tensors: Tensors,
         gradients: Sequence[jax.Array],
         factors: Sequence[Factors],
+        schedule: Refresh,
+        step: jax.Array,
         max_elements: int | None,
     ) -> tuple[list[jax.Array], list[Factors]]:
         """Which blocks of the gradients are usable, and factors with those of them in their statistics.
 
-        A block is usable if the squares of its gradient can be summed, and its new statistics are
-        finite.
+        A block is usable if the squares of its gradient can be summed, and new statistics are finite.
         """
         units = [
             tensor.unit(
@@ -129,32 +131,43 @@ class Preconditioner:
             )
             for tensor, blocks, each in zip(tensors, gradients, factors, strict=True)
         ]
-        found = together(units, self._learned, max_elements)
+        learned = functools.partial(
+            self._learned, due=schedule.learning(step), every=schedule.statistics_every
+        )
+        found = together(units, learned, max_elements)
         return [usable for usable, _ in found], [
             with_fields(each, statistics=statistics)
             for each, (_, statistics) in zip(factors, found, strict=True)
         ]
 
-    def _learned(self, kind: Any, carry: Any, beside: Any) -> Any:
+    def _learned(
+        self, kind: Any, carry: Any, beside: Any, *, due: jax.Array | None, every: int
+    ) -> Any:
         (sizes, axes, summed), (_, kept), (blocks, roots) = kind, carry, beside
         order = len(sizes)
         usable = usable_blocks(wide(blocks), order, summed)
         seen = jnp.where(usable.reshape(-1, *(1,) * order), wide(blocks), 0)
         loaded = self._loaded(roots or (), sizes, axes)
-        pairs = []
-        for axis, statistics in zip(axes, kept, strict=True):
-            others = [None if at == axis else root for at, root in enumerate(loaded)]
-            gram = total(mode_gram(rotate(seen, others), axis, order), summed)
-            old = self.statistics.load(statistics, sizes[axis])
-            new = _accumulated(gram, old, self.b2)
-            # Nothing in a positive semi-definite matrix is larger than its trace.
-            fits = is_summable(jnp.trace(new, axis1=1, axis2=2))
-            # What has been spoiled from outside is for the certificate of its root to find.
-            usable &= fits | ~is_summable(jnp.trace(old, axis1=1, axis2=2))
-            pairs.append((new, old))
-        return usable, [
-            self.statistics.keep(jnp.where(usable[:, None, None], new, old)) for new, old in pairs
-        ]
+
+        def learned(carry: Any) -> Any:
+            usable, kept = carry
+            pairs = []
+            for axis, statistics in zip(axes, kept, strict=True):
+                others = [None if at == axis else root for at, root in enumerate(loaded)]
+                gram = total(mode_gram(rotate(seen, others), axis, order), summed)
+                old = self.statistics.load(statistics, sizes[axis])
+                new = _accumulated(gram, old, self.b2, every)
+                # Nothing in a positive semi-definite matrix is larger than its trace.
+                fits = is_summable(jnp.trace(new, axis1=1, axis2=2))
+                # What has been spoiled from outside is for the certificate of its root to find.
+                usable &= fits | ~is_summable(jnp.trace(old, axis1=1, axis2=2))
+                pairs.append((new, old))
+            return usable, [
+                self.statistics.keep(jnp.where(usable[:, None, None], new, old))
+                for new, old in pairs
+            ]
+
+        return if_due(due, learned, (usable, kept))
 
     def _loaded(
         self, kept: Sequence[jax.Array], sizes: Sequence[int], axes: Sequence[int]
@@ -185,7 +198,7 @@ class Preconditioner:
             for axis, factor in enumerate(each)
             if factor is not None
         ]
-        weight = _weight(self.b2, step)
+        weight = _weight(schedule.decay(self.b2), schedule.learned(step))
 
         def new_roots(kind: Any, carry: Any, source: Any) -> Any:
             return self._refreshed(kind, source, carry, weight)
@@ -291,19 +304,20 @@ def _is_number(b2: Any) -> bool:
     return isinstance(b2, (int, float))
 
 
-def _accumulated(new: jax.Array, old: jax.Array, b2: Any) -> jax.Array:
-    """The moving average, or with a b2 of one the sum."""
+def _accumulated(new: jax.Array, old: jax.Array, b2: Any, every: int = 1) -> jax.Array:
+    """The moving average, or with a b2 of one the sum; of every so many gradients one is taken in."""
+    keep = b2**every if every > 1 else b2
     if _is_number(b2):
-        return old + new if b2 == 1 else lerp(new, old, b2)
-    take = jnp.where(b2 == 1, jnp.ones_like(b2), 1 - b2)
-    return b2.astype(old.dtype) * old + take.astype(old.dtype) * new
+        return old + every * new if b2 == 1 else lerp(new, old, keep)
+    take = jnp.where(b2 == 1, jnp.full_like(b2, every), 1 - keep)
+    return keep.astype(old.dtype) * old + take.astype(old.dtype) * new
 
 
-def _weight(b2: Any, step: jax.Array) -> jax.Array | None:
-    """What the statistics are divided by, for their start from zero."""
+def _weight(b2: Any, count: jax.Array) -> jax.Array | None:
+    """What the statistics are divided by, for their start from zero, after so many gradients."""
     if _is_number(b2):
-        return None if b2 == 1 else bias_correction(b2, step)
-    return jnp.where(b2 == 1, 1, bias_correction(jnp.where(b2 == 1, 0.5, b2), step))
+        return None if b2 == 1 else bias_correction(b2, count)
+    return jnp.where(b2 == 1, 1, bias_correction(jnp.where(b2 == 1, 0.5, b2), count))
 
 
 def check_statistics_dtype(dtype: Any, ridge: Any) -> None:

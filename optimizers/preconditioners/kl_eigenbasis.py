@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ...core.arithmetic import cast, is_summable, lerp, wide
 from ..matrix.algebra.eigenbasis import eigenbasis, followed
 from ..matrix.algebra.kronecker import mode_gram, mode_product, rotate
-from ..matrix.batch.refresh import Refresh, refreshed
+from ..matrix.batch.refresh import Refresh, if_due, refreshed
 from ..matrix.batch.together import together
 from ..matrix.mesh.shards import reshape
 from .block_state import identities, usable_blocks
@@ -37,6 +37,7 @@ class KLEigenbasis(NamedTuple):
     eps: Any
     initial_eigenvalue: Any
     max_inverse_root: float
+    learns: jax.Array | None = None  # whether factors do in this step; None where they always do
 
     def factor(self, scalars: jax.Array, size: int) -> KLFactor:
         """The factor at the start; `scalars` are zeros, one for each block."""
@@ -47,24 +48,24 @@ class KLEigenbasis(NamedTuple):
     def step(self, is_first: jax.Array, kind: Any, carry: Any, blocks: jax.Array) -> Any:
         """Direction, usable blocks and factors, for the mean of gradients, factors, and the gradient."""
         (order, axes, mu_dtype), (mean, _, kept) = kind, carry
-        factors: list[KLFactor | None] = [None] * order
-        for axis, factor in zip(axes, kept, strict=True):
-            factors[axis] = factor
-        usable, new = self._learned(blocks, factors, is_first)
-        seen = jnp.where(usable.reshape(-1, *(1,) * order), wide(blocks), 0)
-        mean = jnp.where(is_first, mean, wide(cast(lerp(seen, mean, self.b1), mu_dtype)))
-        return (
-            _whitened(mean, factors, self.eps),
-            usable,
-            [
+
+        def learned(carry: Any) -> Any:
+            _, kept = carry
+            usable, new = self._learned(blocks, _by_axis(kept, axes, order), is_first)
+            return usable, [
                 KLFactor(
                     jnp.where(usable[:, None, None], new[axis].statistics, old.statistics),
                     old.vectors,
                     jnp.where(usable[:, None] & ~is_first, new[axis].eigenvalues, old.eigenvalues),
                 )
                 for axis, old in zip(axes, kept, strict=True)
-            ],
-        )
+            ]
+
+        unlearned = (usable_blocks(wide(blocks), order), kept)
+        usable, new = if_due(self.learns, learned, unlearned)
+        seen = jnp.where(usable.reshape(-1, *(1,) * order), wide(blocks), 0)
+        mean = jnp.where(is_first, mean, wide(cast(lerp(seen, mean, self.b1), mu_dtype)))
+        return _whitened(mean, _by_axis(kept, axes, order), self.eps), usable, new
 
     def _learned(self, blocks: jax.Array, factors: Any, is_first: jax.Array) -> Any:
         """The factors with the gradients of usable blocks in them, and which these are.
@@ -98,6 +99,11 @@ class KLEigenbasis(NamedTuple):
 
     def _floor(self, size: int) -> float:
         return max(10.0, min(float(size), self.max_inverse_root)) ** -2
+
+
+def _by_axis(kept: Sequence[KLFactor], axes: Sequence[int], order: int) -> KLFactors:
+    found = dict(zip(axes, kept, strict=True))
+    return tuple(found.get(axis) for axis in range(order))
 
 
 def stepped(

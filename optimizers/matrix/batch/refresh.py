@@ -22,16 +22,20 @@ from .together import Unit, worked_on
 
 @options("refresh")
 class Refresh:
-    """When roots and bases are found again; steps are counted from one.
+    r"""When roots and bases are found again; steps are counted from one.
 
     Attributes:
       every: the period T.
       start: the first step that uses the results, at least T (so that staggered ones are complete);
         ``None`` takes T, and infinity never starts.
       staggered: spread over the period.
+      statistics_every: statistics learn from the gradients of the first step and of every k-th, k at
+        most T, at the decay rate :math:`\beta^k`: so their mean reaches as many steps back. A sum
+        (Shampoo's ``b2=1``) counts such a gradient k times.
 
     Raises:
-      ValueError: for a period below one, or a start before the first refresh.
+      ValueError: for a period below one, a start before the first refresh, or statistics that learn more
+        rarely than something is found from them.
 
     Example:
       >>> import jax.numpy as jnp
@@ -43,6 +47,7 @@ class Refresh:
     every: int = 10
     start: MaybeInfinite | None = None
     staggered: bool = False
+    statistics_every: int = 1
 
     def __post_init__(self) -> None:
         check_known(**{"refresh.every": self.every, "refresh.start": self.start})
@@ -53,6 +58,12 @@ class Refresh:
             raise ValueError(
                 f"refresh.start must be a step from {self.every} (the period) on, got {self.start!r}; "
                 "None starts there."
+            )
+        check_whole(1, **{"refresh.statistics_every": self.statistics_every})
+        if self.statistics_every > self.every:
+            raise ValueError(
+                f"refresh.statistics_every must be at most {self.every} (the period), got "
+                f"{self.statistics_every}: between, nothing new would be found."
             )
 
     @property
@@ -65,6 +76,12 @@ class Refresh:
         """On how many steps of a period something is refreshed."""
         return self.every if self.staggered and self.every > 1 else 1
 
+    @property
+    def words(self) -> str:
+        """For explanations: what else than the default happens, after a comma."""
+        k = self.statistics_every
+        return "" if k == 1 else f", statistics every {k}"
+
     def check_at_once(self, name: str) -> None:
         """Raises for a start, where results are used as soon as there are any."""
         if self.start is not None:
@@ -72,6 +89,28 @@ class Refresh:
                 f"refresh.start is not for {name}, whose bases are found on the first step and used "
                 f"from the second; leave it out, got {self.start!r}."
             )
+
+    def learning(self, step: jax.Array) -> jax.Array | None:
+        """Whether statistics learn from this step's gradient, None where they always do.
+
+        On the first step, and then so that a refresh at the end of a period knows its last gradient.
+        """
+        k = self.statistics_every
+        return None if k == 1 else (step == 1) | (step % k == 0)
+
+    def learned(self, step: jax.Array) -> jax.Array:
+        """How many gradients statistics have in them, by `learning`."""
+        k = self.statistics_every
+        return step if k == 1 else step // k + 1
+
+    def learning_from_first(self, step: jax.Array) -> jax.Array | None:
+        """As `learning`, where the first step sets all, and periods are counted from it (`follows`)."""
+        k = self.statistics_every
+        return None if k == 1 else (step - 1) % k == 0
+
+    def decay(self, b2: Any) -> Any:
+        """A decay rate a step, as one for every gradient that statistics learn from."""
+        return b2 if self.statistics_every == 1 else b2**self.statistics_every
 
     def started(self, step: jax.Array) -> jax.Array:
         """Whether the results are used."""
@@ -143,6 +182,11 @@ def once(due: jax.Array, body: Callable[[Any], Any], carry: Any) -> tuple[jax.Ar
     return jax.lax.while_loop(
         lambda state: state[0], lambda state: (jnp.zeros([], bool), body(state[1])), (due, carry)
     )
+
+
+def if_due(due: jax.Array | None, body: Callable[[Any], Any], carry: Any) -> Any:
+    """``body(carry)``; if there is a flag, only where it is set, and else `carry`."""
+    return body(carry) if due is None else once(due, body, carry)[1]
 
 
 def phases_of(costs: Sequence[float], phases: int) -> list[int]:

@@ -1,0 +1,112 @@
+"""Statistics that learn from every k-th gradient: what they are, and what is left as it was."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import ravine
+from ravine.training.plan.flops import arithmetic
+
+from .preconditioned import assert_trees_close, run, single
+
+COUNT = 9
+
+
+def correlated(count=COUNT, seed=0, shape=(8, 6)):
+    """Gradients of which each is mostly the one before, with singular values like a power law."""
+    rng = np.random.default_rng(seed)
+    rows, columns = ((1 + np.arange(n)) ** -0.75 for n in shape)
+    fresh = rng.normal(size=(count, *shape)) * rows[:, None] * columns
+    found = [fresh[0]]
+    for new in fresh[1:]:
+        found.append(0.8 * found[-1] + 0.6 * new)
+    return [single(gradient) for gradient in found]
+
+
+def mean(gradients, b2, every):
+    """Of Gram matrices of the first and every k-th gradient, each with the weight it has after them."""
+    total = np.zeros((8, 8))
+    for g in gradients:
+        gram = np.float64(g) @ np.float64(g).T
+        total = total + every * gram if b2 == 1 else b2**every * total + (1 - b2**every) * gram
+    return total
+
+
+@pytest.mark.parametrize("b2", [0.9, 1.0])
+@pytest.mark.parametrize("every", [1, 2, 4])
+def test_shampoo_learns_from_the_first_gradient_and_every_kth(every, b2):
+    gradients = correlated()
+    refresh = ravine.Refresh(every=4, statistics_every=every)
+    _, states = run(ravine.scale_by_shampoo(b2=b2, refresh=refresh, graft="none"), gradients)
+    for at, state in enumerate(states, 1):
+        seen = [g for t, g in enumerate(gradients[:at], 1) if t == 1 or t % every == 0]
+        expected = mean(seen, b2, every)
+        found = state.factors[0][0].statistics.squeeze()
+        np.testing.assert_allclose(found, expected, atol=1e-5 * np.max(expected))
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_soap_learns_likewise_from_the_first_step_on(every):
+    gradients = correlated()
+    refresh = ravine.Refresh(every=3, statistics_every=every)
+    _, states = run(ravine.scale_by_soap(b2=0.9, refresh=refresh), gradients)
+    for at, state in enumerate(states):
+        expected = mean(gradients[: at + 1 : every], 0.9, every)
+        found = state.bases[0][0].statistics.squeeze()
+        np.testing.assert_allclose(found, expected, atol=1e-5 * np.max(expected))
+
+
+def test_soap_keeps_its_moments_every_step():
+    """Its bases are those of the first gradient until the first refresh, and so are its updates."""
+    gradients = correlated()
+    found = [
+        run(ravine.scale_by_soap(refresh=ravine.Refresh(every=20, statistics_every=k)), gradients)[
+            0
+        ]
+        for k in (1, 20)
+    ]
+    assert_trees_close(*found, 1e-4)
+
+
+def test_kl_shampoo_learns_from_the_first_gradient_and_every_kth():
+    """Of gradients that repeat each k times it makes, but for its rates, what it does of each once."""
+    gradients = correlated(4)
+    rare = ravine.Refresh(every=3, statistics_every=3)
+    repeated = [g for g in gradients for _ in range(3)]
+    _, thrice = run(ravine.scale_by_kl_shampoo(b2=0.9, refresh=rare), repeated)
+    once = ravine.scale_by_kl_shampoo(b2=0.9**3, refresh=ravine.Refresh(every=1))
+    _, states = run(once, gradients)
+    for a, b in zip(thrice[::3], states, strict=True):
+        assert_trees_close(a.factors, b.factors, 1e-5)
+
+
+@pytest.mark.parametrize("staggered", [False, True])
+def test_the_start_is_corrected_exactly(staggered):
+    """One gradient for ever has one root, however often the statistics learn from it."""
+    gradients = correlated(1) * 6
+    roots = []
+    for k in (1, 3):
+        refresh = ravine.Refresh(every=3, staggered=staggered, statistics_every=k)
+        tx = ravine.scale_by_shampoo(b2=0.9, refresh=refresh, ridge=1e-2)
+        roots.append([factor.root for factor in run(tx, gradients)[1][2].factors[0]])
+    assert_trees_close(*roots, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["shampoo", "soap", "kl_shampoo", "soap_muon"])
+def test_registry_explanation_and_planner_know_it(name):
+    config = ravine.OptimizerConfig(name, {"refresh": {"statistics_every": 5}})
+    assert ravine.OptimizerConfig.from_json(config.to_json()) == config
+    params = {"kernel": jnp.ones((64, 32))}
+    rules = (("", "matrix"),)
+
+    def planned(refresh):
+        tx = ravine.OptimizerConfig(name, {"refresh": refresh}).build(1e-3, rules=rules)
+        state = jax.eval_shape(tx.init, params)
+        return arithmetic(jax.jit(tx.update).trace(params, state, params), devices=1)
+
+    (row,) = ravine.explain(config.build(1e-3, rules=rules), params).rows
+    assert row.how.startswith("1 block of 64x32, factors of 64, 32, statistics every 5")
+    plain, rare = planned({}), planned({"statistics_every": 5})
+    grams = 2 * 64 * 32 * (64 + 32)
+    assert plain.always - rare.always >= grams
+    assert rare.sometimes - plain.sometimes >= grams
