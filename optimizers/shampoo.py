@@ -21,7 +21,7 @@ from ..core.paths import path_string
 from .by_role import FALLBACK, Fallback, by_role
 from .links.decay import Mask
 from .links.graft import Graft, magnitude
-from .matrix.algebra.roots import Method, exponent_fraction
+from .matrix.algebra.roots import Method, check_misfit, exponent_fraction
 from .matrix.batch.refresh import REFRESH, Refresh
 from .matrix.shape.blocking import Blocking, blockings_of
 from .matrix.shape.blocks import BLOCKS, Blocks
@@ -164,6 +164,8 @@ def scale_by_shampoo(
     check_amount(0, patience=patience)
     size = magnitude(graft, b2 if graft_b2 is None else graft_b2, graft_eps, nu_dtype)
     check_statistics_dtype(statistics_dtype, ridge)
+    if refresh.need is not None:
+        check_misfit(root)
     preconditioner = Preconditioner(
         b2=b2,
         kl=statistics == "kl",

@@ -21,7 +21,7 @@ RULES = ((".*", "matrix", IN_OUT),)
 SHAPES = {"a": (8, 16), "b": (16, 8), "stack": (4, 8, 8), "odd": (6, 10), "tall": (24, 4)}
 SQUARES = {"square": (8, 8), "turned": (8, 8)}
 COMMON = {"rules": RULES, "refresh": ravine.Refresh(every=2)}
-RARE = ravine.Refresh(every=2, statistics_every=2)
+RARE = ravine.Refresh(every=2, statistics_every=2, need=0.05)
 # Decay rates that float32 holds exactly.
 MOMENTS = {"b1": 0.9375, "b2": 0.9375, "eps": 1e-2}
 SHAMPOO = {**COMMON, "b2": 0.96875}

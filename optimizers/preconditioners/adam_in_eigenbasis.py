@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from ...core.arithmetic import cast, lerp, wide
-from ..matrix.algebra.eigenbasis import eigenbasis, followed
+from ..matrix.algebra.eigenbasis import eigenbasis, followed, off_diagonal
 from ..matrix.algebra.kronecker import mode_gram, rotate
 from ..matrix.batch.batches import joined
-from ..matrix.batch.refresh import Refresh, if_due, refreshed
+from ..matrix.batch.once import if_due
+from ..matrix.batch.refresh import Refresh, refreshed
 from ..matrix.batch.together import together
 from ..matrix.mesh.exchange import total
 from .block_state import fields, identities, usable_blocks, with_fields
@@ -143,7 +144,8 @@ def refreshed_bases(
     ]
     due = lambda phase: schedule.follows(count, phase)
     follow = functools.partial(_followed, floor=_floor(b1, b2))
-    found = refreshed(units, follow, schedule.phases, due)
+    need = schedule.by_need(count, _off)
+    found = refreshed(units, follow, schedule.phases, due, need=need)
     for (at, _), (vectors, mu, nu) in zip(turned, found, strict=True):
         moments[at], bases[at] = Moments(mu, nu), with_fields(bases[at], vectors=vectors)
     return moments, bases
@@ -179,6 +181,12 @@ def _followed(axes: Any, carry: Any, statistics: Sequence[jax.Array], floor: Any
     turned = without_rounding(_turned(axes, wide(mu), vectors, new), wide(mu), axes)
     proven = jnp.square(turned) * jnp.asarray(floor, turned.dtype)
     return new, cast(turned, mu.dtype), cast(jnp.maximum(wide(permuted), proven), nu.dtype)
+
+
+def _off(_: Any, carry: Any, statistics: Sequence[jax.Array]) -> jax.Array:
+    """Of the axis whose basis fits worst."""
+    vectors, *_ = carry
+    return functools.reduce(jnp.maximum, _by_size(off_diagonal, statistics, vectors))
 
 
 def _turned(

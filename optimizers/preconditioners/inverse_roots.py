@@ -12,8 +12,9 @@ from ...core.arithmetic import bias_correction, is_summable, lerp, wide
 from ..links.graft import norm_ratio
 from ..matrix.algebra.kronecker import mode_gram, rotate
 from ..matrix.algebra.packing import pack, unpack
-from ..matrix.algebra.roots import Method, exponent_fraction, inverse_root
-from ..matrix.batch.refresh import Refresh, if_due, refreshed
+from ..matrix.algebra.roots import Method, exponent_fraction, inverse_root, misfit
+from ..matrix.batch.once import if_due
+from ..matrix.batch.refresh import Refresh, refreshed
 from ..matrix.batch.together import together
 from ..matrix.mesh.exchange import total
 from ..matrix.shape.blocking import Blocking
@@ -203,19 +204,20 @@ class Preconditioner:
         def new_roots(kind: Any, carry: Any, source: Any) -> Any:
             return self._refreshed(kind, source, carry, weight)
 
-        due = lambda phase: schedule.due(step, phase)
-        found = iter(refreshed(units, new_roots, schedule.phases, due, max_elements))
+        def misfits(kind: Any, carry: Any, source: Any) -> jax.Array:
+            return self._misfit(kind, source, carry, weight)
+
+        due, need = lambda phase: schedule.due(step, phase), schedule.by_need(step, misfits)
+        found = iter(refreshed(units, new_roots, schedule.phases, due, max_elements, need))
         return [
             tuple(factor and Factor(factor.statistics, *next(found)) for factor in each)
             for each in factors
         ]
 
     def _refreshed(self, kind: Any, source: Any, carry: Any, weight: Any) -> Any:
-        (exponent, size), (kept, inside) = kind, source
+        (exponent, _), (_, inside) = kind, source
         root, residual, condition, failures, refused = carry
-        statistics = self.statistics.load(kept, size)
-        if weight is not None:
-            statistics = statistics / weight.astype(statistics.dtype)
+        statistics = self._corrected(kind, source, weight)
         found = inverse_root(
             statistics,
             exponent,
@@ -235,6 +237,22 @@ class Preconditioner:
             jnp.where(seen, found.condition, condition),
             jnp.where(good, 0, failures + bad.astype(jnp.int32)),
             refused + bad.astype(jnp.int32),
+        )
+
+    def _corrected(self, kind: Any, source: Any, weight: Any) -> jax.Array:
+        """Statistics as they are rooted."""
+        statistics = self.statistics.load(source[0], kind[1])
+        return statistics if weight is None else statistics / weight.astype(statistics.dtype)
+
+    def _misfit(self, kind: Any, source: Any, carry: Any, weight: Any) -> jax.Array:
+        (exponent, size), (_, inside) = kind, source
+        return misfit(
+            self._corrected(kind, source, weight),
+            self.roots.load(carry[0], size),
+            exponent,
+            ridge=self.ridge,
+            absolute_ridge=self.absolute_ridge,
+            size=inside,
         )
 
     def apply(

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from ...core.arithmetic import cast, is_summable, lerp, wide
-from ..matrix.algebra.eigenbasis import eigenbasis, followed
+from ..matrix.algebra.eigenbasis import eigenbasis, followed, off_diagonal
 from ..matrix.algebra.kronecker import mode_gram, mode_product, rotate
-from ..matrix.batch.refresh import Refresh, if_due, refreshed
+from ..matrix.batch.once import if_due
+from ..matrix.batch.refresh import Refresh, refreshed
 from ..matrix.batch.together import together
 from ..matrix.mesh.shards import reshape
 from .block_state import identities, usable_blocks
@@ -167,12 +168,15 @@ def refreshed_factors(
     def follow(_: Any, vectors: jax.Array, statistics: jax.Array) -> jax.Array:
         return followed(statistics, vectors, sort=False)[0]
 
+    def off(_: Any, vectors: jax.Array, statistics: jax.Array) -> jax.Array:
+        return off_diagonal(statistics, vectors)
+
     is_first, due = count == 1, schedule.follows(count, 0)
     follows = lambda phase: schedule.follows(count, phase)
     found = list(factors)
-    for function, phases, when in (
-        (first, 1, lambda _: is_first),
-        (follow, schedule.phases, follows),
+    for function, phases, when, need in (
+        (first, 1, lambda _: is_first, None),
+        (follow, schedule.phases, follows, schedule.by_need(count, off)),
     ):
         units = [
             tensor.unit(None, factor.statistics, factor.vectors)
@@ -180,7 +184,7 @@ def refreshed_factors(
             for factor in each
             if factor is not None
         ]
-        new = iter(refreshed(units, function, phases, when))
+        new = iter(refreshed(units, function, phases, when, need=need))
         found = [
             tuple(factor and factor._replace(vectors=next(new)) for factor in each)
             for each in found

@@ -78,6 +78,26 @@ def followed(
     )
 
 
+def off_diagonal(statistics_KxNxN: jax.Array, basis_KxNxN: jax.Array) -> jax.Array:
+    r"""`[K]`: how much of :math:`Q^\top S Q` is off its diagonal, as a part of the whole.
+
+    Frobenius norms, to about a thousandth: as Q is orthogonal, one product is enough. It is the
+    criterion of Eschenhagen et al., 2025, https://arxiv.org/abs/2506.03595.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ravine.optimizers.matrix.algebra.eigenbasis import off_diagonal
+      >>> off_diagonal(jnp.array([[[3.0, 4.0], [4.0, 3.0]]]), jnp.eye(2)[None]).round(2)
+      Array([0.8], dtype=float32)
+    """
+    largest = jnp.max(jnp.abs(statistics_KxNxN), axis=(1, 2), keepdims=True)
+    scaled = statistics_KxNxN / jnp.where(largest > 0, largest, 1)
+    diagonal = jnp.sum(basis_KxNxN * multiply(scaled, basis_KxNxN), axis=1)
+    whole = jnp.sum(jnp.square(scaled), axis=(1, 2))
+    off = jnp.maximum(whole - jnp.sum(jnp.square(diagonal), axis=1), 0)
+    return jnp.sqrt(off / jnp.where(whole > 0, whole, 1))
+
+
 def _completed_in_turn(vectors_KxNxN: jax.Array, known_KxN: jax.Array) -> jax.Array:
     """`_completed`, everywhere but on CPU 32 matrices at a time.
 

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from .root_parts import Found, multiply, power
+from .root_parts import Found, identity, multiply, power, ridged
 from .roots_by_eigh import Eigh, PseudoInverse
 from .roots_by_products import CoupledNewton, CoupledNewtonSchulz
 
@@ -39,8 +39,10 @@ __all__ = [
     "InverseRoot",
     "Method",
     "PseudoInverse",
+    "check_misfit",
     "exponent_fraction",
     "inverse_root",
+    "misfit",
 ]
 
 
@@ -148,6 +150,51 @@ def inverse_root(
         residual = jnp.where(size == 0, 0, residual)
     finite = jnp.all(jnp.isfinite(root), axis=(1, 2)) & jnp.isfinite(residual)
     return InverseRoot(root, jnp.where(finite, residual, jnp.inf), found.condition)
+
+
+def check_misfit(method: Method | None) -> None:
+    """Raises for a method of whose roots `misfit` tells nothing."""
+    if isinstance(method, PseudoInverse):
+        raise ValueError(
+            "refresh.need is not for PseudoInverse, whose roots leave directions out, and so fit no "
+            "statistics; take Eigh(), or leave need out."
+        )
+
+
+def misfit(
+    matrices_KxNxN: jax.Array,
+    root_KxNxN: jax.Array,
+    exponent: float | Fraction,
+    *,
+    ridge: float = 1e-5,
+    absolute_ridge: float = 0.0,
+    size: jax.Array | None = None,
+) -> jax.Array:
+    r"""`[K]`: the largest element of :math:`(A + \rho I)^q X^p - I`, for a root X of an earlier A.
+
+    Arguments as for `inverse_root`; of a zero matrix it is zero.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ravine.optimizers.matrix.algebra.roots import misfit
+      >>> old = jnp.diag(jnp.array([1.0, 0.5]))[None]  # of diag(1, 4)
+      >>> misfit(jnp.diag(jnp.array([1.0, 5.0]))[None], old, -1 / 2, ridge=0.0).round(3)
+      Array([0.25], dtype=float32)
+    """
+    q, p = exponent_fraction(exponent)
+    n = matrices_KxNxN.shape[-1]
+    wide = jnp.float64 if matrices_KxNxN.dtype == jnp.float64 else jnp.float32
+    inside = jnp.ones((1, n), bool)
+    if size is not None:
+        inside = jnp.arange(n, dtype=size.dtype)[None] < size[:, None]
+    both = inside[:, :, None] & inside[:, None, :]
+    a, x = (jnp.where(both, y.astype(wide), 0) for y in (matrices_KxNxN, root_KxNxN))
+    largest = jnp.max(jnp.diagonal(a, axis1=1, axis2=2), axis=1, initial=0)
+    scale = jnp.where(largest > 0, largest, 1)[:, None, None]
+    lifted = ridged(a / scale, ridge, absolute_ridge / scale)
+    product = _materialized(multiply(power(lifted, q), power(x * scale ** (q / p), p)))
+    off = jnp.where(both, jnp.abs(product - identity(product)), 0)
+    return jnp.where(largest > 0, jnp.max(off, axis=(1, 2), initial=0), 0)
 
 
 def _materialized(x: jax.Array) -> jax.Array:

@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from ....core.arguments import MaybeInfinite
-from ....core.checks import check_known, check_whole
+from ....core.checks import check_known, check_positive, check_whole
 from ....core.options import options
+from .by_need import Need, in_need, only_those
+from .once import once
 from .together import Unit, worked_on
 
 
@@ -32,10 +34,17 @@ class Refresh:
       statistics_every: statistics learn from the gradients of the first step and of every k-th, k at
         most T, at the decay rate :math:`\beta^k`: so their mean reaches as many steps back. A sum
         (Shampoo's ``b2=1``) counts such a gradient k times.
+      need: if given, a block that is due is refreshed only if what was found no longer fits its
+        statistics: if the misfit is larger than this. Of a basis it is the part of
+        :math:`Q^\top L Q` off the diagonal, :math:`\lVert\cdot\rVert_F`, of the whole; of a root the
+        largest element of :math:`L X^p - I`. Take a short period with it.
+      most: with `need`, at most this share of the blocks of a shape is refreshed in one step, the worst
+        first; of each device's blocks on a mesh, of each phase's if staggered. Not before the start,
+        so that no block starts without.
 
     Raises:
-      ValueError: for a period below one, a start before the first refresh, or statistics that learn more
-        rarely than something is found from them.
+      ValueError: for a period below one, a start before the first refresh, statistics that learn more
+        rarely than something is found from them, or a bound on needs that nobody asks for.
 
     Example:
       >>> import jax.numpy as jnp
@@ -48,6 +57,8 @@ class Refresh:
     start: MaybeInfinite | None = None
     staggered: bool = False
     statistics_every: int = 1
+    need: float | None = None
+    most: float = 1.0
 
     def __post_init__(self) -> None:
         check_known(**{"refresh.every": self.every, "refresh.start": self.start})
@@ -65,6 +76,15 @@ class Refresh:
                 f"refresh.statistics_every must be at most {self.every} (the period), got "
                 f"{self.statistics_every}: between, nothing new would be found."
             )
+        if self.need is not None:
+            check_positive(**{"refresh.need": self.need})
+        if not 0 < self.most <= 1:
+            raise ValueError(f"refresh.most must lie in (0, 1], got {self.most!r}.")
+        if self.most < 1 and self.need is None:
+            raise ValueError(
+                f"refresh.most={self.most!r} bounds what is refreshed by need; give refresh.need too, "
+                "as need=0.1."
+            )
 
     @property
     def first(self) -> float:
@@ -79,8 +99,11 @@ class Refresh:
     @property
     def words(self) -> str:
         """For explanations: what else than the default happens, after a comma."""
-        k = self.statistics_every
-        return "" if k == 1 else f", statistics every {k}"
+        k, share = self.statistics_every, "" if self.most == 1 else f", at most {self.most:.3g}"
+        statistics = "" if k == 1 else f", statistics every {k}"
+        return statistics + (
+            "" if self.need is None else f", refreshed if off by {self.need:.3g}{share}"
+        )
 
     def check_at_once(self, name: str) -> None:
         """Raises for a start, where results are used as soon as there are any."""
@@ -89,6 +112,14 @@ class Refresh:
                 f"refresh.start is not for {name}, whose bases are found on the first step and used "
                 f"from the second; leave it out, got {self.start!r}."
             )
+
+    def by_need(
+        self, step: jax.Array, misfit: Callable[[Hashable, Any, Any], jax.Array]
+    ) -> Need | None:
+        """What of that which is due is refreshed; None for all of it."""
+        if self.need is None:
+            return None
+        return Need(misfit, self.need, self.most, bounded=step > self.first)
 
     def learning(self, step: jax.Array) -> jax.Array | None:
         """Whether statistics learn from this step's gradient, None where they always do.
@@ -139,6 +170,7 @@ def refreshed(
     phases: int,
     due: Callable[[int], jax.Array],
     max_elements: int | None = None,
+    need: Need | None = None,
 ) -> list[Any]:
     """The units' carries, those that are due replaced by ``function(kind, carry, source)``.
 
@@ -151,6 +183,7 @@ def refreshed(
       phases: among how many the units are dealt.
       due: whether a phase is refreshed now.
       max_elements: bound on the elements worked on at once, see `largest_chunk`.
+      need: of those that are due, only the ones that need it.
     """
     given, units = units, [unit.flat for unit in units]
     carries = [unit.carry for unit in units]
@@ -160,7 +193,7 @@ def refreshed(
     busy = jnp.zeros([], bool)
     for (phase, _), members in groups.items():
         refresh = functools.partial(
-            worked_on, [units[at] for at in members], function, max_elements
+            _refreshed, [units[at] for at in members], function, max_elements, need
         )
         # One group after the other, as XLA would run side by side what does not depend on each other,
         # and LAPACK's threads do not bear it (jax #39292).
@@ -170,23 +203,20 @@ def refreshed(
     return [unit.like(carry) for unit, carry in zip(given, carries, strict=True)]
 
 
-def once(due: jax.Array, body: Callable[[Any], Any], carry: Any) -> tuple[jax.Array, Any]:
-    """``body(carry)`` if `due`, else `carry`, without a copy of it; and False, when that is done.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from ravine.optimizers.matrix.batch.refresh import once
-      >>> [int(once(jnp.array(due), lambda x: x + 1, jnp.int32(1))[1]) for due in (True, False)]
-      [2, 1]
-    """
-    return jax.lax.while_loop(
-        lambda state: state[0], lambda state: (jnp.zeros([], bool), body(state[1])), (due, carry)
-    )
-
-
-def if_due(due: jax.Array | None, body: Callable[[Any], Any], carry: Any) -> Any:
-    """``body(carry)``; if there is a flag, only where it is set, and else `carry`."""
-    return body(carry) if due is None else once(due, body, carry)[1]
+def _refreshed(
+    units: Sequence[Unit],
+    function: Callable[[Hashable, Any, Any], Any],
+    max_elements: int | None,
+    need: Need | None,
+    carries: Sequence[Any],
+) -> list[Any]:
+    if need is None or not sum(unit.blocks for unit in units):
+        return worked_on(units, function, max_elements, carries)
+    flags = in_need(units, carries, need, max_elements)
+    flagged = [
+        unit._replace(source=(unit.source, each)) for unit, each in zip(units, flags, strict=True)
+    ]
+    return worked_on(flagged, only_those(function), max_elements, carries)
 
 
 def phases_of(costs: Sequence[float], phases: int) -> list[int]:

@@ -1,0 +1,106 @@
+"""Which matrices need a refresh, and how these alone get one.
+
+How badly a root or a basis fits its statistics costs a few products to find out, where a new one costs
+tens of them. So of those that are due by the clock, the ones that still fit may be left alone.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ....core.arithmetic import wide_dtype
+from ....core.platform import platform
+from .once import once
+from .together import Unit, worked_on
+
+AT_ONCE = {"cpu": 1}
+"""How many matrices are refreshed at once, by platform; `AT_ONCE_ELSEWHERE` on all others. On CPU LAPACK
+takes them one by one anyway; elsewhere they share kernels, at the price of some that need nothing."""
+AT_ONCE_ELSEWHERE = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """What decides whether a matrix is refreshed."""
+
+    misfit: Callable[[Hashable, Any, Any], jax.Array]
+    """Of a kind, carries and sources: one number for each member of the batch."""
+    above: float
+    """Those that are larger are in need."""
+    most: float = 1.0
+    """At most this share of the matrices of a shape is refreshed, rounded up, the worst first."""
+    bounded: jax.Array | bool = True
+    """Whether that holds already."""
+
+
+def in_need(
+    units: Sequence[Unit], carries: Sequence[Any], need: Need, max_elements: int | None
+) -> list[jax.Array]:
+    """Of like units with these carries, which members are to be refreshed: flags `[B]`.
+
+    A misfit that is not finite is in need, but behind all others: there may be no cure.
+    """
+    asked = [
+        unit._replace(
+            source=(carry, unit.source), carry=jnp.zeros(unit.blocks, _dtype_of(unit.source))
+        )
+        for unit, carry in zip(units, carries, strict=True)
+    ]
+
+    def ask(kind: Any, old: jax.Array, source: Any) -> jax.Array:
+        return need.misfit(kind, *source).astype(old.dtype)
+
+    found = jnp.concatenate(worked_on(asked, ask, max_elements))
+    wanted = ~(found <= need.above)
+    worst_first = jnp.argsort(jnp.where(jnp.isfinite(found) & wanted, -found, jnp.inf))
+    # Of equals those in need first, which are among the infinite ones if they are not finite.
+    worst_first = worst_first[jnp.argsort(~wanted[worst_first])]
+    rank = jnp.argsort(worst_first)
+    most = math.ceil(round(need.most * found.size, 6))
+    flags = wanted & (~jnp.asarray(need.bounded) | (rank < most))
+    starts = [sum(unit.blocks for unit in units[:at]) for at in range(len(units))]
+    return [flags[start : start + unit.blocks] for start, unit in zip(starts, units, strict=True)]
+
+
+def only_those(
+    function: Callable[[Hashable, Any, Any], Any],
+) -> Callable[[Hashable, Any, Any], Any]:
+    """`function` of those members of a batch that are flagged; sources are pairs with the flags."""
+
+    def applied(kind: Any, carry: Any, source: Any) -> Any:
+        source, flags = source
+        most = AT_ONCE.get(platform(), AT_ONCE_ELSEWHERE)
+        size = max(n for n in range(1, most + 1) if flags.shape[0] % n == 0)
+        flagged_first = jnp.argsort(~flags)
+
+        def some(at: Any, carry: Any) -> Any:
+            members = jax.lax.dynamic_slice_in_dim(flagged_first, at * size, size)
+
+            def refreshed(carry: Any) -> Any:
+                old, seen = (jax.tree.map(lambda x: x[members], tree) for tree in (carry, source))
+                new = function(kind, old, seen)
+                return jax.tree.map(
+                    lambda x, new, old: x.at[members].set(_where(flags[members], new, old)),
+                    carry,
+                    new,
+                    old,
+                )
+
+            return once(jnp.any(flags[members]), refreshed, carry)[1]
+
+        return jax.lax.fori_loop(0, flags.shape[0] // size, some, carry)
+
+    return applied
+
+
+def _where(flags: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    return jnp.where(flags.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+
+
+def _dtype_of(tree: Any) -> Any:
+    floats = [x.dtype for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return wide_dtype(floats[0])

@@ -1,0 +1,26 @@
+"""Something that is done on some steps only, in place."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def once(due: jax.Array, body: Callable[[Any], Any], carry: Any) -> tuple[jax.Array, Any]:
+    """``body(carry)`` if `due`, else `carry`, without a copy of it; and False, when that is done.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ravine.optimizers.matrix.batch.once import once
+      >>> [int(once(jnp.array(due), lambda x: x + 1, jnp.int32(1))[1]) for due in (True, False)]
+      [2, 1]
+    """
+    return jax.lax.while_loop(
+        lambda state: state[0], lambda state: (jnp.zeros([], bool), body(state[1])), (due, carry)
+    )
+
+
+def if_due(due: jax.Array | None, body: Callable[[Any], Any], carry: Any) -> Any:
+    """``body(carry)``; if there is a flag, only where it is set, and else `carry`."""
+    return body(carry) if due is None else once(due, body, carry)[1]

@@ -1,0 +1,155 @@
+"""Refresh by need: what is left alone, how many are refreshed, and that all fit afterwards."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import ravine
+from ravine.optimizers.matrix.algebra.eigenbasis import off_diagonal
+from ravine.optimizers.matrix.algebra.roots import PseudoInverse, misfit
+from ravine.optimizers.matrix.batch.by_need import Need
+from ravine.optimizers.matrix.batch.refresh import Refresh, refreshed
+from ravine.optimizers.matrix.batch.together import Unit
+
+from .preconditioned import assert_trees_close, factors, refreshed_roots, run, single
+
+BLOCKS = ravine.Blocks(size=8)
+
+
+def drifting(count, shape=(32, 16), seed=0):
+    """Correlated gradients with singular values like a power law, in a space that turns, but for the
+    first block of 8 rows, where it stays."""
+    rng = np.random.default_rng(seed)
+    rows, columns = ((1 + np.arange(n)) ** -1.0 for n in shape)
+    left = [np.linalg.qr(rng.normal(size=(shape[0], shape[0])))[0] for _ in range(2)]
+    found, past = [], rng.normal(size=shape)
+    for t in range(count):
+        past = 0.8 * past + 0.6 * rng.normal(size=shape)
+        turned = np.linalg.qr(left[0] + t / count * left[1])[0]
+        gradient = turned @ (rows[:, None] * columns * past)
+        gradient[:8] = np.diag(rows[:8]) @ np.eye(8, shape[1])
+        found.append(single(gradient))
+    return found
+
+
+@pytest.mark.parametrize("max_elements", [None, 9])
+@pytest.mark.parametrize(
+    ("most", "bounded", "expected"),
+    [
+        (1.0, True, [[1, 0], [1, 1, 0], [0]]),
+        (0.3, True, [[1, 0], [0, 1, 0], [0]]),  # two of six: the worst
+        (0.01, True, [[1, 0], [0, 0, 0], [0]]),
+        (0.01, False, [[1, 0], [1, 1, 0], [0]]),
+    ],
+)
+def test_the_worst_come_first(most, bounded, expected, max_elements):
+    """Where what is not finite is behind all others in need, and what fits is left alone."""
+    misfits = [[9.0, 0.5], [np.nan, 3.0, 0.1], [1.0]]
+    sources = [single(m)[:, None, None] * jnp.ones((1, 3, 3)) for m in misfits]
+    need = Need(lambda kind, carry, source: source[:, 0, 0], 1.0, most, bounded)
+
+    @jax.jit
+    def step(due):
+        units = [Unit("a", source, jnp.zeros(len(source))) for source in sources]
+        add = lambda kind, carry, source: carry + 1
+        return refreshed(units, add, 1, lambda _: due, max_elements, need)
+
+    for found, flags in zip(step(jnp.array(True)), expected, strict=True):
+        np.testing.assert_array_equal(found, flags)
+    assert not any(np.any(x) for x in step(jnp.array(False)))
+
+
+MAKERS = {
+    "shampoo": functools.partial(ravine.scale_by_shampoo, blocks=BLOCKS),
+    "soap": functools.partial(ravine.scale_by_soap, blocks=BLOCKS),
+    "kl_shampoo": functools.partial(ravine.scale_by_kl_shampoo, blocks=BLOCKS, balance=False),
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["shampoo", "soap", pytest.param("kl_shampoo", marks=pytest.mark.slow)]
+)
+def test_between_the_clock_and_never(name):
+    gradients, make = drifting(6), MAKERS[name]
+    updates = lambda **options: run(make(refresh=Refresh(**options)), gradients)[0]
+    clock, always = updates(every=2), updates(every=2, need=1e-9)
+    assert_trees_close(always, clock, 1e-4)
+    if name != "shampoo":  # its roots start from the identity, which fits very badly
+        assert_trees_close(updates(every=2, need=10.0), updates(every=100), 1e-4)
+
+
+def test_soap_turns_only_bases_that_do_not_fit():
+    """And after it they fit better, though one QR step need not be enough."""
+    gradients = drifting(12)
+    tx = MAKERS["soap"](b2=0.8, refresh=Refresh(every=1, need=0.1))
+    _, states = run(tx, gradients)
+    turned = 0
+    for before, after in itertools.pairwise(states):
+        pairs = list(zip(before.bases[0], after.bases[0], strict=True))
+        flat = lambda x: x.reshape(-1, *x.shape[-2:])
+        off = [off_diagonal(flat(b.statistics), flat(a.vectors)) for a, b in pairs]
+        moved = [jnp.any(flat(a.vectors != b.vectors), axis=(1, 2)) for a, b in pairs]
+        needed = (off[0] > 0.1) | (off[1] > 0.1)  # a block is turned on both sides
+        np.testing.assert_array_equal(moved[0] | moved[1], needed)
+        turned += int(jnp.sum(needed))
+    assert 0 < turned < 8 * 10
+    assert not np.any(moved[0][:2])  # the blocks in which nothing turns
+
+
+@pytest.mark.slow
+def test_all_roots_fit_that_are_not_refused():
+    tx = MAKERS["shampoo"](b2=0.8, ridge=1e-3, refresh=Refresh(every=1, need=0.5))
+    _, states = run(tx, drifting(8))
+    kept = 0
+    for at, (before, after) in enumerate(itertools.pairwise(states), 2):
+        kept += int(np.sum(~refreshed_roots(before, after)))
+        for factor in factors(after):
+            flat = lambda x: x.reshape(-1, *x.shape[-2:])
+            weighed = flat(factor.statistics) / (1 - 0.8**at)
+            off = misfit(weighed, flat(factor.root), -1 / 4, ridge=1e-3)
+            assert jnp.all((off <= 0.51) | (factor.failures.ravel() > 0))
+    assert kept
+
+
+@pytest.mark.parametrize("staggered", [False, True])
+def test_no_more_than_the_bound_once_it_has_started(staggered):
+    refresh = Refresh(every=2, need=1e-6, most=0.25, staggered=staggered)
+    _, states = run(MAKERS["shampoo"](b2=0.8, ridge=1e-3, refresh=refresh), drifting(8))
+    assert sum(refreshed_roots(*states[0:3:2])) + sum(refreshed_roots(states[0], states[1])) >= 8
+    for at, (before, after) in enumerate(itertools.pairwise(states), 2):
+        if at > 2:
+            assert sum(refreshed_roots(before, after)) <= 4
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"need": 0.0}, r"refresh\.need must be positive"),
+        ({"need": 0.1, "most": 0.0}, r"refresh\.most must lie in \(0, 1\]"),
+        ({"most": 0.5}, r"give refresh\.need too"),
+        ({"statistics_every": 11}, r"refresh\.statistics_every must be at most 10"),
+        (
+            {"statistics_every": 0},
+            r"refresh\.statistics_every must be a whole number of at least 1",
+        ),
+    ],
+)
+def test_refusals(options, words):
+    with pytest.raises(ValueError, match=words):
+        Refresh(**options)
+    with pytest.raises(ValueError, match=words):
+        ravine.OptimizerConfig("soap", {"refresh": options})
+
+
+def test_a_pseudo_inverse_fits_nothing():
+    with pytest.raises(ValueError, match="take Eigh"):
+        ravine.shampoo(1e-3, refresh={"need": 0.1}, root=PseudoInverse())
+
+
+def test_the_explanation_tells_it():
+    tx = ravine.soap(1e-3, refresh={"every": 1, "need": 0.1, "most": 0.25})
+    (row,) = ravine.explain(tx, {"kernel": jnp.ones((4, 2))}).rows
+    assert row.how.endswith(", refreshed if off by 0.1, at most 0.25")
