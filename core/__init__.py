@@ -1,1 +1,1 @@
-"""The ground floor: what every room stands on, and knows nothing of any of them."""
+"""The ground floor: every other package imports it, and it imports none of them."""

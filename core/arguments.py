@@ -1,7 +1,7 @@
-"""Arguments are what the signature says: `checked` refuses all others, each by its name.
+"""`checked` refuses arguments that do not match the signature, and names them.
 
-What the annotation of an argument tells is checked here, once for all builders: kinds of values. Which
-numbers of a kind make sense is said in the builders, with :mod:`.checks`.
+The kinds of values that annotations allow are checked here, once for all builders. Each builder checks
+which numbers make sense, with :mod:`.checks`.
 """
 
 import collections.abc
@@ -23,7 +23,7 @@ from .renamed import instead
 
 
 class Refused(ValueError):
-    """A value of another kind; what it says, if anything, is a hint."""
+    """A value of another kind; its text, if any, is a hint."""
 
 
 Builder = TypeVar("Builder", bound=Callable[..., Any])
@@ -51,8 +51,8 @@ class Kind(NamedTuple):
 def checked(builder: Builder) -> Builder:
     """A builder, or a class, that refuses arguments of other kinds than its signature has.
 
-    Scalars of NumPy become Python's, which builders may look at; of JAX's, whole numbers and truth
-    values alone do, since others may be traced at the next call. Dtypes may be given in any way that
+    NumPy scalars become Python scalars, which builders may inspect. Of JAX scalars only integers and
+    booleans do, since others may be traced at the next call. Dtypes may be given in any way that
     JAX takes, and become ``jnp.dtype``.
     """
     signature = inspect.signature(builder)
@@ -66,7 +66,7 @@ def checked(builder: Builder) -> Builder:
 def checked_call(
     function: Any, signature: inspect.Signature, skipped: int = 0, prefix: str = ""
 ) -> Any:
-    """`function`, whose arguments after the first few are checked, and named after a prefix."""
+    """`function` with all arguments after the first few checked, and named with a prefix."""
 
     @functools.cache
     def kinds() -> dict[str, Kind]:
@@ -102,7 +102,7 @@ def _refuse_unknown(where: str, signature: inspect.Signature, given: Collection[
 
 
 def converted(name: str, kind: Kind, value: Any) -> Any:
-    """`value` as the kind has it.
+    """`value`, converted to the kind.
 
     Raises:
       ValueError: if it is of another kind.
@@ -119,7 +119,7 @@ def _hint(error: Exception) -> str:
 
 
 def kind_of(annotation: Any, name: str) -> Kind:
-    """The kind that an annotation means; of what it does not tell, anything."""
+    """The kind that an annotation stands for; anything where it does not say."""
     if annotation is Any:
         return _any_of([DTYPE, NONE]) if name.endswith("dtype") else ANYTHING
     if annotation in SPECIAL:
@@ -212,7 +212,7 @@ def _array_of(axes: Sequence[str]) -> Kind:
 
 
 def _instance(kind: type) -> Kind:
-    if getattr(kind, "_is_protocol", False):  # those here are functions with more to say
+    if getattr(kind, "_is_protocol", False):  # functions with attributes
         return PLAIN[collections.abc.Callable]
 
     def convert(value: Any) -> Any:

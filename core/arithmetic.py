@@ -23,7 +23,7 @@ from .tree_checks import check_real_leaves
 def wide_dtype(*dtypes: Any) -> Any:
     """The widest of `dtypes` and float32, the dtype in which arithmetic is done.
 
-    `jnp.promote_types` would say the same, but it raises under strict dtype promotion.
+    `jnp.promote_types` gives the same result, but raises under strict dtype promotion.
     """
     is_double = any(jnp.dtype(dtype) == jnp.float64 for dtype in dtypes)
     return jnp.dtype(jnp.float64 if is_double else jnp.float32)
@@ -35,7 +35,7 @@ def widest() -> Any:
 
 
 def cast(x: jax.Array, dtype: Any) -> jax.Array:
-    """`x` in `dtype`; what has it already is not even traced, of which trees of leaves are full."""
+    """`x` in `dtype`. An array that has it already is returned without being traced, the usual case."""
     return x if x.dtype == dtype else x.astype(dtype)
 
 
@@ -75,11 +75,11 @@ def ema(
 
 
 def is_summable(squares: jax.Array) -> jax.Array:
-    """Whether a sum of squares is finite, with room for rounding.
+    """Whether a sum of squares is finite, with a margin for rounding.
 
-    The one rule for what is fit to enter a moment: in float32 up to a norm of 1.3e19. What is not
-    finite breaks it, and so does what is finite but whose square is not, which would make a second
-    moment infinite, and every step zero, forever.
+    The one rule for what may enter a moment: in float32, norms up to 1.3e19. Non-finite values break
+    it, and so do finite values whose squares overflow: they would make a second moment infinite, and
+    every later step zero.
     """
     return jnp.isfinite(2 * squares)
 
@@ -90,7 +90,7 @@ def is_usable(x: jax.Array) -> jax.Array:
 
 
 def sign(x: jax.Array) -> jax.Array:
-    """The sign, but infinity stays infinite: an overflow must not pass for a step like any other."""
+    """The sign, but infinity stays infinite: an overflow must not look like an ordinary step."""
     return jnp.where(jnp.isfinite(x), jax.lax.sign(x), x)
 
 
@@ -115,7 +115,7 @@ def bias_correction(decay: Any, count: jax.Array) -> jax.Array:
 def corrected_mean(
     updates: Any, mu: Any, b1: Any, count: jax.Array, *, nesterov: bool = False
 ) -> Any:
-    r""":math:`m_t / (1 - \beta_1^t)`, or with a look ahead the mean as it would be one step on.
+    r""":math:`m_t / (1 - \beta_1^t)`, or, with Nesterov's look-ahead, the mean one step later.
 
     Args:
       updates: the gradients :math:`g_t`.

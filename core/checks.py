@@ -1,7 +1,7 @@
-"""Checks of single values: a refusal is one sentence that names the problem and the fix.
+"""Checks of single values: each error is one sentence that names the problem and the fix.
 
 Concrete scalars of any kind are checked alike: Python's, NumPy's, JAX's, and arrays of no axes. Where
-there is no number to look at (None, a schedule, a traced value) a check passes.
+there is no number to check (None, a schedule, a traced value), a check passes.
 """
 
 import difflib
@@ -19,7 +19,7 @@ LARGEST_COUNT = 2**31 - 1
 
 
 def number(name: str, value: Any) -> int | float | None:
-    """The Python number that `value` is, or None where there is none to look at.
+    """`value` as a Python number, or None where there is no number to check.
 
     Raises:
       ValueError: for what is no real number: strings, lists, truth values, arrays with axes.
@@ -43,7 +43,7 @@ def _is_readable(value: jax.Array) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value as messages show it: on one line, and not forever."""
+    """A value as messages show it: on one line, and shortened."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -81,7 +81,7 @@ def check_decay_rates(**rates: Any) -> None:
 
 
 def check_some_eps(eps: Any, eps_root: Any) -> None:
-    """Raises when nothing keeps a root of zero away from a denominator."""
+    """Raises when nothing keeps the root of zero out of a denominator."""
     check_non_negative(eps=eps, eps_root=eps_root)
     if number("eps", eps) == 0 and number("eps_root", eps_root) == 0:
         raise ValueError(
@@ -114,7 +114,7 @@ def check_whole(least: int, **values: Any) -> None:
 
 
 def check_known(**values: Any) -> None:
-    """Raises for what is traced though it decides on shapes or on the program itself."""
+    """Raises for traced values that decide shapes or the program itself."""
     for name, value in values.items():
         if isinstance(value, jax.core.Tracer):
             raise ValueError(
@@ -125,14 +125,14 @@ def check_known(**values: Any) -> None:
 
 
 def check_name(what: str, name: Any, known: Iterable[str]) -> None:
-    """Raises unless `name` is known, with those that are near it."""
+    """Raises unless `name` is known; the message lists similar names."""
     known = list(known)
     if not isinstance(name, str) or name not in known:
         raise ValueError(f"unknown {what} {shown(name)}; {near(name, known)}")
 
 
 def near(name: Any, known: Iterable[str]) -> str:
-    """``did you mean ...`` for a name that is not known, else the list of those that are."""
+    """``did you mean ...`` for an unknown name, or the list of the known ones."""
     known = list(known)
     close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}."

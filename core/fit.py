@@ -20,8 +20,8 @@ MOST_SHOWN = 4
 def check_fit(what: str, tree: Any, like: Any, of: str = "parameter") -> None:
     """Raises unless `tree` has real floating-point leaves, and those of `like` with the same shapes.
 
-    What `optax.masked` and `optax.partition` took out of one of the trees is not looked at; nothing is
-    compared where `like` is None.
+    Leaves that `optax.masked` or `optax.partition` took out of one of the trees are skipped; nothing
+    is compared where `like` is None.
     """
     leaves, structure = jax.tree.flatten(tree)
     if all(map(_is_real, leaves)):
@@ -38,7 +38,7 @@ def check_fit(what: str, tree: Any, like: Any, of: str = "parameter") -> None:
 
 
 def parameters_of(state: Any) -> Any:
-    """What of a state is like the parameters, told by its annotations; None if nothing is."""
+    """The part of a state shaped like the parameters, found by its annotations; None if none is."""
     for field in _like_parameters(type(state)):
         if getattr(state, field) is not None:
             return getattr(state, field)

@@ -1,8 +1,8 @@
-"""What is kept per parameter but not shaped like it: where it stands in a tree of state.
+"""State that is kept per parameter but not shaped like it: its place in the tree.
 
-Flax puts parameters into boxes that know how they are sharded (`flax.nnx.Variable` and
-`flax.linen.Partitioned`). What has another shape must not inherit that, and NNX replaces whatever a
-variable holds as a whole. So it stands where the *box* stands in the tree of parameters, not inside it.
+Flax puts parameters into boxes that carry their shardings (`flax.nnx.Variable` and
+`flax.linen.Partitioned`). Arrays of another shape must not inherit those, and NNX replaces the whole
+value of a variable. So such state takes the place of the *box* in the tree, not a place inside it.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ def _places(tree: Any) -> Any:
 
 
 def _is_box(node: Any) -> bool:
-    # By what it can do: Flax need not be installed. `optax.masked` leaves empty boxes behind.
+    # Duck-typed, since Flax need not be installed. `optax.masked` leaves empty boxes behind.
     kind = type(node)
     is_flax = hasattr(kind, "replace_boxed") or hasattr(kind, "get_raw_value")
     return is_flax and len(jax.tree.leaves(node)) == 1

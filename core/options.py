@@ -52,6 +52,6 @@ def given(value: Any) -> dict[str, Any]:
 
 
 def _short(self: Any) -> str:
-    """As it would be written: what differs from the defaults."""
+    """As a user would write it: only what differs from the defaults."""
     words = ", ".join(f"{name}={value!r}" for name, value in given(self).items())
     return f"{type(self).__name__}({words})"

@@ -1,4 +1,4 @@
-"""Where a program that is traced will run: on the mesh's devices if it says so, or the default ones."""
+"""Where a traced program will run: on the devices of the mesh in use, or else the default ones."""
 
 import jax
 

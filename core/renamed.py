@@ -1,6 +1,6 @@
-"""What arguments were called before: whoever gives an old name is told the new one.
+"""Old names of arguments: the error for an old name gives the new one.
 
-Versions before 1.0 deprecate nothing, they refuse; `CHANGELOG.md` has the names as a table.
+Versions before 1.0 do not deprecate; they refuse; `CHANGELOG.md` has the names as a table.
 """
 
 from collections.abc import Iterable
@@ -20,11 +20,11 @@ BEFORE: dict[str, tuple[str, ...]] = {
     "staggered": ("refresh=ravine.Refresh(staggered=...)",),
     "start": ("refresh=ravine.Refresh(start=...)",),
 }
-"""An old name, and what to write now: the first of which the function has the argument."""
+"""An old name, and what to write now: the first candidate that is an argument of the function."""
 
 
 def instead(name: str, known: Iterable[str]) -> str:
-    """What to give for an argument that a function with the known ones does not have.
+    """The advice for an argument that is not among the known ones of a function.
 
     Example:
       >>> from ravine.core.renamed import instead

@@ -1,4 +1,4 @@
-"""Norms and root mean squares of a tree by role: what telemetry and monitors both tell."""
+"""Norms and root mean squares of a tree by role, as telemetry and monitors report them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from .arithmetic import wide
 
 NO_METRICS: Any = 0.0
-"""In the place of metrics where no parameter is known: one leaf, a prefix of any of them."""
+"""Stands in for metrics while no parameter is known: one leaf, a prefix of any tree of metrics."""
 
 
 def total_norm(norms: Sequence[jax.Array]) -> jax.Array:
@@ -21,9 +21,9 @@ def sizes_by_role(what: str, tree: Any, roles: Any, known: Sequence[str]) -> dic
     """``what_norm/role`` and ``what_rms/role``, float32, for every known role; 0 where none has it.
 
     Args:
-      what: of which names are made, such as ``gradient``.
+      what: the start of the names, such as ``gradient``.
       tree: arrays.
-      roles: the same structure, of each leaf its role.
+      roles: a tree of the same structure with the role of each leaf.
       known: all roles.
     """
     squares = dict.fromkeys(known, jnp.zeros([], jnp.float32))

@@ -1,11 +1,11 @@
 """Constructors of transformations, typed for states that are `NamedTuple`s of our own.
 
-Every update refuses gradients that do not fit the parameters or, where these are not given, what is kept
-of the same shape.
+Every update refuses gradients that do not fit the parameters or, without parameters, the state of the
+same shape.
 
-What is made here can be watched: while :func:`watching`, every `init` tells which parameters it was
-given, and what its link does to each. So a whole optimizer explains itself, through ``optax.chain``,
-``partition`` and ``masked``, in the words of the code that runs.
+Transformations made here can be watched: under :func:`watching`, every `init` reports its parameters
+and what its link does to each. That is how `ravine.explain` sees through ``optax.chain``,
+``partition`` and ``masked``: the description comes from the code that runs.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import optax
 from .fit import check_fit, parameters_of
 
 Describe = Callable[[Any], Mapping[str, Any]]
-"""From the parameters to what is to be said: texts of all of them, or lists with one for each leaf."""
+"""From the parameters to a description: one text for all of them, or a list with one per leaf."""
 
 
 class Link(NamedTuple):
@@ -40,12 +40,12 @@ def transformation(
     describe: Describe | None = None,
     name: str | None = None,
 ) -> optax.GradientTransformation:
-    """`optax.GradientTransformation(init, update)`, that can be watched.
+    """`optax.GradientTransformation(init, update)` that can be watched.
 
     Args:
-      init: as optax has it.
+      init: as in Optax.
       update: likewise.
-      describe: what is to be said of parameters.
+      describe: describes what happens to parameters.
       name: of the function that makes it; by default the one in which `update` is defined.
     """
     return optax.GradientTransformation(_watched(init, update, describe, name), _fitting(update))
@@ -57,7 +57,7 @@ def with_extra_args(
     describe: Describe | None = None,
     name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """As `transformation`, with extra arguments of `update`."""
+    """Like `transformation`, with extra arguments for `update`."""
     return optax.GradientTransformationExtraArgs(
         _watched(init, update, describe, name), _fitting(update)
     )

@@ -1,4 +1,4 @@
-"""Checks of trees: of parameters, and of what has to have their shape."""
+"""Checks of trees: of parameters, and of trees that must match them."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ def check_real_leaves(params: Any) -> None:
 
 
 def check_params_given(params: Any, what: str) -> None:
-    """Raises when `update` was called without the parameters a rule needs."""
+    """Raises when `update` was called without parameters that the rule needs."""
     if params is None:
         raise ValueError(f"{what} needs the parameters: call tx.update(grads, state, params).")
 
@@ -36,7 +36,7 @@ def is_part(params: Any) -> bool:
 
 
 def as_mask(mask: Any) -> Any:
-    """A tree of booleans, or a function that makes one from the parameters, as it is.
+    """Returns a tree of booleans, or a function that makes one from the parameters, unchanged.
 
     Raises:
       ValueError: for anything else.
@@ -54,7 +54,7 @@ def _is_truth(leaf: Any) -> bool:
 def check_mask(mask: Any, params: Any, name: str) -> None:
     """Raises unless a mask, or a function that makes one, covers `params` and selects some.
 
-    Of parameters that are themselves part of a tree, a mask may well select none.
+    If the parameters are only part of a tree, a mask may select none of them.
     """
     if not jax.tree.leaves(params) or is_part(params):
         return

@@ -29,18 +29,11 @@ import optax
 import ravine
 from ravine.stability import noise_scale, squared_norms, with_noise_scale
 from ravine.training.batch_size.fit import fit_critical_batch
+from ravine.training.colours import PICTURES
 from ravine.training.gradients import micro_batch_value_and_grad
 
 SMOKE = os.environ.get("RAVINE_SMOKE") == "1"
-plt.rcParams.update(
-    {
-        "figure.dpi": 150,
-        "figure.constrained_layout.use": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "legend.frameon": False,
-    }
-)
+plt.rcParams.update(PICTURES)
 D, SIGMA = 32, 0.5
 CURVATURE = 1.0 / np.arange(1, D + 1)
 START = np.sqrt(1.0 / CURVATURE.sum())  # every coordinate is so far from the minimum

@@ -28,21 +28,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import ravine
+from ravine.training.colours import PICTURES, colour
 
 with contextlib.redirect_stdout(io.StringIO()):
     import this  # the text of section 2
 
 SMOKE = os.environ.get("RAVINE_SMOKE") == "1"
-plt.rcParams.update(
-    {
-        "figure.dpi": 150,
-        "figure.constrained_layout.use": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "legend.frameon": False,
-    }
-)
-COLORS = {"adam": "#5F5F5F", "shampoo": "#009E73", "soap": "#D55E00", "muon": "#0072B2"}
+plt.rcParams.update(PICTURES)
+COLORS = {name: colour(name) for name in ("adam", "shampoo", "soap", "muon")}
 EVERY = ravine.Refresh(every=1)
 
 # %% [markdown]

@@ -23,16 +23,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import ravine
+from ravine.training.colours import PICTURES
 
-plt.rcParams.update(
-    {
-        "figure.dpi": 150,
-        "figure.constrained_layout.use": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "legend.frameon": False,
-    }
-)
+plt.rcParams.update(PICTURES)
 H = jnp.array([1.0, 100.0])
 START = jnp.array([3.0, 1.0])
 value = lambda theta: 0.5 * jnp.sum(H * theta**2, axis=-1)

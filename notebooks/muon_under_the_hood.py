@@ -22,16 +22,9 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import ravine
+from ravine.training.colours import PICTURES
 
-plt.rcParams.update(
-    {
-        "figure.dpi": 150,
-        "figure.constrained_layout.use": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "legend.frameon": False,
-    }
-)
+plt.rcParams.update(PICTURES)
 COLORS = {
     "classic cubic": "#8A8A8A",
     "keller": "#0072B2",

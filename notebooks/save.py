@@ -52,7 +52,7 @@ def save(script: Path) -> None:
     """Executes one lesson and writes its notebook beside it."""
     notebook = jupytext.read(script)
     notebook.metadata = nbformat.from_dict(METADATA)
-    NotebookClient(notebook, timeout=600, kernel_manager_class=ThisInterpreter).execute()
+    NotebookClient(notebook, timeout=1800, kernel_manager_class=ThisInterpreter).execute()
     for index, cell in enumerate(notebook.cells):
         cell["id"] = f"{script.stem}-{index}"[:64]
         cell.metadata.pop("execution", None)

@@ -26,17 +26,10 @@ import numpy as np
 import optax
 import ravine
 from ravine import schedules as s
+from ravine.training.colours import PICTURES
 
 SMOKE = os.environ.get("RAVINE_SMOKE") == "1"
-plt.rcParams.update(
-    {
-        "figure.dpi": 150,
-        "figure.constrained_layout.use": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "legend.frameon": False,
-    }
-)
+plt.rcParams.update(PICTURES)
 T, WARMUP = 1000, 50
 SHAPES = {
     "constant": lambda peak: s.constant(peak),

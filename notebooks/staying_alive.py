@@ -32,17 +32,10 @@ import numpy as np
 import optax
 import ravine
 from ravine import stability
+from ravine.training.colours import PICTURES
 
 SMOKE = os.environ.get("RAVINE_SMOKE") == "1"
-plt.rcParams.update(
-    {
-        "figure.dpi": 150,
-        "figure.constrained_layout.use": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "legend.frameon": False,
-    }
-)
+plt.rcParams.update(PICTURES)
 COLORS = {
     "plain, rate 0.5": "#56B4E9",
     "plain": "#8A8A8A",

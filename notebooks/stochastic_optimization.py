@@ -30,20 +30,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import ravine
+from ravine.training.colours import PICTURES
 
 with contextlib.redirect_stdout(io.StringIO()):
     import this  # prints itself when imported
 
 SMOKE = os.environ.get("RAVINE_SMOKE") == "1"
-plt.rcParams.update(
-    {
-        "figure.dpi": 150,
-        "figure.constrained_layout.use": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "legend.frameon": False,
-    }
-)
+plt.rcParams.update(PICTURES)
 TEXT = codecs.decode(this.s, "rot13").lower()
 LETTERS = sorted(set(TEXT))
 tokens = np.array([LETTERS.index(letter) for letter in TEXT])

@@ -1,9 +1,9 @@
-"""Functions `count -> value`, for whatever a run changes over time.
+"""Functions `count -> value` for everything that a run changes over time.
 
 The conventions, fixed once: ``schedule(count)`` takes the number of updates already made; a run of
-T steps uses counts 0 to T - 1; ``schedule(T)`` is the end value and stays so. Boundaries are Python
-integers, checked when a schedule is built. The arithmetic is float32 that gives the same bits for
-one count and for many, jitted or not.
+T steps uses counts 0 to T - 1; from ``schedule(T)`` on, the value stays at its end. Boundaries
+are Python integers, checked when a schedule is built. The arithmetic is float32 and gives the same
+bits for one count and for many, jitted or not.
 """
 
 from ._schedule import Schedule

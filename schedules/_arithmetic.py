@@ -23,22 +23,22 @@ LARGEST = np.finfo(np.float32).max
 
 
 def rounded(x: jax.Array) -> jax.Array:
-    """`x`, rounded to float32 before anything is done with it.
+    """`x`, rounded to float32 before it is used.
 
     A clamp to what every float32 satisfies: neither `lax.reduce_precision` nor
-    `lax.optimization_barrier` outlives XLA's passes on CPU, and of one bound alone LLVM sees that
-    it is idle once it knows the sign.
+    `lax.optimization_barrier` outlives XLA's passes on CPU, and a single bound is removed by LLVM
+    where it can infer the sign.
     """
     return lax.clamp(-LARGEST, x, LARGEST)
 
 
 def times(x: jax.Array, factor: Any) -> jax.Array:
-    """A product that stays one."""
+    """A product that XLA does not fuse or reorder."""
     return rounded(x * np.float32(factor))
 
 
 def progress(count: jax.Array, steps: int) -> jax.Array:
-    r"""The share :math:`x = \min(t / T, 1)` of a phase that is over."""
+    r"""How much of a phase is over, :math:`x = \min(t / T, 1)`."""
     over = times(count.astype(jnp.float32), np.float32(1) / np.float32(steps))
     return jnp.where(count >= steps, np.float32(1), over)
 
@@ -50,7 +50,7 @@ def between(start: float, end: float, left: jax.Array) -> jax.Array:
 
 
 def power(x: jax.Array, exponent: float) -> jax.Array:
-    """`x` to a number, spelled as XLA would rewrite it once it knew the number."""
+    """`x` to a constant power, written as XLA would rewrite it."""
     if exponent == 1:
         return x
     if exponent == 0.5:
@@ -71,7 +71,7 @@ def half_cosine(x: jax.Array) -> jax.Array:
 
 
 def select(count: jax.Array, boundaries: Sequence[int], table: Sequence[Any], dtype: Any) -> Any:
-    """The entry of the phase that `count` is in; a boundary belongs to the phase it begins.
+    """The entry for the phase that contains `count`; a boundary belongs to the phase that it begins.
 
     A chain of selects fuses with what follows: at 20 boundaries it takes half the time of
     `jnp.searchsorted` and a gather (docs/log.md).

@@ -1,4 +1,4 @@
-"""Refusals when a schedule is built: one sentence that names the problem and the fix."""
+"""Checks when a schedule is built: each error names the problem and the fix in one sentence."""
 
 import itertools
 from collections.abc import Sequence

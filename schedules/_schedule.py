@@ -1,4 +1,4 @@
-"""What every builder returns: a pure function of the count that can say what it is."""
+"""What every builder returns: a pure function of the count that can describe itself."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,12 +20,12 @@ MOST_VALUES = 10**8  # of lists with a value for every step
 class Schedule:
     """A pure function `count -> value`, with words and boundaries for people.
 
-    It goes wherever Optax takes a schedule, and whatever Optax calls a schedule goes wherever this
-    library takes one.
+    It can be used wherever Optax takes a schedule, and Optax's schedules wherever this library takes
+    one.
 
     Attributes:
       function: an array of whole counts, none negative, to float32 values of the same shape.
-      words: what it is, in plain words.
+      words: a description in plain words.
       boundaries: the counts at which a phase begins or ends, rising.
 
     Raises:
@@ -67,19 +67,19 @@ def as_count(count: Any) -> jax.Array:
 
 
 def evaluate(schedule: optax.Schedule, count: jax.Array) -> jax.Array:
-    """Any schedule's values, float32 and of the counts' shape, whatever it returns by itself."""
+    """The values of any schedule, as float32 in the shape of the counts."""
     return jnp.broadcast_to(jnp.asarray(schedule(count), jnp.float32), count.shape)
 
 
 def words_of(schedule: optax.Schedule) -> str:
-    """What a schedule says of itself; one that cannot speak is called by its name."""
+    """A schedule's own description, or the name of a function that has none."""
     if isinstance(schedule, Schedule):
         return schedule.words
     return getattr(schedule, "__name__", type(schedule).__name__)
 
 
 def boundaries_of(schedule: optax.Schedule) -> tuple[int, ...]:
-    """The boundaries that a schedule tells."""
+    """The boundaries of a schedule, where it has them."""
     return schedule.boundaries if isinstance(schedule, Schedule) else (0,)
 
 

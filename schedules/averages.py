@@ -1,4 +1,4 @@
-"""Averages of parameters, which do the work of a decay, and how both weigh the updates of a run."""
+"""Averages of parameters, which can replace a decay, and how both weigh the updates of a run."""
 
 import functools
 import operator
@@ -88,7 +88,7 @@ def lawa(window: int, every: int = 1) -> ParameterAverage:
     """The plain mean of the latest checkpoints.
 
     Args:
-      window: checkpoints that are kept, at least 1.
+      window: number of checkpoints kept, at least 1.
       every: updates between two of them, at least 1; the initial parameters are not one.
 
     Raises:
@@ -163,7 +163,7 @@ def merge(checkpoints: Sequence[Any], weights: Sequence[float]) -> Any:
 
 
 def merge_weights(decay: Any) -> np.ndarray:
-    r"""The weights of checkpoints whose merge does the work of a decay.
+    r"""The weights of checkpoints whose merge is equivalent to a decay.
 
     Merging :math:`\theta_0 \dots \theta_n` with weights :math:`c_j` is as if the update that leads
     from :math:`\theta_{i-1}` to :math:`\theta_i` had been multiplied by
@@ -197,7 +197,7 @@ def merge_weights(decay: Any) -> np.ndarray:
 
 
 def decay_of_merge(weights: Any) -> np.ndarray:
-    r"""The decay whose work a merge does: :math:`w_i = \sum_{j \ge i} c_j`.
+    r"""The decay that a merge is equivalent to: :math:`w_i = \sum_{j \ge i} c_j`.
 
     Args:
       weights: :math:`c_0 \dots c_n`.
@@ -240,7 +240,7 @@ def ema_weights(decay: optax.ScalarOrSchedule, steps: int) -> np.ndarray:
 
 
 class UpdateWeights(NamedTuple):
-    """What is left at the end of a run, see `update_weights`."""
+    """What remains at the end of a run, see `update_weights`."""
 
     initial: float  # of the initial parameters
     updates: np.ndarray  # [steps] of each past update, in units of -1 / weight decay

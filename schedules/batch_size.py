@@ -28,7 +28,7 @@ class BatchSizes:
     """A batch size for every count, looked up right-continuously.
 
     Attributes:
-      sizes: examples of an update, phase by phase, over all hosts.
+      sizes: examples per update, phase by phase, over all hosts.
       boundaries: the counts at which the second and all later phases begin, rising.
 
     Raises:
@@ -59,7 +59,7 @@ class BatchSizes:
 
     @property
     def tick(self) -> int:
-        """Examples of a tick: what all batch sizes are multiples of."""
+        """Examples per tick; all batch sizes are multiples of it."""
         return math.gcd(*self.sizes)
 
     def _starts(self) -> list[int]:
@@ -102,7 +102,7 @@ class BatchSizes:
 def _of_stages(sizes: Sequence[int], starts: Sequence[int]) -> BatchSizes:
     """Batch sizes whose stages begin with the first update at or after so many examples.
 
-    A stage that the update before it passes over is left out.
+    A stage that the previous update skips entirely is left out.
     """
     kept: list[tuple[int, int]] = [(0, sizes[0])]
     for start, size in zip(starts, sizes[1:], strict=True):
@@ -147,8 +147,8 @@ def batch_ramp(start: int, end: int, increment: int, examples: int) -> BatchSize
         )
     if end < start or (end - start) % increment:
         raise ValueError(
-            f"increment {increment} must divide the way from start {start} up to end {end}; choose a "
-            "divisor of it."
+            f"increment {increment} must divide the difference from start {start} to end {end}; choose "
+            "a divisor of it."
         )
     if (end - start) // increment > MOST_STAGES:
         raise ValueError(
@@ -163,7 +163,7 @@ def batch_ramp(start: int, end: int, increment: int, examples: int) -> BatchSize
 
 @checked
 def follow_data(schedule: optax.Schedule, batch: BatchSizes) -> Schedule:
-    """A schedule whose clock is the data: with the batch it moves faster.
+    """A schedule whose clock is the data: a larger batch moves it faster.
 
     Args:
       schedule: counted in ticks of `batch`, ``batch.tick`` examples each; :class:`Run` gives
@@ -239,7 +239,7 @@ def seesaw(
     sizes = [round(batch_size / factor**k) for k in range(len(cuts) + 1)]
     check_whole(1, **{"the last batch_size, grown by all cuts,": sizes[-1]})
     batch = _of_stages(sizes, [cut * batch_size for cut in cuts])
-    # The square root of what the batch has grown by, so that rounded sizes keep the bargain.
+    # The square root of the actual growth of the batch, so that rounded sizes keep the balance.
     bounds = [boundary - top for boundary in batch.boundaries]
     falls = piecewise(peak, bounds, [math.sqrt(batch_size / size) for size in batch.sizes[1:]])
     rate = join([schedule, falls], [top]) if top else falls

@@ -81,8 +81,8 @@ def sgdr(
     so that the value at `steps` is the floor; a run too short for three has two, or one.
 
     With `first_period` the boundaries :math:`b_i` are those of :func:`restarts`. From count `steps` on
-    the value stays: at the floor if a cycle ends there, else at what the cycle cut off has reached,
-    which just after a restart is near the peak. Boundaries are whole numbers known beforehand: a
+    the value stays: at the floor if a cycle ends there, otherwise where the last, incomplete cycle was
+    cut off, which is near the peak just after a restart. Boundaries are integers known beforehand: a
     cycle found by a floating-point logarithm misses restarts.
 
     Args:

@@ -23,7 +23,7 @@ def decay_rate(half_life: float, per_step: float = 1.0) -> float:
 
     Args:
       half_life: :math:`h`, in updates, or in tokens where `per_step` is.
-      per_step: :math:`n`, tokens of an update.
+      per_step: :math:`n`, tokens per update.
 
     Raises:
       ValueError: for values that are not positive.
@@ -46,7 +46,7 @@ def half_life(decay_rate: float, per_step: float = 1.0) -> float:
 
     Args:
       decay_rate: :math:`\beta` in (0, 1).
-      per_step: :math:`n`, tokens of an update; 1 for a half-life in updates.
+      per_step: :math:`n`, tokens per update; 1 for a half-life in updates.
 
     Raises:
       ValueError: for values out of range.
@@ -69,7 +69,7 @@ def half_life_in_tokens(half_life: float, batch: BatchSizes, context: int) -> Sc
     Args:
       half_life: in tokens.
       batch: the batch sizes, in examples.
-      context: tokens of an example.
+      context: tokens per example.
 
     Raises:
       ValueError: for values that are not positive.
@@ -148,7 +148,7 @@ def momentum(
       warmup_steps: updates of the rise, at least 1.
       steps: the length of the run.
       end: the value at the end; by default the peak.
-      cooldown_steps: updates of the way there.
+      cooldown_steps: updates of the cooldown.
 
     Raises:
       ValueError: for values out of range or phases longer than the run.

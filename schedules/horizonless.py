@@ -1,4 +1,4 @@
-"""Shapes that need not know how long the run is."""
+"""Shapes that do not depend on the length of the run."""
 
 import jax
 import jax.numpy as jnp
@@ -120,16 +120,16 @@ def power_law(
     scale: float = 4.6,
     exponent: float = -0.51,
 ) -> Schedule:
-    r"""A power of the tokens seen, capped; :math:`n = t` times the tokens of a step.
+    r"""A power of the tokens seen, capped; :math:`n` is :math:`t` times the tokens per step.
 
     .. math:: \eta_t = \min(\eta, B \, a \, n^b)
 
-    With a growing batch build it with the ticks and clock of :func:`follow_data`.
+    With a growing batch, build it with the ticks and the clock of :func:`follow_data`.
 
     Args:
       peak: :math:`\eta`, the cap.
-      tokens_per_step: tokens of an update, at least 1.
-      batch_size: :math:`B`, sequences of an update.
+      tokens_per_step: tokens per update, at least 1.
+      batch_size: :math:`B`, sequences per update.
       scale: :math:`a`.
       exponent: :math:`b`, negative.
 

@@ -23,10 +23,10 @@ MOST_BOUNDARIES = 6
 def describe(schedule: optax.Schedule) -> str:
     """What a schedule does, in one line: its phases, and its values where they begin and end.
 
-    Where the value jumps, that of the count before is shown too, with which a phase ends.
+    Where the value jumps, the value at the count before, which ends a phase, is shown too.
 
     Args:
-      schedule: any schedule; one that is not of this library tells its name only.
+      schedule: any schedule; one from another library is described by its name only.
 
     Example:
       >>> import ravine
@@ -74,7 +74,7 @@ def plot(*schedules: optax.Schedule, steps: int, labels: Sequence[str] | None = 
       >>> [line.get_label() for line in figure.axes[0].lines]
       ['cosine', 'linear']
     """
-    from matplotlib.figure import Figure  # an extra: schedules need no figures
+    from matplotlib.figure import Figure  # an optional dependency: schedules do not need figures
 
     check_whole(1, steps=steps)
     if not schedules:

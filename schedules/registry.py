@@ -1,4 +1,4 @@
-"""Schedules by name, with what a run knows filled in: what `--schedule` reaches."""
+"""Schedules by name, with arguments taken from the run: the choices of `--schedule`."""
 
 import ast
 import inspect
@@ -78,7 +78,7 @@ def parse_options(name: str, text: str) -> dict[str, Any]:
       text: ``name=value`` pairs, separated by commas; lists in brackets.
 
     Raises:
-      ValueError: for an unknown schedule or option, or what is no pair.
+      ValueError: for an unknown schedule or option, or text that is not a pair.
 
     Example:
       >>> import ravine
@@ -115,7 +115,7 @@ def for_run(
     """A schedule by name over a whole run, with a linear warm-up in front.
 
     ``"noam"`` and ``"wsd"`` take the warm-up as their own; ``"cyclic"`` and ``"one_cycle"`` rise by
-    themselves and have none. What a schedule has no default for is taken from the run: a third of
+    themselves and have none. Arguments without a default are taken from the run: a third of
     it for `every`, an eighth for `rise_steps`, the warm-up for `timescale`, and drops to a tenth and
     a hundredth at its half and three quarters for ``"piecewise"`` (He et al., 2016).
 
@@ -125,8 +125,8 @@ def for_run(
       steps: the length of the run, warm-up included.
       warmup_steps: updates of the warm-up.
       end_ratio: the share of the peak at the end; by default the schedule's own.
-      batch_size: examples of an update.
-      context: tokens of an example.
+      batch_size: examples per update.
+      context: tokens per example.
       options: arguments of the schedule that replace all of these.
 
     Raises:

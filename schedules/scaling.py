@@ -1,4 +1,4 @@
-r"""What to change when the batch, the number of tokens or the width changes.
+r"""What to adjust when the batch, the number of tokens or the width changes.
 
 Ratios are new over old: :math:`\kappa = B' / B`.
 """

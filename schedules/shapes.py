@@ -100,7 +100,7 @@ def decay_to_zero(peak: float, steps: int) -> Schedule:
       ValueError: for values out of range.
 
     Source: Bergsma et al., 2025, https://arxiv.org/abs/2502.15938, who find it better than a
-    tenth of the peak at the end, the more so the more tokens a parameter sees.
+    tenth of the peak at the end, and more so with more tokens per parameter.
 
     Example:
       >>> import ravine

@@ -1,4 +1,4 @@
-"""Durations with their unit said, resolved once."""
+"""Durations with explicit units, resolved once."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ class Duration:
       unit: ``"steps"``, ``"tokens"``, ``"examples"`` or ``"fraction"``.
 
     Raises:
-      ValueError: for an unknown unit or an amount that is none.
+      ValueError: for an unknown unit or an invalid amount.
 
     Example:
       >>> import ravine
@@ -44,7 +44,7 @@ class Duration:
 
 @checked
 def steps(amount: float) -> Duration:
-    """So many updates.
+    """A number of updates.
 
     Example:
       >>> import ravine
@@ -56,7 +56,7 @@ def steps(amount: float) -> Duration:
 
 @checked
 def tokens(amount: float) -> Duration:
-    """So many tokens.
+    """A number of tokens.
 
     Example:
       >>> import ravine
@@ -68,7 +68,7 @@ def tokens(amount: float) -> Duration:
 
 @checked
 def examples(amount: float) -> Duration:
-    """So many examples, which are sequences.
+    """A number of examples, that is, of sequences.
 
     Example:
       >>> import ravine
@@ -93,12 +93,12 @@ def fraction(amount: float) -> Duration:
 @checked
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What durations are resolved against.
+    """The run that durations refer to.
 
     Attributes:
       length: how long the run is, in steps, tokens or examples.
       batch: the batch size, a number or one that changes.
-      context: tokens of an example; 0 where tokens are not spoken of.
+      context: tokens per example; 0 if no duration is in tokens.
 
     Raises:
       ValueError: for a length that is a fraction, or tokens without a context.
@@ -144,7 +144,7 @@ class Run:
           start: the count at which it begins.
 
         Raises:
-          ValueError: for something else than a duration, which might be in any unit.
+          ValueError: for anything but a duration, since a bare number could be in any unit.
         """
         self._check(duration)
         if duration.unit == "steps":
@@ -174,5 +174,5 @@ class Run:
         if duration.unit == "examples":
             return int(duration.amount)
         if not self.context:
-            raise ValueError("a duration in tokens needs the context, tokens of an example.")
+            raise ValueError("a duration in tokens needs the context, the tokens per example.")
         return -(-int(duration.amount) // self.context)

@@ -1,4 +1,4 @@
-r"""What weight decay does over a run.
+r"""How weight decay changes over a run.
 
 Each is the coefficient :math:`\lambda_t` of
 :math:`\theta \leftarrow \theta - \eta_t (u_t + \lambda_t \theta)`, as ``ravine.adamw`` and the other

@@ -1,4 +1,4 @@
-"""Arithmetic in at least float32, and selects in the place of products with masks."""
+"""Arithmetic in at least float32, with selects instead of products with masks."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from ..core.arithmetic import wide, wide_dtype
 def scale(x: jax.Array, factor: jax.Array) -> jax.Array:
     """`factor * x` in at least float32, back in the dtype of `x`; exactly `x` where the factor is 1.
 
-    Something infinite stays what it is instead of turning into NaN where the factor is 0.
+    Infinity stays infinite, where a plain product with a factor of 0 would give NaN.
     """
     factor = factor.astype(wide_dtype(x.dtype))
     factor = factor.reshape((1,) * (x.ndim - factor.ndim) + factor.shape)
@@ -19,7 +19,7 @@ def scale(x: jax.Array, factor: jax.Array) -> jax.Array:
 
 
 def global_norm(tree: Any) -> jax.Array:
-    """The float32 norm of a whole tree, of bfloat16 and float16 leaves, too; infinite only if a leaf is.
+    """The float32 norm of a whole tree, also of bfloat16 and float16 leaves; infinite only if a leaf is.
 
     Where the squares overflow, leaves are divided by the largest magnitude first.
     """

@@ -1,4 +1,4 @@
-"""Refusals: one sentence that names the problem and the fix."""
+"""Checks: each error names the problem and the fix in one sentence."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""What moments say of an optimizer: how much of it epsilon rules, and how many directions it has."""
+"""Measures of an optimizer's moments: the share that epsilon dominates, and effective ranks."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

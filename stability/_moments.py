@@ -1,4 +1,4 @@
-"""The moments in the state of a direction, found by name: of Ravine's, Optax's or anybody's Adam."""
+"""The moments in the state of a direction, found by name: Adam's in Ravine, Optax or elsewhere."""
 
 from typing import Any
 

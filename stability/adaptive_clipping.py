@@ -96,8 +96,8 @@ def adagc(
         \gamma_t = \beta\,\gamma_{t-1} + (1 - \beta) \lVert \hat g_t \rVert
 
     In warm-up the whole gradient is clipped to a global norm instead, and :math:`\gamma` is the smallest
-    norm that a tensor has had; one of zero does not count, or a tensor behind a head that starts at
-    zero would never move again. A gradient that is not finite passes; the statistics skip it.
+    norm that a tensor has had. Norms of zero do not count: otherwise a tensor behind a head that starts
+    at zero would never move again. A gradient that is not finite passes; the statistics skip it.
 
     Args:
       ratio: :math:`\lambda`, at least 1.

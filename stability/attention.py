@@ -55,7 +55,7 @@ def qk_norm(
     full_width: bool = False,
     eps: float = 1e-6,
 ) -> tuple[jax.Array, jax.Array]:
-    """Queries and keys divided by their root mean square, so that logits forget the weights' size.
+    """Queries and keys divided by their root mean square: logits do not depend on the weights' size.
 
     With gains of one a logit times the root of K is then at most K: it cannot grow with the weights.
 
@@ -64,7 +64,7 @@ def qk_norm(
       keys_BxSxGxK: likewise.
       query_gain: `[K]`, or `[H, K]`; ``None`` for one.
       key_gain: `[K]`, or `[G, K]`; ``None`` for one.
-      full_width: one mean over all heads together (OLMo 2) in place of one a head.
+      full_width: one mean over all heads together (OLMo 2) instead of one per head.
       eps: added to the mean square.
 
     Raises:
@@ -191,7 +191,7 @@ def max_logits(logits_BxHxTxS: jax.Array, where: jax.Array | None = None) -> jax
 
 
 class AttentionOutput(NamedTuple):
-    """What `attention` gives."""
+    """What `attention` returns."""
 
     mixed: jax.Array
     """`[B, T, H, K]`, in the dtype of the values."""

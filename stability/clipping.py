@@ -1,7 +1,7 @@
 """Clipping of gradients and updates by their own size.
 
-Clipping is no guard: what is infinite or not a number passes through all of these where it is, and only
-there. :func:`ravine.stability.finite_gate` around the chain keeps it out.
+Clipping is not a guard: infinities and NaN pass through all of these and stay in their elements.
+:func:`ravine.stability.finite_gate` around the chain keeps them out.
 """
 
 from typing import Any

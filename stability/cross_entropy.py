@@ -1,4 +1,4 @@
-"""Cross-entropy of one token each, its parts kept apart."""
+"""Cross-entropy per token, with its parts kept apart."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from .soft_cap import soft_cap
 
 
 class CrossEntropy(NamedTuple):
-    """What one softmax costs, by token, in at least float32."""
+    """The parts of the loss, per token, in at least float32."""
 
     loss: jax.Array
     """Negative log-likelihood, in nats: perplexity is the exponential of its mean, without `z_loss`."""
@@ -34,7 +34,7 @@ def cross_entropy(
     cap: float | None = None,
     label_smoothing: float = 0.0,
 ) -> CrossEntropy:
-    r"""Cross-entropy from integer labels: the loss, the z-loss and the log-normaliser apart.
+    r"""Cross-entropy from integer labels, with the loss, the z-loss and the log-normaliser separate.
 
     With :math:`z` the logits, capped, and :math:`n = \log \sum_v e^{z_v}`:
 

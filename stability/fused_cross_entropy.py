@@ -5,9 +5,9 @@ Tokens are worked on a chunk at a time. The derivative of a token's loss,
 .. math:: \frac{\partial \ell}{\partial z_v} = (1 + 2 c\, n)\, p_v - (1 - \epsilon)\,[v = y]
     - \frac{\epsilon}{V}, \qquad \times \; 1 - (z_v / C)^2 \text{ under a cap } C,
 
-needs no more than the chunk's own logits, so the gradients are made where the loss is, and handed on
-scaled: three products in all, as many as with the logits held, where a chunk recomputed in the backward
-pass would take four.
+needs only the chunk's own logits. So the gradients are computed together with the loss and scaled later:
+three products in all, as many as with all logits held, where recomputing chunks in the backward pass
+would take four.
 """
 
 import functools
@@ -26,7 +26,7 @@ from .soft_cap import soft_cap
 
 
 class _Options(NamedTuple):
-    """What is known at tracing."""
+    """What is static when traced."""
 
     classes: int
     axis: str | None
@@ -59,12 +59,12 @@ def fused_cross_entropy(
     The products are those of the dtype of `hidden`, into which the unembedding is cast, and are summed
     up in at least float32, as are the softmax and both gradients. The memory taken is that of two
     chunks of logits and of the unembedding's gradient. Only the mean is differentiable, in reverse
-    mode and once; the parts are there to be looked at.
+    mode and once; the parts are for inspection.
 
     **Vocabulary over a mesh axis.** Inside ``jax.shard_map``, with `vocabulary_axis` given, the
     unembedding is this device's block of columns, all blocks being equally wide (pad at the end, and
     give `vocabulary`); hidden states and labels are those of all columns. The loss exchanges two
-    scalars a token; the gradient of the hidden states, of which every device has the part that its
+    scalars per token; the gradient of the hidden states, of which every device has the part that its
     columns make, is summed up once. With `token_axes` the tokens are this device's too, and the
     mean is over all of them; the gradient of the unembedding is then summed up once.
 

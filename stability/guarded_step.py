@@ -1,8 +1,8 @@
-"""What a guard consists of, and a guarded step: one condition around update and addition.
+"""The parts of a guard, and a guarded step: one condition around update and addition.
 
-A guard as a transformation has to hand on updates, zeros for a step that is not made: XLA then writes
-them, and copies the state besides. With parameters and state as what the condition chooses between,
-donated buffers are written where they lie.
+A guard that is a transformation has to return updates, zeros for a skipped step: XLA writes them, and
+copies the state as well. If the condition chooses between old and new parameters and state instead,
+donated buffers are updated in place.
 """
 
 from collections.abc import Callable
@@ -62,12 +62,12 @@ def guarded(
 
 
 class GuardedStep(NamedTuple):
-    """What `guarded_step` gives."""
+    """What `guarded_step` returns."""
 
     params: Any
     state: Any
     update_norm: jax.Array
-    """float32; 0 for a step that was not made."""
+    """float32; 0 for a skipped step."""
 
 
 def guarded_step(
@@ -76,15 +76,15 @@ def guarded_step(
     """`tx.update` and ``optax.apply_updates`` in one, under one condition.
 
     Parameters and state are those of the two calls. On AdamW the transformation takes 2 to 3 times the
-    time of the optimizer alone, this 1.15 times (docs/log.md, 2026-11-28): use it where a train
+    time of the optimizer alone, this one 1.15 times (docs/log.md, 2026-11-28): use it where a train
     step is written by hand, as `ravine.training.step.make_train_step` does.
 
     Args:
-      tx: what `finite_gate` or `skip_step` gave, the outermost of the optimizer.
+      tx: what `finite_gate` or `skip_step` returned, outermost around the optimizer.
       grads: a tree like the parameters.
       state: of `tx`.
       params: what is updated.
-      extra: ``loss=``, which the guard looks at, and more for the optimizer inside.
+      extra: ``loss=``, which the guard checks, and further arguments for the optimizer inside.
 
     Raises:
       TypeError: for another transformation.

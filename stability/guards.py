@@ -1,8 +1,8 @@
-"""Guards: a step that would harm is not made, and leaves no trace but the time it took.
+"""Guards: a harmful step is skipped, and leaves no trace but the time it took.
 
-What is skipped is decided before the optimizer runs, and it then does not run at all: a select, never a
+Whether to skip is decided before the optimizer runs, which then does not run at all: a select, never a
 product with zero, which would keep NaN. Schedules go on, so that they stay in step with the run. All
-that is remembered is in the state, so it is checkpointed and takes no round trip to the host.
+memory is in the state, so it is checkpointed and needs no round trip to the host.
 """
 
 from typing import Any, NamedTuple
@@ -30,19 +30,19 @@ class FiniteGateState(NamedTuple):
 
 @checked
 def finite_gate(tx: optax.GradientTransformation) -> Guarded:
-    """`tx`, but a step with anything infinite or not a number in gradients or loss is not made.
+    """`tx`, but steps with infinities or NaN in the gradients or the loss are skipped.
 
-    Nor is one whose gradients' squares cannot be summed in float32 (a norm above 1.3e19): they would
-    make second moments infinite, and what is infinite is never forgotten.
+    So are steps whose gradients' squares cannot be summed in float32 (a norm above 1.3e19): they would
+    make second moments infinite, and an average never recovers from infinity.
 
     Then the parameters and the state of `tx` stay what they are, bit by bit, but for the counts that
     schedules are called with: time goes on, and step t takes the learning rate of count t however many
-    steps were skipped before it. Put it around the whole chain: clipping an infinite gradient makes no
-    finite one. The update takes ``loss=`` if there is one to look at; other extra arguments, and it,
-    reach `tx`.
+    steps were skipped before it. Put it around the whole chain: clipping does not make an
+    infinite gradient finite. The update takes ``loss=`` if there is one to check; this and all other
+    extra arguments reach `tx`.
 
     ``optax.apply_if_finite`` gives up after a number of bad steps in a row and makes the next bad one;
-    this never does, so have the loop look at ``in_a_row``.
+    this never does, so check ``in_a_row`` in the training loop.
 
     As a transformation this makes AdamW take 2.5 to 3 times as long; :func:`guarded_step` makes the same
     step in 1.15 times AdamW's time (docs/log.md, 2026-11-28).
@@ -100,7 +100,7 @@ def skip_step(
     patience: int = 16,
     robust: bool = False,
 ) -> Guarded:
-    r"""`tx`, but a step whose loss or gradient norm is far above the last ones is not made.
+    r"""`tx`, but steps whose loss or gradient norm is far above the recent ones are skipped.
 
     A step is made if its loss and all its gradients are finite (their norm below 1.3e19, as for
     :func:`finite_gate`) and, once `warmup` steps have been made,
@@ -115,7 +115,7 @@ def skip_step(
     that schedules are called with: time goes on, and step t takes the learning rate of count t however
     many steps were skipped before it. After `patience` finite outliers with no step between them the
     next finite one is taken for a new level: the step is made and the windows start again with it.
-    What is not finite is never let in.
+    Non-finite values never enter.
 
     The update takes ``loss=``, which is handed on to `tx` with all other extra arguments.
 

@@ -13,7 +13,7 @@ def log_sum_exp(
 ) -> jax.Array:
     r""":math:`\log \sum_v e^{z_v}` over the entries that count, in at least float32.
 
-    The largest entry is taken out first, so nothing finite overflows. What `where` leaves out may hold
+    The largest entry is subtracted first, so no finite logits overflow. What `where` leaves out may hold
     anything, NaN among it; a row in which nothing counts gives :math:`-\infty` with gradient zero.
 
     Args:

@@ -1,4 +1,4 @@
-"""What logits say of a model: how sure it is, and how large they have grown."""
+"""Statistics of logits: how certain the model is, and how large they have grown."""
 
 import jax
 import jax.numpy as jnp

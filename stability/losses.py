@@ -1,4 +1,4 @@
-"""From losses of single tokens to the one number that training minimises."""
+"""From the losses of single tokens to the number that training minimises."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Monitors: the numbers in which trouble shows first, in the state, sampled, of constant structure."""
+"""Monitors: the numbers that show trouble first, sampled and kept in a state of constant structure."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -45,7 +45,7 @@ def with_monitors(
     measured: Sequence[str] = (),
     layers: Stacked = STACKED,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""`tx`, with what shows trouble early in its state, for :func:`monitored` to read.
+    r"""`tx`, with early signs of trouble in its state, for :func:`monitored` to read.
 
     Every step, with loss and gradient norm x: ``spike_score/loss`` and ``spike_score/gradient_norm``,
     the share of steps so far with :math:`x > \mu + k \sigma` of the last ones, or x not finite.
@@ -60,11 +60,11 @@ def with_monitors(
     .. math:: \Big(\sum_i \sigma_i^2\Big)^2 \Big/ \sum_i \sigma_i^4 =
         \lVert M \rVert_F^4 \,/\, \lVert M^\top M \rVert_F^2
 
-    of matrices' momenta. Names are ``update_ratio/matrix`` and so on. What the model measured, as
-    :func:`logit_statistics` and the largest logits of :func:`attention`, is handed in as
+    of matrices' momenta. Names are ``update_ratio/matrix`` and so on. Measurements of the model, such as
+    :func:`logit_statistics` and the largest logits of :func:`attention`, are passed as
     ``measured={"max_logit": ...}`` and kept at the sampled steps.
 
-    Updates are what they are without monitors.
+    Updates are the same as without monitors.
 
     Args:
       tx: the whole optimizer.
@@ -73,8 +73,8 @@ def with_monitors(
       every: steps between two samples, at least 1.
       eps: that of the optimizer, for ``eps_share``.
       deviations: k of the spike score; 6 in OLMo.
-      window: steps that a spike is compared with.
-      measured: names of what the model measures, a scalar each.
+      window: number of steps that a spike is compared with.
+      measured: names of the model's measurements, one scalar each.
       layers: which leaves are stacked layers.
 
     Raises:

@@ -20,7 +20,7 @@ PRECONDITIONED = "preconditioned/"
 
 
 class MicroBatches(NamedTuple):
-    """What the micro-batches of one step say about the noise in its gradient."""
+    """What the micro-batches of one step reveal about the noise in its gradient."""
 
     squares: Mapping[
         str, jax.Array
@@ -93,7 +93,7 @@ def squared_norms(
 def gathered(
     squares: Mapping[str, jax.Array], weight: jax.Array | float, axis_name: str
 ) -> MicroBatches:
-    """Every device's gradient as a micro-batch of its own, inside ``jax.shard_map``.
+    """The gradient of each device as a micro-batch of its own, inside ``jax.shard_map``.
 
     Args:
       squares: `squared_norms` of the gradient of this device's rows, before the mean over devices.
@@ -173,7 +173,7 @@ def with_noise_scale(
     """
     check_ratio(decay=decay)
     if decay == 1:
-        raise ValueError("decay must be below 1: at 1 nothing measured is ever taken in.")
+        raise ValueError("decay must be below 1: at 1 no measurement ever enters the averages.")
     inner = optax.with_extra_args_support(tx)
     complete(rules)
 
@@ -208,7 +208,7 @@ def with_noise_scale(
                     )
                 return squares, traces
 
-            # Not a pass over the gradient at steps at which nothing was measured.
+            # No pass over the gradient at steps without a measurement.
             squares, traces = jax.lax.cond(
                 jnp.any(micro.weights > 0),
                 taken_in,

@@ -1,7 +1,7 @@
 r"""QK-clip: heads whose attention logits have grown too large have their weights scaled down.
 
-With the largest logit :math:`S_h` of head h in the step at hand, :math:`\gamma_h = \tau / \max(S_h,
-\tau)` is what its logits are to be multiplied with. The factor is split between the weights of
+With the largest logit :math:`S_h` of head h in the current step, :math:`\gamma_h = \tau / \max(S_h,
+\tau)` is the factor that its logits need. The factor is split between the weights of
 queries and keys:
 
 ==================================  ===================================================  ===============
@@ -65,12 +65,12 @@ def qk_clip(
     r"""Last in a chain: bends the update so that no head's largest logit stays beyond :math:`\tau`.
 
     The parameters end at the factor of the table times where the update would have taken them. The
-    update takes ``max_logits=``, the largest logits of the step at hand before any soft-cap, as
+    update takes ``max_logits=``, the largest logits of the current step before any soft-cap, as
     :func:`ravine.stability.attention` gives them:
 
     * `[H]`, or `[L, H]` for layers that are stacked at axis 0 of the parameters, one for all
       patterns; or
-    * a mapping of such, from what the group of the pattern, ``(...)``, found in the path.
+    * a mapping of such, from the text that the group ``(...)`` of the pattern matched in the path.
 
     Heads without a finite largest logit are left alone. It is at odds with QK-norm, under which
     logits do not depend on the size of these weights; biases of queries and keys need entries of
@@ -191,7 +191,7 @@ def _factor(
     shape: tuple[int, ...],
     name: str,
 ) -> jax.Array:
-    """What the parameter is multiplied with, broadcast to it."""
+    """The factor of the parameter, broadcast to it."""
     queries, keys = groups
     width, apart = _widths(where, shape, name)
     stacked = logits.ndim == 2
@@ -201,7 +201,7 @@ def _factor(
             f"counts layers, got {logits.shape}."
         )
     logits = wide(logits)
-    # Of a head without a finite logit nothing is known.
+    # A head without a finite logit is left alone.
     logits = jnp.where(jnp.isfinite(logits), logits, threshold)
     gamma = threshold / jnp.maximum(logits, threshold)
     grouped = gamma.reshape(*gamma.shape[:-1], keys, queries // keys)

@@ -24,13 +24,13 @@ class SigmaWeights(NamedTuple):
 
 
 class SigmaState(NamedTuple):
-    """Where power iteration stands, for one matrix."""
+    """The state of power iteration for one matrix."""
 
     right: jax.Array  # [..., out], float32: near the first right singular vector
 
 
 def sigma_reparam(weights: Any) -> tuple[Any, Any]:
-    """Matrices in the form in which they are trained: the same product, gain and state by SVD.
+    """Matrices in their trained form, with the same product; gains and states are found by SVD.
 
     Args:
       weights: a tree of matrices `[..., in, out]`.

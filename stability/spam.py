@@ -1,4 +1,4 @@
-"""SPAM: spikes clipped element by element, and the moments they got into thrown away now and then."""
+"""SPAM: spikes clipped element by element, and moments reset from time to time."""
 
 import math
 from typing import Any, NamedTuple
@@ -38,7 +38,7 @@ def spam(
 
     and every :math:`\Delta T` updates both moments are set to zero. The updates from then on are scaled
     by :math:`1 - 0.99 \cdot \tfrac12 (1 + \cos \pi s / (N + 1))` in their s-th step, N of them.
-    What is not finite is no spike, and passes: guard the chain with ``finite_gate``. Elements
+    Non-finite values are not treated as spikes and pass: guard the chain with ``finite_gate``. Elements
     without a second moment yet are not clipped, where the authors' code sets them to zero, and so
     keeps them there: the embedding of a token first seen after `settle` would not move before the
     next reset.

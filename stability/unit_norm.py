@@ -22,7 +22,7 @@ def _axis_of(axis: Axis, path: Any, leaf: jax.Array) -> int | None:
     if found is not None and not -leaf.ndim <= found < leaf.ndim:
         raise ValueError(
             f"{name} has shape {leaf.shape} and no axis {found}; give a function of the path that "
-            "returns None for parameters that are to be left alone."
+            "returns None for parameters to leave alone."
         )
     return found
 
@@ -34,7 +34,7 @@ def _normalized(x: jax.Array, axis: int) -> jax.Array:
 
 @checked
 def unit_norm(params: optax.Params, axis: Axis = -1) -> optax.Params:
-    """The parameters with norm one along an axis: for the start, before :func:`keep_unit_norm`.
+    """The parameters scaled to norm one along an axis, to start :func:`keep_unit_norm` from.
 
     Args:
       params: a tree.
@@ -68,7 +68,7 @@ def keep_unit_norm(axis: Axis = -1) -> optax.GradientTransformation:
     kept by ``ravine.keep_parameter_norm`` (hyperball).
 
     Args:
-      axis: of all parameters, or a function from a path to it, with None for those to be left alone.
+      axis: of all parameters, or a function from a path to it, with None for those to leave alone.
 
     Raises:
       ValueError: for a parameter without such an axis, or without parameters at the update.

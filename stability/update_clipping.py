@@ -1,4 +1,4 @@
-"""Clipping of updates: by how far the gradient outran its second moment, and by the updates before."""
+"""Clipping of updates: by how far the gradient exceeds its second moment, and by earlier updates."""
 
 from typing import Any, NamedTuple
 
@@ -29,9 +29,9 @@ def with_update_clipping(
     .. math:: u_t / \max(1, \mathrm{RMS}_t), \qquad
         \mathrm{RMS}_t = \sqrt{\operatorname{mean} \, g_t^2 / \max(\hat v_t, \epsilon^2)}
 
-    with :math:`\hat v_t = v_t / (1 - \beta_2^t)`, by leaf, and of stacked layers by layer. As the paper
-    has it the learning rate is divided, weight decay with it: then give a chain of direction and decay;
-    wrap the direction alone to leave the decay as it is.
+    with :math:`\hat v_t = v_t / (1 - \beta_2^t)`, by leaf, and of stacked layers by layer. In the
+    paper the learning rate is divided, and weight decay with it: for that, give a chain of direction and
+    decay; wrap the direction alone to leave the decay as it is.
 
     Args:
       direction: one whose state has a second moment ``nu`` like the parameters and a ``count``, as
@@ -96,13 +96,12 @@ def clip_update_norm(
 ) -> optax.GradientTransformation:
     r"""Last in a chain: the norm of the whole update stays below the mean and k deviations of the last.
 
-    The norms that are remembered are those before clipping: were it those after, each clipped update
-    would lower the limit for the next, down to nothing. What is not finite is neither clipped nor
-    remembered.
+    The norms remembered are those before clipping: with those after it, each clipped update would lower
+    the limit for the next, down to nothing. Non-finite updates are neither clipped nor remembered.
 
     Args:
       deviations: k, of which each counts for at least a hundredth of the mean.
-      window: updates looked back on, at least 1.
+      window: number of past updates, at least 1.
       warmup: updates before any is clipped, 1 to `window`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""ZClip: the global norm clipped by how many deviations it is above its own running mean."""
+"""ZClip: the global norm, clipped by its number of deviations above its running mean."""
 
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ def zclip(
     warmup: int = 25,
     eps: float = 1e-6,
 ) -> optax.GradientTransformation:
-    r"""Clips a gradient of unusual norm, the further the more unusual it is.
+    r"""Clips gradients of unusual norm, and more unusual ones harder.
 
     With :math:`z = (\lVert g \rVert - \mu) / (\sigma + \epsilon)` and the threshold :math:`z_0`:
 

@@ -267,7 +267,8 @@ def test_what_needs_more_than_gradients_is_planned(name, capsys):
     assert f"{name}: fits in 80 GB" in capsys.readouterr().out
 
 
-def test_json_has_what_is_printed(capsys):
+def test_json_has_what_is_printed(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as a Jupyter kernel has it
     assert main(["plan", *GPUS, "--optimizer", "adamw", "--json", "--micro-batches", "2"]) == 2
     capsys.readouterr()
     words = [*GPUS, "--optimizer", "adamw", "--json", "--micro-batches", "2", "--batch", "512"]

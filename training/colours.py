@@ -1,4 +1,4 @@
-"""One colour per optimizer, the same in every report, notebook and picture."""
+"""One colour per optimizer, the same in every report, notebook and picture; and how pictures look."""
 
 # Okabe and Ito's colours, told apart with any colour vision, for those that are compared most.
 COLOURS = {
@@ -20,6 +20,14 @@ COLOURS = {
     "schedule_free_adamw": "#999933",
 }
 """Colours by the name of the optimizer, as `ravine.names()` has it."""
+PICTURES = {
+    "figure.dpi": 150,
+    "figure.constrained_layout.use": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+}
+"""How lessons draw, for ``matplotlib.pyplot.rcParams.update``."""
 OTHERS = ("#4477AA", "#AA3377", "#228833", "#BB5566", "#777777")
 """For names that `COLOURS` lacks, in turn."""
 

@@ -136,7 +136,7 @@ def plan(config: PlanConfig, console: Console | None = None) -> list[Plan]:
         plans.append(one)
     plans.sort(key=lambda found: _order(found, network))
     if config.json:
-        console.print_json(to_json(config, plans, network, work))
+        console.out(to_json(config, plans, network, work), highlight=False)
         return plans
     given = {name: assumed(name, json.loads(config.options)) for name in optimizers}
     show(Shown(config, work, network, given), plans, console)

@@ -28,7 +28,8 @@ def to_json(config: "PlanConfig", plans: list[Plan], network: Network, work: Wor
                 "sent": sum(c.total for c in work.exchanges()),
             },
             "plans": [_plain(found, network, work) for found in plans],
-        }
+        },
+        indent=2,
     )
 
 
