@@ -28,8 +28,8 @@ def test_every_mesh_divides():
         assert LLAMA.heads % sizes["tensor"] == 0
         assert LLAMA.width % (sizes["fsdp"] * sizes["tensor"]) == 0
         assert 64 % (sizes["data"] * sizes["fsdp"] * candidate.work.micro_batches) == 0
-    # Powers of two of three axes, whose exponents add up to four.
-    assert len(found()) == 15
+    # Powers of two of four axes, whose exponents add up to four.
+    assert len(found()) == 35
 
 
 def test_those_that_fit_come_first_and_then_the_fastest():
@@ -44,17 +44,18 @@ def test_those_that_fit_come_first_and_then_the_fastest():
 
 
 def test_micro_batches_are_the_fewest_with_which_it_fits():
-    (tight,) = (
-        c
-        for c in found(memory=16e9)
-        if c.work.sizes == {"data": 1, "fsdp": 16, "expert": 1, "tensor": 1}
-    )
-    (wide,) = (
-        c for c in found() if c.work.sizes == {"data": 1, "fsdp": 16, "expert": 1, "tensor": 1}
-    )
+    (tight,) = (c for c in found(memory=16e9) if c.mesh == "fsdp=16")
+    (wide,) = (c for c in found() if c.mesh == "fsdp=16")
     # 5.1 GB are held; four sequences of each shard take 12.8 GB more, two of them half of it, and 1.7 GB
     # for sums of gradients.
     assert (wide.work.micro_batches, tight.work.micro_batches) == (1, 2)
+
+
+def test_few_long_sequences_are_cut():
+    # Of two sequences sixteen chips have work only where the axes context or tensor cut them.
+    cut = [c.work.size("context", "tensor") for c in found(sequences=2)]
+    assert min(cut) == 8
+    assert "data=2,context=8" in {c.mesh for c in found(sequences=2)}
 
 
 def test_slices_divide_the_copies():
@@ -74,7 +75,7 @@ WORDS = ["plan", "--find-mesh", "--model", "ravine", "--topology", "h100:8", "--
 def test_the_best_is_planned(capsys):
     assert main(WORDS) == 0
     printed = capsys.readouterr().out
-    assert "9 meshes of 8 chips divide ravine and a step of 512 tokens; by hand, 9" in printed
+    assert "19 meshes of 8 chips divide ravine and a step of 512 tokens; by hand, 19" in printed
     assert "h100:8 (" in printed
 
 

@@ -1,5 +1,6 @@
 """Times and the model's part, against numbers worked out by hand."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -9,12 +10,13 @@ from ravine.training.plan.by_hand import Work
 from ravine.training.plan.chips import CHIPS
 from ravine.training.plan.collectives import Collective, collectives
 from ravine.training.plan.flops import Product, arithmetic
+from ravine.training.plan.model_time import model_seconds
 from ravine.training.plan.network import Network
 from ravine.training.plan.roofline import Estimate, passed_over, seconds_of, sent_in
 from ravine.training.shapes.presets import PRESETS
 
 GOLDEN = Path(__file__).parent / "golden"
-V5P, V5E, H100 = CHIPS["v5p"], CHIPS["v5e"], CHIPS["h100"]
+V5P, V5E, H100 = (CHIPS[name].at_peak() for name in ("v5p", "v5e", "h100"))
 LLAMA = PRESETS["llama2-7b"]
 
 
@@ -94,6 +96,7 @@ def test_chips_are_of_what_is_published(name):
     assert all(source.startswith("https://") for source in chip.sources)
     assert chip.network < chip.link < chip.bandwidth < chip.products["float32:highest"]
     assert bool(chip.node) != bool(chip.wraps)
+    assert 0.3 <= chip.attention <= chip.reached < 1
 
 
 def test_products_are_told_apart():
@@ -159,6 +162,77 @@ def test_activations_by_hand():
     assert (full.accumulators(100), halved.accumulators(100)) == (0, 200)
 
 
+def test_seconds_of_the_model_by_hand():
+    # 4096 tokens on each of four shards of rows, cut once more by the tensor axis.
+    work = Work(LLAMA, {"fsdp": 4, "tensor": 2}, tokens=4 * 4096, remat="none")
+    scores = 6 * 32 * 32 * (2 * 128) * 4097 / 2 * 4096 / 2
+    products = LLAMA.flops() * 4096 / 2 - scores
+    elements = 8 * 4096 + (2 * 64 * 128 + 3 * 11008) / 2
+    moved = 4096 * (3 * 32 * 2 * elements + 16 * 32000 / 2)
+    found = products / 989e12 / 0.8 + 3.5 / 3 * scores / 989e12 / 0.35 + moved / 3.35e12
+    assert model_seconds(work, CHIPS["h100"]) == pytest.approx(found)
+    full = dataclasses.replace(work, remat="full")
+    more = products / 3 / 989e12 + scores / 3 / 989e12 + 4096 * 32 * 2 * elements / 3.35e12
+    assert model_seconds(full, H100) - model_seconds(work, H100) == pytest.approx(more)
+
+
+PUBLIC = [
+    # Chip, mesh, tokens, and published tokens per second and chip or MFU; sources in docs/pods.md.
+    ("llama3-8b", "h100", 8, 2 * 8192, 6667, "tokens"),
+    ("llama2-70b", "v5p", 64, 4 * 4096, 0.65, "mfu"),
+    ("llama2-70b", "v4", 64, 4 * 4096, 0.57, "mfu"),
+    ("llama2-70b", "v5e", 256, 4 * 4096, 0.57, "mfu"),
+]
+
+
+@pytest.mark.parametrize("remat", ["full", "products", "none"])
+@pytest.mark.parametrize(("model", "chip", "chips", "tokens", "published", "unit"), PUBLIC)
+def test_estimates_are_within_twice_of_public_runs(
+    model, chip, chips, tokens, published, unit, remat
+):
+    work = Work(PRESETS[model], {"fsdp": chips}, tokens * chips, remat)
+    seconds = model_seconds(work, CHIPS[chip])
+    peak = work.operations(recomputed=False) / CHIPS[chip].products["bfloat16"]
+    found = peak / seconds if unit == "mfu" else tokens / seconds
+    assert 1 <= found / published <= 2
+
+
+def test_a_pipeline_by_hand():
+    # Eight stages of four layers, sixteen micro-batches of a sequence each.
+    sizes = {"stage": 8, "fsdp": 2}
+    piped = Work(LLAMA, sizes, tokens=2 * 16 * 4096, micro_batches=16)
+    stream = 4096 * 4096 * 2
+    # The last stage needs most, with its logits; with a fused loss the first, of eight micro-batches.
+    last = piped.activations()
+    assert (last["kept"], last["logits"]) == (4 * stream, 8 * 4096 * 32000)
+    fused = dataclasses.replace(piped, fused_loss=True)
+    first = fused.activations()
+    assert (first["kept"], first["logits"]) == (8 * 4 * stream, 0)
+    flat = dataclasses.replace(fused, sizes={"fsdp": 16})
+    assert model_seconds(fused, H100) == pytest.approx(model_seconds(flat, H100) * (16 + 7) / 16)
+    (sent,) = (c for c in piped.exchanges() if c.kind == "collective-permute")
+    assert (sent.sent, sent.times, sent.group) == (stream, 2 * 16, (0, 2))
+    layers = LLAMA.count - 65 * 4096 - 2 * 32000 * 4096
+    gathered = [c.sent for c in piped.exchanges() if c.kind == "all-gather"]
+    assert gathered == [0.5 * 2 * (layers / 8 + 2 * 32000 * 4096)] * 2
+
+
+def test_a_context_axis_by_hand():
+    # A sequence of 4096 tokens on four chips, in each of two shards of rows.
+    work = Work(LLAMA, {"fsdp": 2, "context": 4}, tokens=2 * 4096)
+    assert (work.rows, work.sequences) == (1024, 1)
+    assert work.activations()["kept"] == 32 * 1024 * 4096 * 2
+    found = [c for c in work.exchanges() if c.group == (0, 1, 2, 3)]
+    gathered = 2 * 4096 * (2 * 32 * 128)  # keys and values of the whole sequence
+    kinds = [(c.kind, c.sent, c.times) for c in found]
+    assert kinds[1:] == [
+        ("all-gather", 0.75 * gathered, 32),
+        ("all-gather", 0.75 * gathered, 32),
+        ("reduce-scatter", 0.75 * gathered, 32),
+    ]
+    assert kinds[0] == ("all-reduce", 1.5 * (LLAMA.count - 65 * 4096), 1)  # copies' gradients
+
+
 def test_exchanges_by_hand():
     work = Work(LLAMA, {"data": 2, "fsdp": 4, "tensor": 2}, tokens=8 * 4096)
     found = work.exchanges()
@@ -197,8 +271,12 @@ ENTRY %main (x: f32[4]) -> f32[4] {
   %b = f32[4]{0} all-reduce(%x), replica_groups=[4,2]<=[8]
   %c = f32[4]{0} all-reduce(%x), replica_groups={{0,3},{1,2}}
   %d = f32[4]{0} all-reduce(%x), replica_groups={}
+  %f = f32[4]{0} all-reduce(%x), replica_groups=mesh['axis_0'=2,'axis_1'=2,'axis_2'=2] {'axis_1'}
+  %g = f32[4]{0} all-reduce(%x), replica_groups=mesh['a'=2,'b'=4] {'a','b':(1)2}, to_apply=%add
+  %h = f32[4]{0} all-reduce(%x), replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}
   ROOT %e = f32[4]{0} collective-permute(%x), source_target_pairs={{1,1},{2,5}}
 }
 """
     groups = [c.group for c in collectives(text, 8)]
-    assert groups == [(0, 2, 4, 6), (0, 1), (0, 3), tuple(range(8)), (2, 5)]
+    last = [(0, 2), (0, 2, 4, 6), (0, 1), (2, 5)]
+    assert groups == [(0, 2, 4, 6), (0, 1), (0, 3), tuple(range(8)), *last]

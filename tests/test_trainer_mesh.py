@@ -31,6 +31,7 @@ from ravine.training.sharding import (
 from ravine.training.step import (
     init_params,
     init_state,
+    make_loss,
     make_train_step,
     place,
 )
@@ -252,3 +253,25 @@ def test_a_resumed_race_may_change_its_mesh(tmp_path, capsys, monkeypatch):
     assert dict(meshes[-1].shape) == {"data": 4, "fsdp": 2}
     assert main([*words, "--resume", "--seed", "1"]) == 2
     assert "another configuration" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_context_axis_changes_neither_loss_nor_gradient(fused):
+    config = dataclasses.replace(MODEL, vocabulary=64, remat=True)
+    graphdef, params = init_params(config, 0)
+    loss = jax.value_and_grad(make_loss(graphdef, fused))
+    batch = jax.random.randint(jax.random.key(0), (4, 9), 0, 64)
+    alone, gradient = jax.jit(loss)(params, batch)
+    mesh = build_mesh("data=2,context=2,tensor=2")
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, parameter_shardings(params, mesh))
+        batch = jax.device_put(batch, batch_sharding(mesh, 4))
+        compiled = jax.jit(loss).lower(placed, batch).compile()
+        together, same = compiled(placed, batch)
+    assert together == pytest.approx(float(alone), rel=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(same), strict=True):
+        assert jnp.max(jnp.abs(ours - theirs)) <= 1e-4 * jnp.max(jnp.abs(ours)) + 1e-7
+    # Keys and values of whole sequences, [B, T, H, K] by rows and tensor, come from both of two devices.
+    found = [c for c in collectives(compiled.as_text(), 8) if c.kind == "all-gather" and c.in_loop]
+    assert {(c.bytes, c.group) for c in found} == {(2 * 8 * 1 * 8 * 4, (0, 2))}
+    assert sum(c.times for c in found) == 2 * 2 * 2  # keys and values, layers, forward and backward

@@ -21,8 +21,8 @@ class LaunchConfig:
     """Devices of a run and the processes that hold them; results do not depend on it."""
 
     mesh: str = ""
-    """Sizes of the mesh's axes over all devices of all processes, of data, fsdp and tensor:
-    data=2,fsdp=4. Without it, one device."""
+    """Sizes of the mesh's axes over all devices of all processes, of data, fsdp, expert, context and
+    tensor: data=2,fsdp=4. Without it, one device."""
     distributed: bool = False
     """Join the processes that a TPU slice, SLURM, Open MPI or Kubernetes has started."""
     coordinator: str = ""

@@ -48,7 +48,7 @@ def fused_loss(
     Under an `Auto` mesh with the trainer's axes every device works on the rows and columns that it has.
 
     Args:
-      hidden_BxTxD: normalised states, cut by rows.
+      hidden_BxTxD: normalised states, cut by rows and context.
       kernel_DxV: of the head, cut in any way.
       targets_BxT: the next tokens.
       z_loss: coefficient of the z-loss.
@@ -68,14 +68,18 @@ def fused_loss(
         options["chunk"] = chunk or chunk_of(kernel_DxV.shape[1], jax.default_backend())
         return fused_cross_entropy(hidden_BxTxD, kernel_DxV, targets_BxT, **options)
     rows = tuple(name for name in ROWS if name in mesh.shape)
+    context = "context" if "context" in mesh.shape else None
     columns = "tensor" if "tensor" in mesh.shape else None
     local = kernel_DxV.shape[1] // (mesh.shape[columns] if columns else 1)
     options["chunk"] = chunk or chunk_of(local, jax.default_backend())
     of_device = functools.partial(
-        fused_cross_entropy, vocabulary_axis=columns, token_axes=rows, **options
+        fused_cross_entropy,
+        vocabulary_axis=columns,
+        token_axes=(*rows, context) if context else rows,
+        **options,
     )
-    specs = PartitionSpec(rows, None, None), PartitionSpec(None, columns), PartitionSpec(rows, None)
-    each: Any = PartitionSpec(rows, None)
+    each: Any = PartitionSpec(rows, context)
+    specs = PartitionSpec(rows, context, None), PartitionSpec(None, columns), each
     placed = jax.shard_map(
         of_device,
         mesh=mesh,

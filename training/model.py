@@ -18,7 +18,7 @@ from ..stability import HeadWeights, attention, soft_cap
 from .dropout import dropped
 from .identity import LATER
 from .layers import RMSNorm, rotate
-from .sharding import constrained
+from .sharding import constrained, of_all_positions
 
 JOINED = 2**20
 """Elements up to which kernels of one input are multiplied as one, see `_project`."""
@@ -162,6 +162,7 @@ class Attention(nnx.Module):
         if c.qk_norm:
             q_BxTxHxK, k_BxTxGxK = self.query_norm(q_BxTxHxK), self.key_norm(k_BxTxGxK)
         q_BxTxHxK, k_BxTxGxK = rotate(q_BxTxHxK, c.rope_base), rotate(k_BxTxGxK, c.rope_base)
+        k_BxTxGxK, v_BxTxGxK = of_all_positions(k_BxTxGxK), of_all_positions(v_BxTxGxK)
 
         if measured or c.attention == "plain":
             mixed_BxTxHxK, highest_H = attention(
@@ -291,7 +292,7 @@ class Transformer(nnx.Module):
             call = lambda layer, x_BxTxD, keys_2: layer(x_BxTxD, measured, keys_2)
             call = nnx.remat(call) if self.config.remat else call
             x_BxTxD, highest_H = call(layer, x_BxTxD, keys_2)
-            return constrained(x_BxTxD, "rows", None, None), highest_H
+            return constrained(x_BxTxD, "rows", "context", None), highest_H
 
         first, keys_Lx2 = None, None
         if dropout_key is not None and self.config.dropout:
@@ -304,7 +305,7 @@ class Transformer(nnx.Module):
         if self.config.tied:
             x_BxTxD = x_BxTxD * jnp.asarray(self.config.width**0.5, x_BxTxD.dtype)
         x_BxTxD = dropped(x_BxTxD, self.config.dropout, first)
-        x_BxTxD = constrained(x_BxTxD, "rows", None, None)
+        x_BxTxD = constrained(x_BxTxD, "rows", "context", None)
         x_BxTxD, highest_LxH = through_layers(x_BxTxD, self.layers, keys_Lx2)
         return self.final_norm(x_BxTxD), highest_LxH
 
@@ -319,7 +320,7 @@ class Transformer(nnx.Module):
         else:
             logits_BxTxV = self.head(hidden_BxTxD)
         logits_BxTxV = logits_BxTxV.astype(jnp.float32)
-        logits_BxTxV = constrained(logits_BxTxV, "rows", None, "tensor")
+        logits_BxTxV = constrained(logits_BxTxV, "rows", "context", "tensor")
         return soft_cap(logits_BxTxV, self.config.final_soft_cap)
 
 

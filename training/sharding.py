@@ -16,15 +16,17 @@ from ..core.paths import path_string
 from ..optimizers.matrix.mesh.shardings import check_specs
 from .shapes.shape import ModelShape
 
-AXES = ("data", "fsdp", "expert", "tensor")
+AXES = ("data", "fsdp", "expert", "context", "tensor")
 """Axes a mesh may have: copies of the model, shards of every matrix, experts of a mixture (of all else
-copies), and columns or rows by layer."""
+copies), parts of every sequence, and columns or rows by layer."""
+PLANNED = ("stage", *AXES)
+"""Those that the planner knows: also stages of a pipeline, which cut stacks of layers."""
 ROWS = ("data", "fsdp", "expert")
 """Those that cut the batch."""
 
 
-def mesh_sizes(text: str) -> dict[str, int]:
-    """``{"fsdp": 64, "tensor": 8}`` from ``fsdp=64,tensor=8``.
+def mesh_sizes(text: str, axes: Sequence[str] = AXES) -> dict[str, int]:
+    """``{"fsdp": 64, "tensor": 8}`` from ``fsdp=64,tensor=8``, of axes that are known.
 
     Example:
       >>> from ravine.training.sharding import mesh_sizes
@@ -34,8 +36,8 @@ def mesh_sizes(text: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for pair in text.split(","):
         name, _, size = pair.strip().partition("=")
-        if name not in AXES:
-            raise ValueError(f"the mesh has no axis {name!r}; {near(name, AXES)}")
+        if name not in axes:
+            raise ValueError(f"the mesh has no axis {name!r}; {near(name, axes)}")
         if name in sizes or not size.isdigit() or int(size) < 1:
             raise ValueError(f"give every mesh axis one size, as fsdp=64,tensor=8; got {text!r}.")
         sizes[name] = int(size)
@@ -82,7 +84,7 @@ def build_mesh(text: str = "", devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def parameter_spec(name: str, shape: tuple[int, ...], sizes: dict[str, int]) -> PartitionSpec:
-    """How a parameter is sharded: by columns into a block, by rows out of it, by FSDP, and by expert.
+    """How a parameter is sharded: by columns into a block, by rows out of it, FSDP, expert and stage.
 
     Axes that a size does not divide stay whole.
 
@@ -95,6 +97,8 @@ def parameter_spec(name: str, shape: tuple[int, ...], sizes: dict[str, int]) -> 
       P(None, 'fsdp')
       >>> parameter_spec("layers/experts/up/kernel", (2, 8, 8, 8), mesh | {"expert": 2})
       P(None, 'expert', 'fsdp', 'tensor')
+      >>> parameter_spec("layers/up/kernel", (8, 8, 8), {"stage": 2} | mesh)
+      P('stage', 'fsdp', 'tensor')
     """
     spec = role_spec(name, len(shape), sizes)
     fits = [
@@ -114,6 +118,8 @@ def role_spec(name: str, rank: int, axes: Collection[str]) -> PartitionSpec:
     batch: list[str | None] = [None] * (rank - 2)
     if batch and "experts/" in name and "expert" in axes:
         batch[-1] = "expert"
+    if batch and "layers/" in name and "stage" in axes:
+        batch[0] = "stage"
     return PartitionSpec(*batch, *cut)
 
 
@@ -172,6 +178,18 @@ def constrained(x: jax.Array, *entries: str | None) -> jax.Array:
     rows = tuple(name for name in ROWS if name in mesh.shape)
     named = {"rows": rows, **{name: name for name in mesh.axis_names}}
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*map(named.get, entries)))
+
+
+def of_all_positions(x_BxTxGxK: jax.Array) -> jax.Array:
+    """Keys or values of whole sequences, gathered over a mesh axis that cuts them; without one, `x`.
+
+    Queries stay cut: every device mixes its own positions with all of those before them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape.get("context", 1) == 1:
+        return x_BxTxGxK
+    heads, tensor = x_BxTxGxK.shape[2], mesh.shape.get("tensor", 1)
+    return constrained(x_BxTxGxK, "rows", None, None if heads % tensor else "tensor", None)
 
 
 def sharded_parameters(shape: ModelShape, mesh: Mesh, *, layers_only: bool = False) -> Any:

@@ -1,9 +1,10 @@
 r"""What a train step takes besides its optimizer, by arithmetic that can be redone on paper.
 
 Nothing is compiled here. Sizes are of one chip; :math:`n` are the tokens of one micro-batch in one
-shard of the rows, :math:`D` the width, :math:`H K` heads times their width, :math:`G` heads of keys
-and values, :math:`F` the feed-forward width that a token meets, :math:`V` the vocabulary, :math:`t`
-the mesh's tensor axis. Activations take two bytes an element, logits and their gradients four each.
+shard of rows and context, :math:`D` the width, :math:`H K` heads times their width, :math:`G` heads
+of keys and values, :math:`F` the feed-forward width that a token meets, :math:`V` the vocabulary,
+:math:`t` the mesh's tensor axis. Activations take two bytes an element, logits and their gradients
+four each.
 
 =================  ==================================================================================
 kept per layer     full: :math:`n D`, the layer's input. products: also queries, keys, values and all
@@ -15,7 +16,9 @@ at work            one layer's values, as none keeps them, recomputed or not, an
 logits             :math:`8 n V / t`; with a fused loss a 64th
 =================  ==================================================================================
 
-Attention's scores are not kept, as by a fused kernel.
+Attention's scores are not kept, as by a fused kernel. Of p pipeline stages each has 1/p of the layers.
+By 1F1B the first stage keeps the inputs of p micro-batches, if there are as many, and the last one has
+the logits: what counts is the stage that needs more.
 """
 
 import dataclasses
@@ -58,8 +61,19 @@ class Work:
 
     @property
     def rows(self) -> float:
-        """Tokens of one micro-batch in one shard of the rows."""
-        return self.tokens / self.size("data", "fsdp", "expert") / self.micro_batches
+        """Tokens of one micro-batch in one shard of the rows and the context."""
+        parts = self.size("data", "fsdp", "expert", "context") * self.micro_batches
+        return self.tokens / parts
+
+    @property
+    def sequences(self) -> int:
+        """Of a step, in one shard of the rows."""
+        return self.tokens // self.shape.context // self.size("data", "fsdp", "expert")
+
+    @property
+    def layers(self) -> float:
+        """Of one pipeline stage."""
+        return (self.shape.layers + self.shape.encoder_layers) / self.size("stage")
 
     def operations(self, *, recomputed: bool = True) -> float:
         """Of one chip: forward, backward, and what is recomputed, which MFU leaves out.
@@ -81,17 +95,21 @@ class Work:
           >>> llama.activations()["logits"] == 8 * 4096 * 32000
           True
         """
-        layers = self.shape.layers + self.shape.encoder_layers
-        none = self._layer("none")
-        kept = none if self.remat == "none" else self._layer(self.remat)
+        none = self.layer("none")
+        kept = self.layers * (none if self.remat == "none" else self.layer(self.remat))
         logits = 8 * self.rows * self.shape.vocabulary / self.size("tensor")
-        return {
-            "kept": layers * kept,
+        found = {
+            "kept": kept,
             "at work": none if self.remat == "none" else 2 * none,
             "logits": logits / 64 if self.fused_loss else logits,
         }
+        first = min(self.size("stage"), self.micro_batches) * kept
+        if first > kept + found["logits"]:
+            return found | {"kept": first, "logits": 0.0}
+        return found
 
-    def _layer(self, remat: Remat) -> float:
+    def layer(self, remat: Remat) -> float:
+        """Bytes of one micro-batch that one layer keeps."""
         shape, tensor = self.shape, self.size("tensor")
         inner, keys = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
         used = shape.experts and (shape.experts.per_token + shape.experts.shared)
@@ -110,35 +128,52 @@ class Work:
         return 4 * parameters / ELEMENT if self.micro_batches > 1 else 0.0
 
     def exchanges(self) -> list[Collective]:
-        """What the model communicates in a step: FSDP, copies, tensor axis and experts.
+        """What the model communicates in a step: FSDP, copies, tensor axis, context, stages, experts.
 
         Every matrix is gathered twice in each micro-batch, forward and backward, and its gradient
         scattered once. Copies add up their gradients once a step. The tensor axis adds up the
         stream twice a layer forward, twice backward and, with recomputing, once more; and once each
-        behind the embedding and before the head. Experts are sent their tokens and send them back,
-        forward, backward and recomputed.
+        behind the embedding and before the head. The context axis gathers keys and values of whole
+        sequences forward and backward, and scatters their gradients. A stage sends the stream on,
+        and its gradient back. Experts are sent their tokens and send them back, forward, backward
+        and recomputed.
         """
-        shape, layers = self.shape, self.shape.layers + self.shape.encoder_layers
+        shape, layers, count = self.shape, self.layers, self.micro_batches
         stream = ELEMENT * self.rows * shape.width
         again = self.remat == "full"
         dense = experts = 0.0
         for name, x in shape.parameters().items():
+            size = ELEMENT * x.size / self.size("tensor")
+            size /= self.size("stage") if "layers/" in name else 1
             if part_of(name) == "experts":
-                experts += ELEMENT * x.size / self.size("tensor", "expert")
+                experts += size / self.size("expert")
             elif not name.endswith(("scale", "bias")):
-                dense += ELEMENT * x.size / self.size("tensor")
+                dense += size
         found = []
-        for size, copies in ((dense, ("data", "expert")), (experts, ("data",))):
+        for size, copies in (
+            (dense, ("data", "expert", "context")),
+            (experts, ("data", "context")),
+        ):
             part = size / self.size("fsdp")
-            found += [self._collective("all-gather", size, self.micro_batches, "fsdp")] * 2
-            found.append(self._collective("reduce-scatter", part, self.micro_batches, "fsdp"))
+            found += [self._collective("all-gather", size, count, "fsdp")] * 2
+            found.append(self._collective("reduce-scatter", part, count, "fsdp"))
             found.append(self._collective("all-reduce", part, 1, *copies))
-        sums = layers * (5 if again else 4) + 2
-        found.append(self._collective("all-reduce", stream, sums * self.micro_batches, "tensor"))
+        sums = round(layers * (5 if again else 4)) + 2
+        found.append(self._collective("all-reduce", stream, sums * count, "tensor"))
+        own = ELEMENT * self.rows * 2 * shape.kv_heads * shape.head_width / self.size("tensor")
+        whole, times = own * self.size("context"), round(layers) * count
+        found += [self._collective("all-gather", whole, times, "context")] * 2
+        found.append(self._collective("reduce-scatter", own, times, "context"))
+        if self.size("stage") > 1:
+            group = self._collective("collective-permute", stream, 1, "stage").group[:2]
+            found.append(
+                Collective("collective-permute", round(stream), stream, 2 * count, group=group)
+            )
         if shape.experts:
             sent = stream * shape.experts.per_token
-            times = (shape.layers - shape.experts.dense_layers) * (6 if again else 4)
-            found.append(self._collective("all-to-all", sent, times * self.micro_batches, "expert"))
+            mixed = (shape.layers - shape.experts.dense_layers) / self.size("stage")
+            times = round(mixed * (6 if again else 4))
+            found.append(self._collective("all-to-all", sent, times * count, "expert"))
         return [c for c in found if c.sent]
 
     def _collective(self, kind: str, size: float, times: int, *axes: str) -> Collective:

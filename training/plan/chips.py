@@ -1,9 +1,10 @@
 """What chips can do, as their makers publish it: rates of products, memory, and networks.
 
-A `Chip` is one device as JAX counts them: half of a TPU7x chip, whole chips of the others. All
-numbers are the published peaks, so times that follow from them are lower bounds. Rates of float32
-products follow from how `jax.lax.Precision` is carried out: on TPUs in 1, 3 or 6 passes of
-bfloat16, on NVIDIA GPUs in TF32 or, at the highest, without tensor cores.
+A `Chip` is one device as JAX counts them: half of a TPU7x chip, whole chips of the others. Rates and
+bandwidths are the published peaks; beside them stands the share of its peak that a large product was
+measured to reach, and that attention does, with their sources. Rates of float32 products follow from
+how `jax.lax.Precision` is carried out: on TPUs in 1, 3 or 6 passes of bfloat16, on NVIDIA GPUs in TF32
+or, at the highest, without tensor cores.
 """
 
 import dataclasses
@@ -13,6 +14,16 @@ DECOMPOSITIONS = 0.01
 """Share of the highest-precision float32 rate that eigenvalues, QR and triangular solves reach. An
 assumption: nobody publishes it, it depends on the size, and it decides nothing but the time of
 refreshes."""
+
+REACHED = {"tpu": 0.92, "h100": 0.80, "h200": 0.80, "b200": 0.776}
+"""Share of the published peak that the largest products reach. TPUs: XLA's product of 8192 x 8192
+bfloat16 matrices on a v5e, taken for the other generations too (docs/pallas/tpu/matmul.ipynb of
+jax-ml/jax). GPUs: the best of all shapes that stas00/ml-engineering tried (compute/accelerator,
+"Maximum Achievable Matmul FLOPS")."""
+ATTENTION = {"tpu": 0.92, "h100": 0.35, "h200": 0.35, "b200": 0.35}
+"""Share that attention reaches. GPUs: FlashAttention-2 on an H100; FlashAttention-3 reaches 0.75
+(Shah et al., 2024, https://arxiv.org/abs/2407.08608). TPUs: as other products, since we found no
+published rate."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +51,14 @@ class Chip:
     """Whether it closes only where all dimensions do, as optical switches join whole cubes."""
     node: int = 0
     """GPUs behind one switch."""
+    reached: float = 1.0
+    """Share of the peak that large products reach, `REACHED`."""
+    attention: float = 1.0
+    """Share of the peak that a kernel of attention reaches, `ATTENTION`."""
     sources: tuple[str, ...] = ()
 
     def seconds(self, kind: str, operations: float, moved: float = 0.0) -> float:
-        """The longer of calculating and moving: the roofline of one operation.
+        """The longer of calculating, at the share of the peak that is reached, and moving.
 
         Args:
           kind: as the keys of `products`, or "decomposition".
@@ -52,16 +67,25 @@ class Chip:
 
         Example:
           >>> from ravine.training.plan.chips import CHIPS
-          >>> CHIPS["v5e"].seconds("bfloat16", 197e12)
+          >>> CHIPS["v5e"].seconds("bfloat16", 0.92 * 197e12)
           1.0
           >>> CHIPS["v5e"].seconds("bfloat16", 1.0, 819e9)
           1.0
         """
         rate = self.products["float32:highest"] * DECOMPOSITIONS
-        rate = self.products.get(
-            kind, rate if kind == "decomposition" else self.products["float32"]
-        )
+        if kind != "decomposition":
+            rate = self.reached * self.products.get(kind, self.products["float32"])
         return max(operations / rate, moved / self.bandwidth)
+
+    def at_peak(self) -> "Chip":
+        """The same, reaching its peak: times become lower bounds.
+
+        Example:
+          >>> from ravine.training.plan.chips import CHIPS
+          >>> CHIPS["h100"].at_peak().seconds("bfloat16", 989e12)
+          1.0
+        """
+        return dataclasses.replace(self, reached=1.0, attention=1.0)
 
 
 _TPU = "https://cloud.google.com/tpu/docs/"
@@ -95,6 +119,8 @@ def _tpu(
         host,
         wraps=wraps,
         cubes=wraps == 4,
+        reached=REACHED["tpu"],
+        attention=ATTENTION["tpu"],
         sources=(*sources, _BOOK),
     )
 
@@ -110,7 +136,13 @@ def _gpu(
         "float32:highest": float32,
     }
     # 400 Gb/s of InfiniBand per GPU; a PCIe 5.0 slot of 16 lanes.
-    return Chip(name, memory, products, bandwidth, link, 50e9, 64e9, node=8, sources=(source,))
+    return Chip(
+        *(name, memory, products, bandwidth, link, 50e9, 64e9),
+        node=8,
+        reached=REACHED[name],
+        attention=ATTENTION[name],
+        sources=(source,),
+    )
 
 
 CHIPS: dict[str, Chip] = {

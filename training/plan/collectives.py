@@ -36,6 +36,10 @@ _SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 _GROUPS = re.compile(
     r"replica_groups=\{\{([\d,]*)\}|replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
 )
+_AXES = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
+)
+_AXIS = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
 _PAIRS = re.compile(r"source_target_pairs=\{(.*?\})\}")
 # XLA for TPU writes a reduce-scatter as an all-reduce and a slice, in a computation named so.
 _SCATTERED = "all-reduce-scatter"
@@ -162,17 +166,40 @@ def _members(kind: str, line: Instruction, devices: int) -> tuple[int, ...]:
     """The first devices that communicate with one another."""
     if kind == "collective-permute":
         return next(((a, b) for a, b in _pairs(line) if a != b), (0,))
+    if named := _AXES.search(line.attributes):
+        return _along(*named.groups())
     found = _GROUPS.search(line.attributes)
     if found is None:
         return tuple(range(max(1, devices)))
     if found[1] is not None:
         ids = [int(x) for x in found[1].split(",") if x]
         return tuple(ids or range(max(1, devices)))
-    # As [groups, size] <= [dimensions] T(permutation): a transposed count.
-    shape = [int(x) for x in found[4].split(",")]
-    order = [int(x) for x in found[5].split(",")] if found[5] else list(range(len(shape)))
-    ids = np.arange(math.prod(shape)).reshape(shape).transpose(order)
-    return tuple(ids.reshape(int(found[2]), int(found[3]))[0].tolist())
+    # As [groups, size] <= [dimensions] T(permutation).
+    return tuple(_counted(found[4], found[5]).reshape(int(found[2]), int(found[3]))[0].tolist())
+
+
+def _counted(shape: str, order: str | None) -> np.ndarray:
+    """A transposed count, as ``[4,2]T(1,0)``."""
+    sizes = [int(x) for x in shape.split(",")]
+    axes = [int(x) for x in order.split(",")] if order else list(range(len(sizes)))
+    return np.arange(math.prod(sizes)).reshape(sizes).transpose(axes)
+
+
+def _along(mesh: str, shape: str | None, order: str | None, axes: str) -> tuple[int, ...]:
+    """Those along some axes of a mesh, as ``'a'=2,'b'=4`` and ``'b'``, or a part of one, ``'b':(2)2``.
+
+    Devices are in the order of a transposed count, or simply counted. An axis of which a part is named
+    is cut into three: (2), the part of 2, and what is left.
+    """
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
+    wanted = {name: (int(a or 1), int(b or sizes[name])) for name, a, b in _AXIS.findall(axes)}
+    ids = _counted(shape or str(math.prod(sizes.values())), order).ravel()
+    taken: list[int | slice] = []
+    for name, size in reversed(sizes.items()):  # ids of every part that is not wanted are 0
+        before, part = wanted.get(name, (1, 1))
+        ids = ids.reshape(-1, before, part, size // before // part, *ids.shape[1:])
+        taken = [0, slice(None), 0, *taken]
+    return tuple(ids[(0, *taken)].ravel().tolist())
 
 
 def _pairs(line: Instruction) -> list[tuple[int, int]]:

@@ -13,6 +13,7 @@ from .by_hand import ELEMENT, Work
 from .collectives import Collective, collectives
 from .compile import Compiled
 from .flops import Arithmetic
+from .model_time import model_seconds, passes
 from .network import Network
 from .roofline import Estimate, passed_over, seconds_of, sent_in
 
@@ -143,9 +144,10 @@ def _estimate(
     rate = network.chip.products["bfloat16"]
     useful = work.operations(recomputed=False) / rate
     if is_step:  # the products of model and optimizer are one program's
+        products += passes(work) / network.chip.bandwidth
         exposed = max(0.0, sent - products)
         return Estimate(passed, 0.0, at_times, products, exposed, work.tokens, useful)
-    model = work.operations() / rate
+    model = model_seconds(work, network.chip)
     exposed = max(0.0, sent_in(network, work.exchanges()) - model)
     return Estimate(passed + products, sent, at_times, model, exposed, work.tokens, useful)
 

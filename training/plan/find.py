@@ -37,6 +37,7 @@ def find_mesh(
       ValueError: if no mesh divides the model and the batch, or the topology is not known.
     """
     chip, devices = devices_of(config.topology, config.slices)
+    chip = chip.at_peak() if config.peak else chip
     tokens = config.batch or len(devices) * shape.context
     if tokens % shape.context:
         raise ValueError(

@@ -24,7 +24,7 @@ from ...optimizers.registry import OptimizerConfig
 from ...optimizers.registry import names as registered
 from ..shapes.presets import PRESETS
 from ..shapes.shape import ModelShape
-from ..sharding import mesh_sizes, rows_of, sharded_parameters
+from ..sharding import PLANNED, mesh_sizes, rows_of, sharded_parameters
 from .by_hand import Remat, Work
 from .compile import auto, compiled_train_step, compiled_update, rows_for, trainer_model
 from .cost import Plan, plan_of
@@ -60,7 +60,7 @@ class PlanConfig:
     topology: str = "v5p:8x8x8"
     """Generation and chips, as v5p:8x8x8; or GPUs and their number, as h100:64."""
     mesh: str = "fsdp=64,tensor=8"
-    """Sizes of the mesh's axes: data, fsdp, expert and tensor."""
+    """Sizes of the mesh's axes: stage, data, fsdp, expert, context and tensor."""
     slices: int = 1
     """Slices of that topology, joined by the data centre's network along the mesh's first axis."""
     batch: int = 0
@@ -81,6 +81,8 @@ class PlanConfig:
     train_step: bool = False
     """Compile the whole train step, of the trainer's model in these shapes, instead of the
     update."""
+    peak: bool = False
+    """Take the published peaks for the rates of products and attention: times become lower bounds."""
     find_mesh: bool = False
     """Try all meshes that divide, and plan for the best; --mesh and --micro-batches are not used."""
     json: bool = False
@@ -108,12 +110,14 @@ def plan(config: PlanConfig, console: Console | None = None) -> list[Plan]:
     """
     console = console or Console()
     shape = _known("model", config.model, PRESETS)
-    sizes = mesh_sizes(config.mesh)
+    sizes = mesh_sizes(config.mesh, PLANNED)
     optimizers = {name: _build(name, config.options) for name in config.names}
     if config.find_mesh:
         config = find_mesh(config, shape, next(iter(optimizers.values())), console)
-        sizes = mesh_sizes(config.mesh)
+        sizes = mesh_sizes(config.mesh, PLANNED)
     mesh, network = mesh_of(config.topology, sizes, config.slices)
+    if config.peak:
+        network = dataclasses.replace(network, chip=network.chip.at_peak())
     work = _work(config, shape, mesh)
     program = _program(config, shape, mesh, work)
     waiting = Console(stderr=True, quiet=console.quiet)
@@ -164,6 +168,14 @@ def _work(config: PlanConfig, shape: ModelShape, mesh: Mesh) -> Work:
             f"{config.micro_batches} micro-batches do not divide the {rows // rows_of(mesh)} "
             f"sequences of each shard; give --batch {least * shape.context} or a multiple."
         )
+    stages, parts = mesh.shape.get("stage", 1), mesh.shape.get("context", 1)
+    layers = max(x.shape[0] for name, x in shape.parameters().items() if "layers/" in name)
+    if layers % stages:
+        raise ValueError(f"{stages} stages do not divide {layers} layers; take a divisor of them.")
+    if shape.context % parts:
+        raise ValueError(
+            f"the context axis of {parts} does not divide sequences of {shape.context} tokens."
+        )
     tokens = rows * shape.context
     return Work(
         shape, dict(mesh.shape), tokens, config.remat, config.micro_batches, config.fused_loss
@@ -175,6 +187,8 @@ def _program(config: PlanConfig, shape: ModelShape, mesh: Mesh, work: Work) -> A
     if not config.train_step:
         params = sharded_parameters(shape, mesh, layers_only=config.layers_only)
         return lambda tx: compiled_update(tx, params, mesh)
+    if mesh.shape.get("stage", 1) > 1:
+        raise ValueError("the trainer's step has no pipeline stages; leave out --train-step.")
     if config.layers_only:
         raise ValueError("a train step needs all of the model; leave out --layers-only.")
     if config.remat == "products":

@@ -5,12 +5,14 @@ update         parameters, gradients and state are read once, parameters and sta
                product takes the longer of its arithmetic and its operands' way from and to memory
 exchanges      the optimizer's collectives, one after the other, by `ravine.training.plan.network`
 at times       what a step takes longer that refreshes all roots or bases
-model          forward and backward pass, with what is recomputed: operations at the rate of bfloat16
+model          forward and backward pass, with what is recomputed, by `ravine.training.plan.model_time`
 exposed        the model's communication beyond what the model's arithmetic hides
 step           update + exchanges + model + exposed
 =============  =======================================================================================
 
-These are lower bounds at 100 % of the peak. Public runs reach 50 to 70 % of it (docs/pods.md).
+Products and attention reach the share of the peak that was measured of them (`plan/chips.py`); memory
+and links are taken at their published rates. What a run loses besides is left out: docs/pods.md
+compares estimates with public runs.
 """
 
 import dataclasses
@@ -21,10 +23,11 @@ from .flops import Product
 from .network import Network
 
 ASSUMPTIONS = (
-    "Times are lower bounds at published peak rates: model {remat}, its communication hidden "
-    "behind its arithmetic where that is longer, the optimizer's not hidden; element-wise work fused "
-    "into one pass over parameters, gradients and state; decompositions at {decompositions:.0%} of "
-    "the float32 rate."
+    "Times are estimates: products at {reached:.0%} of the published peak and attention at "
+    "{attention:.0%}, memory and links at their published rates; model {remat}, its communication "
+    "hidden behind its arithmetic where that is longer, the optimizer's not hidden; element-wise work "
+    "fused into one pass over parameters, gradients and state; decompositions at {decompositions:.0%} "
+    "of the float32 rate."
 )
 
 
@@ -78,7 +81,7 @@ def seconds_of(network: Network, products: Mapping[Product, float]) -> float:
       >>> from ravine.training.plan.network import Network
       >>> from ravine.training.plan.roofline import seconds_of
       >>> chip = Network.of(CHIPS["h100"], range(1))
-      >>> seconds_of(chip, {Product("bfloat16", 989e9, 1e6): 2.0})  # two of a millisecond
+      >>> seconds_of(chip, {Product("bfloat16", 0.8 * 989e9, 1e6): 2.0})  # two of a millisecond
       0.002
     """
     return sum(count * network.chip.seconds(*product) for product, count in products.items())

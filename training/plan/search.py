@@ -14,6 +14,7 @@ from typing import Any
 from ..shapes.shape import ModelShape
 from ..sharding import parameter_spec
 from .by_hand import ELEMENT, Work
+from .model_time import model_seconds
 from .network import Network
 from .roofline import passed_over, sent_in
 
@@ -84,14 +85,17 @@ def _sizes(chips: int, shape: ModelShape, sequences: int, slices: int) -> Iterat
     divisors = [n for n in range(1, chips + 1) if chips % n == 0]
     experts = shape.experts.count if shape.experts else 1
     of_experts = [n for n in divisors if experts % n == 0]
-    for data, expert, tensor in itertools.product(divisors, of_experts, divisors):
-        if chips % (data * expert * tensor) or data % slices:
+    parts = [n for n in divisors if shape.context % n == 0]
+    for data, expert, context, tensor in itertools.product(divisors, of_experts, parts, divisors):
+        others = data * expert * context * tensor
+        if chips % others or data % slices:
             continue
-        fsdp = chips // (data * expert * tensor)
+        fsdp = chips // others
         whole = (shape.heads, shape.vocabulary, shape.feed_forward)
         divides = all(n % tensor == 0 for n in whole) and shape.width % (fsdp * tensor) == 0
         if divides and sequences % (data * fsdp * expert) == 0:
-            yield {"data": data, "fsdp": fsdp, "expert": expert, "tensor": tensor}
+            sizes = {"data": data, "fsdp": fsdp, "expert": expert}
+            yield sizes | {"context": context, "tensor": tensor}
 
 
 def _candidate(work: Work, state_ratio: float, network: Network) -> Candidate:
@@ -101,7 +105,7 @@ def _candidate(work: Work, state_ratio: float, network: Network) -> Candidate:
         for name, x in work.shape.parameters().items()
     )
     state = state_ratio * parameters
-    rows = round(work.rows / work.shape.context)
+    rows = work.sequences
     counts = [n for n in range(1, rows + 1) if rows % n == 0]
     tried = [dataclasses.replace(work, micro_batches=count) for count in counts]
     needs = [
@@ -110,7 +114,7 @@ def _candidate(work: Work, state_ratio: float, network: Network) -> Candidate:
     ]
     best = next((at for at, need in enumerate(needs) if need <= network.chip.memory), -1)
     work, memory = tried[best], needs[best]
-    model = work.operations() / network.chip.products["bfloat16"]
+    model = model_seconds(work, network.chip)
     sending = sent_in(network, work.exchanges())
     exposed = max(0.0, sending - model)
     update = passed_over(network, parameters, parameters, round(state))

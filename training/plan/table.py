@@ -51,7 +51,14 @@ def show(made: Shown, plans: list[Plan], console: Console) -> None:
         for line in _short(made, found) if config.compare else _lines(made, found):
             console.print(line)
     again = {"full": "with layers recomputed", "products": "with products kept", "none": "as it is"}
-    console.print(ASSUMPTIONS.format(remat=again[config.remat], decompositions=DECOMPOSITIONS))
+    console.print(
+        ASSUMPTIONS.format(
+            reached=chip.reached,
+            attention=chip.attention,
+            remat=again[config.remat],
+            decompositions=DECOMPOSITIONS,
+        )
+    )
     if chip.node:
         console.print(
             "No compiler for GPUs is at hand: temporaries and collectives are those that XLA for CPU "

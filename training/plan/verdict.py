@@ -32,9 +32,9 @@ def verdict(plan: Plan, chip: Chip, work: Work | None = None) -> str:
 
 
 def _change(plan: Plan, chip: Chip, work: Work | None) -> str:
-    rows = work.rows * work.micro_batches / work.shape.context if work else 0
+    rows = work.sequences if work else 0
     if work and plan.activations > plan.temporary:
-        for count in range(work.micro_batches + 1, math.floor(rows) + 1):
+        for count in range(work.micro_batches + 1, rows + 1):
             if rows % count == 0:
                 tried = dataclasses.replace(work, micro_batches=count)
                 gradients = plan.parameters + round(tried.accumulators(plan.parameters))

@@ -251,14 +251,29 @@ class ModelShape:
           >>> f"{shape.flops() / (6 * shape.count):.3f}"
           '1.014'
         """
-        check_amount(1, context=context)
-        length = context or self.context
         used = self.experts.per_token / self.experts.count if self.experts else 1
         matrices = self.width * self.vocabulary + sum(
             x.size * (used if "/experts/" in name else 1)
             for name, x in self.parameters().items()
             if name.endswith("/kernel") and not name.startswith("head/")
         )
+        share = 0.5 if self.encoder_layers else 1.0
+        return 6 * share * matrices + self.attention_flops(context)
+
+    def attention_flops(self, context: int | None = None) -> float:
+        """The part of `flops` that multiplies queries by keys, and scores by values.
+
+        Args:
+          context: tokens per sequence, by default those of pre-training.
+
+        Example:
+          >>> from ravine.training.shapes.presets import PRESETS
+          >>> shape = PRESETS["gpt3-175b"]  # 96 layers and heads of 128, 2048 tokens
+          >>> shape.attention_flops() == 12 * 96 * 96 * 128 * (2048 + 1) / 2
+          True
+        """
+        check_amount(1, context=context)
+        length = context or self.context
         causal, local = (length + 1) / 2, _keys_in_window(length, self.window)
         keys = (self.layers - self.local_layers) * causal + self.local_layers * local
         share = 1.0
@@ -266,8 +281,7 @@ class ModelShape:
             keys += (self.encoder_layers + self.layers) * length
             share = 0.5
         rotary = self.latent.rotary_width if self.latent else 0
-        scores = keys * self.heads * (2 * self.head_width + rotary)
-        return 6 * share * (matrices + scores)
+        return 6 * share * keys * self.heads * (2 * self.head_width + rotary)
 
     def cache_bytes(self, bytes_per_element: float = 2) -> int:
         """Bytes per token of the keys and values that generating text keeps.
