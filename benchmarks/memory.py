@@ -18,8 +18,12 @@ SAVING = {
     "`adamw(mu_dtype=bfloat16)`": ravine.adamw(1e-3, mu_dtype=B),
     "`lion(mu_dtype=bfloat16)`": ravine.lion(1e-4, mu_dtype=B),
     "`muon(mu_dtype=bfloat16)`": ravine.muon(0.02, mu_dtype=B),
-    "`shampoo(packed=True)`": ravine.shampoo(1e-3, packed=True),
-    "`shampoo(packed=True, root_dtype=bfloat16)`": ravine.shampoo(1e-3, packed=True, root_dtype=B),
+    "`shampoo(factors=Factors(packed=True))`": ravine.shampoo(
+        1e-3, factors=ravine.Factors(packed=True)
+    ),
+    "`shampoo(factors=Factors(packed=True, root_dtype=bfloat16))`": ravine.shampoo(
+        1e-3, factors=ravine.Factors(packed=True, root_dtype=B)
+    ),
     "`shampoo(blocks=Blocks(size=128))`": ravine.shampoo(1e-3, blocks=ravine.Blocks(size=128)),
     '`shampoo(blocks=Blocks(sides="smaller"))`': ravine.shampoo(
         1e-3, blocks=ravine.Blocks(sides="smaller")

@@ -69,7 +69,7 @@ def descend(direction, hessian, start, rate, steps=60):
     return np.concatenate([start[None], run()])
 
 
-whole = ravine.scale_by_shampoo(b2=0.99, refresh=EVERY, graft="none")
+whole = ravine.scale_by_shampoo(b2=0.99, refresh=EVERY, graft=ravine.Grafting(step="none"))
 paths = {
     (name, surface): descend(direction, jnp.asarray(h, jnp.float32), BEGIN[surface], 0.1)
     for name, direction in (("adam", ravine.scale_by_adam(0.9, 0.99)), ("shampoo", whole))
@@ -192,7 +192,12 @@ memory = jnp.asarray(each)[: 64 * (len(each) // 64)].reshape(-1, 64, *gradient.s
 def shampoo_of(gradients, **options):
     """The direction after these gradients, without momentum, graft and schedule."""
     tx = ravine.scale_by_shampoo(
-        0.0, 1.0, refresh=EVERY, graft="none", blocks=ravine.Blocks(size=None), **options
+        0.0,
+        1.0,
+        refresh=EVERY,
+        graft=ravine.Grafting(step="none"),
+        blocks=ravine.Blocks(size=None),
+        **options,
     )
     state, update = tx.init(gradients[0]), jax.jit(tx.update)
     for g in gradients:
@@ -231,7 +236,7 @@ plt.show()
 # %%
 print("   ridge   residual of the rows' root   refused")
 for ridge in (1e-9, 1e-7, 1e-5, 1e-3):
-    _, state = shampoo_of([gradient], ridge=ridge)
+    _, state = shampoo_of([gradient], roots=ravine.Roots(ridge=ridge))
     rows = state.factors[0][0]
     print(f"{ridge:8.0e} {float(rows.residual.max()):22.2g} {int(rows.refused.sum()):12}")
 
@@ -261,7 +266,9 @@ for size in (64, 128, 512, None):
 COUNT = len(memory)
 lengths = {}
 for name, direction in {
-    "Shampoo without graft": ravine.scale_by_shampoo(refresh=EVERY, graft="none"),
+    "Shampoo without graft": ravine.scale_by_shampoo(
+        refresh=EVERY, graft=ravine.Grafting(step="none")
+    ),
     "Shampoo, grafted": ravine.scale_by_shampoo(refresh=EVERY),
     "Adam": ravine.scale_by_adam(0.9, 0.99),
 }.items():
@@ -370,7 +377,7 @@ plt.show()
 #
 # To try:
 #
-# 1. Section 3 with `exponent=-0.5`. What happens to the spectrum, and why does a graft become necessary?
+# 1. Section 3 with `roots=ravine.Roots(exponent=-0.5)`. What happens to the spectrum, and why does a graft become necessary?
 # 2. Section 2 at initialization, without training. Is the Kronecker form better or worse?
 # 3. Section 8 with `refresh=ravine.Refresh(every=50)`. Who suffers more, Shampoo or SOAP?
 # 4. Section 8 with gradients that have noise in them. Who gains from the averages?

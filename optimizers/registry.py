@@ -143,6 +143,8 @@ class OptimizerConfig:
 def _json(value: Any) -> Any:
     if type(value) in OPTIONS:
         return given(value)
+    if isinstance(value, np.dtype):  # in options
+        return value.name
     raise TypeError(f"no JSON for {value!r}")
 
 

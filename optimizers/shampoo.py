@@ -8,7 +8,7 @@ root that fails its certificate leaves the previous one in place.
 
 import functools
 from collections.abc import Collection
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,27 +16,22 @@ import optax
 
 from ..core.arguments import checked
 from ..core.arithmetic import cast_like, corrected_mean, ema, increment, wide_zeros_like
-from ..core.checks import check_amount, check_decay_rates, check_known, check_non_negative, number
+from ..core.checks import check_decay_rates, number
 from ..core.paths import path_string
 from .by_role import FALLBACK, Fallback, by_role
 from .links.decay import Mask
-from .links.graft import Graft, magnitude
-from .matrix.algebra.roots import Method, check_misfit, exponent_fraction
+from .links.graft import GRAFTING, Grafting
+from .matrix.algebra.roots import check_misfit
 from .matrix.batch.refresh import REFRESH, Refresh
 from .matrix.shape.blocking import Blocking, blockings_of
 from .matrix.shape.blocks import BLOCKS, Blocks
 from .matrix.shape.matrices import Axes
 from .preconditioners.block_state import factors_like, ones_like_scalars
 from .preconditioners.blockwise import Tensors, blockwise
-from .preconditioners.inverse_roots import (
-    Preconditioner,
-    Storage,
-    check_statistics_dtype,
-    grafted,
-)
+from .preconditioners.inverse_roots import Preconditioner, grafted
+from .preconditioners.options import FACTORS, ROOTS, Factors, Roots
 from .roles import Role, Rules
 
-Statistics = Literal["gram", "kl"]
 SHAMPOO_ROLES: tuple[Role, ...] = ("matrix", "convolution", "embedding", "head")
 
 
@@ -58,28 +53,17 @@ class ScaleByShampooState(NamedTuple):
 def scale_by_shampoo(
     b1: float = 0.9,
     b2: float = 0.99,
+    eps: float = 1e-8,
     *,
     nesterov: bool = False,
     refresh: Refresh = REFRESH,
     blocks: Blocks = BLOCKS,
-    exponent: float | None = None,
-    statistics: Statistics = "gram",
-    root: Method | None = None,
-    ridge: float = 1e-5,
-    absolute_ridge: float = 0.0,
-    tolerance: float = 0.1,
-    patience: int = 3,
-    graft: Graft = "adam",
-    graft_b2: float | None = None,
-    graft_eps: float = 1e-8,
-    graft_per: Literal["block", "parameter"] = "block",
+    factors: Factors = FACTORS,
+    roots: Roots = ROOTS,
+    graft: Grafting = GRAFTING,
     axes: Axes | None = None,
     mu_dtype: Any = None,
     nu_dtype: Any = None,
-    statistics_dtype: Any = None,
-    root_dtype: Any = None,
-    packed: bool = False,
-    max_elements: int | None = None,
 ) -> optax.GradientTransformation:
     r"""Shampoo's direction: momentum, preconditioned along every axis, with a grafted size.
 
@@ -110,34 +94,17 @@ def scale_by_shampoo(
     Args:
       b1: decay rate of the momentum, in [0, 1).
       b2: decay rate of statistics, in [0, 1]; 1 sums them up.
+      eps: the graft's epsilon.
       nesterov: look-ahead momentum.
       refresh: T, the first step that is preconditioned, and which gradients statistics learn from, see
         :class:`ravine.Refresh`; a start at infinity leaves the graft alone.
       blocks: which axes have a factor, and how they are cut, see :class:`ravine.Blocks`.
-      exponent: of the roots, negative; ``None`` takes -1/(2k) for k factors.
-      statistics: ``"gram"`` as above, or ``"kl"``, where the gradient is first preconditioned along the
-        other axes by their present roots.
-      root: of :mod:`ravine.optimizers.matrix.algebra.roots`; ``Eigh()`` by default.
-      ridge: :math:`\rho / \lambda_{\max}`. In float32 singular statistics need 1e-5.
-      absolute_ridge: added to it.
-      tolerance: roots are refused if an element of :math:`A X^p - I` is larger.
-      patience: a block whose roots were refused more often in a row takes the graft's step, until one
-        is good again.
-      graft: ``"none"``, ``"sgd"``, ``"adagrad"``, ``"rmsprop"``, ``"adam"``, ``"adamw"`` or
-        ``"sign"``, see :func:`ravine.optimizers.links.graft.magnitude`.
-      graft_b2: decay rate of the graft's second moment; ``None`` takes `b2`.
-      graft_eps: the graft's epsilon.
-      graft_per: ``"block"`` or ``"parameter"``.
+      factors: what factors learn, and how they are kept, see :class:`ravine.Factors`.
+      roots: :math:`\rho`, how roots are found and which are trusted, see :class:`ravine.Roots`.
+      graft: whose step D is, see :class:`ravine.Grafting`.
       axes: which axes of a leaf are rows and columns; ``None`` gives every axis of a leaf a factor.
       mu_dtype: dtype of the momentum; by default at least float32.
       nu_dtype: dtype of the graft's second moment, likewise.
-      statistics_dtype: dtype in which statistics are kept, float32 by default. Rounded to bfloat16 they
-        are indefinite by up to a hundredth of their largest eigenvalue, and their roots refused; so it
-        takes a `ridge` of at least 0.03.
-      root_dtype: dtype in which roots are kept, likewise; bfloat16 moves them by 0.2 %.
-      packed: keep only one triangle of statistics and roots, half the memory.
-      max_elements: bound on the elements of the matrices whose roots are found at once, and of packed
-        or narrow factors used at once; ``None`` takes 2**21 on CPU and 2**23 elsewhere.
 
     Raises:
       ValueError: for values out of range.
@@ -147,7 +114,8 @@ def scale_by_shampoo(
 
     Example:
       >>> import jax.numpy as jnp, ravine
-      >>> tx = ravine.scale_by_shampoo(0.0, 1.0, refresh={"every": 1}, ridge=0.0, graft="none")
+      >>> options = {"refresh": {"every": 1}, "roots": {"ridge": 0}, "graft": {"step": "none"}}
+      >>> tx = ravine.scale_by_shampoo(0.0, 1.0, **options)
       >>> updates, _ = tx.update(jnp.diag(jnp.array([3.0, 4.0])), tx.init(jnp.zeros((2, 2))))
       >>> updates.round(4)  # the first step of Shampoo is the polar factor
       Array([[1., 0.],
@@ -156,29 +124,12 @@ def scale_by_shampoo(
     check_decay_rates(b1=b1)
     if number("b2", b2) != 1:
         check_decay_rates(b2=b2)
-    check_non_negative(ridge=ridge, absolute_ridge=absolute_ridge, tolerance=tolerance)
-    exponent = number("exponent", exponent)
-    if exponent is not None:
-        exponent_fraction(exponent)
-    check_known(patience=patience)
-    check_amount(0, patience=patience)
-    size = magnitude(graft, b2 if graft_b2 is None else graft_b2, graft_eps, nu_dtype)
-    check_statistics_dtype(statistics_dtype, ridge)
+    size = graft.magnitude(b2, eps, nu_dtype)
+    factors.check_ridge(roots.ridge)
     if refresh.need is not None:
-        check_misfit(root)
-    preconditioner = Preconditioner(
-        b2=b2,
-        kl=statistics == "kl",
-        exponent=exponent,
-        method=root,
-        ridge=ridge,
-        absolute_ridge=absolute_ridge,
-        tolerance=tolerance,
-        patience=patience,
-        statistics=Storage(statistics_dtype, packed),
-        roots=Storage(root_dtype, packed),
-    )
-    per = "none" if graft == "none" else graft_per
+        check_misfit(roots.method)
+    preconditioner = Preconditioner(b2, factors, roots)
+    per = "none" if graft.step == "none" else graft.per
 
     def blockings(tree: Any) -> list[Blocking]:
         # KL statistics need whole blocks: they are sums over products of both factors.
@@ -200,17 +151,15 @@ def scale_by_shampoo(
         updates: optax.Updates, state: ScaleByShampooState, tensors: Tensors
     ) -> tuple[optax.Updates, ScaleByShampooState]:
         count = increment(state.count)
-        factors = tensors.kept(state.factors)
-        usable, factors = preconditioner.learn(
-            tensors, tensors.opened(updates), factors, refresh, count, max_elements
-        )
+        kept = tensors.kept(state.factors)
+        usable, kept = preconditioner.learn(tensors, tensors.opened(updates), kept, refresh, count)
         seen = tensors.zero_unless(usable, updates)
         mu = ema(seen, state.mu, b1)
         mean = corrected_mean(seen, mu, b1, count, nesterov=nesterov)
         graft_step, nu = size.update(seen, mean, state.nu, count)
-        factors = preconditioner.refresh(tensors, factors, refresh, count, max_elements)
-        blocks = preconditioner.apply(tensors, tensors.opened(mean), factors, max_elements)
-        distrusted = list(map(preconditioner.distrusted, factors, blocks))
+        kept = preconditioner.refresh(tensors, kept, refresh, count)
+        blocks = preconditioner.apply(tensors, tensors.opened(mean), kept)
+        distrusted = list(map(preconditioner.distrusted, kept, blocks))
         directions, ratios = grafted(tensors, blocks, distrusted, graft_step, per)
         directions = jax.tree.map(
             lambda x, d: jnp.where(refresh.started(count), x.astype(d.dtype), d),
@@ -221,7 +170,7 @@ def scale_by_shampoo(
             count,
             cast_like(mu, state.mu),
             cast_like(nu, state.nu),
-            tensors.to_keep(factors),
+            tensors.to_keep(kept),
             tensors.to_keep(ratios),
         )
         return cast_like(directions, updates), state
@@ -234,32 +183,21 @@ def shampoo(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     b1: float = 0.9,
     b2: float = 0.99,
+    eps: float = 1e-8,
     *,
     nesterov: bool = False,
     refresh: Refresh = REFRESH,
     blocks: Blocks = BLOCKS,
-    exponent: float | None = None,
-    statistics: Statistics = "gram",
-    root: Method | None = None,
-    ridge: float = 1e-5,
-    absolute_ridge: float = 0.0,
-    tolerance: float = 0.1,
-    patience: int = 3,
-    graft: Graft = "adam",
-    graft_b2: float | None = None,
-    graft_eps: float = 1e-8,
-    graft_per: Literal["block", "parameter"] = "block",
+    factors: Factors = FACTORS,
+    roots: Roots = ROOTS,
+    graft: Grafting = GRAFTING,
     mu_dtype: Any = None,
     nu_dtype: Any = None,
-    statistics_dtype: Any = None,
-    root_dtype: Any = None,
-    packed: bool = False,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     weight_decay_mask: Mask | None = None,
     rules: Rules | None = None,
     roles: Collection[Role] = SHAMPOO_ROLES,
     fallback: optax.GradientTransformation | Fallback = FALLBACK,
-    max_elements: int | None = None,
 ) -> optax.GradientTransformation:
     r"""Shampoo for matrices, embeddings and heads, another optimizer for everything else.
 
@@ -277,15 +215,12 @@ def shampoo(
     every ten steps. The whole of it is in :func:`scale_by_shampoo`. Which parameter is what is decided
     by its role; a parameter that no rule covers is refused, and :func:`explain` shows who gets what.
 
-    State: about 24 bytes per parameter; 16 with ``packed=True``. Starting rates: AdamW's.
+    State: about 24 bytes per parameter; 16 with ``Factors(packed=True)``. Starting rates: AdamW's.
 
     Args:
       learning_rate: a number or a schedule. With a graft, one that suits the graft.
-      b1, b2, nesterov, refresh, blocks, exponent, statistics: as for :func:`scale_by_shampoo`.
-      root, ridge, absolute_ridge, tolerance, patience: as for :func:`scale_by_shampoo`.
-      graft, graft_b2, graft_eps, graft_per: as for :func:`scale_by_shampoo`.
-      mu_dtype, nu_dtype, statistics_dtype, root_dtype: as for :func:`scale_by_shampoo`.
-      packed, max_elements: as for :func:`scale_by_shampoo`.
+      b1, b2, eps, nesterov, refresh, blocks: as for :func:`scale_by_shampoo`.
+      factors, roots, graft, mu_dtype, nu_dtype: as for :func:`scale_by_shampoo`.
       weight_decay: :math:`\lambda`, multiplied by the learning rate; also that of the default
         fallback.
       weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
@@ -319,26 +254,15 @@ def shampoo(
         scale_by_shampoo,
         b1,
         b2,
+        eps,
         nesterov=nesterov,
         refresh=refresh,
         blocks=blocks,
-        exponent=exponent,
-        statistics=statistics,
-        root=root,
-        ridge=ridge,
-        absolute_ridge=absolute_ridge,
-        tolerance=tolerance,
-        patience=patience,
+        factors=factors,
+        roots=roots,
         graft=graft,
-        graft_b2=graft_b2,
-        graft_eps=graft_eps,
-        graft_per=graft_per,
         mu_dtype=mu_dtype,
         nu_dtype=nu_dtype,
-        statistics_dtype=statistics_dtype,
-        root_dtype=root_dtype,
-        packed=packed,
-        max_elements=max_elements,
     )
     return by_role(
         "shampoo",

@@ -151,12 +151,12 @@ def width_rule(optimizer: str | OptimizerConfig, *, rank: Rank = "full") -> Widt
 
 
 def _shampoo(config: OptimizerConfig, roles: tuple[str, ...] | None, rank: Rank) -> WidthRule:
-    graft = config.value("graft")
+    graft = config.value("graft").step
     if graft == "sgd":
         return WidthRule(gradient_growth, roles, 1.0)
     if graft != "none":
         return WidthRule(norm_growth(rank), roles, 0.0, element_growth)
-    exponent = -(config.value("exponent") or -0.25)
+    exponent = -(config.value("roots").exponent or -0.25)
     growth = roots_growth((exponent, exponent), *_cut(config.value("blocks")))
     return WidthRule(growth, roles, 1 - 4 * exponent, rows_growth if rank == "full" else None)
 

@@ -171,14 +171,18 @@ TABLE = (
             "refresh": ravine.Refresh(every=3, staggered=True),
             "blocks": ravine.Blocks(size=3),
             "b2": 1.0,
-            "graft": "adagrad",
+            "graft": {"step": "adagrad"},
         },
         constant_learning_rate=1.0,
     ),
     preconditioned(
         "shampoo",
         0.1,
-        {"refresh": ravine.Refresh(every=2), "statistics": "kl", "packed": True, "b2": 0.96875},
+        {
+            "refresh": ravine.Refresh(every=2),
+            "factors": ravine.Factors(statistics="kl", packed=True),
+            "b2": 0.96875,
+        },
     ),
     # Decay rates that float32 holds exactly, again. One gradient for ever is diagonal in its eigenbasis
     # up to rounding, which a tiny eps would let SOAP divide by its own size.

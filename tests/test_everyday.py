@@ -127,11 +127,11 @@ def test_bad_options_are_one_line_and_leave_nothing(
 
 def test_hyperparameters_reach_the_optimizer_and_leave_the_tuned_rest():
     (plain,) = line_up("shampoo")
-    words = ["shampoo.refresh.every=20", "shampoo.exponent=null", "shampoo.b1=0.5"]
+    words = ["shampoo.refresh.every=20", "shampoo.roots.exponent=-0.5", "shampoo.b1=0.5"]
     (entrant,) = line_up("shampoo", hyperparameters=words)
     told = json.loads(entrant.optimizer.to_json())["hyperparameters"]
     tuned = json.loads(plain.optimizer.to_json())["hyperparameters"]
-    assert told == {**tuned, "refresh": {"every": 20}, "exponent": None, "b1": 0.5}
+    assert told == {**tuned, "refresh": {"every": 20}, "roots": {"exponent": -0.5}, "b1": 0.5}
     assert entrant.learning_rate == plain.learning_rate
 
 

@@ -114,7 +114,10 @@ def test_blocks_whose_roots_were_refused():
     grads = {"kernel": jnp.arange(24.0).reshape(4, 6) ** 2, "bias": jnp.ones(6)}
     for tolerance, blocks in ((10.0, 0), (0.0, 8)):
         tx = ravine.shampoo(
-            1e-3, refresh=ravine.Refresh(every=1), blocks=ravine.Blocks(size=3), tolerance=tolerance
+            1e-3,
+            refresh=ravine.Refresh(every=1),
+            blocks=ravine.Blocks(size=3),
+            roots=ravine.Roots(tolerance=tolerance),
         )
         state = tx.init(params)
         for _ in range(2):

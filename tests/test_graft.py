@@ -16,7 +16,9 @@ from .preconditioned import normal, run
     [
         optax.identity(),
         ravine.scale_by_muon(),
-        ravine.scale_by_shampoo(refresh=ravine.Refresh(every=2), graft="none"),
+        ravine.scale_by_shampoo(
+            refresh=ravine.Refresh(every=2), graft=ravine.Grafting(step="none")
+        ),
     ],
     ids=["identity", "muon", "shampoo"],
 )

@@ -28,7 +28,7 @@ SHAMPOO = {**COMMON, "b2": 0.96875}
 OPTIMIZERS = {
     "shampoo": lambda: ravine.shampoo(0.1, blocks=ravine.Blocks(size=4), **SHAMPOO),
     "per-parameter": lambda: ravine.shampoo(
-        0.1, blocks=ravine.Blocks(size=4), graft_per="parameter", **SHAMPOO
+        0.1, blocks=ravine.Blocks(size=4), graft=ravine.Grafting(per="parameter"), **SHAMPOO
     ),
     "staggered": lambda: ravine.shampoo(
         0.1,
@@ -40,7 +40,10 @@ OPTIMIZERS = {
     ),
     "unblocked": lambda: ravine.shampoo(0.1, **SHAMPOO),
     "kl": lambda: ravine.shampoo(
-        0.1, blocks=ravine.Blocks(size=4, bound=8), statistics="kl", **SHAMPOO
+        0.1,
+        blocks=ravine.Blocks(size=4, bound=8),
+        factors=ravine.Factors(statistics="kl"),
+        **SHAMPOO,
     ),
     "soap": lambda: ravine.soap(0.1, blocks=ravine.Blocks(size=4), **MOMENTS, **COMMON),
     "soap-one-sided": lambda: ravine.soap(

@@ -101,7 +101,7 @@ def test_soap_turns_only_bases_that_do_not_fit():
 
 @pytest.mark.slow
 def test_all_roots_fit_that_are_not_refused():
-    tx = MAKERS["shampoo"](b2=0.8, ridge=1e-3, refresh=Refresh(every=1, need=0.5))
+    tx = MAKERS["shampoo"](b2=0.8, roots={"ridge": 1e-3}, refresh=Refresh(every=1, need=0.5))
     _, states = run(tx, drifting(8))
     kept = 0
     for at, (before, after) in enumerate(itertools.pairwise(states), 2):
@@ -117,7 +117,7 @@ def test_all_roots_fit_that_are_not_refused():
 @pytest.mark.parametrize("staggered", [False, True])
 def test_no_more_than_the_bound_once_it_has_started(staggered):
     refresh = Refresh(every=2, need=1e-6, most=0.25, staggered=staggered)
-    _, states = run(MAKERS["shampoo"](b2=0.8, ridge=1e-3, refresh=refresh), drifting(8))
+    _, states = run(MAKERS["shampoo"](b2=0.8, roots={"ridge": 1e-3}, refresh=refresh), drifting(8))
     assert sum(refreshed_roots(*states[0:3:2])) + sum(refreshed_roots(states[0], states[1])) >= 8
     for at, (before, after) in enumerate(itertools.pairwise(states), 2):
         if at > 2:
@@ -146,7 +146,7 @@ def test_refusals(options, words):
 
 def test_a_pseudo_inverse_fits_nothing():
     with pytest.raises(ValueError, match="take Eigh"):
-        ravine.shampoo(1e-3, refresh={"need": 0.1}, root=PseudoInverse())
+        ravine.shampoo(1e-3, refresh={"need": 0.1}, roots={"method": PseudoInverse()})
 
 
 def test_the_explanation_tells_it():

@@ -58,8 +58,10 @@ def test_faults():
     [
         (ravine.muon, "matrix_roles", r"muon has no argument 'matrix_roles'; give roles="),
         (ravine.scale_by_muon, "method", "'method'; give polar="),
-        (ravine.shampoo, "method", "'method'; give root="),
+        (ravine.shampoo, "method", r"'method'; give roots=ravine\.Roots\(method="),
         (ravine.soap, "soap_roles", "give roles="),
+        (ravine.shampoo, "graft_eps", "give eps="),
+        (ravine.shampoo, "packed", r"give factors=ravine\.Factors\(packed="),
         (ravine.shampoo, "every", r"give refresh=ravine\.Refresh\(every="),
         (ravine.scale_by_soap, "limit", r"give blocks=ravine\.Blocks\(bound="),
         (ravine.muon, "fallback_learning_rate", r"give fallback=ravine\.Fallback\("),
@@ -115,3 +117,8 @@ def test_options_stay_as_they_are_where_numbers_are_injected():
     state = tx.init({"kernel": jnp.ones((2, 3))})
     assert {"b1", "b2", "learning_rate", "weight_decay"} <= set(state.hyperparams)
     assert not {"refresh", "blocks", "fallback"} & set(state.hyperparams)
+
+
+def test_dtypes_inside_options_survive_json():
+    config = ravine.OptimizerConfig("shampoo", {"factors": ravine.Factors(root_dtype=jnp.bfloat16)})
+    assert ravine.OptimizerConfig.from_json(config.to_json()) == config

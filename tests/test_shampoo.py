@@ -1,5 +1,6 @@
 """Shampoo: what it must equal, what it does when things go wrong, and what it keeps."""
 
+import functools
 import itertools
 import math
 from typing import Any
@@ -40,11 +41,11 @@ GRAFTED = {
     "sgd": (lambda decay: ravine.sgd(RATE, weight_decay=decay), {"b1": 0.0}),
     "adagrad": (
         lambda decay: ravine.adagrad(RATE, weight_decay=decay),
-        {"b1": 0.0, "graft_eps": 1e-10},
+        {"b1": 0.0, "eps": 1e-10},
     ),
     "rmsprop": (
         lambda decay: ravine.rmsprop(RATE, weight_decay=decay),
-        {"b1": 0.0, "graft_b2": 0.99},
+        {"b1": 0.0, "graft": {"step": "rmsprop", "b2": 0.99}},
     ),
     "adam": (
         lambda decay: optax.chain(
@@ -52,9 +53,12 @@ GRAFTED = {
             ravine.add_decayed_weights(decay),
             ravine.scale_by_learning_rate(RATE),
         ),
-        {"graft_b2": 0.999},
+        {"graft": {"b2": 0.999}},
     ),
-    "adamw": (lambda decay: ravine.adamw(RATE, weight_decay=decay), {"graft_b2": 0.999}),
+    "adamw": (
+        lambda decay: ravine.adamw(RATE, weight_decay=decay),
+        {"graft": {"step": "adamw", "b2": 0.999}},
+    ),
 }
 
 
@@ -74,7 +78,8 @@ def test_graft_before_the_start_is_the_plain_optimizer(graft, weight_decay):
     """To the last bit."""
     build, options = GRAFTED[graft]
     params, gradients = graft_problem()
-    found, _ = run(direction(weight_decay, graft=graft, **options), gradients, params)
+    options = {"graft": {"step": graft}, **options}
+    found, _ = run(direction(weight_decay, **options), gradients, params)
     expected, _ = run(build(weight_decay), gradients, params)
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -82,7 +87,7 @@ def test_graft_before_the_start_is_the_plain_optimizer(graft, weight_decay):
 
 def test_adam_without_decay_is_adam():
     params, gradients = graft_problem()
-    found, _ = run(direction(graft="adam", graft_b2=0.999), gradients, params)
+    found, _ = run(direction(graft=ravine.Grafting(b2=0.999)), gradients, params)
     ours, _ = run(ravine.adam(RATE), gradients, params)
     with jax.numpy_dtype_promotion("standard"):
         optaxs, _ = run(optax.adam(RATE), gradients, params)
@@ -93,7 +98,8 @@ def test_adam_without_decay_is_adam():
 
 
 def one_step(gradient, **options):
-    options = {"refresh": ravine.Refresh(every=1), "ridge": 0.0, "graft": "none", **options}
+    plain = {"refresh": {"every": 1}, "roots": {"ridge": 0.0}, "graft": {"step": "none"}}
+    options = {**plain, **options}
     tx = ravine.scale_by_shampoo(0.0, 1.0, **options)
     return run(tx, [single(gradient)])[0][0]
 
@@ -102,7 +108,9 @@ def one_step(gradient, **options):
 def test_first_step_is_the_polar_factor(ridge):
     gradient = 3 * conditioned(6, 0)
     left, _, right = np.linalg.svd(gradient)
-    np.testing.assert_allclose(one_step(gradient, ridge=ridge), left @ right, atol=1e-5)
+    np.testing.assert_allclose(
+        one_step(gradient, roots=ravine.Roots(ridge=ridge)), left @ right, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -118,7 +126,7 @@ def test_first_one_sided_step_is_the_polar_factor(sides, shape):
 
 def test_first_step_of_a_vector_is_its_unit_vector():
     gradient = 5 * normal((9,))
-    found = one_step(gradient, root=PseudoInverse())
+    found = one_step(gradient, roots=ravine.Roots(method=PseudoInverse(), ridge=0.0))
     np.testing.assert_allclose(found, gradient / jnp.linalg.norm(gradient), atol=1e-5)
 
 
@@ -133,7 +141,7 @@ def test_rotated_gradients_have_rotated_updates(graft):
     left, right = (np.linalg.qr(np.random.default_rng(s).normal(size=(8, 8)))[0] for s in (1, 2))
     gradients = [conditioned(8, seed) for seed in range(6)]
     rotated = [single(left @ g @ right.T) for g in gradients]
-    tx = ravine.scale_by_shampoo(refresh=ravine.Refresh(every=2), graft=graft)
+    tx = ravine.scale_by_shampoo(refresh=ravine.Refresh(every=2), graft=ravine.Grafting(step=graft))
     plain, turned = (run(tx, grads)[0] for grads in ([single(g) for g in gradients], rotated))
     for a, b in zip(plain, turned, strict=True):
         assert_trees_close(b, single(left @ np.asarray(a, np.float64) @ right.T), 1e-5)
@@ -167,7 +175,9 @@ def reference(gradients, b1, b2, ridge, factored=None):
 @pytest.mark.parametrize("shape", [(5,), (4, 6), (3, 4, 2), (2, 3, 2, 3)], ids=str)
 def test_three_steps_in_double_precision(shape, b2):
     gradients = normal(shape, count=3)
-    tx = ravine.scale_by_shampoo(0.8, b2, refresh=ravine.Refresh(every=1), graft="none")
+    tx = ravine.scale_by_shampoo(
+        0.8, b2, refresh=ravine.Refresh(every=1), graft=ravine.Grafting(step="none")
+    )
     updates, states = run(tx, gradients)
     assert len(factors(states[-1])) == len(shape)
     for found, expected in zip(updates, reference(gradients, 0.8, b2, 1e-5), strict=True):
@@ -178,8 +188,12 @@ def test_three_steps_in_double_precision(shape, b2):
 def test_grafted_update_has_the_direction_of_one_and_the_size_of_the_other(shape):
     gradients = normal(shape, count=3)
     options = {"b1": 0.8, "b2": 0.9, "refresh": ravine.Refresh(every=1)}
-    found, states = run(ravine.scale_by_shampoo(**options, graft="adam"), gradients)
-    pointing, _ = run(ravine.scale_by_shampoo(**options, graft="none"), gradients)
+    found, states = run(
+        ravine.scale_by_shampoo(**options, graft=ravine.Grafting(step="adam")), gradients
+    )
+    pointing, _ = run(
+        ravine.scale_by_shampoo(**options, graft=ravine.Grafting(step="none")), gradients
+    )
     sized, _ = run(ravine.scale_by_adam(0.8, 0.9), gradients)
     for u, p, d, state in zip(found, pointing, sized, states, strict=True):
         ratio = jnp.linalg.norm(d) / jnp.linalg.norm(p)
@@ -191,7 +205,9 @@ def test_grafted_update_has_the_direction_of_one_and_the_size_of_the_other(shape
 def test_blocks_are_parameters_of_their_own(graft):
     gradients = normal((8, 12), count=5)
     tx = ravine.scale_by_shampoo(
-        refresh=ravine.Refresh(every=2), blocks=ravine.Blocks(size=4), graft=graft
+        refresh=ravine.Refresh(every=2),
+        blocks=ravine.Blocks(size=4),
+        graft=ravine.Grafting(step=graft),
     )
 
     def cut(x):
@@ -235,7 +251,9 @@ def test_graft_per_parameter_or_per_block():
 
     options = {"refresh": ravine.Refresh(every=1), "blocks": ravine.Blocks(size=4)}
     for per in ("block", "parameter"):
-        update = run(ravine.scale_by_shampoo(**options, graft_per=per), gradients)[0][-1]
+        update = run(ravine.scale_by_shampoo(**options, graft=ravine.Grafting(per=per)), gradients)[
+            0
+        ][-1]
         assert jnp.linalg.norm(update) == pytest.approx(float(jnp.linalg.norm(sized)), rel=1e-5)
         agree = np.allclose(norms(update), norms(sized), rtol=1e-4)
         assert agree == (per == "block")
@@ -248,7 +266,7 @@ def test_axis_over_the_limit_has_no_factor():
         0.9,
         refresh=ravine.Refresh(every=1),
         blocks=ravine.Blocks(size=16, bound=16),
-        graft="none",
+        graft=ravine.Grafting(step="none"),
     )
     updates, states = run(tx, gradients)
     rows, columns = states[-1].factors[0]
@@ -263,7 +281,11 @@ def test_axis_over_the_limit_has_no_factor():
 def test_one_sided(sides, factored):
     gradients = normal((6, 4), count=3)
     tx = ravine.scale_by_shampoo(
-        0.8, 0.9, refresh=ravine.Refresh(every=1), blocks=ravine.Blocks(sides=sides), graft="none"
+        0.8,
+        0.9,
+        refresh=ravine.Refresh(every=1),
+        blocks=ravine.Blocks(sides=sides),
+        graft=ravine.Grafting(step="none"),
     )
     updates, states = run(tx, gradients)
     present = [at for at, factor in enumerate(states[-1].factors[0]) if factor is not None]
@@ -276,7 +298,7 @@ def test_one_sided(sides, factored):
 def test_exponent_is_taken():
     gradient = conditioned(5, 0)
     left, sizes, right = np.linalg.svd(gradient)
-    found = one_step(gradient, exponent=-1 / 8)
+    found = one_step(gradient, roots=ravine.Roots(exponent=-1 / 8, ridge=0.0))
     np.testing.assert_allclose(found, (left * sizes**0.5) @ right, atol=1e-5)
 
 
@@ -333,9 +355,9 @@ def test_staggered_agrees_with_synchronous_on_a_constant_gradient():
 @pytest.mark.parametrize("max_elements", [16, 100])
 def test_roots_found_and_factors_used_in_chunks(max_elements, storage):
     gradients = [{"a": normal((8, 12), s), "b": normal((4, 4), 50 + s)} for s in range(4)]
-    options = {"refresh": ravine.Refresh(every=2), "blocks": ravine.Blocks(size=4), **storage}
-    found, _ = run(ravine.scale_by_shampoo(**options, max_elements=max_elements), gradients)
-    expected, _ = run(ravine.scale_by_shampoo(**options), gradients)
+    build = functools.partial(ravine.scale_by_shampoo, refresh={"every": 2}, blocks={"size": 4})
+    found, _ = run(build(factors={"max_elements": max_elements, **storage}), gradients)
+    expected, _ = run(build(factors=storage), gradients)
     assert_trees_close(found, expected, 1e-6)
 
 
@@ -349,7 +371,9 @@ def test_packed_makes_no_difference(shape, tolerance):
     gradients = normal(shape, count=6)
     found, states = run(
         ravine.scale_by_shampoo(
-            refresh=ravine.Refresh(every=2), blocks=ravine.Blocks(size=6), packed=True
+            refresh=ravine.Refresh(every=2),
+            blocks=ravine.Blocks(size=6),
+            factors=ravine.Factors(packed=True),
         ),
         gradients,
     )
@@ -364,12 +388,12 @@ def test_packed_makes_no_difference(shape, tolerance):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("staggered", [False, True])
 def test_dtypes_are_kept(staggered, packed):
-    dtypes = {"root_dtype": jnp.bfloat16, "mu_dtype": jnp.bfloat16, "nu_dtype": jnp.bfloat16}
+    dtypes = {"mu_dtype": jnp.bfloat16, "nu_dtype": jnp.bfloat16}
     gradients = normal((8, 12), count=6)
     tx = ravine.scale_by_shampoo(
         refresh=ravine.Refresh(every=3, staggered=staggered),
         blocks=ravine.Blocks(size=4),
-        packed=packed,
+        factors=ravine.Factors(packed=packed, root_dtype=jnp.bfloat16),
         **dtypes,
     )
     updates, states = run(tx, gradients)
@@ -399,7 +423,7 @@ def test_dtypes_are_kept(staggered, packed):
     ("options", "times"),
     [
         ({}, 6.1),
-        ({"packed": True, "root_dtype": jnp.bfloat16, "mu_dtype": jnp.bfloat16}, 3.1),
+        ({"factors": {"packed": True, "root_dtype": "bfloat16"}, "mu_dtype": jnp.bfloat16}, 3.1),
     ],
     ids=["default", "small"],
 )
@@ -416,7 +440,12 @@ def test_kl_statistics():
     """Other than the Gram matrices' once there are roots, and of the same first step."""
     gradients = normal((6, 8), count=12)
     gram, kl = (
-        run(ravine.scale_by_shampoo(refresh=ravine.Refresh(every=2), statistics=name), gradients)
+        run(
+            ravine.scale_by_shampoo(
+                refresh=ravine.Refresh(every=2), factors=ravine.Factors(statistics=name)
+            ),
+            gradients,
+        )
         for name in ("gram", "kl")
     )
     assert all_finite(kl)
@@ -428,7 +457,11 @@ def test_kl_statistics():
 def test_kl_statistics_of_the_second_step():
     gradients = normal((3, 4), count=2)
     tx = ravine.scale_by_shampoo(
-        0.0, 0.9, refresh=ravine.Refresh(every=1), statistics="kl", graft="none"
+        0.0,
+        0.9,
+        refresh=ravine.Refresh(every=1),
+        factors=ravine.Factors(statistics="kl"),
+        graft=ravine.Grafting(step="none"),
     )
     _, states = run(tx, gradients)
     first, second = (factors(state) for state in states)
@@ -442,7 +475,7 @@ def test_kl_statistics_of_the_second_step():
 
 def test_nesterov_looks_ahead():
     gradients = normal((4, 4), count=3)
-    options = {"refresh": ravine.Refresh(start=math.inf), "graft_b2": 0.999}
+    options = {"refresh": ravine.Refresh(start=math.inf), "graft": ravine.Grafting(b2=0.999)}
     found, _ = run(ravine.scale_by_shampoo(nesterov=True, **options), gradients)
     expected, _ = run(ravine.scale_by_adam(nesterov=True), gradients)
     assert_trees_close(found, expected, 1e-6)
@@ -474,26 +507,26 @@ BAD = [
     ({"blocks": {"size": 2.5}}, "block"),
     ({"refresh": {"every": 0}}, "every"),
     ({"refresh": {"every": 1.5}}, r"refresh\.every must be a whole number"),
-    ({"exponent": 0.25}, "exponent"),
-    ({"exponent": 0.0}, "exponent"),
+    ({"roots": {"exponent": 0.25}}, "exponent"),
+    ({"roots": {"exponent": 0.0}}, "exponent"),
     ({"refresh": {"every": 10, "start": 9}}, "start"),
     ({"refresh": {"start": 12.5}}, "start"),
-    ({"graft": "adamax"}, "adamax"),
-    ({"b2": 1.0, "graft": "adam"}, "graft_b2"),
-    ({"b2": 1.0, "graft": "rmsprop"}, "graft_b2"),
-    ({"graft_b2": 1.5}, "graft_b2"),
-    ({"graft_eps": -1.0}, "graft_eps"),
-    ({"graft_per": "row"}, "graft_per"),
+    ({"graft": {"step": "adamax"}}, "adamax"),
+    ({"b2": 1.0, "graft": {"step": "adam"}}, r"graft\.b2"),
+    ({"b2": 1.0, "graft": {"step": "rmsprop"}}, r"graft\.b2"),
+    ({"graft": {"b2": 1.5}}, r"graft\.b2"),
+    ({"eps": -1.0}, "eps"),
+    ({"graft": {"per": "row"}}, r"graft\.per"),
     ({"blocks": {"sides": "left"}}, "sides"),
-    ({"statistics": "hessian"}, "statistics"),
+    ({"factors": {"statistics": "hessian"}}, r"factors\.statistics"),
     ({"blocks": {"bound": 0}}, r"blocks\.bound"),
-    ({"patience": -1}, "patience"),
-    ({"patience": 1.5}, "patience"),
+    ({"roots": {"patience": -1}}, r"roots\.patience"),
+    ({"roots": {"patience": 1.5}}, r"roots\.patience"),
     ({"b1": 1.0}, "b1"),
     ({"b2": 1.1}, "b2"),
-    ({"ridge": -1e-5}, "ridge"),
-    ({"absolute_ridge": math.nan}, "absolute_ridge"),
-    ({"tolerance": -0.1}, "tolerance"),
+    ({"roots": {"ridge": -1e-5}}, r"roots\.ridge"),
+    ({"roots": {"absolute_ridge": math.nan}}, r"roots\.absolute_ridge"),
+    ({"roots": {"tolerance": -0.1}}, r"roots\.tolerance"),
 ]
 
 
@@ -508,8 +541,8 @@ def test_sums_with_a_graft_of_their_own():
     """Factors are sums, and the norm of an update is that of the graft by itself."""
     gradients = normal((4, 4), count=2)
     for graft, alone in (
-        ({"graft": "adam", "graft_b2": 0.99}, ravine.scale_by_adam(0.0, 0.99)),
-        ({"graft": "adagrad"}, ravine.scale_by_adagrad()),
+        ({"graft": {"step": "adam", "b2": 0.99}}, ravine.scale_by_adam(0.0, 0.99)),
+        ({"graft": {"step": "adagrad"}}, ravine.scale_by_adagrad()),
     ):
         tx = ravine.scale_by_shampoo(b1=0.0, b2=1.0, refresh=ravine.Refresh(every=1), **graft)
         for u, v in zip(run(tx, gradients)[0], run(alone, gradients)[0], strict=True):
@@ -538,8 +571,10 @@ def test_shampoo_solves_a_badly_conditioned_least_squares_problem(statistics, st
         return float(loss(w))
 
     rate = optax.linear_schedule(0.03, 0.0, 2000)
-    options = {"refresh": ravine.Refresh(every=5, staggered=staggered), "statistics": statistics}
-    ours = optax.chain(ravine.scale_by_shampoo(**options), ravine.scale_by_learning_rate(rate))
+    direction = ravine.scale_by_shampoo(
+        refresh=ravine.Refresh(every=5, staggered=staggered), factors={"statistics": statistics}
+    )
+    ours = optax.chain(direction, ravine.scale_by_learning_rate(rate))
     assert final(ours) < 0.2 * final(ravine.adam(rate, 0.9, 0.99))
 
 
@@ -555,9 +590,9 @@ def power_law(shape, count, decay=1.5, seed=0):
 @pytest.mark.parametrize(
     "options",
     [
-        {"root_dtype": "bfloat16"},
-        {"root_dtype": "bfloat16", "packed": True},
-        {"statistics_dtype": "bfloat16", "ridge": 0.03},
+        {"factors": {"root_dtype": "bfloat16"}},
+        {"factors": {"root_dtype": "bfloat16", "packed": True}},
+        {"factors": {"statistics_dtype": "bfloat16"}, "roots": {"ridge": 0.03}},
     ],
     ids=["roots", "packed roots", "statistics"],
 )
@@ -567,8 +602,10 @@ def test_narrow_factors_of_a_power_law(options):
     found, states = run(
         ravine.scale_by_shampoo(refresh=ravine.Refresh(every=6), **options), gradients
     )
-    ridge = {"ridge": options.get("ridge", 1e-5)}
-    expected, _ = run(ravine.scale_by_shampoo(refresh=ravine.Refresh(every=6), **ridge), gradients)
+    roots = options.get("roots", {})
+    expected, _ = run(
+        ravine.scale_by_shampoo(refresh=ravine.Refresh(every=6), roots=roots), gradients
+    )
     assert not any(np.any(factor.refused) for factor in factors(states[-1]))
     error = jnp.linalg.norm(found[-1] - expected[-1]) / jnp.linalg.norm(expected[-1])
     assert error < 0.02
@@ -578,14 +615,21 @@ def test_narrow_factors_of_a_power_law(options):
 
 
 def test_narrow_statistics_are_refused_without_a_ridge():
-    with pytest.raises(ValueError, match=r"statistics_dtype=bfloat16 needs a ridge .* root_dtype"):
-        ravine.shampoo(statistics_dtype=jnp.bfloat16)
+    with pytest.raises(
+        ValueError, match=r"statistics_dtype=bfloat16 needs a roots\.ridge .* root_dtype"
+    ):
+        ravine.shampoo(factors={"statistics_dtype": jnp.bfloat16})
 
 
 def test_padding_is_no_eigenvalue():
     """Seven rows in blocks of four are two of four, and one row of them is padding."""
     gradients = [normal((7, 8), seed) for seed in range(6)]
-    options = {"refresh": ravine.Refresh(every=2), "ridge": 0.0, "b2": 1.0, "graft": "none"}
+    options = {
+        "refresh": {"every": 2},
+        "roots": {"ridge": 0.0},
+        "b2": 1.0,
+        "graft": {"step": "none"},
+    }
     _, states = run(ravine.scale_by_shampoo(blocks=ravine.Blocks(size=4), **options), gradients)
     rows, columns = factors(states[-1])
     assert not np.any(rows.refused)
@@ -599,8 +643,9 @@ def test_padding_is_no_eigenvalue():
 
 
 def test_roots_that_a_method_does_not_find_are_refused_at_init():
-    tx = ravine.scale_by_shampoo(root=CoupledNewtonSchulz())
+    tx = ravine.scale_by_shampoo(roots=ravine.Roots(method=CoupledNewtonSchulz()))
     tx.init({"matrix": jnp.ones((2, 3))})
     with pytest.raises(ValueError, match=r"parameter cube has 3 axes .* -1/6; take Eigh"):
         tx.init({"cube": jnp.ones((2, 3, 4))})
-    ravine.scale_by_shampoo(root=CoupledNewtonSchulz(), exponent=-0.5).init(jnp.ones((2, 3, 4)))
+    halves = ravine.Roots(method=CoupledNewtonSchulz(), exponent=-0.5)
+    ravine.scale_by_shampoo(roots=halves).init(jnp.ones((2, 3, 4)))

@@ -33,7 +33,11 @@ def test_gradient_that_is_not_finite_stays_in_its_block(b2, bad):
     params = jnp.ones((8, 8))
     tx = optax.chain(
         ravine.scale_by_shampoo(
-            0.9, b2, refresh=ravine.Refresh(every=1), blocks=ravine.Blocks(size=4), graft_b2=0.99
+            0.9,
+            b2,
+            refresh=ravine.Refresh(every=1),
+            blocks=ravine.Blocks(size=4),
+            graft=ravine.Grafting(b2=0.99),
         ),
         ravine.scale_by_learning_rate(0.01),
     )
@@ -69,7 +73,7 @@ def spoil(state, value=math.nan):
 def test_spoiled_statistics_fall_back_to_the_graft_and_recover(patience):
     gradients = normal((8, 8), count=9)
     options = {"blocks": ravine.Blocks(size=4), "refresh": ravine.Refresh(every=1)}
-    tx = ravine.scale_by_shampoo(**options, patience=patience)
+    tx = ravine.scale_by_shampoo(**options, roots=ravine.Roots(patience=patience))
     plain, _ = run(
         ravine.scale_by_shampoo(**{**options, "refresh": ravine.Refresh(start=math.inf)}), gradients
     )
@@ -111,8 +115,8 @@ def test_zero_gradients_then_normal_ones(graft, statistics):
     tx = ravine.scale_by_shampoo(
         refresh=ravine.Refresh(every=2),
         blocks=ravine.Blocks(size=4),
-        graft=graft,
-        statistics=statistics,
+        graft=ravine.Grafting(step=graft),
+        factors=ravine.Factors(statistics=statistics),
     )
     updates, states = run(tx, gradients)
     assert not np.any(jnp.stack(updates[:50]))
@@ -128,7 +132,9 @@ def test_rank_one_gradients_for_ever(graft, statistics):
     vectors = normal((8, 1)), normal((1, 8), 1)
     gradients = [scale * vectors[0] * vectors[1] for scale in np.linspace(0.5, 1.5, 60)]
     tx = ravine.scale_by_shampoo(
-        refresh=ravine.Refresh(every=5), graft=graft, statistics=statistics
+        refresh=ravine.Refresh(every=5),
+        graft=ravine.Grafting(step=graft),
+        factors=ravine.Factors(statistics=statistics),
     )
     updates, states = run(tx, gradients)
     assert all_finite(updates)
@@ -143,7 +149,9 @@ def test_spike(graft, statistics):
     gradients = normal((8, 8), count=60)
     gradients[20] = 1e6 * gradients[20]
     tx = ravine.scale_by_shampoo(
-        refresh=ravine.Refresh(every=1), graft=graft, statistics=statistics
+        refresh=ravine.Refresh(every=1),
+        graft=ravine.Grafting(step=graft),
+        factors=ravine.Factors(statistics=statistics),
     )
     updates, states = run(tx, gradients)
     assert all_finite(updates)
@@ -158,7 +166,9 @@ def test_scale_of_gradients(graft, scale, dtype):
     gradients = [g.astype(dtype) for g in normal((8, 12), count=60, scale=scale)]
     updates, states = run(
         ravine.scale_by_shampoo(
-            refresh=ravine.Refresh(every=5), blocks=ravine.Blocks(size=6), graft=graft
+            refresh=ravine.Refresh(every=5),
+            blocks=ravine.Blocks(size=6),
+            graft=ravine.Grafting(step=graft),
         ),
         gradients,
     )
@@ -184,7 +194,7 @@ def test_two_thousand_steps_at_any_scale(scale, dtype):
             0.99,
             blocks=ravine.Blocks(size=8),
             refresh=ravine.Refresh(every=10),
-            graft_eps=1e-30,
+            eps=1e-30,
         ),
         ravine.scale_by_learning_rate(1e-2),
     )

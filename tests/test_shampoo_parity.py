@@ -1,5 +1,6 @@
 """Shampoo, SOAP and KL-Shampoo step for step like their authors' own code."""
 
+import dataclasses
 import hashlib
 import json
 from functools import cache
@@ -16,15 +17,14 @@ from ravine.optimizers.matrix.algebra.roots import CoupledNewton
 from .golden import shampoo as golden
 
 # The authors' roots: absolute ridge, no certificate.
+ROOTS = ravine.Roots(ridge=0.0, absolute_ridge=1e-8, tolerance=0.5)
 META = {
     "b1": 0.9,
     "b2": 0.99,
     "refresh": ravine.Refresh(every=2, start=6),
     "blocks": ravine.Blocks(size=4),
-    "ridge": 0.0,
-    "absolute_ridge": 1e-8,
-    "tolerance": 0.5,
-    "graft": "none",
+    "roots": ROOTS,
+    "graft": {"step": "none"},
 }
 
 
@@ -35,11 +35,13 @@ def meta(weight_decay=0.0, **changes):
 
 OURS = {
     "meta_eigh": lambda: meta(),
-    "meta_newton": lambda: meta(root=CoupledNewton()),
-    "meta_adam_graft": lambda: meta(graft="adam"),
-    "meta_adamw": lambda: meta(graft="adamw", weight_decay=0.1),
-    "meta_kl": lambda: meta(statistics="kl", exponent=-1 / 2),
-    "meta_sum": lambda: meta(b2=1.0, graft="adagrad"),
+    "meta_newton": lambda: meta(roots=dataclasses.replace(ROOTS, method=CoupledNewton())),
+    "meta_adam_graft": lambda: meta(graft=ravine.Grafting(step="adam")),
+    "meta_adamw": lambda: meta(graft=ravine.Grafting(step="adamw"), weight_decay=0.1),
+    "meta_kl": lambda: meta(
+        factors=ravine.Factors(statistics="kl"), roots=dataclasses.replace(ROOTS, exponent=-1 / 2)
+    ),
+    "meta_sum": lambda: meta(b2=1.0, graft=ravine.Grafting(step="adagrad")),
 }
 
 

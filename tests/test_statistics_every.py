@@ -37,7 +37,9 @@ def mean(gradients, b2, every):
 def test_shampoo_learns_from_the_first_gradient_and_every_kth(every, b2):
     gradients = correlated()
     refresh = ravine.Refresh(every=4, statistics_every=every)
-    _, states = run(ravine.scale_by_shampoo(b2=b2, refresh=refresh, graft="none"), gradients)
+    _, states = run(
+        ravine.scale_by_shampoo(b2=b2, refresh=refresh, graft={"step": "none"}), gradients
+    )
     for at, state in enumerate(states, 1):
         seen = [g for t, g in enumerate(gradients[:at], 1) if t == 1 or t % every == 0]
         expected = mean(seen, b2, every)
@@ -87,7 +89,7 @@ def test_the_start_is_corrected_exactly(staggered):
     roots = []
     for k in (1, 3):
         refresh = ravine.Refresh(every=3, staggered=staggered, statistics_every=k)
-        tx = ravine.scale_by_shampoo(b2=0.9, refresh=refresh, ridge=1e-2)
+        tx = ravine.scale_by_shampoo(b2=0.9, refresh=refresh, roots={"ridge": 1e-2})
         roots.append([factor.root for factor in run(tx, gradients)[1][2].factors[0]])
     assert_trees_close(*roots, 1e-4)
 

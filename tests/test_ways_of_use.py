@@ -266,7 +266,11 @@ def test_on_mesh_takes_what_says_how_parameters_are_sharded():
 
 
 def test_shampoo_is_differentiated_in_forward_mode():
-    tx = ravine.scale_by_shampoo(refresh=ravine.Refresh(every=1), graft="none", ridge=1e-2)
+    tx = ravine.scale_by_shampoo(
+        refresh=ravine.Refresh(every=1),
+        graft=ravine.Grafting(step="none"),
+        roots=ravine.Roots(ridge=1e-2),
+    )
     params, grads = tree()["dense"]["kernel"], tree(1)["dense"]["kernel"]
     update = lambda g: tx.update(g, tx.init(params))[0]
     direction = tree(2)["dense"]["kernel"]

@@ -59,7 +59,7 @@ CASES = {
 
 @pytest.mark.parametrize(("name", "own", "rank"), CASES, ids=" ".join)
 def test_the_table_of_the_rule(name, own, rank):
-    given = {"muon": {"scale": own}, "shampoo": {"graft": own}}.get(name, {})
+    given = {"muon": {"scale": own}, "shampoo": {"graft": {"step": own}}}.get(name, {})
     found = factors(ravine.width_rule(ravine.OptimizerConfig(name, given), rank=rank))
     hidden, embedding, head, gain = CASES[name, own, rank]
     wanted = {"matrix": hidden, "embedding": embedding, "head": head, "norm": gain}
@@ -83,10 +83,12 @@ def test_blocks_and_sides():
     assert factors(low(cut({"size": None, "bound": 4}))) == pytest.approx(
         factors(ravine.width_rule("adamw"))
     )
-    plain = {"graft": "none", "blocks": {"size": 16}}
+    plain = {"graft": {"step": "none"}, "blocks": {"size": 16}}
     shampoo = ravine.width_rule(ravine.OptimizerConfig("shampoo", plain))
     assert factors(shampoo)["matrix"] == pytest.approx(1 / M)  # n^-1/2 with exponents of -1/4
-    halves = ravine.OptimizerConfig("shampoo", {"graft": "none", "exponent": -0.5})
+    halves = ravine.OptimizerConfig(
+        "shampoo", {"graft": {"step": "none"}, "roots": {"exponent": -0.5}}
+    )
     assert factors(ravine.width_rule(halves), 2.0)["matrix"] == pytest.approx(
         1 / 2
     )  # L^(1 - 2E), E = 1

@@ -22,6 +22,7 @@ import optax
 from ...core.arguments import MaybeInfinite, checked
 from ...core.arithmetic import bias_correction, ema, increment, root, scalar, wide, wide_zeros_like
 from ...core.checks import check_decay_rates, check_non_negative
+from ...core.options import options
 from ...core.transformation import transformation
 from ..matrix.mesh.exchange import largest, total
 from ..matrix.mesh.placement import Names
@@ -67,6 +68,36 @@ def norm_ratio(
     return ratio if keep else jnp.squeeze(ratio, axes)
 
 
+@options("graft")
+class Grafting:
+    """Whose step size Shampoo's direction gets.
+
+    Attributes:
+      step: whose: ``"none"``, ``"sgd"``, ``"adagrad"``, ``"rmsprop"``, ``"adam"``, ``"adamw"`` or
+        ``"sign"``, see :func:`ravine.optimizers.links.graft.magnitude`.
+      b2: decay rate of its second moment; ``None`` takes Shampoo's.
+      per: one size for each ``"block"``, or for each ``"parameter"``.
+
+    Raises:
+      ValueError: for values out of range.
+
+    Example:
+      >>> import ravine
+      >>> tx = ravine.shampoo(0.02, graft=ravine.Grafting(step="sgd"))
+    """
+
+    step: Graft = "adam"
+    b2: float | None = None
+    per: Literal["block", "parameter"] = "block"
+
+    def magnitude(self, b2: Any, eps: Any, nu_dtype: Any) -> "Magnitude":
+        """The step, beside statistics with decay rate `b2`."""
+        return magnitude(self.step, b2 if self.b2 is None else self.b2, eps, nu_dtype)
+
+
+GRAFTING = Grafting()
+
+
 class Magnitude(NamedTuple):
     """An optimizer whose step is grafted, sharing the momentum of the one it is grafted on."""
 
@@ -105,14 +136,14 @@ def magnitude(name: Graft, b2: float = 0.999, eps: float = 1e-8, nu_dtype: Any =
             return jax.tree.map(jnp.sign, mean) if sign else mean, nu
 
         return Magnitude(lambda params: optax.EmptyState(), plain)
-    check_non_negative(graft_eps=eps)
+    check_non_negative(eps=eps)
     if name != "adagrad":
         try:
-            check_decay_rates(graft_b2=b2)
+            check_decay_rates(**{"graft.b2": b2})
         except ValueError as error:
             raise ValueError(
                 f"the graft {name!r} averages squared gradients: {error} With b2=1 (sums), give "
-                "graft_b2 or graft='adagrad'."
+                "graft.b2, or 'adagrad' for graft.step."
             ) from None
 
     def update(g: Any, mean: Any, nu: Any, count: jax.Array) -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ from ...core.arithmetic import bias_correction, is_summable, lerp, wide
 from ..links.graft import norm_ratio
 from ..matrix.algebra.kronecker import mode_gram, rotate
 from ..matrix.algebra.packing import pack, unpack
-from ..matrix.algebra.roots import Method, exponent_fraction, inverse_root, misfit
+from ..matrix.algebra.roots import exponent_fraction, inverse_root, misfit
 from ..matrix.batch.once import if_due
 from ..matrix.batch.refresh import Refresh, refreshed
 from ..matrix.batch.together import together
@@ -20,6 +20,7 @@ from ..matrix.mesh.exchange import total
 from ..matrix.shape.blocking import Blocking
 from .block_state import fields, identities, usable_blocks, with_fields
 from .blockwise import Tensors
+from .options import Factors, Roots
 
 
 class Factor(NamedTuple):
@@ -33,17 +34,12 @@ class Factor(NamedTuple):
     refused: jax.Array  # int32, refused roots so far
 
 
-Factors = tuple[Factor | None, ...]
+TensorFactors = tuple[Factor | None, ...]
 """Of a tensor, by axis."""
 
 
-NARROW_RIDGE = 0.03
-"""The least ridge of statistics in 16 bits: the most negative eigenvalue of statistics in bfloat16, of
-gradients with a spectrum i^-1.5, is -0.0024 (32 rows) to -0.013 (256) times the largest one."""
-
-
 @dataclasses.dataclass(frozen=True)
-class Storage:
+class Kept:
     """How symmetric matrices are kept."""
 
     dtype: Any = None
@@ -69,15 +65,23 @@ class Preconditioner:
     """Statistics and roots of the factors of all leaves."""
 
     b2: Any
-    kl: bool
-    exponent: float | None
-    method: Method | None
-    ridge: Any
-    absolute_ridge: Any
-    tolerance: float
-    patience: int
-    statistics: Storage
-    roots: Storage
+    factors: Factors
+    options: Roots
+
+    @property
+    def kl(self) -> bool:
+        """Whether gradients are preconditioned before factors learn from them."""
+        return self.factors.statistics == "kl"
+
+    @property
+    def statistics(self) -> Kept:
+        """How they are kept."""
+        return Kept(self.factors.statistics_dtype, self.factors.packed)
+
+    @property
+    def roots(self) -> Kept:
+        """How they are kept."""
+        return Kept(self.factors.root_dtype, self.factors.packed)
 
     def factor(self, scalars: jax.Array, size: int) -> Factor:
         """The factor at the start; `scalars` are zeros, one for each block."""
@@ -92,11 +96,12 @@ class Preconditioner:
     def exponent_of(self, factors: Sequence[Any]) -> float:
         """Of the roots of a tensor with these factors, None where an axis has none."""
         axes = sum(bool(factor) for factor in factors)
-        return -1 / (2 * axes) if self.exponent is None else self.exponent
+        exponent = self.options.exponent
+        return -1 / (2 * axes) if exponent is None else exponent
 
     def check(self, paths: Sequence[str], blockings: Sequence[Blocking]) -> None:
         """Raises where the method does not find the roots that a leaf needs."""
-        check_root = getattr(self.method, "check_root", None)
+        check_root = getattr(self.options.method, "check_root", None)
         if check_root is None:
             return
         for path, blocking in zip(paths, blockings, strict=True):
@@ -113,11 +118,10 @@ class Preconditioner:
         self,
         tensors: Tensors,
         gradients: Sequence[jax.Array],
-        factors: Sequence[Factors],
+        factors: Sequence[TensorFactors],
         schedule: Refresh,
         step: jax.Array,
-        max_elements: int | None,
-    ) -> tuple[list[jax.Array], list[Factors]]:
+    ) -> tuple[list[jax.Array], list[TensorFactors]]:
         """Which blocks of the gradients are usable, and factors with those of them in their statistics.
 
         A block is usable if the squares of its gradient can be summed, and new statistics are finite.
@@ -135,7 +139,7 @@ class Preconditioner:
         learned = functools.partial(
             self._learned, due=schedule.learning(step), every=schedule.statistics_every
         )
-        found = together(units, learned, max_elements)
+        found = together(units, learned, self.factors.max_elements)
         return [usable for usable, _ in found], [
             with_fields(each, statistics=statistics)
             for each, (_, statistics) in zip(factors, found, strict=True)
@@ -182,11 +186,10 @@ class Preconditioner:
     def refresh(
         self,
         tensors: Tensors,
-        factors: Sequence[Factors],
+        factors: Sequence[TensorFactors],
         schedule: Refresh,
         step: jax.Array,
-        max_elements: int | None,
-    ) -> list[Factors]:
+    ) -> list[TensorFactors]:
         """The factors, with new roots where they are due and pass their certificate."""
         units = [
             tensor.unit(
@@ -208,27 +211,28 @@ class Preconditioner:
             return self._misfit(kind, source, carry, weight)
 
         due, need = lambda phase: schedule.due(step, phase), schedule.by_need(step, misfits)
-        found = iter(refreshed(units, new_roots, schedule.phases, due, max_elements, need))
+        most = self.factors.max_elements
+        found = iter(refreshed(units, new_roots, schedule.phases, due, most, need))
         return [
             tuple(factor and Factor(factor.statistics, *next(found)) for factor in each)
             for each in factors
         ]
 
     def _refreshed(self, kind: Any, source: Any, carry: Any, weight: Any) -> Any:
-        (exponent, _), (_, inside) = kind, source
+        (exponent, _), (_, inside), options = kind, source, self.options
         root, residual, condition, failures, refused = carry
         statistics = self._corrected(kind, source, weight)
         found = inverse_root(
             statistics,
             exponent,
-            self.method,
-            ridge=self.ridge,
-            absolute_ridge=self.absolute_ridge,
+            options.method,
+            ridge=options.ridge,
+            absolute_ridge=options.absolute_ridge,
             size=inside,
         )
         # Of statistics that are still zero there is nothing to learn, and nothing has failed.
         seen = jnp.any(statistics != 0, axis=(1, 2))
-        good, bad = found.residual <= self.tolerance, found.residual > self.tolerance
+        good, bad = found.residual <= options.tolerance, found.residual > options.tolerance
         good, bad = good & seen, bad & seen
         new = self.roots.keep(found.root).astype(root.dtype)
         return (
@@ -250,8 +254,8 @@ class Preconditioner:
             self._corrected(kind, source, weight),
             self.roots.load(carry[0], size),
             exponent,
-            ridge=self.ridge,
-            absolute_ridge=self.absolute_ridge,
+            ridge=self.options.ridge,
+            absolute_ridge=self.options.absolute_ridge,
             size=inside,
         )
 
@@ -259,8 +263,7 @@ class Preconditioner:
         self,
         tensors: Tensors,
         means: Sequence[jax.Array],
-        factors: Sequence[Factors],
-        max_elements: int | None,
+        factors: Sequence[TensorFactors],
     ) -> list[jax.Array]:
         """The preconditioned blocks."""
         units = [
@@ -269,7 +272,7 @@ class Preconditioner:
             )
             for tensor, blocks, each in zip(tensors, means, factors, strict=True)
         ]
-        return together(units, self._applied, max_elements)
+        return together(units, self._applied, self.factors.max_elements)
 
     def _applied(self, kind: Any, blocks: jax.Array, roots: Sequence[jax.Array]) -> jax.Array:
         return rotate(blocks, self._loaded(roots, *kind)) if roots else blocks
@@ -278,7 +281,9 @@ class Preconditioner:
         """Which blocks `[*batch, *counts]` have no root to trust."""
         failed = jnp.zeros(blocks.shape[: blocks.ndim - len(factors)], bool)
         for factor in factors:
-            failed = failed if factor is None else failed | (factor.failures > self.patience)
+            failed = (
+                failed if factor is None else failed | (factor.failures > self.options.patience)
+            )
         return failed
 
 
@@ -336,15 +341,3 @@ def _weight(b2: Any, count: jax.Array) -> jax.Array | None:
     if _is_number(b2):
         return None if b2 == 1 else bias_correction(b2, count)
     return jnp.where(b2 == 1, 1, bias_correction(jnp.where(b2 == 1, 0.5, b2), count))
-
-
-def check_statistics_dtype(dtype: Any, ridge: Any) -> None:
-    """Raises for statistics that are rounded by more than the ridge lifts them."""
-    if dtype is None or jnp.finfo(dtype).bits >= 32 or not isinstance(ridge, (int, float)):
-        return
-    if ridge < NARROW_RIDGE:
-        raise ValueError(
-            f"statistics_dtype={jnp.dtype(dtype).name} needs a ridge of at least {NARROW_RIDGE}, got "
-            f"{ridge!r}: rounded statistics have negative eigenvalues, and no roots. Leave them in "
-            "float32 (packed=True halves them), and take root_dtype for the roots."
-        )

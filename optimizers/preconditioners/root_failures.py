@@ -17,14 +17,14 @@ class RefusedRoot(NamedTuple):
     block: tuple[int, ...]  # index into `[*batch, *counts]`: which matrix, which block of it
     refused: int  # roots so far
     failures: int  # roots since the last good one
-    residual: float  # of the last root tried, to be compared with `tolerance`
+    residual: float  # of the last root tried, to be compared with `roots.tolerance`
 
 
 def root_failures(opt_state: Any) -> dict[str, list[RefusedRoot]]:
     """By parameter, the blocks of which :func:`shampoo` refused a root; empty if all are good.
 
-    A block whose roots keep failing takes the step of the graft (``patience=``). It looks at values, so
-    call it outside ``jax.jit``.
+    A block whose roots keep failing (``roots.patience``) takes the step of the graft. It looks at
+    values, so call it outside ``jax.jit``.
 
     Args:
       opt_state: an optimizer's state, however deep Shampoo is in it; also of ``nnx.Optimizer``.
@@ -35,7 +35,7 @@ def root_failures(opt_state: Any) -> dict[str, list[RefusedRoot]]:
     Example:
       >>> import jax.numpy as jnp, ravine
       >>> params = {"kernel": jnp.ones((4, 6))}
-      >>> tx = ravine.shampoo(1e-3, refresh={"every": 1}, tolerance=0.0)  # refuse all
+      >>> tx = ravine.shampoo(1e-3, refresh={"every": 1}, roots={"tolerance": 0})  # none
       >>> _, state = tx.update(params, tx.init(params), params)
       >>> [(r.axis, r.block, r.refused) for r in ravine.root_failures(state)["kernel"]]
       [(0, (0, 0, 0), 1), (1, (0, 0, 0), 1)]

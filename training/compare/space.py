@@ -26,7 +26,7 @@ SPAN = 16.0
 
 FIRST, SECOND = ("b1", "momentum"), ("b2",)
 CHOICES: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "shampoo": ("exponent", (None, -0.5)),
+    "shampoo": ("roots", (None, {"exponent": -0.5})),
     "muon": ("scale", ("moonlight", "keller")),
 }
 """At most one parameter of an algorithm's own, and the values tried in turn."""

@@ -1,0 +1,99 @@
+"""Options of Shampoo's factors: what they learn, how they are kept, and how their roots are found."""
+
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from ...core.checks import check_amount, check_known, check_non_negative, number
+from ...core.options import options
+from ..matrix.algebra.roots import Method, exponent_fraction
+
+NARROW_RIDGE = 0.03
+"""The least ridge of statistics in 16 bits: the most negative eigenvalue of statistics in bfloat16, of
+gradients with a spectrum i^-1.5, is -0.0024 (32 rows) to -0.013 (256) times the largest one."""
+
+
+@options("roots")
+class Roots:
+    """How the inverse roots of statistics are found, and which of them are trusted.
+
+    Attributes:
+      method: of :mod:`ravine.optimizers.matrix.algebra.roots`; ``None`` takes ``Eigh()``.
+      exponent: negative; ``None`` takes -1/(2k) for k factors.
+      ridge: added to all eigenvalues, relative to the largest one. In float32 singular statistics need
+        1e-5.
+      absolute_ridge: added to it.
+      tolerance: roots X of A are refused if an element of :math:`A X^p - I` is larger.
+      patience: a block whose roots were refused more often in a row takes the graft's step, until one
+        is good again.
+
+    Raises:
+      ValueError: for values out of range.
+
+    Example:
+      >>> import ravine
+      >>> tx = ravine.shampoo(1e-3, roots=ravine.Roots(exponent=-0.5, ridge=1e-4))
+    """
+
+    method: Method | None = None
+    exponent: float | None = None
+    ridge: float = 1e-5
+    absolute_ridge: float = 0.0
+    tolerance: float = 0.1
+    patience: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("ridge", "absolute_ridge", "tolerance"):
+            check_non_negative(**{f"roots.{name}": getattr(self, name)})
+        exponent = number("roots.exponent", self.exponent)
+        if exponent is not None:
+            exponent_fraction(exponent)
+        patience = {"roots.patience": self.patience}
+        check_known(**patience)
+        check_amount(0, **patience)
+
+
+@options("factors")
+class Factors:
+    """What factors learn from gradients, and how they are kept.
+
+    Attributes:
+      statistics: ``"gram"``, sums of :math:`GG^\\top`, or ``"kl"``, where the gradient is first
+        preconditioned along the other axes by their present roots.
+      statistics_dtype: in which statistics are kept; ``None`` takes at least float32. Rounded to
+        bfloat16 they are indefinite by up to a hundredth of their largest eigenvalue, and their roots
+        refused; so it takes a ``roots.ridge`` of at least 0.03.
+      root_dtype: in which roots are kept, likewise; bfloat16 moves them by 0.2 %.
+      packed: keep only one triangle of statistics and roots, half the memory.
+      max_elements: bound on the elements of the matrices whose roots are found at once, and of packed
+        or narrow factors used at once; ``None`` takes 2**21 on CPU and 2**23 elsewhere.
+
+    Raises:
+      ValueError: for values of other kinds.
+
+    Example:
+      >>> import jax.numpy as jnp, ravine
+      >>> tx = ravine.shampoo(1e-3, factors=ravine.Factors(packed=True, root_dtype=jnp.bfloat16))
+    """
+
+    statistics: Literal["gram", "kl"] = "gram"
+    statistics_dtype: Any = None
+    root_dtype: Any = None
+    packed: bool = False
+    max_elements: int | None = None
+
+    def check_ridge(self, ridge: Any) -> None:
+        """Raises for statistics that are rounded by more than the ridge lifts them."""
+        dtype = self.statistics_dtype
+        if dtype is None or jnp.finfo(dtype).bits >= 32 or not isinstance(ridge, (int, float)):
+            return
+        if ridge < NARROW_RIDGE:
+            raise ValueError(
+                f"factors.statistics_dtype={jnp.dtype(dtype).name} needs a roots.ridge of at least "
+                f"{NARROW_RIDGE}, got {ridge!r}: rounded statistics have negative eigenvalues, and no "
+                "roots. Leave them in float32 (factors.packed halves them), and take "
+                "factors.root_dtype for the roots."
+            )
+
+
+FACTORS, ROOTS = Factors(), Roots()
