@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest
 # More flags for the race: make race RACE="--steps 20"
 RACE ?=
 
-.PHONY: race test notebooks processes test-slow test-pods docs guard lint format golden clean
+.PHONY: race test notebooks processes test-slow test-pods docs linkcheck guard lint format golden clean
 
 race: $(STAMP)
 	@echo "==> race: optimizers train the same language model on this Python's own source text"
@@ -61,6 +61,10 @@ $(VENV)/.docs: pyproject.toml
 docs: $(VENV)/.docs
 	@echo "==> docs: the site, with warnings as errors, into $(SITE)/index.html"
 	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -W --keep-going -q -b html -d .cache/doctrees -c docs . $(SITE)
+
+linkcheck: $(VENV)/.docs
+	@echo "==> linkcheck: every link out of the site is followed; needs the network"
+	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -q -b linkcheck -d .cache/doctrees -c docs . .cache/linkcheck
 
 guard: $(STAMP)
 	@echo "==> guard: a fast part of the benchmarks, its ratios against committed bounds"

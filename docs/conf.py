@@ -54,6 +54,14 @@ intersphinx_mapping = (
     else {}
 )
 
+# `make linkcheck`; links within the site are checked by `make docs`.
+linkcheck_timeout = 20
+linkcheck_retries = 2
+linkcheck_workers = 8
+linkcheck_rate_limit_timeout = 60
+linkcheck_anchors_ignore_for_url = [r"https://github\.com/.*"]  # drawn by scripts
+linkcheck_report_timeouts_as_broken = False
+
 html_theme = "furo"
 html_title = "Ravine"
 html_static_path = ["_static"]

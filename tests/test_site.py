@@ -67,3 +67,31 @@ def test_every_command_is_on_the_trainer_page():
     page = (DOCS / "api" / "trainer.md").read_text()
     for name, what in COMMANDS.items():
         assert f"| `python -m ravine {name}` | {what} |" in page
+
+
+def anchors(page):
+    """Of its headings, as GitHub makes them."""
+    headings = re.findall(
+        r"^#+ (.+)$", re.sub(r"```.*?```", "", page, flags=re.DOTALL), re.MULTILINE
+    )
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs", "notebooks"]
+)
+def test_links_between_files_lead_somewhere(name):
+    start = DOCS.parent / name
+    pages = [start] if start.is_file() else [*start.rglob("*.md"), *start.glob("*.py")]
+    for page in pages:
+        text = page.read_text()
+        if page.suffix == ".py":
+            text = "\n".join(line for line in text.splitlines() if line.startswith("#"))
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            if re.match(r"\w+:", link):
+                continue
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), f"{page.name}: {link}"
+            if anchor and target.suffix == ".md":
+                assert anchor in anchors(target.read_text()), f"{page.name}: {link}"
