@@ -10,6 +10,7 @@ from ...core.transformation import transformation
 from ..matrix.algebra.polar import NewtonSchulz
 from ..matrix.batch.batches import map_matrices
 from ..matrix.mesh.exchange import per_shard
+from ..matrix.mesh.explicit import on_mixed_meshes
 from ..matrix.shape.matrices import DEFAULT_AXES, Axes, Matrices, matrices_of, no_state
 
 
@@ -63,16 +64,20 @@ def orthogonalize(
         ]
         return jax.tree.unflatten(structure, closed), state
 
-    on_mesh = per_shard(body, lambda updates: optax.EmptyState())
+    on_shards = per_shard(body, lambda updates: optax.EmptyState())
+    init, update_anywhere = on_mixed_meshes(
+        no_state(axes),
+        lambda updates, state: on_shards(updates, state, matrices_of(updates, axes)),
+    )
 
     def update(
         updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.EmptyState]:
         del params
-        return on_mesh(updates, state, matrices_of(updates, axes))
+        return update_anywhere(updates, state)
 
     def describe(params: optax.Params) -> dict[str, str]:
         del params
         return {"how": f"polar factor by {getattr(chosen, '__name__', type(chosen).__name__)}"}
 
-    return transformation(no_state(axes), update, describe)
+    return transformation(init, update, describe)

@@ -22,6 +22,7 @@ from ...core.transformation import transformation
 from ..matrix.batch.refresh import Refresh
 from ..matrix.batch.together import Unit
 from ..matrix.mesh.exchange import per_shard
+from ..matrix.mesh.explicit import on_mixed_meshes
 from ..matrix.mesh.placement import Names
 from ..matrix.shape.blocking import Blocking, blocks_in_words
 from ..matrix.shape.blocks import BlockGrid
@@ -136,19 +137,22 @@ def blockwise(
       step: of updates, state and tensors, to updates and state; on a mesh, of every device's parts.
       refresh: for the explanation, which tells what is not the default.
     """
-    on_mesh = per_shard(
+    on_shards = per_shard(
         lambda updates, state, found: step(updates, state, Tensors(updates, found)), init
+    )
+    init_anywhere, update_anywhere = on_mixed_meshes(
+        init, lambda updates, state: on_shards(updates, state, blockings(updates))
     )
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, Any]:
         del params
-        return on_mesh(updates, state, blockings(updates))
+        return update_anywhere(updates, state)
 
     def describe(params: optax.Params) -> dict[str, list[str]]:
         return {
             "how": [f"{blocks}{refresh.words}" for blocks in blocks_in_words(blockings(params))]
         }
 
-    return transformation(init, update, describe, name)
+    return transformation(init_anywhere, update, describe, name)

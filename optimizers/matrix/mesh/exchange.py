@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .dealing import Deal
+from .explicit import specs_after, specs_of
 from .placement import Names, Placement, explicit_sizes, mesh_of, names_of, spec
 
 
@@ -38,9 +39,7 @@ def per_shard(
         meshes = [mesh for x in jax.tree.leaves(updates) if (mesh := mesh_of(x)) is not None]
         if not meshes:
             return body(updates, state, cuts)
-        specs = tuple(
-            jax.tree.map(_spec, tree) for tree in (updates, jax.eval_shape(init, updates))
-        )
+        specs = (specs_of(updates), specs_after(init, updates))
         state = jax.tree.map(_resharded, state, specs[1])
         local = jax.shard_map(
             lambda updates, state: body(updates, state, [cut.local() for cut in cuts]),

@@ -6,19 +6,19 @@ optimizer of Ravine reads them. Under an `Auto` mesh nothing says so while a pro
 spreads the state of an element-wise one over the devices that would hold copies of it.
 """
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from ....core.arguments import checked
 from ....core.paths import path_string
 from ....core.transformation import with_extra_args
 from .exchange import resharded, resharded_as
-from .placement import explicit_sizes, mesh_of, names_of, place, spec
+from .explicit import auto_axes, explicitly, specs_after, with_explicit_axes
+from .placement import explicit_sizes, mesh_of, names_of, place
 
 
 @checked
@@ -53,25 +53,25 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> A
         raise ValueError("state_shardings needs parameters, and this tree has no leaf.")
     mesh = leaves[0].mesh
     check_specs(params, jax.tree.map(lambda s: s.spec, shardings), mesh)
-    twin = _explicit(mesh.abstract_mesh)
+    twin = with_explicit_axes(mesh.abstract_mesh)
     structs = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(twin, s.spec)),
         params,
         shardings,
     )
     with jax.sharding.use_abstract_mesh(twin):
-        state = jax.eval_shape(tx.init, structs)
-    return jax.tree.map(lambda x: NamedSharding(mesh, spec(names_of(x))), state)
+        specs = specs_after(tx.init, structs)
+    return jax.tree.map(lambda s: NamedSharding(mesh, s), specs)
 
 
 @checked
 def on_mesh(
     tx: optax.GradientTransformation, param_specs: Any, mesh: Any = None
 ) -> optax.GradientTransformationExtraArgs:
-    """The transformation with parameters sharded as said, under a mesh with `Auto` axes.
+    """The transformation with parameters sharded as said, under a mesh with `Auto` axes, all or some.
 
-    Inside, axes are `Explicit`; results are `Auto` again, and so are parameters for ``curvature=``.
-    Under an `Explicit` mesh it changes nothing.
+    Inside, axes are `Explicit`; results are as the mesh has them, and so are parameters for
+    ``curvature=``. Under an `Explicit` mesh it changes nothing.
 
     Args:
       tx: any transformation that works under an `Explicit` mesh, as all of Ravine's do.
@@ -106,21 +106,11 @@ def on_mesh(
             )
         return found
 
-    def typed(function: Any, specs: Any, *arguments: Any) -> Any:
-        # As leaves: trees of Flax are no trees of specifications.
-        leaves, structure = jax.tree.flatten(arguments)
-        of_leaves = lambda *leaves: function(*jax.tree.unflatten(structure, leaves))
-        in_sharding = tuple(jax.tree.leaves(specs))
-        with contextlib.ExitStack() as stack:
-            if jax.sharding.get_abstract_mesh().empty:
-                stack.enter_context(jax.sharding.use_abstract_mesh(abstract()))
-            return jax.sharding.explicit_axes(of_leaves, in_sharding=in_sharding)(*leaves)
-
     def passes_through(tree: Any) -> bool:
         # Optax's tree.map_params initialises a placeholder.
-        return not jax.tree.leaves(tree) or set(abstract().axis_types) == {AxisType.Explicit}
+        return not jax.tree.leaves(tree) or not auto_axes(abstract())
 
-    def specs_of(tree: Any) -> Any:
+    def known_specs(tree: Any) -> Any:
         def spec_of(path: Any, x: Any) -> PartitionSpec:
             name = path_string(path)
             if name not in known:
@@ -135,16 +125,16 @@ def on_mesh(
         return specs
 
     def init(params: optax.Params) -> Any:
-        return (
-            tx.init(params) if passes_through(params) else typed(tx.init, specs_of(params), params)
-        )
+        if passes_through(params):
+            return tx.init(params)
+        return explicitly(abstract(), tx.init, known_specs(params), params)
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, Any]:
         if passes_through(updates):
             return tx.update(updates, state, params, **extra)
-        found, specs = abstract(), specs_of(updates)
+        found, specs = abstract(), known_specs(updates)
         structs = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(found, s)),
             updates,
@@ -154,10 +144,11 @@ def on_mesh(
         # Functions, as Sophia's curvature, are no arguments of a traced function.
         functions = {name: value for name, value in extra.items() if callable(value)}
         if "curvature" in functions:
-            functions["curvature"] = _with_auto_axes(functions["curvature"])
+            functions["curvature"] = _with_auto_axes(functions["curvature"], auto_axes(found))
         arrays = {name: value for name, value in extra.items() if not callable(value)}
         whole = jax.tree.map(lambda _: PartitionSpec(), arrays)
-        return typed(
+        return explicitly(
+            found,
             lambda u, s, p, arrays: tx.update(u, s, p, **arrays, **functions),
             (specs, state_specs, None if params is None else specs, whole),
             updates,
@@ -251,8 +242,8 @@ def check_specs(params: Any, specs: Any, mesh: Any) -> None:
     jax.tree_util.tree_map_with_path(check, params, specs)
 
 
-def _with_auto_axes(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function from a tree to one like it, computed with `Auto` axes where the tree's are `Explicit`.
+def _with_auto_axes(function: Callable[..., Any], axes: tuple[str, ...]) -> Callable[..., Any]:
+    """A function from a tree to one like it, with these axes `Auto` though those of the tree are not.
 
     An optimizer works with the latter, and hands its curvature parameters of that kind; the model, under
     an `Auto` mesh, wants the former.
@@ -262,7 +253,7 @@ def _with_auto_axes(function: Callable[..., Any]) -> Callable[..., Any]:
         if mesh_of(jax.tree.leaves(tree)[0]) is None:
             return function(tree, *arguments)
         shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, tree)
-        return jax.sharding.auto_axes(function, out_sharding=shardings)(tree, *arguments)
+        return jax.sharding.auto_axes(function, axes=axes, out_sharding=shardings)(tree, *arguments)
 
     return call
 
@@ -282,9 +273,3 @@ def _sharding_of(path: Any, x: Any) -> NamedSharding:
             "jax.device_put, or give a jax.ShapeDtypeStruct with one."
         )
     return sharding
-
-
-def _explicit(mesh: AbstractMesh) -> AbstractMesh:
-    return AbstractMesh(
-        mesh.axis_sizes, mesh.axis_names, (AxisType.Explicit,) * len(mesh.axis_names)
-    )

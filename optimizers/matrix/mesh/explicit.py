@@ -1,0 +1,92 @@
+"""`Explicit` axes where a mesh has `Auto` ones.
+
+Optimizers of matrices read off types how a leaf is cut, and types name `Explicit` axes only. So all axes
+of a mesh are `Explicit` while such an optimizer works. Those that were `Auto` are taken to cut no leaf,
+unless `on_mesh` was told otherwise, and share the work as all axes do that a leaf does not use.
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+
+from .placement import mesh_of, names_of, spec
+
+
+def explicitly(
+    mesh: AbstractMesh, function: Callable[..., Any], specs: Any, *arguments: Any
+) -> Any:
+    """`function` of arguments cut as the specifications say, all `Auto` axes being `Explicit` for it."""
+    # As leaves: trees of Flax are no trees of specifications.
+    leaves, structure = jax.tree.flatten(arguments)
+    of_leaves = lambda *leaves: function(*jax.tree.unflatten(structure, leaves))
+    in_sharding = tuple(jax.tree.leaves(specs))
+    with contextlib.ExitStack() as stack:
+        if jax.sharding.get_abstract_mesh().empty:
+            stack.enter_context(jax.sharding.use_abstract_mesh(mesh))
+        found = jax.sharding.explicit_axes(of_leaves, axes=auto_axes(mesh), in_sharding=in_sharding)
+        return found(*leaves)
+
+
+def auto_axes(mesh: Any) -> tuple[str, ...]:
+    """The names of a mesh's `Auto` axes."""
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in kinds if kind == AxisType.Auto)
+
+
+def with_explicit_axes(mesh: AbstractMesh) -> AbstractMesh:
+    """The mesh with `Explicit` axes in the place of `Auto` ones."""
+    return mesh.update_axis_types(dict.fromkeys(auto_axes(mesh), AxisType.Explicit))
+
+
+def on_mixed_meshes(
+    init: Callable[[Any], Any], update: Callable[[Any, Any], tuple[Any, Any]]
+) -> tuple[Callable[[Any], Any], Callable[[Any, Any], tuple[Any, Any]]]:
+    """The functions of a transformation, also for meshes with `Explicit` and `Auto` axes."""
+
+    def mixed(tree: Any) -> AbstractMesh | None:
+        meshes = [mesh for x in jax.tree.leaves(tree) if (mesh := mesh_of(x)) is not None]
+        return meshes[0].abstract_mesh if meshes and auto_axes(meshes[0]) else None
+
+    def init_anywhere(params: Any) -> Any:
+        mesh = mixed(params)
+        if mesh is None:
+            return init(params)
+        return explicitly(mesh, init, specs_of(params), params)
+
+    def update_anywhere(updates: Any, state: Any) -> tuple[Any, Any]:
+        mesh = mixed(updates)
+        if mesh is None:
+            return update(updates, state)
+        twin, specs = with_explicit_axes(mesh), specs_of(updates)
+        structs = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(twin, s)),
+            updates,
+            specs,
+        )
+        with jax.sharding.use_abstract_mesh(twin):
+            state_specs = specs_after(init, structs)
+        return explicitly(mesh, update, (specs, state_specs), updates, state)
+
+    return init_anywhere, update_anywhere
+
+
+def specs_of(tree: Any) -> Any:
+    """How the leaves of a tree are cut according to their types."""
+    return jax.tree.map(lambda x: spec(names_of(x)), tree)
+
+
+def specs_after(function: Callable[[Any], Any], argument: Any) -> Any:
+    """How what a function returns is cut; nothing is computed."""
+    found = []
+
+    def traced(argument: Any) -> Any:
+        # Here, as `jax.eval_shape` forgets types on a mesh with axes of several kinds (JAX 0.10).
+        made = function(argument)
+        found.append(specs_of(made))
+        return made
+
+    jax.eval_shape(traced, argument)
+    return found[0]

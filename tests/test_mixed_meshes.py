@@ -1,0 +1,70 @@
+"""Meshes with `Explicit` and `Auto` axes: one device's results, the exchanges of `Explicit` axes."""
+
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import ravine
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ravine.training.plan.collectives import collectives
+
+from .optimizers_table import TABLE
+from .tolerances import HALF, double, furthest, without_residuals
+
+SHAPES = {"stack": (2, 4, 8)}
+# What types say on a mesh of `Explicit` x and `Auto` y, and what only `on_mesh` knows there.
+SPECS = {
+    "typed": {"stack": P(None, None, "x")},
+    "told": {"stack": P(None, "y", "x")},
+}
+MATRICES = {row.label: row.build for row in TABLE if row.needs_matrices}
+OTHERS = {
+    "hyperball": lambda: optax.chain(
+        ravine.scale_by_parameter_norm(), ravine.keep_parameter_norm()
+    ),
+    "shape": lambda: ravine.scale_by_matrix_shape("moonlight"),
+    "gate": lambda: ravine.stability.finite_gate(ravine.scale_by_muon()),
+}
+SHORT = ("muon-rules-typed", "soap-rules-refresh-eps-b1-b2-typed", "hyperball-told", "gate-told")
+CASES = [
+    pytest.param(build, specs, id=name, marks=[pytest.mark.slow] * (name not in SHORT))
+    for label, build in (MATRICES | OTHERS).items()
+    for specs in SPECS
+    for name in (f"{label}-{specs}",)
+]
+
+
+def tree(seed):
+    rng = np.random.default_rng(seed)
+    return double({k: jnp.asarray(rng.normal(size=shape)) for k, shape in SHAPES.items()})
+
+
+def after_two_steps(tx, params, grads):
+    """Updates and state, and the collectives of an update."""
+    state = jax.jit(tx.init)(params)
+    update = jax.jit(tx.update).lower(grads, state, params).compile()
+    kinds = Counter(c.kind for c in collectives(update.as_text()))
+    _, state = update(grads, state, params)
+    return update(grads, state, params), kinds
+
+
+@pytest.mark.parametrize(("build", "specs"), CASES)
+def test_results_of_one_device_and_exchanges_of_explicit_axes(build, specs):
+    found, exchanged = {}, {}
+    with jax.enable_x64(True):
+        expected, _ = after_two_steps(build(), tree(0), tree(1))
+        for kind in (AxisType.Explicit, AxisType.Auto):
+            mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit, kind))
+            shardings = {k: NamedSharding(mesh, s) for k, s in SPECS[specs].items()}
+            tx = ravine.on_mesh(build(), shardings) if specs == "told" else build()
+            with jax.set_mesh(mesh):
+                placed = [jax.device_put(tree(seed), shardings) for seed in (0, 1)]
+                found[kind], exchanged[kind] = after_two_steps(tx, *placed)
+        updates, state = found[AxisType.Auto]
+        assert furthest(*map(without_residuals, ((updates, state), expected))) <= HALF
+    assert all(x.sharding.is_equivalent_to(shardings[k], x.ndim) for k, x in updates.items())
+    assert exchanged[AxisType.Auto] <= exchanged[AxisType.Explicit]
