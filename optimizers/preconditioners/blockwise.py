@@ -9,9 +9,11 @@ A preconditioner's own functions see batches of blocks `[B, ...]` and the factor
 neither leaves nor meshes.
 """
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +30,8 @@ from ..matrix.shape.blocking import Blocking, blocks_in_words
 from ..matrix.shape.blocks import BlockGrid
 
 
-class Tensor(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Tensor:
     """How one tensor of one leaf is cut into blocks `[*batch, *counts, *sizes]`."""
 
     blocking: Blocking
@@ -36,25 +39,30 @@ class Tensor(NamedTuple):
     has_factor: tuple[bool, ...]
     batch: tuple[int, ...]
 
-    @property
+    @functools.cached_property
     def sizes(self) -> tuple[int, ...]:
         """Of a block."""
         return self.grid.sizes
 
-    @property
+    @functools.cached_property
     def counts(self) -> tuple[int, ...]:
         """`[*batch, *counts]`."""
         return (*self.batch, *self.grid.counts)
 
-    @property
+    @functools.cached_property
     def axes(self) -> tuple[int, ...]:
         """Those with a factor."""
         return tuple(axis for axis, has in enumerate(self.has_factor) if has)
 
-    @property
+    @functools.cached_property
     def summed(self) -> Names:
         """Mesh axes over which a block's sums are to be added up."""
         return self.blocking.summed
+
+    @functools.cached_property
+    def shards(self) -> int:
+        """How many devices have as many of the leaf's blocks each."""
+        return self.blocking.shards
 
     def inside(self, axis: int) -> jax.Array | None:
         """`[*batch, *counts]`: how much of an axis of each block is no padding; None if all is."""
@@ -65,8 +73,7 @@ class Tensor(NamedTuple):
         self, kind: Any, source: Any, carry: Any, *, is_whole: bool = False, growth: int = 1
     ) -> Unit:
         """A unit of arrays `[*batch, *counts, ...]`."""
-        shards = self.blocking.shards
-        return Unit(kind, source, carry, shards, is_whole, growth, len(self.counts))
+        return Unit(kind, source, carry, self.shards, is_whole, growth, len(self.counts))
 
 
 class Tensors:

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from ..mesh.shards import flat_axes, reshape
 from .batches import in_chunks, joined, largest_chunk, part_of
 
 ELEMENTS = 2**23
@@ -46,14 +45,19 @@ class Unit(NamedTuple):
         """The same with one batch axis."""
         if self.batch_axes == 1:
             return self
-        flat = lambda tree: jax.tree.map(lambda x: flat_axes(x, self.batch_axes), tree)
-        return self._replace(source=flat(self.source), carry=flat(self.carry), batch_axes=1)
+        axes = self.batch_axes
+
+        def flat(x: jax.Array) -> jax.Array:
+            return x.reshape(math.prod(x.shape[:axes]), *x.shape[axes:])
+
+        source, carry = jax.tree.map(flat, (self.source, self.carry))
+        return self._replace(source=source, carry=carry, batch_axes=1)
 
     def like(self, carry: Any) -> Any:
         """A carry of `flat`, in the shapes of this one's."""
         if self.batch_axes == 1:
             return carry
-        return jax.tree.map(lambda new, old: reshape(new, old.shape), carry, self.carry)
+        return jax.tree.map(lambda new, old: new.reshape(old.shape), carry, self.carry)
 
     @property
     def cost(self) -> float:
@@ -116,7 +120,7 @@ def _batches(
     members: Sequence[int], units: Sequence[Unit], max_elements: int | None
 ) -> list[list[int]]:
     """Which of some like units are joined."""
-    slices = _slices([units[at] for at in members], max_elements)
+    slices = _slices([units[at] for at in members], _most(units[members[0]], max_elements))
     joined = not units[members[0]].is_whole
     many = [at for at in members if joined and units[at].blocks >= slices]
     few = [at for at in members if at not in many]
@@ -130,8 +134,8 @@ def _most(unit: Unit, max_elements: int | None) -> int:
     return sys.maxsize if unit.is_whole else largest_chunk((unit.elements,), max_elements, ELEMENTS)
 
 
-def _slices(units: Sequence[Unit], max_elements: int | None) -> int:
-    return -(-sum(unit.blocks for unit in units) // _most(units[0], max_elements))
+def _slices(units: Sequence[Unit], most: int) -> int:
+    return -(-sum(unit.blocks for unit in units) // most)
 
 
 def worked_on(
@@ -154,7 +158,7 @@ def worked_on(
     sources, counts = [unit.source for unit in units], [unit.blocks for unit in units]
     work = functools.partial(function, units[0].kind)
     most = _most(units[0], max_elements)
-    slices = max(1, min(_slices(units, max_elements), *counts))
+    slices = max(1, min(_slices(units, most), *counts))
     lengths = [-(-count // slices) for count in counts]
     # A second size of chunk would be a second program: rather take somewhat more at once.
     size = sum(lengths) if slices > 1 and sum(lengths) <= 2 * most else most

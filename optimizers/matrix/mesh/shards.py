@@ -5,8 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from .placement import Names, names_of, spec
+
+Explicit = jax.sharding.AxisType.Explicit
 
 
 def reshape(x: Any, shape: Sequence[int], names: Sequence[Names] | None = None) -> Any:
@@ -25,8 +28,7 @@ def reshape(x: Any, shape: Sequence[int], names: Sequence[Names] | None = None) 
       (2, 2, 3)
     """
     shape = tuple(shape)
-    before = names_of(x)
-    if x.shape == shape or not any(before):
+    if x.shape == shape or not _has_mesh(x) or not any(before := names_of(x)):
         return x.reshape(shape)
     if names is None:
         if any(before[1:]):
@@ -36,6 +38,11 @@ def reshape(x: Any, shape: Sequence[int], names: Sequence[Names] | None = None) 
             )
         names = (before[0], *((),) * (len(shape) - 1))
     return jax.lax.reshape(x, shape, out_sharding=spec(names))
+
+
+def _has_mesh(x: Any) -> bool:
+    """Whether the type may say that the array is cut: nowhere inside `jax.shard_map`."""
+    return not isinstance(x, np.ndarray) and Explicit in jax.typeof(x).sharding.mesh.axis_types
 
 
 def flat_batch(matrices: jax.Array, size: int) -> jax.Array:

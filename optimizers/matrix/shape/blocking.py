@@ -1,6 +1,7 @@
 """Blocking: how a leaf is cut into blocks that Kronecker factors belong to, on a mesh or not."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -47,7 +48,7 @@ class Blocking:
         """How many devices share the blocks of the leaf, each with those that this describes."""
         return self.placement.shards if self.is_local else 1
 
-    @property
+    @functools.cached_property
     def batches(self) -> tuple[tuple[int, ...], ...]:
         """By tensor, the first axes of what is kept for it: the leaf's batch axes, or (1,)."""
         return ((1,),) if self.layout is None else self.layout.batches

@@ -6,6 +6,7 @@ are several matrices in one. `MatrixAxes` says what is what; a `Layout` maps a l
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -62,7 +63,7 @@ class Layout:
     row_pieces: tuple[tuple[int, int], ...]  # (rows, equal parts) of each piece
     column_pieces: tuple[tuple[int, int], ...]
 
-    @property
+    @functools.cached_property
     def pieces(self) -> tuple[tuple[int, int, int], ...]:
         """(L, M, N) of each piece."""
         return tuple(
@@ -70,7 +71,7 @@ class Layout:
             for (rows, p), (columns, q) in itertools.product(self.row_pieces, self.column_pieces)
         )
 
-    @property
+    @functools.cached_property
     def batches(self) -> tuple[tuple[int, ...], ...]:
         """L of each piece as axes: the leaf's batch axes, the last with parts of sides; (1,) if none."""
         axes = [self.shape[axis] for axis in self.batch_axes] or [1]
@@ -153,15 +154,15 @@ class Layout:
             leaf = jax.reshard(leaf, spec(kept))
         return leaf, tuple(sides)
 
-    @property
+    @functools.cached_property
     def _sides(self) -> tuple[tuple[int, ...], ...]:
         return self.batch_axes, self.row_axes, self.column_axes
 
-    @property
+    @functools.cached_property
     def _order(self) -> tuple[int, ...]:
         return self.batch_axes + self.row_axes + self.column_axes
 
-    @property
+    @functools.cached_property
     def _batch(self) -> int:
         return math.prod(self.shape[axis] for axis in self.batch_axes)
 
