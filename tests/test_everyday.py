@@ -25,6 +25,8 @@ from ravine.training.step import init_params
 
 from .short_race import race
 
+pytestmark = pytest.mark.usefixtures("untimed")
+
 
 def records(folder):
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -97,20 +97,32 @@ def train_on_one_device(name):
     return train(OPTIMIZERS[name](), *double((tree(0), tree(1))))[0]
 
 
-# All on two layouts, variants on the second as slow tests; a third, most of it slow, and Auto axes, with
-# the same program inside, for one of a kind.
+# Every way through the driver on one layout, one of a kind on others and on Auto axes, which have the same
+# program inside; the rest as slow tests.
+WAYS = (
+    "shampoo",
+    "one-sided",
+    "unblocked",
+    "soap",
+    "kl_shampoo",
+    "muon",
+    "hyperball",
+    "split-adamw",
+)
+KINDS = ("shampoo", "muon")
 SOME = ("shampoo", "soap", "muon", "split-adamw")
+
+
+def cases(names, layout, kind, short):
+    for name in names:
+        yield pytest.param(name, layout, kind, marks=[pytest.mark.slow] * (name not in short))
+
+
 CASES = [
-    *((name, "mixed", AxisType.Explicit) for name in OPTIMIZERS),
-    *(
-        pytest.param(name, "data", AxisType.Explicit, marks=[pytest.mark.slow] * (name not in SOME))
-        for name in OPTIMIZERS
-    ),
-    *(
-        pytest.param(name, "fsdp", AxisType.Explicit, marks=[pytest.mark.slow] * (name != "muon"))
-        for name in SOME
-    ),
-    *((name, "mixed", AxisType.Auto) for name in SOME),
+    *cases(OPTIMIZERS, "mixed", AxisType.Explicit, WAYS),
+    *cases(OPTIMIZERS, "data", AxisType.Explicit, KINDS),
+    *cases(SOME, "fsdp", AxisType.Explicit, ["muon"]),
+    *cases(SOME, "mixed", AxisType.Auto, KINDS),
 ]
 
 

@@ -15,6 +15,8 @@ from ravine.training.run.outcome import Outcome
 
 from .short_race import race
 
+pytestmark = pytest.mark.usefixtures("untimed")
+
 
 def records(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -39,7 +39,9 @@ def test_all_optimizers_search_the_same_points():
     assert all(np.histogram(spread, bins=8, range=(-1, 1))[0] == 1)  # one in every eighth
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "muon"])
+@pytest.mark.parametrize(
+    "name", ["muon", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adamw", "sgd"))]
+)
 def test_a_trial_has_the_trainers_own_loss(name, tmp_path):
     """The same up to what compiling numbers in or not rounds differently, within 12 small steps."""
     (point,) = points(name, 1, seed=5)

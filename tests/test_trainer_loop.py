@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import math
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,8 @@ from ravine.training.model import ModelConfig
 from ravine.training.run.outcome import Outcome
 from ravine.training.step import init_params, init_state, make_loss, make_train_step
 
+pytestmark = pytest.mark.usefixtures("untimed")
+
 MODEL = ModelConfig(width=16, layers=2, heads=2, context=16)
 SMALL = {"model": MODEL, "batch_size": 4, "eval_batches": 1, "eval_every": 4}
 
@@ -30,11 +31,6 @@ def corpus(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text("".join(f"line {i * i} of a text that says little. " for i in range(400)))
     return load_corpus((path,))
-
-
-@pytest.fixture(autouse=True)
-def untimed(monkeypatch):
-    monkeypatch.setattr(loop, "optimizer_milliseconds", lambda *args: math.nan)
 
 
 def train(corpus, folder, **options):

@@ -45,7 +45,9 @@ def test_loss_and_gradients_are_those_from_logits(dtype):
     jax.tree.map(close, fused, plain)
 
 
-@pytest.mark.parametrize("mesh", ["fsdp=4,tensor=2", "data=2,fsdp=4"])
+@pytest.mark.parametrize(
+    "mesh", ["fsdp=4,tensor=2", pytest.param("data=2,fsdp=4", marks=pytest.mark.slow)]
+)
 def test_steps_on_a_mesh_are_those_of_one_device(mesh):
     batch = jax.random.randint(jax.random.key(0), (8, 9), 0, 96)
     ends = []

@@ -38,6 +38,8 @@ from ravine.training.step import (
 
 from .run_rounding import furthest_loss, rounding
 
+pytestmark = pytest.mark.usefixtures("untimed")
+
 TEXT = "".join(f"line {i * i} of a text that says little. " for i in range(400))
 MODEL = ModelConfig(width=16, layers=2, heads=2, context=8)
 RUN = RunConfig(steps=8, batch_size=8, eval_every=4, eval_batches=2, model=MODEL)
@@ -58,12 +60,6 @@ def corpus(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(TEXT)
     return load_corpus([path])
-
-
-@pytest.fixture(autouse=True)
-def untimed(monkeypatch):
-    """Without the optimizer timed by itself at the end of a run, which compiles it once more."""
-    monkeypatch.setattr(loop, "optimizer_milliseconds", lambda *args: math.nan)
 
 
 def run(corpus, name, mesh, folder, on_record=lambda record: None, **options):
@@ -121,7 +117,6 @@ def test_losses_are_those_of_one_device_and_nothing_is_compiled_twice(name, mesh
 @pytest.mark.parametrize(
     ("name", "chain"),
     [
-        ("muon", [MESHES[2], MESHES[2]]),
         ("muon", [MESHES[2], "data=1"]),
         *(
             pytest.param(name, chain, marks=pytest.mark.slow)

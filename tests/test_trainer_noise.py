@@ -16,6 +16,8 @@ from ravine.training.step import init_params, init_state, make_loss, make_train_
 
 from .short_race import race
 
+pytestmark = pytest.mark.usefixtures("untimed")
+
 MODEL = ModelConfig(width=16, layers=2, heads=2, context=16)
 
 

@@ -155,7 +155,10 @@ def slopes(name):
     }
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon", "shampoo", "soap"])
+@pytest.mark.parametrize(
+    "name",
+    ["adamw", "muon", *(pytest.param(n, marks=pytest.mark.slow) for n in ("shampoo", "soap"))],
+)
 def test_activations_change_as_much_at_every_width(name):
     without, ruled = slopes(name)[False], slopes(name)[True]
     for activation in ("layer 1", "logits", UPDATES):
