@@ -97,8 +97,8 @@ def train_on_one_device(name):
     return train(OPTIMIZERS[name](), *double((tree(0), tree(1))))[0]
 
 
-# Every way through the driver on one layout, one of a kind on others and on Auto axes, which have the same
-# program inside; the rest as slow tests.
+# Every way through the driver on one layout, one of a kind on others and on Auto axes, which have the
+# same program inside; the rest as slow tests.
 WAYS = (
     "shampoo",
     "one-sided",
