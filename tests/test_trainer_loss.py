@@ -89,7 +89,7 @@ def test_the_gradient_of_the_head_is_summed_once_and_not_in_every_chunk(monkeypa
     found, whole = compiled(loss_module.fused_loss, monkeypatch)
     assert max((c.bytes for c in found if c.in_loop), default=0) < whole / 16
     sums = [c for c in found if c.kind in ("all-reduce", "reduce-scatter") and c.bytes >= whole / 4]
-    assert [c.times for c in sums] == [1]
+    assert [c.times for c in sums] == [1, 1]  # of the embedding, which is as large, and of the head
     assert (
         max(c.bytes for c in found) < 1.01 * whole
     )  # the logits of a device's rows are 4 times that
