@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import ravine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ravine.optimizers.matrix.batch.refresh import Refresh, phases_of, refreshed
@@ -118,3 +119,51 @@ def test_refreshed_updates_every_matrix_once_a_period(staggered, max_elements):
             assert {int(n) - before for times in done for n in times} == {0, 1}
     for (_, seen), each in zip(carries, (1, 12, 3, 14), strict=True):
         np.testing.assert_array_equal(seen, np.full(seen.shape, 3 * each))
+
+
+@pytest.mark.parametrize("staggered", [False, True])
+def test_layers_of_a_scanned_model_take_turns(staggered):
+    """Of 12 layers, and of leaves without: once a period each, and as many on every step."""
+    schedule = Refresh(7, staggered=staggered)
+    sources = [jnp.broadcast_to(jnp.arange(24.0).reshape(12, 2, 1), (12, 2, 3)), jnp.ones((2, 3))]
+
+    @jax.jit
+    def step(count, carries):
+        units = [
+            Unit("a", sources[0], carries[0], batch_axes=2, layers=12),
+            Unit("a", sources[1], carries[1]),
+        ]
+        add = lambda kind, carry, source: (carry[0] + 1, carry[1] + source[:, 0])
+        return refreshed(units, add, schedule.phases, lambda phase: schedule.due(count, phase))
+
+    carries = [(jnp.zeros(shape, jnp.int32), jnp.zeros(shape)) for shape in ((12, 2), (2,))]
+    done = [0]
+    for count in range(1, 22):
+        carries = step(jnp.int32(count), carries)
+        done.append(int(sum(jnp.sum(times) for times, _ in carries)))
+        if count % 7 == 0:
+            assert all(np.all(times == count // 7) for times, _ in carries)
+    assert max(np.diff(done)) == (4 if staggered else 26)
+    np.testing.assert_array_equal(carries[0][1], 3 * np.arange(24.0).reshape(12, 2))
+
+
+def test_a_scanned_model_has_flat_steps():
+    """With SOAP and a period as long as there are layers, one of them is turned on every step."""
+    rng = np.random.default_rng(0)
+    spectrum = (1 + np.arange(6)) ** -1.0
+    tx = ravine.scale_by_soap(
+        refresh=Refresh(4, staggered=True), axes=lambda path: ravine.optimizers.roles.IN_OUT
+    )
+    gradients = [
+        jnp.asarray(rng.normal(size=(4, 6, 6)) * spectrum[:, None] * spectrum, jnp.float32)
+        for _ in range(9)
+    ]
+    state, step = tx.init(jnp.zeros((4, 6, 6))), jax.jit(tx.update)
+    turned = []
+    for gradient in gradients:
+        before, (_, state) = state, step(gradient, state)
+        pairs = zip(before.bases[0], state.bases[0], strict=True)
+        turned.append([np.any(a.vectors != b.vectors, axis=(1, 2, 3, 4)) for a, b in pairs])
+    assert np.all(turned[0])
+    assert np.all(np.sum(turned[1:], axis=2) == 1)
+    np.testing.assert_array_equal(np.sum(turned[1:5], axis=0), 1)

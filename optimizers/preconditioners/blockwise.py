@@ -64,6 +64,11 @@ class Tensor:
         """How many devices have as many of the leaf's blocks each."""
         return self.blocking.shards
 
+    @functools.cached_property
+    def layers(self) -> tuple[int, Names]:
+        """Of the first batch axis, how long it is on all devices and what cuts it."""
+        return self.blocking.layers
+
     def inside(self, axis: int) -> jax.Array | None:
         """`[*batch, *counts]`: how much of an axis of each block is no padding; None if all is."""
         lengths = self.grid.inside(axis, math.prod(self.batch))
@@ -73,7 +78,9 @@ class Tensor:
         self, kind: Any, source: Any, carry: Any, *, is_whole: bool = False, growth: int = 1
     ) -> Unit:
         """A unit of arrays `[*batch, *counts, ...]`."""
-        return Unit(kind, source, carry, self.shards, is_whole, growth, len(self.counts))
+        return Unit(
+            kind, source, carry, self.shards, is_whole, growth, len(self.counts), *self.layers
+        )
 
 
 class Tensors:

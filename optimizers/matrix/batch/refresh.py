@@ -2,8 +2,9 @@
 
 Roots and eigenbases are refreshed every T steps: all on one step, or *staggered*, a T-th of them on
 every step, so that all steps take the same time. Both are the same program: matrices are dealt to
-phases, and a phase is a loop that runs once or not at all. A loop, because XLA updates what it carries
-in place, where a conditional would copy every buffer on the steps on which nothing happens.
+phases, those of scanned layers layer by layer, and a phase is a loop that runs once or not at all. A
+loop, because XLA updates what it carries in place, where a conditional would copy every buffer on the
+steps on which nothing happens.
 """
 
 import functools
@@ -17,9 +18,10 @@ import jax.numpy as jnp
 from ....core.arguments import MaybeInfinite
 from ....core.checks import check_known, check_positive, check_whole
 from ....core.options import options
+from .batches import part_of
 from .by_need import Need, in_need, only_those
 from .once import once
-from .together import Unit, worked_on
+from .together import Unit, row_major, worked_on
 
 
 @options("refresh")
@@ -147,11 +149,11 @@ class Refresh:
         """Whether the results are used."""
         return step >= self.first if math.isfinite(self.first) else jnp.zeros([], bool)
 
-    def follows(self, step: jax.Array, phase: int) -> jax.Array:
+    def follows(self, step: jax.Array, phase: Any) -> jax.Array:
         """Whether a phase is refreshed at this step, where the first step has set all of them."""
         return (step > 1) & ((step - 1 + phase) % self.every == 0)
 
-    def due(self, step: jax.Array, phase: int) -> jax.Array:
+    def due(self, step: jax.Array, phase: Any) -> jax.Array:
         """Whether a phase is refreshed at this step."""
         if math.isinf(self.first):
             return jnp.zeros([], bool)
@@ -168,32 +170,48 @@ def refreshed(
     units: Sequence[Unit],
     function: Callable[[Hashable, Any, Any], Any],
     phases: int,
-    due: Callable[[int], jax.Array],
+    due: Callable[[Any], jax.Array],
     max_elements: int | None = None,
     need: Need | None = None,
 ) -> list[Any]:
     """The units' carries, those that are due replaced by ``function(kind, carry, source)``.
 
-    Units stay whole, so that what is refreshed when does not depend on how a mesh cuts them. The
-    function gets arrays with one batch axis.
+    Units stay whole, or whole layers of those that have some, so that what is refreshed when does not
+    depend on how a mesh cuts them. The function gets arrays with one batch axis.
 
     Args:
       units: what there is.
       function: of joined carries and sources, to such carries.
-      phases: among how many the units are dealt.
-      due: whether a phase is refreshed now.
+      phases: among how many the units, or their layers, are dealt.
+      due: whether a phase is refreshed now; of an array of phases, which.
       max_elements: bound on the elements worked on at once, see `largest_chunk`.
       need: of those that are due, only the ones that need it.
     """
     given, units = units, [unit.flat for unit in units]
     carries = [unit.carry for unit in units]
+    parts = [unit.layers if phases > 1 else 1 for unit in given]
+    costs = [unit.cost / n for unit, n in zip(units, parts, strict=True) for _ in range(n)]
+    dealt = iter(phases_of(costs, phases))
     groups: dict[tuple[int, Hashable], list[int]] = {}
-    for at, phase in enumerate(phases_of([unit.cost for unit in units], phases)):
-        groups.setdefault((phase, units[at].likeness), []).append(at)
     busy = jnp.zeros([], bool)
+    for at, count in enumerate(parts):
+        own = [next(dealt) for _ in range(count)]
+        if count == 1:
+            groups.setdefault((own[0], units[at].likeness), []).append(at)
+            continue
+        work = functools.partial(
+            _refreshed, function=function, max_elements=max_elements, need=need
+        )
+        flags = due(jnp.asarray(own, jnp.int32))
+        busy, carry = _layer_by_layer(given[at], flags, busy, work)
+        carries[at] = given[at]._replace(carry=carry).flat.carry
     for (phase, _), members in groups.items():
         refresh = functools.partial(
-            _refreshed, [units[at] for at in members], function, max_elements, need
+            _refreshed,
+            [units[at] for at in members],
+            function=function,
+            max_elements=max_elements,
+            need=need,
         )
         # One group after the other, as XLA would run side by side what does not depend on each other,
         # and LAPACK's threads do not bear it (jax #39292).
@@ -205,10 +223,11 @@ def refreshed(
 
 def _refreshed(
     units: Sequence[Unit],
+    carries: Sequence[Any],
+    *,
     function: Callable[[Hashable, Any, Any], Any],
     max_elements: int | None,
     need: Need | None,
-    carries: Sequence[Any],
 ) -> list[Any]:
     if need is None or not sum(unit.blocks for unit in units):
         return worked_on(units, function, max_elements, carries)
@@ -217,6 +236,35 @@ def _refreshed(
         unit._replace(source=(unit.source, each)) for unit, each in zip(units, flags, strict=True)
     ]
     return worked_on(flagged, only_those(function), max_elements, carries)
+
+
+def _layer_by_layer(
+    unit: Unit,
+    due: jax.Array,
+    busy: jax.Array,
+    work: Callable[[Sequence[Unit], Sequence[Any]], list[Any]],
+) -> tuple[jax.Array, Any]:
+    """A unit's carry, those of its layers that are due `[layers]` replaced in place, one by one."""
+    count = unit.blocks
+    first = jax.lax.axis_index(unit.layer_names) * count if unit.layer_names else 0
+    ours = part_of(jnp.broadcast_to(due, unit.layers), first, count)
+
+    def one(at: Any, state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        busy, carry = state
+
+        def refresh(carry: Any) -> Any:
+            layer = lambda tree: jax.tree.map(lambda x: row_major(part_of(x, at, 1)), tree)
+            part = unit._replace(source=layer(unit.source), carry=layer(carry))
+            (new,) = work([part.flat], [part.flat.carry])
+            return jax.tree.map(
+                lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, at, 0),
+                carry,
+                part.like(new),
+            )
+
+        return once(ours[at] & ~busy, refresh, carry)
+
+    return jax.lax.fori_loop(0, count, one, (busy, unit.carry))
 
 
 def phases_of(costs: Sequence[float], phases: int) -> list[int]:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from ..mesh.placement import Names
 from .batches import in_chunks, joined, largest_chunk, part_of
 
 ELEMENTS = 2**23
@@ -39,6 +40,10 @@ class Unit(NamedTuple):
     """By how much arrays grow when they are worked on, if they are kept packed."""
     batch_axes: int = 1
     """How many first axes count blocks, as `[*batch, *counts]`; what works on them sees one."""
+    layers: int = 1
+    """How long the first of these is on all devices together, if it is one of the leaf's batch axes."""
+    layer_names: Names = ()
+    """The mesh axes that cut it."""
 
     @property
     def flat(self) -> "Unit":
@@ -183,7 +188,7 @@ def worked_on(
             ]
             for trees in (carries, sources)
         )
-        found = batch(*jax.tree.map(_row_major, (old, seen)))
+        found = batch(*jax.tree.map(row_major, (old, seen)))
         return [
             jax.tree.map(
                 functools.partial(_written, start=start, first=at * length, slices=slices),
@@ -199,7 +204,7 @@ def worked_on(
     return jax.lax.fori_loop(0, slices, one, list(carries))
 
 
-def _row_major(x: jax.Array) -> jax.Array:
+def row_major(x: jax.Array) -> jax.Array:
     """The array laid out as it was given.
 
     Otherwise XLA for TPU gives the whole of what a loop carries the layout that is best for the products

@@ -53,6 +53,15 @@ class Blocking:
         """By tensor, the first axes of what is kept for it: the leaf's batch axes, or (1,)."""
         return ((1,),) if self.layout is None else self.layout.batches
 
+    @property
+    def layers(self) -> tuple[int, Names]:
+        """How long the leaf's first batch axis is on all devices, one without, and what cuts it."""
+        if not self._batch_axes:
+            return 1, ()
+        cut = self.placement.inside if self.is_local else ()
+        names = cut[self._batch_axes[0]] if cut else ()
+        return self.batches[0][0] * self.placement.parts(names), names
+
     def to_blocks(self, leaf: jax.Array) -> list[jax.Array]:
         """One array `[*batch, *counts, *sizes]` for each tensor of the leaf."""
         if self.is_local:
