@@ -41,6 +41,7 @@ import ravine
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from matplotlib.colors import ListedColormap
 from ravine.stability import next_token_loss
 from ravine.training.colours import PICTURES, colour
 from ravine.training.model import ModelConfig
@@ -206,7 +207,9 @@ mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"))
 kernel = jax.random.normal(jax.random.key(0), (256, 512))
 with jax.set_mesh(mesh):
     sharded = {"up": {"kernel": jax.device_put(kernel, NamedSharding(mesh, P("fsdp", "tensor")))}}
-jax.debug.visualize_array_sharding(sharded["up"]["kernel"])
+DARK = ("#0072B2", "#A5480A", "#117733", "#882255", "#332288", "#7F5A0B", "#5F5F5F", "#000000")
+shades = ListedColormap(DARK)  # dark enough for white letters
+jax.debug.visualize_array_sharding(sharded["up"]["kernel"], color_map=shades)
 
 # %% [markdown]
 # Our optimizer was written without a thought of meshes. What happens to it here? `jit` computes where the parameters are. The momentum is element by element, so it stays; the mean over the inputs crosses devices, and the compiler inserts a sum:
@@ -250,7 +253,9 @@ for size in (64, 128):
 # %%
 size, statistics, _ = rows[0]
 grid_spec = P(*statistics.sharding.spec[1:3])
-jax.debug.visualize_sharding(statistics.shape[1:3], NamedSharding(mesh, grid_spec))
+jax.debug.visualize_sharding(
+    statistics.shape[1:3], NamedSharding(mesh, grid_spec), color_map=shades
+)
 
 # %% [markdown]
 # Blocks of 128 cross the boundaries of `fsdp`, of which a shard has only 64 rows. Four devices hold the same factors, and the gradient's rows have to be gathered:
@@ -258,7 +263,9 @@ jax.debug.visualize_sharding(statistics.shape[1:3], NamedSharding(mesh, grid_spe
 # %%
 size, statistics, _ = rows[1]
 grid_spec = P(*statistics.sharding.spec[1:3])
-jax.debug.visualize_sharding(statistics.shape[1:3], NamedSharding(mesh, grid_spec))
+jax.debug.visualize_sharding(
+    statistics.shape[1:3], NamedSharding(mesh, grid_spec), color_map=shades
+)
 
 # %% [markdown]
 # **Choose the block size so that shards hold whole blocks**, and Shampoo sends nothing at all. The same update on one device, to be sure:

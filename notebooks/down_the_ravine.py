@@ -39,6 +39,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import ravine
+from ravine.training.colours import PICTURES, colour
 
 
 def descend(loss, tx, start, steps):
@@ -64,27 +65,11 @@ def losses(loss, points):
 # The rest of the set-up draws: contours of a surface, evenly spaced in the logarithm of the loss, and a path over them.
 
 # %%
-plt.rcParams.update(
-    {
-        "figure.dpi": 80,
-        "figure.constrained_layout.use": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlesize": "medium",
-        "axes.titlelocation": "left",
-        "legend.frameon": False,
-    }
-)
+plt.rcParams.update(PICTURES | {"axes.titlesize": "medium", "axes.titlelocation": "left"})
 COLORS = {
-    "SGD": "#444444",
-    "heavy ball": "#0072B2",
-    "Nesterov": "#56B4E9",
-    "AdaGrad": "#E69F00",
-    "RMSProp": "#D55E00",
-    "Adam": "#009E73",
-    "AdamW": "#CC79A7",
-    "Lion": "#8C5A2B",
+    name: colour(name.lower()) for name in ("SGD", "AdaGrad", "RMSProp", "Adam", "AdamW", "Lion")
 }
+COLORS |= {"heavy ball": "#4477AA", "Nesterov": "#44AA99"}
 
 
 def draw_surface(ax, loss, xs, ys, minima=(), levels=12):
@@ -126,7 +111,7 @@ def draw_path(ax, path, color, label=None, **style):
 #
 # 115 steps for each factor of ten in distance. The condition number $\kappa$ is the price.
 
-# %%
+# %% mystnb={"image": {"alt": "Three paths of SGD on contours of a ravine. With a small rate it goes straight down the wall and hardly moves along the floor; with 0.018 it zigzags and crawls; with 0.0201 the zigzags grow and leave the picture."}}
 CURVATURE = jnp.array([1.0, 100.0])
 LOWEST = jnp.array([1.0, 0.5])
 START = LOWEST + jnp.array([-4.1, 0.65])
@@ -182,7 +167,7 @@ plt.show()
 #
 # Where the roots are complex, the heavy ball has $|\lambda| = \sqrt{\mu}$ *whatever the curvature*. Wall and floor shrink alike, which is the gain; the wall rings for as long as the floor lasts, which is the cost. Nesterov has $|\lambda| = \sqrt{\mu (1 - \eta h)}$: the steeper, the stronger the damping.
 
-# %%
+# %% mystnb={"image": {"alt": "Two paths along the ravine. The heavy ball swings from wall to wall and past the minimum; Nesterov's path settles on the floor after two steps and follows it to the minimum."}}
 ball, _ = descend(valley, ravine.sgd(0.01, momentum=0.9), START, 150)
 nesterov, _ = descend(valley, ravine.sgd(0.01, momentum=0.9, nesterov=True), START, 150)
 draw_strips(
@@ -202,7 +187,7 @@ plt.show()
 #
 # 11.5 steps for each factor of ten instead of 115.
 
-# %%
+# %% mystnb={"image": {"alt": "Loss against steps on a logarithmic scale: a shallow straight line for SGD at its best rate, steeper and wavy ones for heavy ball and Nesterov, and the steepest for the heavy ball at its best rate and momentum."}}
 best_sgd, _ = descend(valley, ravine.sgd(2 / 101), START, 150)
 best_ball, _ = descend(valley, ravine.sgd(4 / 121, momentum=81 / 121), START, 150)
 
@@ -234,7 +219,7 @@ plt.show()
 #
 # with a memory of about $1/(1 - \beta_2)$ steps, here 100, and its rates can rise again.
 
-# %%
+# %% mystnb={"image": {"alt": "Paths of AdaGrad and RMSProp on the ravine: both go diagonally to the floor within a few steps and follow it to the minimum."}}
 adagrad, adagrad_states = descend(valley, ravine.adagrad(0.5), START, 150)
 rmsprop, rmsprop_states = descend(valley, ravine.rmsprop(0.05), START, 150)
 draw_strips(
@@ -250,7 +235,7 @@ plt.show()
 #
 # What they have measured can be read from the state:
 
-# %%
+# %% mystnb={"image": {"alt": "The rate of each coordinate against steps. AdaGrad's falls for the shallow coordinate and stays low for the steep one; RMSProp's rises again in both as gradients shrink."}}
 fig, axes = plt.subplots(1, 2, figsize=(8.5, 3.3), sharey=True)
 for ax, name, states, rate, moment in [
     (axes[0], "AdaGrad", adagrad_states, 0.5, "a_t"),
@@ -273,7 +258,7 @@ print(f"RMSProp's rates after the last step, floor over wall: {rates[-1, 0] / ra
 #
 # The valley lies along the axes, which is the one case where a rate for each coordinate is exactly the right thing. Turn it by 45°, and both coordinates see the same mixture of wall and floor:
 
-# %%
+# %% mystnb={"image": {"alt": "Loss against steps for SGD, heavy ball, AdaGrad and RMSProp. Along the axes AdaGrad and RMSProp are as fast as the heavy ball or faster; in the turned ravine both are as slow as SGD, and SGD and heavy ball are unchanged."}}
 ROTATION = jnp.array([[1.0, 1.0], [-1.0, 1.0]]) / jnp.sqrt(2.0)
 
 
@@ -359,7 +344,7 @@ for n in (1, 10, 100, 300):
 # The state of `scale_by_adam` holds the raw moments, so Adam without its corrections is a small transformation around it:
 
 
-# %%
+# %% mystnb={"image": {"alt": "Left, both moments of a constant gradient: without correction they rise from near zero, the second a hundred times more slowly; corrected, they are one throughout. Right, the step without corrections rises to six times the rate and comes back; with corrections it is one throughout."}}
 def scale_by_adam_uncorrected(**kwargs):
     """The ratio of Adam's raw moments."""
     inner = ravine.scale_by_adam(**kwargs)
@@ -402,10 +387,10 @@ print(f"largest step without corrections: {raw.max():.2f} η, at step {raw.argma
 
 
 # %% [markdown]
-# For Adam's $\beta = (0.9, 0.999)$ the numerator is complete after some fifty steps, the denominator only after thousands; in between, the uncorrected step is up to six and a half times too long. On the ravine, with the first five steps in black:
+# For Adam's $\beta = (0.9, 0.999)$ the numerator is complete after some fifty steps, the denominator only after thousands; in between, the uncorrected step is up to six and a half times too long. On the ravine, with the first five steps in orange:
 
 
-# %%
+# %% mystnb={"image": {"alt": "Two paths of Adam. With bias corrections it goes smoothly to the minimum; without them the first steps are too long, and it overshoots and circles back."}}
 def uncorrected(learning_rate):
     """Adam without its bias corrections."""
     return optax.chain(scale_by_adam_uncorrected(), ravine.scale_by_learning_rate(learning_rate))
@@ -421,7 +406,7 @@ axes = draw_strips(
     xs=(-3.5, 3.5),
 )
 for ax, path in zip(axes, [adam, loose], strict=True):
-    draw_path(ax, path[:6], "#111111")
+    draw_path(ax, path[:6], "#D55E00")
 plt.show()
 
 # %% [markdown]
@@ -439,7 +424,7 @@ plt.show()
 #
 # In code the two differ only in the order of the chain. To see the decay by itself, give three groups of a thousand weights gradients that are nothing but noise, ten times larger from group to group:
 
-# %%
+# %% mystnb={"image": {"alt": "Mean weight against steps for gradients of three sizes. Adam with L2 shrinks weights with small gradients fast and those with large ones hardly; AdamW shrinks all alike, on the curve of pure decay."}}
 DECAY = 0.5
 
 
@@ -489,7 +474,7 @@ plt.show()
 #
 # So much for noise. Without it, there is a second difference. Here both run down the ravine, with the star on the minimum of $f$ and the diamond on that of $f + \frac{\lambda}{2} \lVert\theta\rVert^2$:
 
-# %%
+# %% mystnb={"image": {"alt": "The ends of two paths, and a coordinate against steps: Adam with L2 stops at the minimum of the loss with the penalty, AdamW close to the minimum of the loss itself."}}
 penalized = CURVATURE * LOWEST / (CURVATURE + DECAY)
 l2, _ = descend(valley, adam_l2(0.05, DECAY, b2=0.99), START, 1000)
 adamw, _ = descend(valley, ravine.adamw(0.05, b2=0.99, weight_decay=DECAY), START, 1000)
@@ -520,14 +505,14 @@ plt.show()
 #
 # One buffer instead of two, and two decay rates for it: a long memory ($\beta_2 = 0.99$) for what is kept, and more weight on the newest gradient ($\beta_1 = 0.9$) for what is done now.
 
-# %%
+# %% mystnb={"image": {"alt": "Lion's path: diagonal steps of equal length to the floor, then a zigzag of constant width along it and past the minimum."}}
 lion, _ = descend(valley, ravine.lion(0.1), START, 300)
 schedule = optax.cosine_decay_schedule(0.1, 300)
 lion_cosine, _ = descend(valley, ravine.lion(schedule), START, 300)
 draw_strips({r"Lion, $\eta$ = 0.1, 100 steps": ("Lion", lion[:101])}, xs=(-3.5, 3.6))
 plt.show()
 
-# %%
+# %% mystnb={"image": {"alt": "Left, the movement per step: Adam's shrinks towards the minimum, Lion's stays at the rate. Right, the loss: Lion's stays at a floor with a constant rate and falls with a cosine to zero; Adam's falls anyway."}}
 fig, axes = plt.subplots(1, 2, figsize=(8.5, 3.3))
 for name, path in [("Adam", adam), ("Lion", lion)]:
     moves = np.abs(np.diff(path, axis=0))
@@ -624,7 +609,7 @@ def chosen(surface, name):
     return int(np.argmax(final <= 3 * final.min()))
 
 
-# %%
+# %% mystnb={"image": {"alt": "The last loss of eight optimizers against the learning rate, on four surfaces: a valley for each optimizer, with a steep edge to the right beyond which it diverges. The valleys lie at rates that differ by factors of a hundred and more."}}
 TOP, BOTTOM = 1e3, 1e-10
 fig, axes = plt.subplots(2, 2, figsize=(9, 6.6), sharex=True, sharey=True)
 for ax, surface in zip(axes.flat, SURFACES, strict=True):
@@ -669,7 +654,7 @@ for name in BUILDERS:
 # ## 8. Down the slopes
 
 
-# %%
+# %% mystnb={"image": {"alt": "Eight paths down the ravine turned by 45 degrees, each at a good rate. Adam and the two with momentum come closest to the minimum; SGD, AdaGrad, RMSProp, AdamW and Lion stay further away."}}
 def small_multiples(surface, xs, ys, minima, levels=8):
     """One panel per optimizer, each at the rate chosen above."""
     loss, _, steps = SURFACES[surface]
@@ -690,19 +675,19 @@ small_multiples("ravine turned by 45°", (-3.5, 2.5), (-3.5, 2.5), [LOWEST])
 # %% [markdown]
 # Where dots run together into a thick line, the optimizer crawls: SGD, AdaGrad and RMSProp, none of which gets to the star. Heavy ball, Nesterov and Adam get there, the first and the last in the same swinging way. AdamW follows Adam until decay holds it back. Lion comes close partly because the floor now lies along one of its diagonals.
 
-# %%
+# %% mystnb={"image": {"alt": "Eight paths through Rosenbrock's curved valley, each at a good rate. RMSProp leaps about; the others follow the curve, and AdamW, pulled towards the origin, stops short of the minimum."}}
 small_multiples("Rosenbrock", (-2, 2), (-1, 4), [(1, 1)], 7)
 
 # %% [markdown]
 # SGD gets down the wall and then crawls. The heavy ball clatters between the walls and ends lowest. Nesterov takes the same bend with fewer swings, Adam too. AdaGrad and RMSProp, at these rates, throw the first step clean across the bend and come down near the minimum from there; RMSProp leaves the picture on its way. That is the luck of the sweep: at half the rate, RMSProp ends at a loss of 0.8. AdamW, at the smaller rate that suits it, gets no further than SGD. Lion walks the whole floor in steps of 0.012.
 
-# %%
+# %% mystnb={"image": {"alt": "Eight paths from beside a saddle. SGD, heavy ball and Nesterov go to the saddle first and then turn to a minimum; those with a rate for each coordinate turn at once."}}
 small_multiples("saddle", (-2.2, 3.2), (-1.8, 1.8), [(1, 1), (1, -1)], 14)
 
 # %% [markdown]
 # At the start the gradient points almost exactly along the ridge. SGD, heavy ball and Nesterov follow it to the saddle point and only there turn off; the others leave the ridge with their first steps. How far off it they are, step by step:
 
-# %%
+# %% mystnb={"image": {"alt": "Distance from the ridge of the saddle on a logarithmic scale: with a rate for each coordinate it is large within twenty steps; SGD, heavy ball and Nesterov take about seventy."}}
 fig, ax = plt.subplots(figsize=(8.5, 3.2))
 for name in BUILDERS:
     path = runs["saddle", name][0][chosen("saddle", name)]

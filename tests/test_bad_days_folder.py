@@ -775,7 +775,7 @@ def test_divergence_of_all_is_no_success_and_its_records_are_json(day, capsys):
 
 def test_divergence_before_the_first_update_is_not_an_optimizers(day, capsys):
     assert launch(["--final-soft-cap", "1e-38"]) == 1
-    assert "before the first update: look at the model's options" in capsys.readouterr().err
+    assert "before the first update: check the model's options" in capsys.readouterr().err
     assert not (day.new / "sgd" / "outcome.json").exists()
 
 

@@ -1,6 +1,6 @@
 """Checkpoints of a run, by Orbax: parameters, optimizer state, step and position in the data.
 
-A checkpoint holds whole arrays and says nothing of the mesh, so that it is restored onto any. Orbax
+A checkpoint holds whole arrays and nothing about the mesh, so it can be restored onto any. Orbax
 gives a folder its name when all is written. What happens to the folder later, a disk that was full, a
 copy that was cut off or a bit that flipped, a reader would find late, on a pod perhaps in one process
 of many, or not at all; so the first process adds a list of the files with their sizes and SHA-256, the
@@ -133,7 +133,7 @@ class Checkpoints:
         return restored
 
     def close(self) -> None:
-        """Waits for what is being written.
+        """Waits until all writing is done.
 
         Raises:
           OSError: if it cannot be.
@@ -154,7 +154,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _unwritten(self) -> Iterator[None]:
-        """What Orbax and TensorStore raise for a full disk, of many types, in one."""
+        """The errors that Orbax and TensorStore raise for a full disk, of many types, as one."""
         try:
             yield
         except Exception as error:
@@ -193,7 +193,7 @@ class Checkpoints:
         from_first("moved")
 
     def _differing(self, found: dict[str, Any], step: int) -> list[str]:
-        """What is not as in this configuration."""
+        """What differs from this configuration."""
         mine, theirs = _leaves({**self._identity, **self._past(step)}), _leaves(found)
         return [
             f"{name} is {theirs.get(name)!r} there and {mine.get(name)!r} here"
@@ -224,7 +224,7 @@ def _seal(folder: Path) -> None:
 
 
 def _complaint(folder: Path, only: Collection[str] | None = None) -> str:
-    """What is wrong with a checkpoint; nothing for one that is as it was written.
+    """What is wrong with a checkpoint; empty for one that is intact.
 
     Of a checkpoint that will not be restored the contents of some files are enough.
     """

@@ -1,6 +1,6 @@
 """One colour per optimizer, the same in every report, notebook and picture; and how pictures look."""
 
-# Okabe and Ito's colours, told apart with any colour vision, for those that are compared most.
+# Okabe and Ito's colour-blind-safe colours, for the optimizers that are compared most.
 COLOURS = {
     "adamw": "#000000",
     "muon": "#0072B2",

@@ -1,4 +1,4 @@
-"""What a run is: typed, frozen, checked before anything is written."""
+"""The configuration of a run: typed, frozen, checked before anything is written."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ from .rollback import RollbackPolicy
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """What all optimizers of a race share."""
+    """The configuration that all optimizers of a race share."""
 
     steps: int = dataclasses.field(default=700, metadata=EXTENDS)
     """Updates made."""

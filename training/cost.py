@@ -1,4 +1,4 @@
-"""What a step costs, counted and not timed: floating-point operations, and the memory XLA sets aside."""
+"""The cost of a step, counted, not timed: floating-point operations, and the memory XLA sets aside."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ class Cost:
     Attributes:
       step_flop: floating-point operations of a step in which nothing is refreshed.
       optimizer_flop: those of the optimizer among them.
-      refresh_flop: more, in a step that refreshes roots or bases, or estimates a curvature; at most.
+      refresh_flop: at most this many more where roots, bases or a curvature are refreshed.
       peak_bytes: parameters, state, batch and temporaries at once, by XLA's own analysis.
       state_bytes: of the optimizer.
     """

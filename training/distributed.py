@@ -1,7 +1,7 @@
 """Many processes, one run: how they are started, and how they come to agree.
 
-What a run decides, it decides alike in all processes: each computes it from the same configuration, or
-the first one does and tells the others. Metrics and reports are written by the first.
+All processes make the same decisions: each computes them from the same configuration, or the first
+one does and sends them to the others. Metrics and reports are written by the first.
 """
 
 import contextlib
@@ -67,7 +67,7 @@ def start(config: LaunchConfig) -> None:
             jax.config.update("jax_num_cpu_devices", config.cpu_devices)
         if config.coordinator or config.distributed:
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
-            # It would take SIGTERM for itself, and a run would never hear of it (see `run.interrupts`).
+            # It would handle SIGTERM itself, and the run would never see it (see `run.interrupts`).
             jax.config.update("jax_enable_preemption_service", False)
         if config.coordinator:
             jax.distributed.initialize(config.coordinator, config.processes, config.process_id)
@@ -103,7 +103,7 @@ def from_first(text: str) -> str:
 
 @contextlib.contextmanager
 def unanimous() -> Iterator[None]:
-    """What one process refuses inside with a `ValueError`, all refuse, instead of waiting for it."""
+    """A `ValueError` inside, in one process, is raised in all of them, so that none waits for it."""
     refusal = None
     try:
         yield

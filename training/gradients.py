@@ -24,7 +24,7 @@ def micro_batch_value_and_grad(
 
     .. math:: \bar g = \sum_i w_i g_i \Big/ \sum_i w_i
 
-    Rows are dealt out in turn, row r to micro-batch r mod n, so that a batch sharded over its rows
+    Rows are assigned in turn, row r to micro-batch r mod n, so that a batch sharded over its rows
     stays where it is.
 
     Args:

@@ -1,4 +1,4 @@
-"""What decides the results of a run: the same JSON for the same results, from version to version."""
+"""The settings that decide a run's results, as JSON that stays the same from version to version."""
 
 import dataclasses
 import json
@@ -7,18 +7,18 @@ from typing import Any
 
 LATER: Mapping[str, bool] = {"later": True}
 """Metadata of a field that came later: at its default it is left out, as if it did not exist, so that
-trials and checkpoints written before are known again."""
+trials and checkpoints written before are recognized."""
 
 FREE: Mapping[str, bool] = {"free": True}
 """Metadata of a field that does not change the results of a run: it is always left out."""
 
 EXTENDS: Mapping[str, bool] = {"extends": True}
-"""Metadata of a field that may be another one when a run is resumed: it decides about what is still to
+"""Metadata of a field that may change when a run is resumed: it decides only about what is still to
 come, or about the past only through learning rates, which are compared by themselves."""
 
 
 def to_json(config: Any, *, resumed: bool = False) -> dict[str, Any]:
-    """What of a dataclass decides the results, as JSON values; with `resumed`, what decided its past.
+    """The fields that decide the results, as JSON values; with `resumed`, those that decided its past.
 
     Example:
       >>> import dataclasses

@@ -1,4 +1,4 @@
-"""Parts of a layer that know nothing of the model: rotary positions and the normalisation."""
+"""Parts of a layer that do not depend on the model: rotary positions and the normalisation."""
 
 import jax
 import jax.numpy as jnp

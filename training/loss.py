@@ -23,7 +23,7 @@ LEAST_TOKENS = 1024
 
 
 def chunk_of(columns: int, backend: str) -> int:
-    """Tokens of a chunk, for so many columns of the head on one device.
+    """Tokens per chunk, for a number of columns of the head on one device.
 
     Example:
       >>> from ravine.training.loss import chunk_of

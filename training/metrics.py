@@ -66,7 +66,7 @@ class Metrics:
     """Metrics of the steps that were dispatched, until they are fetched together.
 
     Args:
-      clock: tells when a step was done.
+      clock: gives the time at which a step was done.
 
     Example:
       >>> import jax.numpy as jnp

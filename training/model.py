@@ -50,7 +50,7 @@ class ModelConfig:
     tied: bool = dataclasses.field(default=False, metadata=LATER)
     """The head is the embedding, whose rows are then looked up times the root of the width (Gemma)."""
     norms: Literal[2, 4] = dataclasses.field(default=2, metadata=LATER)
-    """Normalisations a layer: before attention and feed-forward part, and with 4 after them too."""
+    """Normalisations per layer: before attention and feed-forward part, and with 4 after them too."""
     attention_soft_cap: float | None = None
     """Cap of the attention logits; Gemma 2 takes 50."""
     final_soft_cap: float | None = None
@@ -60,7 +60,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of activations; parameters and logits are float32."""
     attention: Literal["plain", "xla", "cudnn"] = dataclasses.field(default="plain", metadata=LATER)
-    """Kernel of attention where nobody asks for its largest logits: our own, or that implementation of
+    """Kernel of attention where its largest logits are not needed: our own, or that implementation of
     jax.nn.dot_product_attention; cudnn needs an NVIDIA GPU and bfloat16."""
     unroll: int = 1
     """Layers unrolled in the scan: more compile time, sometimes faster steps."""
@@ -282,7 +282,7 @@ class Transformer(nnx.Module):
     ) -> tuple[jax.Array, jax.Array | None]:
         """The last states, normalised, and the largest attention logits `[L, H]` if measured.
 
-        With a key, elements drop out as the model's `dropout` says.
+        With a key, elements drop out at the rate of the model's `dropout`.
         """
 
         @nnx.scan(in_axes=(nnx.Carry, 0, 0), out_axes=(nnx.Carry, 0), unroll=self.config.unroll)
@@ -335,7 +335,7 @@ def _linear(inner: int, outer: int, gain: float, dtype: jnp.dtype, rngs: nnx.Rng
 
 
 def _project(x: jax.Array, *maps: nnx.Linear) -> list[jax.Array]:
-    """What each map makes of `x`; on one device small ones are one product, side by side.
+    """The output of each map; on one device, small ones are joined into one product.
 
     Three products of width 64 take longer than one of width 192 (docs/log.md, 2026-11-28); large ones,
     and those that a mesh cuts, stay apart.

@@ -1,4 +1,4 @@
-r"""Pipeline parallelism, small: layers dealt to stages, micro-batches passed along.
+r"""Pipeline parallelism, small: layers split into stages, micro-batches passed along.
 
 With p stages and m micro-batches, a stage works m slots of a step and waits p - 1 (counted in forward
 and backward passes together), whatever the order: the *bubble* is
@@ -49,7 +49,7 @@ def bubble(stages: int, micro_batches: int) -> float:
 
 
 def timeline(stages: int, micro_batches: int, order: Order = "1f1b") -> list[list[Slot | None]]:
-    """What every stage does at every tick, forward and backward passes of one length; None waits.
+    """The pass of every stage at every tick, all passes of one length; None where it waits.
 
     Simulated: each stage runs its passes in the order of the schedule, each when what it needs is there.
 
@@ -132,7 +132,7 @@ def pipelined(
     Args:
       layer: from the parameters of one layer and activations to activations of the same shape.
       mesh: all of its axes but `stage` share the rows of micro-batches.
-      stage: the mesh axis that deals out layers, in order.
+      stage: the mesh axis over which layers are split, in order.
 
     Returns:
       A function from parameters with a first axis of layers and micro-batches `[m, rows, ...]` to what

@@ -28,7 +28,7 @@ class RollbackPolicy:
     margin: int = 50
     """Updates that a snapshot must be older than the first bad one."""
     deviations: float = 6.0
-    """A loss is bad if it is so many standard deviations above the mean of the window, or not finite."""
+    """A loss is bad if it is this many standard deviations above the window's mean, or not finite."""
     window: int = 128
     """Good losses that a loss is compared with; at least half as many must be there."""
     patience: int = 5
@@ -78,7 +78,7 @@ class GaveUp(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Return:
-    """Where a run goes on."""
+    """The point from which a run continues."""
 
     state: Any
     """A fresh copy of the snapshot, which may be donated."""
@@ -155,7 +155,7 @@ class Rollback:
                 "lower the learning rate."
             )
         first = step if self._bad_since is None else self._bad_since
-        # What the run returned to before is old enough: it need not go back ever further.
+        # An earlier return point is old enough: there is no need to go further back each time.
         newest = max(first - self.policy.margin, self._returned_to)
         while self._snapshots and self._snapshots[-1][0] > newest:
             self._snapshots.pop()

@@ -37,7 +37,7 @@ def samples(
       params: its parameters.
       heldout_BxT: held-out tokens, as many rows as the mesh takes.
       count: how many of the rows to return.
-      corpus: says whether tokens are bytes.
+      corpus: determines whether tokens are bytes.
       seed: of the draws.
     """
     start = max(1, heldout_BxT.shape[1] // 4)

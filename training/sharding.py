@@ -20,13 +20,13 @@ AXES = ("data", "fsdp", "expert", "context", "tensor")
 """Axes a mesh may have: copies of the model, shards of every matrix, experts of a mixture (of all else
 copies), parts of every sequence, and columns or rows by layer."""
 PLANNED = ("stage", *AXES)
-"""Those that the planner knows: also stages of a pipeline, which cut stacks of layers."""
+"""The axes of the planner: also the stages of a pipeline, which cut stacks of layers."""
 ROWS = ("data", "fsdp", "expert")
 """Those that cut the batch."""
 
 
 def mesh_sizes(text: str, axes: Sequence[str] = AXES) -> dict[str, int]:
-    """``{"fsdp": 64, "tensor": 8}`` from ``fsdp=64,tensor=8``, of axes that are known.
+    """``{"fsdp": 64, "tensor": 8}`` from ``fsdp=64,tensor=8``, with known axes only.
 
     Example:
       >>> from ravine.training.sharding import mesh_sizes

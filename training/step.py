@@ -103,7 +103,7 @@ def place(
 def init_sharded(
     config: ModelConfig, seed: int, tx: optax.GradientTransformation, shardings: TrainState
 ) -> tuple[nnx.GraphDef, TrainState]:
-    """The model's static half and the state before the first step, made where `place` wants it."""
+    """The model's static half and the state before the first step, in the shardings of `place`."""
     init = jax.jit(lambda key: _params(config, key), out_shardings=shardings.params)
     params = init(jax.random.key(seed))
     state = jax.jit(lambda p: init_state(p, tx), out_shardings=shardings)(params)
@@ -162,11 +162,11 @@ def _fused(
 
 
 MEASURED = ("entropy", "log_normalizer", "max_attention_logit", "max_logit")
-"""What a step hands to monitors."""
+"""The measurements that a step passes to monitors."""
 
 
 def unmeasured(config: ModelConfig) -> dict[str, Any]:
-    """What `make_train_step` gives an optimizer besides gradients, as of a model that says nothing."""
+    """The extra arguments that `make_train_step` passes, as if the model measured nothing."""
     return {
         "loss": jnp.float32(1),
         "curvature": lambda params, key: params,
@@ -201,7 +201,7 @@ def make_train_step(
     """
     if fused and monitor_every:
         raise ValueError(
-            "monitors look at logits, which the fused loss never holds; take one of them."
+            "monitors need logits, which the fused loss never holds; use one of the two."
         )
     attention_logits = attention_logits or bool(monitor_every)
     if noise_scale_every and micro_batches == 1 and attention_logits:

@@ -218,7 +218,7 @@ def _train(
                     outcome.status = "diverged"
                     return outcome
             stop = waits and interrupts.pending()
-            # Other processes may not know of the signal, and would not join in.
+            # Other processes may not have received the signal, and would not take part.
             if saves or (stop and alone):
                 checkpoints.save(state, batches)
             if stop:
@@ -228,7 +228,7 @@ def _train(
     if guard and int(guard.skipped) >= done:
         warnings.warn(
             f"{outcome.name} learned nothing: all {done} steps were skipped, as their losses or "
-            "gradients were not finite; look at the data and the model before the learning rate.",
+            "gradients were not finite; check the data and the model before the learning rate.",
             stacklevel=3,
         )
         outcome.status = "diverged"
@@ -270,7 +270,7 @@ def optimizer_milliseconds(
 
 
 def _telling(step: Callable[..., Any], run: RunConfig) -> Callable[..., Any]:
-    """The step, and what its state tells: skipped steps among the metrics; monitors and noise apart."""
+    """The step, and readings of its state: skipped steps among the metrics; monitors and noise apart."""
 
     def telling(state: TrainState, batch: Any) -> tuple[TrainState, Any, Any]:
         state, metrics = step(state, batch)
@@ -293,8 +293,8 @@ def _check_first(entry: dict[str, float]) -> None:
     for name in ("loss", "gradient_norm"):
         if not math.isfinite(entry.get(name, 0.0)):
             raise RunFailed(
-                f"the {name.replace('_', ' ')} is {entry[name]} before the first update: look at the "
-                "model's options and the text, not at the optimizer."
+                f"the {name.replace('_', ' ')} is {entry[name]} before the first update: check the "
+                "model's options and the text, not the optimizer."
             )
 
 

@@ -293,7 +293,7 @@ def _branch(
 
 
 def _identity(config: BatchSizeConfig, corpus: Corpus) -> str:
-    """What decides a branch, whichever others there are."""
+    """The settings that decide a branch, whatever other branches there are."""
     told = dataclasses.asdict(config)
     for name in ("batch_sizes", "rate_factors", "seeds", "out", "data"):
         del told[name]

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 
 SPAN = 100.0
-"""How far outside of the batch sizes tried a critical one is looked for, as a factor."""
+"""How far outside the tried batch sizes the critical one is searched for, as a factor."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What to change with the batch size: the rule for each optimizer."""
+"""What to rescale with the batch size: the rule for each optimizer."""
 
 import dataclasses
 from typing import Any, Literal

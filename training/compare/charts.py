@@ -13,10 +13,10 @@ from ..run.outcome import Outcome
 from .summary import REFERENCE
 
 POINTS = 200
-"""At most so many points of a curve: means of stretches of equal length."""
+"""The most points of a curve; beyond, they are means over stretches of equal length."""
 DASHES = ([1, 0], [5, 3], [2, 2])
 SOLID = 7
-"""So many lines are told apart by colour alone; more of them are dashed or dotted too."""
+"""This many lines differ by colour alone; further ones are dashed or dotted as well."""
 CURVES = (
     ("heldout_loss", "held-out loss", "nats per token"),
     ("loss", "training loss", "nats per token"),

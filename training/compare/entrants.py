@@ -27,9 +27,9 @@ class Entrant:
     optimizer: OptimizerConfig
     learning_rate: float
     weight_decay: float = 3e-4
-    """Share of every matrix that a step at the peak removes, where the run does not say."""
+    """Share of every matrix that a step at the peak removes, unless the run sets it."""
     warmup: float | None = None
-    """Share of the steps, where the run does not say."""
+    """Share of the steps, unless the run sets it."""
     trials: int = 0
     """Of the sweep that tuned it."""
     repeat: int = 0

@@ -1,4 +1,4 @@
-"""What an optimizer asks of the machine, beside what it does to the loss."""
+"""What an optimizer costs the machine, next to its effect on the loss."""
 
 import bisect
 import statistics

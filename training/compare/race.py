@@ -109,9 +109,7 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
                         ]
                     write_report(out, outcomes, run, corpus)
                 except OSError as error:
-                    raise ValueError(
-                        f"{said(error)}; put that right or give another --out."
-                    ) from error
+                    raise ValueError(f"{said(error)}; fix that or give another --out.") from error
         out = Path(from_first(str(out.absolute())))
         ended = json.loads(from_first(json.dumps(ended)))
         for line in (f"text: {corpus.description}", f"results: {out}"):
@@ -142,12 +140,12 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
                             write_report(out, outcomes, run, corpus)
         except OSError as error:
             raise RunFailed(
-                f"{said(error)}. Runs that had ended are kept in {out}; put that right and repeat the "
+                f"{said(error)}. Runs that had ended are kept in {out}; fix that and repeat the "
                 "command with --resume."
             ) from error
         finally:
             if is_first():
-                with contextlib.suppress(OSError):  # of a full disk it was said already
+                with contextlib.suppress(OSError):  # a full disk has been reported already
                     write_report(out, outcomes, run, corpus)
                 _tell(console, outcomes, run, out)
         interrupts.check()
@@ -164,7 +162,7 @@ def _tell(console: Console, outcomes: list[Outcome], run: RunConfig, out: Path) 
 
 
 def _identity(config: RaceConfig, entrants: tuple[Entrant, ...], corpus: Corpus) -> dict[str, Any]:
-    """What decides the results; a race is resumed only where all of it is the same."""
+    """The settings that decide the results; a race is resumed only if all of them are the same."""
     return {
         "configuration": config.asked(),
         "text": corpus.fingerprint,
@@ -222,7 +220,7 @@ def _run_one(
 def _events(
     config: RaceConfig, entrant: Entrant, out: Path
 ) -> Iterator[Callable[[dict[str, float]], None]]:
-    """What writes records as event files, where these are asked for."""
+    """The writer of event files, where they are requested."""
     if config.tensorboard is None or not is_first():
         yield lambda record: None
         return

@@ -1,4 +1,4 @@
-"""What a race is asked to do, and what refuses it before anything is written."""
+"""The configuration of a race, and the checks made before anything is written."""
 
 import dataclasses
 import datetime
@@ -53,7 +53,7 @@ class RaceConfig:
     launch: LaunchConfig = dataclasses.field(default_factory=LaunchConfig)
 
     def asked(self) -> dict[str, Any]:
-        """What decides the results, as JSON values."""
+        """The settings that decide the results, as JSON values."""
         kept = dataclasses.replace(
             self, out=None, overwrite=False, resume=False, launch=LaunchConfig()
         )
@@ -112,7 +112,7 @@ def check_data(config: RaceConfig, out: Path) -> None:
 def check_past(
     config: RaceConfig, entrants: tuple[Entrant, ...], run: RunConfig, out: Path
 ) -> None:
-    """What is resumed may become longer, not shorter, and its past keeps its learning rates."""
+    """A resumed race may become longer, not shorter, and its past keeps its learning rates."""
     if not is_race(out):
         return  # `claimed` says so
     before = read_config(out / RACE, RaceConfig()).run

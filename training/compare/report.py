@@ -1,4 +1,4 @@
-"""What a race leaves to be looked at: a page that needs no other file."""
+"""The report of a race: a page that needs no other file."""
 
 import dataclasses
 import functools
@@ -54,7 +54,7 @@ def headline(outcomes: Sequence[Outcome]) -> str:
         told += f": {difference(gaps)} against {REFERENCE}, over {len(gaps)} seeds"
     elif gaps:
         told += (
-            f", {-gaps[0]:.3f} below {REFERENCE}; one seed does not tell how much of it is chance"
+            f", {-gaps[0]:.3f} below {REFERENCE}; one seed does not show how much of it is chance"
         )
     reached = [found["step"] for o, r in pairs if (found := o.reaching(r.final_loss))]
     if not reached:

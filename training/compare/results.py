@@ -45,7 +45,7 @@ def race_lines(folder: Path, *, hardware: bool = False) -> list[str]:
 
     Args:
       folder: `--out` of the race.
-      hardware: what the optimizers asked of the machine, in place of the losses.
+      hardware: what the optimizers cost the machine, instead of the losses.
 
     Raises:
       ValueError: for a folder without a finished race.

@@ -68,7 +68,7 @@ def sensitivity(config: SensitivityConfig, console: Console) -> None:
 
 
 def width(losses: Mapping[float, float], most: float = 0.02) -> float:
-    """By what factor learning rates may differ at a cost of at most so many nats above the best.
+    """The factor by which learning rates may differ at a given cost in nats above the best.
 
     Straight lines between the tried rates, on a logarithmic axis; up to the ends of what was tried.
 

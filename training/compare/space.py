@@ -19,7 +19,7 @@ RATES = {
     "kl_shampoo": 0.02,
 }
 """Middles of the learning rates searched, where they are not `MIDDLE`: the order of magnitude that each
-algorithm's update size asks for."""
+algorithm's update size requires."""
 MIDDLE = 5e-3
 SPAN = 16.0
 """Learning rates lie within this factor of the middle, either way: a factor of 256 from end to end."""

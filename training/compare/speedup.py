@@ -21,7 +21,7 @@ from .summary import REFERENCE
 
 @dataclasses.dataclass(frozen=True)
 class SpeedupConfig:
-    """States speed-up as: so many times the tokens, for AdamW, at the end of a whole schedule.
+    """Speed-up is the ratio of tokens that AdamW needs, at the end of a whole schedule.
 
     AdamW trains with schedules of several lengths, each to its end, and its loss is fitted as a function
     of the tokens, a + b D^-c. Rivals train with one length; where AdamW's curve has their loss, one

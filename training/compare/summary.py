@@ -1,4 +1,4 @@
-"""What a race tells in a table: losses, differences to AdamW, and times."""
+"""The table of a race: losses, differences to AdamW, and times."""
 
 import math
 import statistics
@@ -10,7 +10,7 @@ from rich.table import Table
 from ..run.outcome import Outcome
 
 REFERENCE = "adamw"
-"""What others are compared with."""
+"""The optimizer that others are compared with."""
 
 # Of several seeds the terminal has no room for these; the page has them.
 _PAGE = (

@@ -21,7 +21,7 @@ from .entrants import DECAYED
 from .space import Point
 
 LOOK = 50
-"""Steps between two looks at whether a trial has diverged."""
+"""Steps between two checks whether a trial has diverged."""
 
 
 class Trials:
@@ -43,7 +43,7 @@ class Trials:
         self._batches = lambda: train_batches(corpus, seed=run.seed, **sizes)
 
     def loss(self, point: Point, steps: int) -> float:
-        """Held-out loss at the end of a whole schedule of so many steps; infinite if it diverged."""
+        """Held-out loss at the end of a whole schedule of this many steps; infinite if it diverged."""
         numbers, rest = _split(point.optimizer)
         numbers["weight_decay"] = point.weight_decay / point.learning_rate
         numbers = {name: jnp.float32(value) for name, value in numbers.items()}

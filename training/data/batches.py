@@ -13,7 +13,7 @@ the parameters::
     ocp.save_checkpointables(path, {"state": state, "data": iterator})
     restored = ocp.load_checkpointables(path, {"state": abstract_state, "data": iterator})
 
-The second writes one file a process and wants as many processes back. The first is one number for
+The second writes one file per process and requires as many processes again. The first is one number for
 all of them: kept with the parameters, it lets a run continue on another number of processes.
 """
 

@@ -4,7 +4,7 @@ Bytes are the tokens by default: no tokenizer to fetch, 256 symbols, and a loss 
 which can be compared between models. The default text is the one every Python carries, its library.
 A file of tokens, raw uint16 in the manner of nanoGPT, stays on disk and is read where it is needed.
 
-What is held out is decided by the content of each file, not by its place or name: a file keeps its
+The content of each file decides whether it is held out, not its place or name: a file keeps its
 side when others come or go, and one that is there twice cannot be on both.
 """
 
@@ -24,7 +24,7 @@ _HELDOUT_EVERY = 20  # one file in so many, by hash: 5 %
 _FEWEST_FILES = 20  # below this, whole files are too coarse a split
 _HELDOUT_SHARES = (0.01, 0.20)  # beyond these, a few large files have made it lopsided
 _TAIL_PART = 10  # then the last tenth of the tokens is held out instead
-_BLOCK, _MOST_BLOCKS = 1 << 20, 64  # of a .bin: up to 64 Mi tokens (128 MB) are looked at
+_BLOCK, _MOST_BLOCKS = 1 << 20, 64  # of a .bin: up to 64 Mi tokens (128 MB) are inspected
 
 _LIBRARY_SUFFIXES = (".py", ".txt", ".rst")
 _HIDDEN = (".", "__pycache__")  # how names that are passed over begin
@@ -34,7 +34,7 @@ _NOT_LIBRARY = (*_HIDDEN, "site-packages", "dist-packages", "lib2to3", "config-"
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Tokens to train on, tokens held out, and what is known about them.
+    """Tokens to train on, tokens held out, and facts about them.
 
     Attributes:
       train: the training tokens, [N], uint8 (bytes) or uint16 (.bin, memory-mapped, read-only).
@@ -72,7 +72,7 @@ class Corpus:
         try:
             same = _stamp(path) == stamp
         except OSError as error:
-            raise OSError(f"{path} is gone while it is read ({error.strerror})") from error
+            raise OSError(f"{path} disappeared while it was read ({error.strerror})") from error
         if not same:
             raise OSError(f"{path} has changed while it is read; a run needs its text as it was")
 
@@ -93,7 +93,7 @@ def load_corpus(paths: Sequence[Path] = (), *, vocabulary: int | None = None) ->
         library, about 30 MB (less where a distribution packs its tests separately).
       vocabulary: the number of tokens. Default: 256 for bytes; for a `.bin`, its largest token plus
         one, rounded up to a multiple of 64 (GPT-2's 50257 tokens give 50304). Of a `.bin` of more
-        than 64 Mi tokens only that many, evenly spread, are looked at, for this and for the
+        than 64 Mi tokens only that many, evenly spread, are inspected, for this and for the
         fingerprint; a token beyond the vocabulary is then an error when it is met.
 
     Raises:
@@ -194,7 +194,7 @@ def _given(path: Path) -> list[bytes]:
 
 
 def _folder(root: Path, skip: tuple[str, ...], endings: tuple[str, ...] = ("",)) -> list[bytes]:
-    """The texts under a directory, sorted by path, without names that begin as `skip` says."""
+    """The texts under a directory, sorted by path, without names that begin with one of `skip`."""
     paths = []
     for folder, inner, names in os.walk(root, onerror=_unreadable):
         # The results of races beside a text are not part of it: it would change as they are written.
@@ -210,7 +210,7 @@ def _folder(root: Path, skip: tuple[str, ...], endings: tuple[str, ...] = ("",))
 
 
 def _unreadable(error: OSError) -> None:
-    if isinstance(error, FileNotFoundError):  # gone since its name was read
+    if isinstance(error, FileNotFoundError):  # removed since its name was read
         return
     raise ValueError(
         f"{error.filename}: {error.strerror}; make it readable or leave it out."

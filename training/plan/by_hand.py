@@ -1,4 +1,4 @@
-r"""What a train step takes besides its optimizer, by arithmetic that can be redone on paper.
+r"""The cost of a train step without its optimizer, by arithmetic that can be redone on paper.
 
 Nothing is compiled here. Sizes are of one chip; :math:`n` are the tokens of one micro-batch in one
 shard of rows and context, :math:`D` the width, :math:`H K` heads times their width, :math:`G` heads
@@ -10,7 +10,7 @@ four each.
 kept per layer     full: :math:`n D`, the layer's input. products: also queries, keys, values and all
                    other outputs of products, :math:`n (3 D + (H + 2 G) K / t + g F / t)`, with g 2 for
                    gated feed-forward parts, else 1. none: :math:`n ((2 + m) D + (2 H + 2 G) K / t +
-                   (g + 1) F / t)`, m norms a layer; queries, keys, values, the attention's output and
+                   (g + 1) F / t)`, m norms per layer; queries, keys, values, the attention's output and
                    every input of a norm, of a product and of an activation function
 at work            one layer's values, as none keeps them, recomputed or not, and once more for gradients
 logits             :math:`8 n V / t`; with a fused loss a 64th
@@ -131,8 +131,8 @@ class Work:
         """What the model communicates in a step: FSDP, copies, tensor axis, context, stages, experts.
 
         Every matrix is gathered twice in each micro-batch, forward and backward, and its gradient
-        scattered once. Copies add up their gradients once a step. The tensor axis adds up the
-        stream twice a layer forward, twice backward and, with recomputing, once more; and once each
+        scattered once. Copies add up their gradients once per step. The tensor axis adds up the
+        stream twice per layer forward, twice backward and, with recomputing, once more; and once each
         behind the embedding and before the head. The context axis gathers keys and values of whole
         sequences forward and backward, and scatters their gradients. A stage sends the stream on,
         and its gradient back. Experts are sent their tokens and send them back, forward, backward

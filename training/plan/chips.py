@@ -154,7 +154,7 @@ CHIPS: dict[str, Chip] = {
         _tpu("v5e", 16e9, 197e12, 819e9, 50e9, 3.125e9, f"{_TPU}v5e", wraps=16),
         _tpu("v5p", 95e9, 459e12, 2.765e12, 100e9, 6.25e9, f"{_TPU}v5p", wraps=4),
         _tpu("v6e", 32e9, 918e12, 1.638e12, 100e9, 12.5e9, f"{_TPU}v6e", wraps=16, host=32e9),
-        # Two devices a chip, each with half of it; both use the chip's links.
+        # Two devices per chip, each with half of it; both use the chip's links.
         _tpu("tpu7x", 96e9, 1153.5e12, 3.69e12, 50e9, 6.25e9, f"{_TPU}tpu7x", wraps=4),
         _gpu(
             *("h100", 80e9, 3.35e12, 450e9, 989e12, 494.5e12, 67e12),

@@ -56,7 +56,7 @@ class Collective:
     sent: float
     """Bytes one device sends each time, by the rules above."""
     times: int = 1
-    """How often it runs in one call; loops whose length the text does not tell count once."""
+    """How often it runs in one call; loops whose length is not in the text count once."""
     always: bool = True
     """Whether it is in no branch, and in no loop of unknown length."""
     in_loop: bool = False
@@ -195,7 +195,7 @@ def _along(mesh: str, shape: str | None, order: str | None, axes: str) -> tuple[
     wanted = {name: (int(a or 1), int(b or sizes[name])) for name, a, b in _AXIS.findall(axes)}
     ids = _counted(shape or str(math.prod(sizes.values())), order).ravel()
     taken: list[int | slice] = []
-    for name, size in reversed(sizes.items()):  # ids of every part that is not wanted are 0
+    for name, size in reversed(sizes.items()):  # ids of all parts to leave out are 0
         before, part = wanted.get(name, (1, 1))
         ids = ids.reshape(-1, before, part, size // before // part, *ids.shape[1:])
         taken = [0, slice(None), 0, *taken]

@@ -70,7 +70,7 @@ def compiled_train_step(
       config: of the model.
       tx: the optimizer.
       mesh: with `Auto` axes, as the trainer's.
-      batch_size: sequences a step, over all devices.
+      batch_size: sequences per step, over all devices.
       micro_batches: parts of it, worked on one after the other.
       fused: takes the loss without all logits at once.
 
@@ -151,7 +151,7 @@ def trainer_model(name: str, shape: ModelShape) -> ModelConfig:
 
 
 def rows_for(tokens: int, context: int, mesh: Mesh) -> int:
-    """Sequences a step: those of a batch of so many tokens, or without one the fewest there can
+    """Sequences per step: those of a batch of that many tokens, or without one the fewest there can
     be."""
     least = rows_of(mesh)
     if tokens == 0:

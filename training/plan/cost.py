@@ -1,4 +1,4 @@
-"""What one optimizer costs a chip: sizes, arithmetic, communication and time, of a compiled
+"""What one optimizer costs per chip: sizes, arithmetic, communication and time, of a compiled
 program."""
 
 import dataclasses
@@ -93,7 +93,7 @@ def plan_of(
       master_copy: whether to count a float32 copy of the parameters, read and written each step.
     """
     memory = compiled.program.memory_analysis()
-    assert memory is not None, "compilers of TPUs and CPUs always say"
+    assert memory is not None, "compilers of TPUs and CPUs always report it"
     found = tuple(collectives(compiled.program.as_text() or "", mesh.size))
     parameters, state = bytes_per_device(compiled.params), bytes_per_device(compiled.state)
     master = 4 * parameters // ELEMENT if master_copy else 0

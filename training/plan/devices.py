@@ -95,7 +95,7 @@ def _laid(devices: list[Any], shape: tuple[int, ...], slices: int) -> np.ndarray
 
 def _cpus(count: int) -> list[Any]:
     """Virtual CPU devices in place of GPUs, for which there is no compiler without one."""
-    # Too late if JAX has started, and not for it to say if XLA_FLAGS do.
+    # Without effect once JAX has started, and overridden by XLA_FLAGS.
     with contextlib.suppress(RuntimeError, ValueError):
         jax.config.update("jax_num_cpu_devices", count)
     devices = jax.devices("cpu")
@@ -114,7 +114,7 @@ def _tpus(topology: str, slices: int, known: str) -> list[Any]:
         )
     from jax.experimental import topologies
 
-    # The compiler asks where it runs; it runs nowhere.
+    # The compiler queries the machine it runs on; there is none.
     for name, value in {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-16",

@@ -3,7 +3,7 @@
 The compiler counts what is in a loop once, however often it runs, and nothing of what it hands to a
 library. Here loops count as often as they run, where that is known while tracing. Elementary
 operations on floats count one for each element of their result, sums one for each element that is
-added up. What is not known is listed, never taken for nothing.
+added up. Unknown operations are listed, never counted as zero.
 """
 
 import dataclasses
@@ -106,7 +106,7 @@ class Arithmetic:
     """More, in a step that takes the longest branch everywhere and runs every loop of unknown
     length once; as that in which roots are refreshed."""
     uncounted: frozenset[str] = frozenset()
-    """Primitives on floats of which it is not known what they calculate."""
+    """Primitives on floats whose operations are unknown."""
     products: Mapping[Product, float] = dataclasses.field(default_factory=dict)
     """How often each runs in every step."""
     more_products: Mapping[Product, float] = dataclasses.field(default_factory=dict)
@@ -122,7 +122,7 @@ class Arithmetic:
         )
 
     def times(self, count: float) -> "Arithmetic":
-        """That of so many times the same."""
+        """The cost of several repetitions."""
         return Arithmetic(
             self.always * count,
             self.sometimes * count,
@@ -144,7 +144,7 @@ def _sum(ours: Mapping[Product, float], theirs: Mapping[Product, float]) -> Mapp
 
 
 def arithmetic(traced: Any, devices: int) -> Arithmetic:
-    """What one of some devices calculates.
+    """The share of one device among several.
 
     Args:
       traced: ``jax.jit(function).trace(...)``.

@@ -104,7 +104,7 @@ class Program:
                 yield called, None
 
     def _trips(self, inside: str, loop: Instruction) -> int | None:
-        """How often a loop runs; None where the text does not tell.
+        """How often a loop runs; None where it is not in the text.
 
         CPUs and GPUs write it down. For TPUs it is read off a counter: the number it starts from, the
         number it is compared with, and what is added to it each time.

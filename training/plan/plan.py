@@ -1,10 +1,10 @@
 """What an optimizer costs on a pod or a cluster, found without one.
 
 The update is compiled for every chip of the topology, with the shapes and shardings of a published
-model; nothing is allocated or run. TPUs' own compiler says how much memory is needed and what is
-communicated; for GPUs, of which no compiler is at hand, XLA's for CPU says it of as many virtual
-devices. Arithmetic is counted in what was traced, the model's part by hand (`by_hand`), and times
-follow by a roofline (`roofline`).
+model; nothing is allocated or run. The TPU's own compiler reports how much memory is needed
+and what is communicated; for GPUs, whose compiler is not available, XLA's for CPU reports it for as
+many virtual devices. Arithmetic is counted in the traced program, the model's part by hand
+(`by_hand`), and times follow by a roofline (`roofline`).
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ in bfloat16 for orthogonalization, as it is run on accelerators."""
 
 @dataclasses.dataclass(frozen=True)
 class PlanConfig:
-    """Find what an optimizer costs a chip of a TPU pod or GPU cluster, without one."""
+    """Find what an optimizer costs per chip of a TPU pod or GPU cluster, without one."""
 
     model: str = "llama2-70b"
     """A model of `ravine.training.shapes.presets`."""
@@ -64,10 +64,10 @@ class PlanConfig:
     slices: int = 1
     """Slices of that topology, joined by the data centre's network along the mesh's first axis."""
     batch: int = 0
-    """Tokens a step over all chips; 0 is one sequence for each shard of the rows, data x fsdp x
+    """Tokens per step over all chips; 0 is one sequence for each shard of the rows, data x fsdp x
     expert."""
     micro_batches: int = 1
-    """Parts of the batch that are worked on one after the other, their gradients added up."""
+    """Parts of the batch that are processed one after the other, their gradients summed."""
     remat: Remat = "full"
     """What is recomputed in the backward pass: whole layers, all but products, or nothing."""
     master_copy: bool = False
@@ -183,7 +183,7 @@ def _work(config: PlanConfig, shape: ModelShape, mesh: Mesh) -> Work:
 
 
 def _program(config: PlanConfig, shape: ModelShape, mesh: Mesh, work: Work) -> Any:
-    """What compiles an optimizer's program."""
+    """The function that compiles an optimizer's program."""
     if not config.train_step:
         params = sharded_parameters(shape, mesh, layers_only=config.layers_only)
         return lambda tx: compiled_update(tx, params, mesh)
@@ -215,7 +215,7 @@ def _build(name: str, options: str) -> optax.GradientTransformation:
 
 
 def assumed(name: str, given: dict[str, Any]) -> dict[str, Any]:
-    """What the planner sets otherwise than the optimizer's own defaults, unless it is given."""
+    """Where the planner differs from the optimizer's own defaults, unless given."""
     return {k: v for k, v in OPTIONS.get(name, {}).items() if k not in given}
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def to_json(config: "PlanConfig", plans: list[Plan], network: Network, work: Work) -> str:
-    """An object with what was asked for, the chip, the model's part, and a list of plans."""
+    """An object with the configuration, the chip, the model's part, and a list of plans."""
     chip = dataclasses.asdict(network.chip)
     return json.dumps(
         {

@@ -1,4 +1,4 @@
-"""What the planner prints: what is held, what it takes, and what follows from them."""
+"""The planner's tables: memory, costs, and what follows from them."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """What plans were made with."""
+    """The inputs of the plans."""
 
     config: "PlanConfig"
     work: Work

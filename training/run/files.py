@@ -9,7 +9,7 @@ from typing import Any
 
 
 def dumps(value: Any, indent: int | None = None) -> str:
-    """Strict JSON: what is not a finite number is ``null``, which every reader knows.
+    """Strict JSON: non-finite numbers become ``null``, which every reader accepts.
 
     Example:
       >>> from ravine.training.run.files import dumps
@@ -48,7 +48,7 @@ def read_json(file: Path, fix: str) -> dict[str, Any]:
 
     Args:
       file: what to read.
-      fix: what to do about a damaged one, the end of the sentence that says so.
+      fix: what to do about a damaged one, the end of the error's sentence.
 
     Raises:
       ValueError: if the file is not one JSON object.

@@ -59,7 +59,7 @@ def claimed(
             except filelock.Timeout:
                 message = f"{out} is in use by {_holder(out)}; wait for it or give another --out."
                 raise ValueError(message) from None
-            # Not in the lock itself: some versions of filelock empty it when they ask for it.
+            # Not in the lock itself: some versions of filelock empty it when they acquire it.
             now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": now}
             write_json(out / HOLDER, holder)

@@ -1,4 +1,4 @@
-"""What made a run: optimizer, configuration, text, versions, machine; written when it starts."""
+"""The origin of a run: optimizer, configuration, text, versions, machine; written when it starts."""
 
 import datetime
 import json

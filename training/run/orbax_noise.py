@@ -1,4 +1,4 @@
-"""What Orbax and TensorStore print besides when they raise; the error itself is ours to say, once."""
+"""Silences what Orbax and TensorStore print when they raise; Ravine reports the error once."""
 
 import functools
 import logging

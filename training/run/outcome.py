@@ -1,4 +1,4 @@
-"""What a run leaves behind: its records as they are made, its summary at the end."""
+"""The outcome of a run: its records as they are made, its summary at the end."""
 
 import dataclasses
 import itertools
@@ -20,7 +20,7 @@ class RunFailed(RuntimeError):
 
 @dataclasses.dataclass
 class Outcome:
-    """What a run left behind, filled while it goes on."""
+    """The outcome of a run, filled while it goes on."""
 
     name: str
     learning_rate: float
@@ -144,7 +144,7 @@ def periods_in(folder: Path) -> list[tuple[int, int]]:
 
 
 def _steps_in(folder: Path, run: RunConfig) -> int:
-    """The steps a run was to have, as its ``meta.json`` has it."""
+    """The planned number of steps of a run, from its ``meta.json``."""
     try:
         return int(read_json(folder / "meta.json", "")["run"]["steps"])
     except (OSError, ValueError, KeyError, TypeError):

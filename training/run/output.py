@@ -1,4 +1,4 @@
-"""What a run prints must not end it: a reader may leave its pipe, or the disk under a log fill up."""
+"""A failure to print must not end a run: a pipe may be closed, or the disk under a log may fill up."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ def say(message: str) -> None:
 
 
 class Output:
-    """A stream that stops writing, once it fails, and says so once on standard error.
+    """A stream that stops writing once it fails, and reports that once on standard error.
 
     Rich ends the process when a pipe is closed (``| head``) and raises what else goes wrong. A training
     run is worth more than its progress bar: what it finds is in its folder.

@@ -1,4 +1,4 @@
-"""What shapes of transformers are made of: parts, mixtures of experts, latent attention, counts."""
+"""The parts of a transformer's shape: parts, mixtures of experts, latent attention, counts."""
 
 import dataclasses
 from typing import Literal, NamedTuple, get_args

@@ -16,7 +16,7 @@ _without_embeddings = partial(Count, without=EMBEDDINGS)
 
 
 def _family(**common: Any) -> Callable[..., ModelShape]:
-    """What builds the shapes of one family from what differs within it."""
+    """A builder for the shapes of one family, given only what differs within it."""
 
     def shape(
         layers: int,
@@ -256,4 +256,4 @@ PRESETS: dict[str, ModelShape] = {
         source="the trainer's own model, `ModelConfig()`",
     ),
 }
-"""By name: the models that `python -m ravine plan` and `python -m ravine presets` know."""
+"""By name: the models of `python -m ravine plan` and `python -m ravine presets`."""

@@ -178,7 +178,7 @@ class Suggestion:
     devices: int
 
     def lines(self) -> list[str]:
-        """What it is, and who breaks each of the rules."""
+        """The shape, and the models that break each of the rules."""
         s = self.shape
         memory = BYTES_PER_PARAMETER * s.count / self.devices / 1e9
         found = [
@@ -263,7 +263,7 @@ def _plain(value: float) -> str:
 
 
 class _Rest(NamedTuple):
-    """What does not depend on the width."""
+    """The settings that do not depend on the width."""
 
     vocabulary: int
     context: int

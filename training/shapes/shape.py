@@ -18,7 +18,7 @@ from .parts import PARTS, Activation, Count, Experts, Latent, Part, part_of
 
 @dataclasses.dataclass(frozen=True)
 class ModelShape:
-    """What decides the shapes of a transformer: a decoder, or an encoder and a decoder.
+    """The dimensions of a transformer: a decoder, or an encoder and a decoder.
 
     Raises:
       ValueError: for sizes that are not positive, or do not fit each other.
@@ -217,7 +217,7 @@ class ModelShape:
         return sum(self.by_part(active=True).values())
 
     def recount(self, published: Count) -> int:
-        """What a published number should be, from the shapes.
+        """The count that a published number should equal, from the shapes.
 
         Example:
           >>> from ravine.training.shapes.presets import PRESETS

@@ -39,9 +39,9 @@ class PresetsConfig:
     course_notes: bool = False
     """The table of the course notes, heads x head width / d, and what is wrong in copies of it."""
     parameters: float | None = None
-    """Suggest a shape of so many parameters."""
+    """Suggest a shape with this many parameters."""
     tokens: float | None = None
-    """Suggest a shape for so many tokens of pre-training."""
+    """Suggest a shape for this many tokens of pre-training."""
     devices: int = 1
     """Devices that each matrix of the suggested shape is sharded over."""
 

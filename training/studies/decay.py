@@ -1,4 +1,4 @@
-r"""What weight decay does in a run that sees every token once: `python -m ravine study decay`.
+r"""The effect of weight decay in a run that sees every token once: `python -m ravine study decay`.
 
 Decay keeps weights small, and an update turns a small weight further than a large one. So a run with
 decay :math:`\lambda` has another *effective* learning rate, :math:`\eta_t / \lVert \theta_t \rVert`,

@@ -24,7 +24,7 @@ from ..run import interrupts
 from ..step import init_params, make_loss
 
 UPDATES = "update of matrices"
-"""The row of the spectral norms of hidden matrices' changes, over what activations ask for."""
+"""The row of the spectral norms of hidden matrices' changes, relative to the activations'."""
 
 
 def at_width(model: ModelConfig, width: int) -> ModelConfig:
@@ -85,8 +85,8 @@ def changes(
       optimizer: which.
       learning_rate: constant, of the model as it is, the base.
       model: the base model.
-      width: the width to look at.
-      batches: tokens `[B, T + 1]`; the first is also what activations are looked at on.
+      width: the width to check.
+      batches: tokens `[B, T + 1]`; activations are measured on the first.
       rule: False for the base model's rate everywhere, True for :func:`width_rule`.
       rank: as for :func:`width_rule`.
       seed: of the parameters.

@@ -5,7 +5,7 @@ A step :math:`X \leftarrow aX + b\,XX^\top X + c\,(XX^\top)^2 X` maps each singu
 polynomial and needs matrix products only. There are two forms of the same arithmetic:
 
 *standard*
-    three products a step, two of them with the long side;
+    three products per step, two of them with the long side;
 *gram*
     the steps act on :math:`R = XX^\top` alone, collecting :math:`Q` with :math:`X_k = Q X_0`; the
     long side is met once at the start and once at the end. Squaring the singular values loses the
