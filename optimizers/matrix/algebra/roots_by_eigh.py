@@ -17,7 +17,7 @@ class Eigh:
     Example:
       >>> import ravine
       >>> from ravine.optimizers.matrix.algebra.roots import Eigh
-      >>> tx = ravine.shampoo(1e-3, root=Eigh())
+      >>> tx = ravine.shampoo(1e-3, roots=ravine.Roots(method=Eigh()))
     """
 
     def __call__(self, matrices_KxNxN: jax.Array, p: int, ridge: Any, absolute: Any) -> Found:
