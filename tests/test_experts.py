@@ -12,7 +12,7 @@ from ravine.training.plan.cost import plan_of
 from ravine.training.shapes.parts import Experts
 from ravine.training.shapes.presets import PRESETS
 from ravine.training.shapes.shape import ModelShape
-from ravine.training.sharding import parameter_spec, sharded_parameters
+from ravine.training.sharding import parameter_shardings, parameter_spec, sharded_parameters
 
 SHAPE = ModelShape(
     layers=2,
@@ -50,6 +50,15 @@ def test_experts_are_cut_by_their_axis(mesh):
     )
     # Of three experts a mesh axis of two has no share.
     assert parameter_spec("layers/experts/up/kernel", (2, 3, 8, 8), sizes)[1] is None
+
+
+def test_the_trainers_shardings_cut_experts_too(mesh):
+    params = {"layers": {"experts": {"up": {"kernel": np.zeros((2, 4, 8, 8))}}}}
+    found = parameter_shardings(params, mesh)["layers"]["experts"]["up"]["kernel"]
+    assert found.spec == P(None, "expert", "fsdp", "tensor")
+    params["layers"]["experts"]["up"]["kernel"] = np.zeros((2, 3, 8, 8))
+    with pytest.raises(ValueError, match="experts/up/kernel"):
+        parameter_shardings(params, mesh)
 
 
 @pytest.mark.parametrize(

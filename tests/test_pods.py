@@ -82,6 +82,14 @@ def test_a_train_step_of_the_trainers_own_model():
     assert found.state == pytest.approx(4 * found.parameters, rel=1e-3)
 
 
+def test_a_state_on_the_host_is_compiled_so():
+    small = {"model": "llama3.2-1b", "topology": "v5e:4x4", "mesh": "fsdp=16"}
+    here, there = (planned("adamw", **small, state_on_host=on_host) for on_host in (False, True))
+    assert there.host == pytest.approx(here.state, rel=1e-3)
+    # It is on the chip while it is worked on, some of it twice: as it comes and as it goes.
+    assert here.state <= there.temporary - here.temporary <= 2.5 * here.state
+
+
 def test_mesh_that_does_not_match():
     with pytest.raises(ValueError, match=r"v5e:4x4 has 16 devices, and the mesh 8"):
         planned("adamw", topology="v5e:4x4", mesh="fsdp=8")

@@ -17,7 +17,7 @@ from ...optimizers.matrix.mesh.shardings import state_shardings
 from ..model import ModelConfig
 from ..shapes.shape import ModelShape
 from ..sharding import batch_sharding, rows_of
-from ..step import abstract_state, make_train_step, model_graph, place
+from ..step import TrainState, abstract_state, make_train_step, model_graph, place
 from .flops import Arithmetic, arithmetic
 
 
@@ -35,24 +35,53 @@ class Compiled:
     """To trace and compile."""
 
 
-def compiled_update(tx: optax.GradientTransformation, params: Any, mesh: Mesh) -> Compiled:
-    """The update of a transformation for these parameters, of an `Explicit` mesh."""
+def compiled_update(
+    tx: optax.GradientTransformation, params: Any, mesh: Mesh, *, on_host: bool = False
+) -> Compiled:
+    """The update of a transformation for these parameters, of an `Explicit` mesh.
+
+    Args:
+      tx: the transformation.
+      params: shapes with shardings.
+      mesh: with `Explicit` axes.
+      on_host: keeps the state in the memory of the host and moves it to the chip and back.
+    """
     started = time.perf_counter()
     with jax.set_mesh(mesh):
         state = with_shardings(jax.eval_shape(tx.init, params), state_shardings(tx, params))
+        kept = on_host_where_large(state) if on_host else state
 
         whole = optax.with_extra_args_support(tx)
 
         def update(grads: Any, state: Any, params: Any) -> Any:
             # Sophia's estimate of the curvature is a pass through the model, which is not here.
             extra: dict[str, Any] = {"curvature": lambda params, key: grads}
+            state = moved(state, jax.memory.Space.Device) if on_host else state
             updates, state = whole.update(grads, state, params, **extra)
-            return jax.tree.map(lambda p, u: p + u.astype(p.dtype), params, updates), state
+            params = jax.tree.map(lambda p, u: p + u.astype(p.dtype), params, updates)
+            return params, moved(state, jax.memory.Space.Host) if on_host else state
 
-        traced = jax.jit(update, donate_argnums=(1, 2)).trace(params, state, params)
+        traced = jax.jit(update, donate_argnums=(1, 2)).trace(params, kept, params)
         program = traced.lower().compile()
     seconds = time.perf_counter() - started
     return Compiled(program, arithmetic(traced, mesh.size), params, state, seconds)
+
+
+def on_host_where_large(state: Any) -> Any:
+    """Shapes of a state that the host keeps, all but scalars."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_hosted(x.sharding, x.ndim)),
+        state,
+    )
+
+
+def _hosted(sharding: Any, rank: int) -> Any:
+    return sharding.with_memory_kind("pinned_host") if rank else sharding
+
+
+def moved(state: Any, to: jax.memory.Space) -> Any:
+    """A state in another memory, all but scalars, which stay on the chip."""
+    return jax.tree.map(lambda x: jax.device_put(x, to) if x.ndim else x, state)
 
 
 def compiled_train_step(
@@ -63,6 +92,7 @@ def compiled_train_step(
     micro_batches: int = 1,
     *,
     fused: bool = False,
+    on_host: bool = False,
 ) -> Compiled:
     """The trainer's step, forwards, backwards and update, its parameters in bfloat16.
 
@@ -73,6 +103,7 @@ def compiled_train_step(
       batch_size: sequences per step, over all devices.
       micro_batches: parts of it, worked on one after the other.
       fused: takes the loss without all logits at once.
+      on_host: as of `compiled_update`.
 
     Raises:
       ValueError: for what the mesh does not divide.
@@ -84,12 +115,20 @@ def compiled_train_step(
         rows = batch_sharding(mesh, batch_size)
         batch = jax.ShapeDtypeStruct((batch_size, config.context + 1), jnp.int32, sharding=rows)
         metrics = NamedSharding(mesh, PartitionSpec())
-        step = jax.jit(
-            make_train_step(model_graph(config), tx, micro_batches, fused=fused),
-            donate_argnums=0,
-            out_shardings=(shardings, metrics),
-        )
-        traced = step.trace(state, batch)
+        own, kept = make_train_step(model_graph(config), tx, micro_batches, fused=fused), state
+        if on_host:
+            kept = state._replace(opt_state=on_host_where_large(state.opt_state))
+            shardings = jax.tree.map(lambda x: x.sharding, kept)
+
+        def stepped(state: TrainState, batch: Any) -> Any:
+            if not on_host:
+                return own(state, batch)
+            here = state._replace(opt_state=moved(state.opt_state, jax.memory.Space.Device))
+            after, metrics = own(here, batch)
+            return after._replace(opt_state=moved(after.opt_state, jax.memory.Space.Host)), metrics
+
+        step = jax.jit(stepped, donate_argnums=0, out_shardings=(shardings, metrics))
+        traced = step.trace(kept, batch)
         program = traced.lower().compile()
     seconds = time.perf_counter() - started
     counted = arithmetic(traced, mesh.size)

@@ -17,6 +17,10 @@ from .model_time import model_seconds, passes
 from .network import Network
 from .roofline import Estimate, passed_over, seconds_of, sent_in
 
+STAGED = 1.5
+"""Copies of a state on the host that are on the chip at once during an update, in which it comes and
+goes: what the TPU's compiler makes of AdamW (docs/log.md, 2026-11-28). For plans by hand."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -46,6 +50,8 @@ class Plan:
     """Of a float32 copy of the parameters, where there is one."""
     on_host: bool = False
     """Whether the state is kept in the memory of the host, and moved to the chip and back each step."""
+    host: int = 0
+    """What the program keeps there: all of the state but scalars."""
 
     @property
     def memory(self) -> float:
@@ -55,7 +61,7 @@ class Plan:
         counts.
         """
         held = self.parameters + self.master + self.gradients
-        held += 0 if self.on_host else self.state
+        held += self.state - self.host if self.on_host else self.state
         return held + max(self.temporary, self.activations)
 
     @property
@@ -89,7 +95,7 @@ def plan_of(
       network: between its chips; without one times are 0.
       work: the model's part; without one it is left out.
       is_step: whether a train step was compiled.
-      on_host: whether to count the state as kept by the host; the program is the same.
+      on_host: whether it was compiled with the state in the memory of the host.
       master_copy: whether to count a float32 copy of the parameters, read and written each step.
     """
     memory = compiled.program.memory_analysis()
@@ -98,6 +104,9 @@ def plan_of(
     parameters, state = bytes_per_device(compiled.params), bytes_per_device(compiled.state)
     master = 4 * parameters // ELEMENT if master_copy else 0
     sums = work.accumulators(parameters) if work and not is_step else 0
+    host = bytes_per_device([x for x in jax.tree.leaves(compiled.state) if x.ndim and on_host])
+    # XLA for CPU takes the host's memory for its own, so what comes to the chip is counted by hand.
+    staged = 0 if memory.host_argument_size_in_bytes else round(STAGED * host)
     leaves = jax.tree.leaves((compiled.params, compiled.state))
     estimate = Estimate()
     if network is not None:
@@ -109,7 +118,7 @@ def plan_of(
         name,
         parameters=parameters,
         state=state,
-        temporary=memory.temp_size_in_bytes,
+        temporary=memory.temp_size_in_bytes + staged,
         arithmetic=compiled.arithmetic,
         collectives=found,
         repeated=_repeated(compiled.state, mesh),
@@ -121,6 +130,7 @@ def plan_of(
         master=master,
         estimate=estimate,
         on_host=on_host,
+        host=host,
     )
 
 

@@ -47,13 +47,11 @@ def find_mesh(
     sizes = {"data": len(devices)}
     work = Work(shape, sizes, tokens, config.remat, fused_loss=config.fused_loss)
     params = shape.parameters()
-    ratio = (
-        0.0 if config.state_on_host else _bytes(jax.eval_shape(tx.init, params)) / _bytes(params)
-    )
-    ratio += 2.0 if config.master_copy else 0.0
-    found = candidates(
-        work, ratio, lambda sizes: laid_out(chip, devices, sizes, config.slices)[1], config.slices
-    )
+    ratio = _bytes(jax.eval_shape(tx.init, params)) / _bytes(params)
+    here, hosted = (0.0, ratio) if config.state_on_host else (ratio, 0.0)
+    here += 2.0 if config.master_copy else 0.0
+    network_of = lambda sizes: laid_out(chip, devices, sizes, config.slices)[1]
+    found = candidates(work, here, network_of, config.slices, host_ratio=hosted)
     if not config.json:
         fitting = sum(candidate.fits for candidate in found)
         console.print(

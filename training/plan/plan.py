@@ -73,7 +73,8 @@ class PlanConfig:
     master_copy: bool = False
     """Keep a float32 copy of the parameters, which the update reads and writes."""
     state_on_host: bool = False
-    """Keep the optimizer's state in the memory of the host (memory_kind="pinned_host")."""
+    """Keep the optimizer's state in the memory of the host, and compile so (memory_kind="pinned_host").
+    """
     fused_loss: bool = False
     """The loss without all logits at once, `ravine.stability.fused_cross_entropy`."""
     layers_only: bool = False
@@ -186,7 +187,7 @@ def _program(config: PlanConfig, shape: ModelShape, mesh: Mesh, work: Work) -> A
     """The function that compiles an optimizer's program."""
     if not config.train_step:
         params = sharded_parameters(shape, mesh, layers_only=config.layers_only)
-        return lambda tx: compiled_update(tx, params, mesh)
+        return lambda tx: compiled_update(tx, params, mesh, on_host=config.state_on_host)
     if mesh.shape.get("stage", 1) > 1:
         raise ValueError("the trainer's step has no pipeline stages; leave out --train-step.")
     if config.layers_only:
@@ -199,9 +200,8 @@ def _program(config: PlanConfig, shape: ModelShape, mesh: Mesh, work: Work) -> A
     model, over = trainer_model(config.model, shape), auto(mesh)
     model = dataclasses.replace(model, remat=config.remat == "full")
     rows = work.tokens // model.context
-    return lambda tx: compiled_train_step(
-        model, tx, over, rows, config.micro_batches, fused=config.fused_loss
-    )
+    options = {"fused": config.fused_loss, "on_host": config.state_on_host}
+    return lambda tx: compiled_train_step(model, tx, over, rows, config.micro_batches, **options)
 
 
 def _build(name: str, options: str) -> optax.GradientTransformation:

@@ -46,6 +46,7 @@ def _plain(found: Plan, network: Network, work: Work) -> dict[str, Any]:
         "master",
         "gradients",
         "state",
+        "host",
         "temporary",
         "activations",
         "memory",

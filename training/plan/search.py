@@ -14,6 +14,7 @@ from typing import Any
 from ..shapes.shape import ModelShape
 from ..sharding import parameter_spec
 from .by_hand import ELEMENT, Work
+from .cost import STAGED
 from .model_time import model_seconds
 from .network import Network
 from .roofline import passed_over, sent_in
@@ -54,7 +55,12 @@ class Candidate:
 
 
 def candidates(
-    work: Work, state_ratio: float, network_of: Callable[[Mapping[str, int]], Network], slices: int
+    work: Work,
+    state_ratio: float,
+    network_of: Callable[[Mapping[str, int]], Network],
+    slices: int,
+    *,
+    host_ratio: float = 0.0,
 ) -> list[Candidate]:
     """All meshes that divide, in their order.
 
@@ -63,6 +69,7 @@ def candidates(
       state_ratio: bytes of the optimizer's state on the chip, times those of the parameters.
       network_of: from sizes of axes to the network.
       slices: that divide the first axis, data.
+      host_ratio: as `state_ratio`, of a state in the memory of the host.
 
     Raises:
       ValueError: if none divides.
@@ -72,7 +79,7 @@ def candidates(
     for sizes in _sizes(work.chips, work.shape, sequences, slices):
         network = network_of(sizes)
         placed = dataclasses.replace(work, sizes=sizes, micro_batches=1)
-        found.append(_candidate(placed, state_ratio, network))
+        found.append(_candidate(placed, state_ratio, network, host_ratio))
     if not found:
         raise ValueError(
             f"no mesh of {work.chips} chips divides the model and its {sequences} sequences; give "
@@ -98,18 +105,21 @@ def _sizes(chips: int, shape: ModelShape, sequences: int, slices: int) -> Iterat
             yield sizes | {"context": context, "tensor": tensor}
 
 
-def _candidate(work: Work, state_ratio: float, network: Network) -> Candidate:
+def _candidate(work: Work, state_ratio: float, network: Network, host_ratio: float) -> Candidate:
     sizes = dict(work.sizes)
     parameters = sum(
         ELEMENT * math.prod(x.shape) // _parts(parameter_spec(name, x.shape, sizes), sizes)
         for name, x in work.shape.parameters().items()
     )
-    state = state_ratio * parameters
+    state, hosted = state_ratio * parameters, host_ratio * parameters
     rows = work.sequences
     counts = [n for n in range(1, rows + 1) if rows % n == 0]
     tried = [dataclasses.replace(work, micro_batches=count) for count in counts]
     needs = [
-        2 * parameters + one.accumulators(parameters) + state + sum(one.activations().values())
+        2 * parameters
+        + one.accumulators(parameters)
+        + state
+        + max(sum(one.activations().values()), STAGED * hosted)
         for one in tried
     ]
     best = next((at for at, need in enumerate(needs) if need <= network.chip.memory), -1)
@@ -117,7 +127,8 @@ def _candidate(work: Work, state_ratio: float, network: Network) -> Candidate:
     model = model_seconds(work, network.chip)
     sending = sent_in(network, work.exchanges())
     exposed = max(0.0, sending - model)
-    update = passed_over(network, parameters, parameters, round(state))
+    update = passed_over(network, parameters, parameters, round(state + hosted))
+    update += 2 * hosted / network.chip.host
     fits = memory <= network.chip.memory
     return Candidate(work, memory, update + model + exposed, sending, fits)
 

@@ -87,11 +87,13 @@ def _compared(made: Shown, plans: list[Plan]) -> Table:
 
 def _memory(made: Shown, plans: list[Plan]) -> Table:
     master = ["master"] if made.config.master_copy else []
-    headings = ("grads", "state", "temp.", "activations", "sum", "left", "checkpoint")
+    hosted = ["on host"] if made.config.state_on_host else []
+    headings = ("grads", "state", *hosted, "temp.", "activations", "sum", "left", "checkpoint")
     table = _table("params", *master, *headings)
     for found in plans:
         copy = [found.master] if master else []
-        sizes = (found.parameters, *copy, found.gradients, found.state, found.temporary)
+        there = [found.host] if hosted else []
+        sizes = (found.parameters, *copy, found.gradients, found.state, *there, found.temporary)
         table.add_row(
             found.optimizer,
             *map(readable, sizes),
@@ -170,7 +172,7 @@ def _lines(made: Shown, found: Plan) -> list[str]:
     if found.on_host:
         lines.append(
             f"{name}: the state is on the host, and {milliseconds(2 * found.state / chip.host)} ms of "
-            "the update move it to the chip and back"
+            "the update move it to the chip and back; what is on the chip meanwhile is a temporary"
         )
     writing = found.checkpoint / len(made.network.places) / chip.network
     lines.append(

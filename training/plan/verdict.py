@@ -5,7 +5,7 @@ import math
 
 from .by_hand import Work
 from .chips import Chip
-from .cost import Plan
+from .cost import STAGED, Plan
 
 
 def spare(plan: Plan, chip: Chip) -> float:
@@ -23,7 +23,7 @@ def verdict(plan: Plan, chip: Chip, work: Work | None = None) -> str:
       >>> verdict(Plan("adamw", parameters=4 * 10**9, state=8 * 10**9), CHIPS["v5e"])
       'fits in 16 GB with 4.00 GB to spare'
       >>> verdict(Plan("adamw", parameters=9 * 10**9, state=18 * 10**9), CHIPS["v5e"])
-      'does not fit in 16 GB, by 11.00 GB; with --state-on-host it does'
+      'does not fit in 16 GB, by 11.00 GB; shard over 2 times as many chips'
     """
     size, left = f"{chip.memory / 1e9:.0f} GB", spare(plan, chip)
     if left >= 0:
@@ -48,7 +48,9 @@ def _change(plan: Plan, chip: Chip, work: Work | None) -> str:
             less = dataclasses.replace(plan, activations=sum(tried.activations().values()))
             if spare(less, chip) >= 0:
                 return "with --fused-loss it does"
-    if spare(dataclasses.replace(plan, on_host=True), chip) >= 0:
+    temporary = plan.temporary + round(STAGED * plan.state)
+    moved = dataclasses.replace(plan, on_host=True, host=plan.state, temporary=temporary)
+    if not plan.on_host and spare(moved, chip) >= 0:
         return "with --state-on-host it does"
     return f"shard over {math.ceil(plan.memory / chip.memory)} times as many chips"
 
