@@ -79,8 +79,8 @@ def _hosted(sharding: Any, rank: int) -> Any:
     return sharding.with_memory_kind("pinned_host") if rank else sharding
 
 
-def moved(state: Any, to: jax.memory.Space) -> Any:
-    """A state in another memory, all but scalars, which stay on the chip."""
+def moved(state: Any, to: Any) -> Any:
+    """A state in another memory, a `jax.memory.Space`, all but scalars, which stay on the chip."""
     return jax.tree.map(lambda x: jax.device_put(x, to) if x.ndim else x, state)
 
 
