@@ -9,6 +9,7 @@ COMMANDS = {
     "muon": "update, compile time and temporary memory of Muon against Optax's",
     "shampoo": "compile time and steps of Shampoo and SOAP against Meta's, PyTorch's and Google's",
     "compile_time": "growth of compile time from 8 to 128 equal leaves (printed only)",
+    "moves": "moves between files of a traced update, lines by kind (printed only)",
     "memory": "bytes of state, bfloat16 and float32",
     "stability": "losses, guards and attention devices",
     "schedules": "what evaluating a schedule costs in a step (printed only)",
