@@ -14,7 +14,7 @@
 # %% [markdown]
 # # Compose your own, and put it on a pod
 #
-# An optimizer is two pure functions. This lesson writes one in thirty lines, gives it to the matrices of a transformer and AdamW to the rest, and trains it against AdamW. Then it goes to a mesh of eight devices, first with its own state and then with Shampoo's matrices, and finally asks the planner what a run on real accelerators would cost, before anyone pays for one.
+# An optimizer is two pure functions. This lesson writes one in thirty lines, gives it to the matrices of a transformer and AdamW to the rest, and trains it against AdamW. Then it goes to a mesh of eight devices, first with its own state and then with Shampoo's matrices, and finally the planner computes what a run on real accelerators would cost, before anyone pays for one.
 #
 # The eight devices are virtual: JAX makes them out of one CPU if it is told to before it does anything else.
 
@@ -55,7 +55,7 @@ print(len(jax.devices()), "devices")
 # %% [markdown]
 # ## 1. An idea: one second moment per neuron
 #
-# Adam divides every element of the momentum by the root of its own second moment. That is a buffer as large as the model. But a row of weights that feeds one neuron sees inputs of similar size and one common error signal, so its second moments should be similar, too. Keep their mean over the inputs instead (the idea of [Adam-mini](https://arxiv.org/abs/2406.16793)): for a kernel $W$ of shape $[\text{in}, \text{out}]$
+# Adam divides every element of the momentum by the root of its own second moment. That is a buffer as large as the model. But the weights that feed one neuron see inputs of similar size and one common error signal, so their second moments should be similar, too. Keep their mean over the inputs instead (the idea of [Adam-mini](https://arxiv.org/abs/2406.16793)): for a kernel $W$ of shape $[\text{in}, \text{out}]$
 #
 # $$m_t = \beta_1 m_{t-1} + (1 - \beta_1)\, g_t, \qquad v_{t,j} = \beta_2 v_{t-1,j} + (1 - \beta_2)\, \frac1n \sum_{i=1}^{n} g_{t,ij}^2, \qquad u_{t,ij} = \frac{m_{t,ij} / (1 - \beta_1^t)}{\sqrt{v_{t,j} / (1 - \beta_2^t)} + \varepsilon}.$$
 #

@@ -142,7 +142,7 @@ plt.show()
 #
 # $$g = \frac1B \sum_{b=1}^{B} \nabla f_{i_b}(\theta), \qquad \mathbb{E}[g] = \nabla F(\theta).$$
 #
-# It is unbiased, whatever $B$. How far off is it? Let $\Sigma$ be the covariance of the gradients of single windows. For independent draws
+# It is unbiased, whatever $B$. How large is the *mini-batch noise* in it? Let $\Sigma$ be the covariance of the gradients of single windows. For independent draws
 #
 # $$\mathbb{E}\,\lVert g - \nabla F \rVert^2 = \frac{\operatorname{tr} \Sigma}{B},$$
 #
