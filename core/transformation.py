@@ -18,6 +18,7 @@ import jax
 import optax
 
 from .fit import check_fit, parameters_of
+from .mapped import mapped_as_arguments
 
 Describe = Callable[[Any], Mapping[str, Any]]
 """From the parameters to a description: one text for all of them, or a list with one per leaf."""
@@ -84,7 +85,7 @@ def _watched(
         links = _links.get()
         if links is not None:
             links.append(Link(name, params, {} if describe is None else describe(params)))
-        return init(params, *args, **kwargs)
+        return mapped_as_arguments(init(params, *args, **kwargs))
 
     return watched
 
@@ -93,7 +94,8 @@ def _fitting(update: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any,
     @functools.wraps(update)
     def checked(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         check_fit("gradient", updates, parameters_of(state) if params is None else params)
-        return update(updates, state, params, **extra)
+        updates, state = update(updates, state, params, **extra)
+        return updates, mapped_as_arguments(state)
 
     return checked
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ....core.mapped import explicit_mapped_axes, spmd_mapped_axes
 from .dealing import Deal
 from .explicit import specs_after, specs_of
 from .placement import Names, Placement, explicit_sizes, mesh_of, names_of, spec
@@ -41,18 +42,43 @@ def per_shard(
             return body(updates, state, cuts)
         specs = (specs_of(updates), specs_after(init, updates))
         state = jax.tree.map(_resharded, state, specs[1])
-        local = jax.shard_map(
-            lambda updates, state: body(updates, state, [cut.local() for cut in cuts]),
-            mesh=meshes[0],
-            in_specs=specs,
-            out_specs=specs,
-            axis_names=set(explicit_sizes(meshes[0])),
-            # Loops start from constants, which would have to be declared as varying one by one.
-            check_vma=False,
-        )
-        return local(updates, state)
+        local = lambda updates, state: body(updates, state, [cut.local() for cut in cuts])
+        return _on_shards(local, specs, specs, meshes[0])(updates, state)
 
     return update
+
+
+def _on_shards(local: Callable[..., Any], taken: Any, made: Any, mesh: Any) -> Callable[..., Any]:
+    """`local` of shards, cut as arguments and results are said to be; `jax.vmap` may map it."""
+    mapped = explicit_mapped_axes()
+
+    def on_shards(*arguments: Any) -> Any:
+        names = set(explicit_sizes(mesh)) | spmd_mapped_axes()
+        # Loops start from constants, which would have to be declared as varying one by one.
+        return jax.shard_map(
+            local, mesh=mesh, in_specs=taken, out_specs=made, axis_names=names, check_vma=False
+        )(*arguments)
+
+    if not mapped:
+        return on_shards
+    # JAX would leave a mapped `Explicit` axis `Explicit` inside, where every reshape then has to name
+    # shardings; here each device maps over what it has of it.
+    with_rule = jax.custom_batching.custom_vmap(on_shards)
+
+    @with_rule.def_vmap
+    def rule(size: int, has_axis: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
+        del size
+        left = explicit_mapped_axes()
+        names = tuple(name for name in mesh.axis_names if name in mapped and name not in left)
+        wider = lambda spec, has: PartitionSpec(names or None, *spec) if has else spec
+        in_axes = jax.tree.map(lambda has: 0 if has else None, tuple(has_axis))
+        wide_taken = jax.tree.map(wider, taken, tuple(has_axis))
+        all_have = jax.tree.map(lambda _: True, made)
+        wide_made = jax.tree.map(wider, made, all_have)
+        mapped_local = jax.vmap(local, in_axes=in_axes)
+        return _on_shards(mapped_local, wide_taken, wide_made, mesh)(*arguments), all_have
+
+    return with_rule
 
 
 def move_in(x: jax.Array, placement: Placement) -> jax.Array:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
-from .placement import mesh_of, names_of, spec
+from .placement import axes_of_type, mesh_of, names_of, spec
 
 
 def explicitly(
@@ -32,8 +32,7 @@ def explicitly(
 
 def auto_axes(mesh: Any) -> tuple[str, ...]:
     """The names of a mesh's `Auto` axes."""
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return tuple(name for name, kind in kinds if kind == AxisType.Auto)
+    return tuple(axes_of_type(mesh, AxisType.Auto))
 
 
 def with_explicit_axes(mesh: AbstractMesh) -> AbstractMesh:

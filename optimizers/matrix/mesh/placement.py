@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
+
+from ....core.mapped import mapped_axes
 
 Names = tuple[str, ...]
 """Mesh axes that cut one axis of an array, the slowest first."""
@@ -143,10 +145,14 @@ def mesh_of(x: Any) -> Any:
 
 
 def explicit_sizes(mesh: Any) -> dict[str, int]:
-    """Name to size, of the mesh's `Explicit` axes."""
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    explicit = [name for name, kind in kinds if kind == jax.sharding.AxisType.Explicit]
-    return {name: mesh.shape[name] for name in explicit}
+    """Name to size, of the mesh's `Explicit` axes but those that `jax.vmap` maps over."""
+    return {name: mesh.shape[name] for name in axes_of_type(mesh, AxisType.Explicit)}
+
+
+def axes_of_type(mesh: Any, wanted: AxisType) -> list[str]:
+    """The names of the mesh's axes of a type, but for those that `jax.vmap` maps over."""
+    kinds, mapped = zip(mesh.axis_names, mesh.axis_types, strict=True), mapped_axes()
+    return [name for name, kind in kinds if kind == wanted and name not in mapped]
 
 
 def _sharding(x: Any) -> Any:
