@@ -39,7 +39,7 @@ def test_element_wise_optimizers_communicate_nothing():
     ("optimizer", "options", "factors", "limit"),
     [
         # Statistics, and roots or bases, of each of two sides in float32.
-        ("shampoo", {"packed": True}, 4, 3.5e9),
+        ("shampoo", {"factors": {"packed": True}}, 4, 3.5e9),
         ("soap", {}, 8, 3.9e9),
     ],
 )
