@@ -13,7 +13,7 @@ import optax
 
 from ..core.arguments import checked
 from ..core.checks import LARGEST_COUNT, check_amount, check_ratio, check_whole
-from ._arithmetic import select
+from ._arithmetic import rounded, select, times
 from ._checks import check_boundaries, check_length
 from ._schedule import Schedule, as_count, boundaries_of, evaluate, values_of, words_of
 from .operators import join
@@ -189,9 +189,31 @@ def follow_data(schedule: optax.Schedule, batch: BatchSizes) -> Schedule:
     )
 
 
+def by_data(schedule: optax.Schedule, batch: BatchSizes, batch_size: int) -> Schedule:
+    """A schedule counted in updates of a constant batch, at the data that growing ones have seen.
+
+    Between two of its counts it is interpolated. `batch_size` is a multiple of ``batch.tick``.
+    """
+    per_update = batch_size // batch.tick
+
+    def function(count: jax.Array) -> jax.Array:
+        ticks = batch.ticks_at(count)
+        at, part = ticks // per_update, ticks % per_update
+        before, after = evaluate(schedule, at), evaluate(schedule, at + 1)
+        share = times(part.astype(jnp.float32), 1 / per_update)
+        return jnp.where(part == 0, before, before + rounded((after - before) * share))
+
+    return Schedule(function, f"{words_of(schedule)}, by data seen", (0, *batch.boundaries))
+
+
 @checked
 def seesaw(
-    schedule: optax.Schedule, steps: int, batch_size: int, factor: float = 0.5
+    schedule: optax.Schedule,
+    steps: int,
+    batch_size: int,
+    factor: float = 0.5,
+    *,
+    largest: int | None = None,
 ) -> tuple[Schedule, BatchSizes]:
     r"""Trades the decay of the learning rate for growth of the batch.
 
@@ -205,6 +227,9 @@ def seesaw(
       steps: :math:`T`, the length of the reference run.
       batch_size: its batch size.
       factor: :math:`\alpha` in (0, 1).
+      largest: no batch is larger, as the memory or the critical batch has it; from the last growth
+        on, the learning rate falls as the reference does for the same data, times the square root
+        of what the batch has grown by. By default the batch grows to the end.
 
     Returns:
       The learning rate and the batch sizes, counted in updates of the shorter run. Up to the peak
@@ -225,16 +250,23 @@ def seesaw(
       [1.0, 0.71, 0.5, 0.25]
     """
     check_whole(1, steps=steps, batch_size=batch_size)
+    if largest is not None:
+        check_whole(batch_size, largest=largest)
     check_ratio(factor=factor)
     if factor in (0, 1):
         raise ValueError(f"factor must lie between 0 and 1, got {factor!r}; the paper has 0.5.")
     values = values_of(schedule, steps)
     top = int(values.argmax())
     peak, after = float(values[top]), values[top:]
-    cuts = []
-    while (below := after <= peak * factor ** (len(cuts) + 1) * (1 + 1e-6)).any() and len(
-        cuts
-    ) < 64:
+    cuts: list[int] = []
+    bounded = False
+    while len(cuts) < 64:
+        level = factor ** (len(cuts) + 1)
+        below = after <= peak * level * (1 + 1e-6)
+        if not below.any():
+            break
+        if bounded := largest is not None and round(batch_size / level) > largest:
+            break
         cuts.append(top + int(below.argmax()))
     sizes = [round(batch_size / factor**k) for k in range(len(cuts) + 1)]
     check_whole(1, **{"the last batch_size, grown by all cuts,": sizes[-1]})
@@ -243,4 +275,10 @@ def seesaw(
     bounds = [boundary - top for boundary in batch.boundaries]
     falls = piecewise(peak, bounds, [math.sqrt(batch_size / size) for size in batch.sizes[1:]])
     rate = join([schedule, falls], [top]) if top else falls
+    if bounded:
+        last = batch.boundaries[-1] if batch.boundaries else top
+        grown = math.sqrt(batch.sizes[-1] / batch_size)
+        rest = by_data(schedule, batch, batch_size)
+        tail = Schedule(lambda count: times(rest(count + last), grown), words_of(schedule))
+        rate = join([rate, tail], [last]) if last else tail
     return dataclasses.replace(rate, words=f"Seesaw of {words_of(schedule)}"), batch

@@ -15,6 +15,7 @@ from ..core.transformation import states_of, with_extra_args
 from ..core.tree_checks import check_params_given
 from ..optimizers.roles import Rules, complete, known_roles
 from ._moments import moment_leaves
+from ._own_norms import OwnNorm, own_norms
 
 PRECONDITIONED = "preconditioned/"
 
@@ -48,9 +49,14 @@ def squared_norms(
 ) -> dict[str, jax.Array]:
     r"""Squared norms of a gradient by role: what noise scales are made of.
 
-    With the optimizer's state, also ``preconditioned/role``: :math:`\sum_j p_j g_j^2` with
-    :math:`p_j \propto 1 / \sqrt{v_j}`, for every parameter whose second moment the state holds under
-    the name ``nu``, in the parameter's shape. The mean of all :math:`p_j` is 1.
+    With the optimizer's state, also ``preconditioned/role``: :math:`\langle g, P g \rangle` in the norm
+    that the optimizer itself has. For a matrix of Shampoo, KL-Shampoo or SOAP that is
+    :math:`\operatorname{tr}(G^\top L^{-1/4} G R^{-1/4})` with the roots it holds, or
+    :math:`1 / \sqrt v` in its eigenbasis; of Muon :math:`\operatorname{tr}(G^\top (M M^\top)^{-1/2} G)`
+    with the momentum, which takes an eigendecomposition of every matrix each time. For every other
+    parameter whose second moment the state holds under the name ``nu``, in the parameter's shape, it is
+    :math:`\sum_j p_j g_j^2` with :math:`p_j \propto 1 / \sqrt{v_j}`. The mean eigenvalue of P is 1, over
+    all matrices and over all others.
 
     Args:
       grads: a tree of gradients.
@@ -70,23 +76,28 @@ def squared_norms(
     roles = jax.tree.leaves(known_roles(grads, rules))
     paths = jax.tree_util.tree_leaves_with_path(grads)
     moments = {path_string(path): nu for path, nu in moment_leaves(opt_state, "nu")}
+    own = own_norms(grads, roles, opt_state)
     found: dict[str, jax.Array] = {}
-    scales: list[jax.Array] = []
-    size = 0
+    sums = {kind: (jnp.zeros([], jnp.float32), 0) for kind in (True, False)}
+    preconditioned: list[tuple[str, bool, jax.Array]] = []
     for (path, leaf), role in zip(paths, roles, strict=True):
         square = jnp.square(wide(leaf)).astype(jnp.float32)
         _add(found, role, jnp.sum(square))
-        nu = moments.get(path_string(path))
-        if nu is not None and jnp.shape(nu) == leaf.shape:
+        name = path_string(path)
+        nu, norm = moments.get(name), own.get(name)
+        if norm is None and nu is not None and jnp.shape(nu) == leaf.shape:
             nu = wide(nu).astype(jnp.float32)
             scale = jnp.where(nu > 0, jax.lax.rsqrt(jnp.where(nu > 0, nu, 1)), 0)
-            _add(found, PRECONDITIONED + role, jnp.sum(scale * square))
-            scales.append(jnp.sum(scale))
-            size += leaf.size
-    if scales:
-        mean = sum(scales, start=jnp.zeros([], jnp.float32)) / size
-        for name in [name for name in found if name.startswith(PRECONDITIONED)]:
-            found[name] = found[name] / jnp.where(mean > 0, mean, 1)
+            norm = OwnNorm(jnp.sum(scale * square), jnp.sum(scale))
+        if norm is not None:
+            is_matrix = name in own
+            trace, size = sums[is_matrix]
+            sums[is_matrix] = trace + norm.trace, size + leaf.size
+            preconditioned.append((role, is_matrix, norm.square))
+    for role, is_matrix, square in preconditioned:
+        trace, size = sums[is_matrix]
+        by = jnp.where(trace > 0, trace / size, 1)
+        _add(found, PRECONDITIONED + role, square / by)
     return dict(sorted(found.items()))
 
 
@@ -135,8 +146,8 @@ def with_noise_scale(
         A = |\bar g|^2 - S / W
 
     of :math:`\operatorname{tr} \Sigma` and :math:`|G|^2`. Both are averaged over steps before they are
-    divided, because the mean of ratios is biased. Preconditioned ones weigh coordinates by
-    :math:`1 / \sqrt{v_j}`, as Adam's step does.
+    divided, because the mean of ratios is biased. Preconditioned ones are in the optimizer's own norm,
+    see :func:`squared_norms`; they are unbiased too, since the norm is of the state before the step.
 
     Give the update ``micro_batches=``, of :func:`micro_batch_value_and_grad` with
     ``measure=squared_norms`` or of :func:`gathered`; without, or where all weights are 0, the estimates

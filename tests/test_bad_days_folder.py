@@ -28,6 +28,7 @@ from ravine.training.cli import main
 from ravine.training.compare import race as race_module
 from ravine.training.compare import report
 from ravine.training.data.corpus import load_corpus
+from ravine.training.metrics import Rates
 from ravine.training.run import folder, interrupts
 from ravine.training.run.files import naming
 
@@ -586,10 +587,10 @@ def full_at_a_record(day):
 
 def full_at_a_checkpoint(day):
     class Full(checkpoint.ocp.training.Checkpointer):
-        def save_async(self, step, *args, **kwargs):
+        def save_checkpointables_async(self, step, *args, **kwargs):
             if "lion" in str(self.directory):
                 raise RuntimeError("RESOURCE_EXHAUSTED: no space left\nand more")
-            return super().save_async(step, *args, **kwargs)
+            return super().save_checkpointables_async(step, *args, **kwargs)
 
     day.patch.setattr(checkpoint.ocp.training, "Checkpointer", Full)
     return ["--optimizers", "sgd,lion"]
@@ -809,7 +810,7 @@ def test_learning_rates_are_asked_for_a_block_at_a_time():
         asked.append(count.shape[0])
         return 1e-3 * count.astype("float32")
 
-    rates = loop.Rates(schedule, 2**31 - 1)
+    rates = Rates(schedule, 2**31 - 1)
     steps = [0, 1, 4095, 4096, 7, 2**31 - 2]
     np.testing.assert_allclose([rates[step] for step in steps], 1e-3 * np.array(steps), rtol=1e-6)
     assert asked == [4096, 4096, 4096, 4095]

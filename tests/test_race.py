@@ -151,13 +151,13 @@ def test_an_interruption_leaves_finished_runs_reported_and_can_be_resumed(
 
     train = race_module.train
 
-    def interrupted(run_config, tx, corpus, outcome, folder, on_record, mesh, on_start):
+    def interrupted(run_config, tx, corpus, outcome, folder, on_record, *rest):
         def stop(record):
             on_record(record)
             if outcome.name == "lion" and record["step"] == 4 and "loss" in record:
                 raise KeyboardInterrupt
 
-        return train(run_config, tx, corpus, outcome, folder, stop, mesh, on_start)
+        return train(run_config, tx, corpus, outcome, folder, stop, *rest)
 
     monkeypatch.setattr(race_module, "train", interrupted)
     assert race(*words, text=text, out=out) == 130

@@ -1,5 +1,7 @@
 """Roll-back: when it returns, where to, and that the run goes on as if the spike had not been."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,3 +95,17 @@ def test_gives_up_in_plain_words():
 def test_bad_policies_are_refused(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         RollbackPolicy(**fields)
+
+
+def test_what_is_kept_in_a_checkpoint_makes_the_same_decisions():
+    rng = np.random.default_rng(1)
+    losses = [2 + 0.01 * rng.normal() for _ in range(14)] + [9.0] * 2
+    whole = Rollback(POLICY)
+    for step, loss in enumerate(losses, 1):
+        assert whole.observe(step, jnp.full(1, step), loss) is None
+    again = Rollback(POLICY)
+    again.set_state(json.loads(json.dumps(whole.get_state())), whole.snapshots)
+    for watch in (whole, again):  # the third bad loss in a row, of which two were seen before
+        back = watch.observe(17, jnp.full(1, 17), 9.0)
+        assert (back.step, float(back.state[0]), watch.returns) == (12, 12, 1)
+    assert again.get_state() == whole.get_state()

@@ -230,7 +230,7 @@ def test_a_resumed_race_may_change_its_mesh(tmp_path, capsys, monkeypatch):
     words += ["--checkpoint-every", "4"]
     train, steps, meshes = race_module.train, [], []
 
-    def watched(run, tx, corpus, outcome, folder, on_record, mesh, on_start):
+    def watched(run, tx, corpus, outcome, folder, on_record, mesh, *rest):
         def record(record):
             on_record(record)
             steps.append(record["step"])
@@ -238,7 +238,7 @@ def test_a_resumed_race_may_change_its_mesh(tmp_path, capsys, monkeypatch):
                 raise KeyboardInterrupt
 
         meshes.append(mesh)
-        return train(run, tx, corpus, outcome, folder, record, mesh, on_start)
+        return train(run, tx, corpus, outcome, folder, record, mesh, *rest)
 
     monkeypatch.setattr(race_module, "train", watched)
     assert main(words) == 130

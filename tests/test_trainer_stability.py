@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from ravine.training import programs
 from ravine.training import step as step_module
 from ravine.training import train as loop
 from ravine.training.cli import main
@@ -56,7 +57,7 @@ class Spoiled:
 
 def train(monkeypatch, folder, corpus, run, **spoiled):
     """A run on spoiled data, each bad batch of which makes everything NaN."""
-    make_step, make_batches = loop.make_train_step, loop.train_batches
+    make_step, make_batches = programs.make_train_step, loop.train_batches
 
     def spoiling(*args, **kwargs):
         step = make_step(*args, **kwargs)
@@ -70,7 +71,7 @@ def train(monkeypatch, folder, corpus, run, **spoiled):
         return spoiled_step
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "make_train_step", spoiling)
+        patch.setattr(programs, "make_train_step", spoiling)
         patch.setattr(loop, "optimizer_milliseconds", lambda *args: math.nan)
         patch.setattr(
             loop, "train_batches", lambda *a, **k: Spoiled(make_batches(*a, **k), **spoiled)
@@ -97,24 +98,33 @@ def test_a_run_returns_to_before_a_spike_and_leaves_its_data_out(monkeypatch, tm
     lines = (tmp_path / "found" / "metrics.jsonl").read_text().splitlines()
     assert sum("returned_to" in json.loads(line) for line in lines) == 1
 
-    # Cut off just after the return, it goes on from there: the checkpoint after 5 is gone, whose data
-    # would be the bad ones.
+    # Cut off before the spike, it returns as well: the checkpoint holds snapshots and losses. Cut off
+    # just after the return, it goes on from there: the checkpoint after 5 is gone, whose data would be
+    # the bad ones.
+    for cut in (1, 2):
+        resumed = train_cut(monkeypatch, tmp_path / f"cut-{cut}", corpus, run, cut)
+        assert resumed.status == "finished"
+        assert resumed.final_loss == found.final_loss
+        kept = [[(r["step"], r["loss"]) for r in outcome.steps] for outcome in (resumed, found)]
+        np.testing.assert_array_equal(*kept)
+
+
+def train_cut(monkeypatch, folder, corpus, run, cut):
+    """A run whose sixth batch is bad, cut off after its first or second checkpoint and taken up."""
     make, saves = loop.Checkpoints.save, []
 
-    def save(self, state, batches):
-        make(self, state, batches)
+    def save(self, state, batches, rollback):
+        make(self, state, batches, rollback)
         saves.append(int(state.step))
-        if len(saves) == 2:
+        if len(saves) == cut:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.Checkpoints, "save", save)
         with pytest.raises(KeyboardInterrupt):
-            train(patch, tmp_path / "cut", corpus, run, bad=(5,))
-    assert saves == [5, 4]
-    resumed = train(monkeypatch, tmp_path / "cut", corpus, run, bad=(5,))
-    assert resumed.status == "finished"
-    assert resumed.final_loss == found.final_loss
+            train(patch, folder, corpus, run, bad=(5,))
+    assert saves == [5, 4][:cut]
+    return train(monkeypatch, folder, corpus, run, bad=(5,))
 
 
 def test_a_run_that_cannot_return_has_diverged(monkeypatch, tmp_path, corpus):
@@ -127,7 +137,7 @@ def test_a_run_that_cannot_return_has_diverged(monkeypatch, tmp_path, corpus):
 
 def train_skipping(monkeypatch, folder, corpus, bad):
     """A guarded run in which the losses of some batches are NaN; records tell the rate in the state."""
-    losses, make_step = step_module._trained_loss, loop.make_train_step
+    losses, make_step = step_module._trained_loss, programs.make_train_step
 
     def spoiled(*args):
         def loss(params, batch):
@@ -146,7 +156,7 @@ def train_skipping(monkeypatch, folder, corpus, bad):
     run = RunConfig(steps=6, model=MODEL, skip_spikes=True, warmup_steps=0, **SIZES)
     with monkeypatch.context() as patch:
         patch.setattr(step_module, "_trained_loss", spoiled)
-        patch.setattr(loop, "make_train_step", telling)
+        patch.setattr(programs, "make_train_step", telling)
         patch.setattr(loop, "optimizer_milliseconds", lambda *args: math.nan)
         make_batches = loop.train_batches
         patch.setattr(loop, "train_batches", lambda *a, **k: Spoiled(make_batches(*a, **k), bad))

@@ -9,6 +9,7 @@ seal, and compares before anyone reads.
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -18,19 +19,34 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from .data.taking import Batches
 from .distributed import from_first, is_first
+from .rollback import Rollback
 from .run import orbax_noise
 from .run.files import said, write_json
 from .step import TrainState
 
-KEPT = 2
 SEAL = "files.json"
 REFUSED = "checkpoints-refused"
-_METADATA = "_CHECKPOINT_METADATA"
+METADATA = "_CHECKPOINT_METADATA"
+_STATE, _SNAPSHOTS = "state", "snapshots"
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """A checkpoint of another run, from which a branch starts."""
+
+    run: Path
+    """The folder of that run."""
+    step: int
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        return self.run / "checkpoints" / str(self.step)
 
 
 class Checkpoints:
@@ -42,6 +58,8 @@ class Checkpoints:
       folder: where they lie; made when missing.
       identity: JSON values that a checkpoint must agree with to be restored (the configuration).
       past: from a step to more of them, of what came before it.
+      origin: where to start if there is no checkpoint yet.
+      keep: how many; 0 for all.
     """
 
     def __init__(
@@ -49,22 +67,29 @@ class Checkpoints:
         folder: Path,
         identity: dict[str, Any],
         past: Callable[[int], dict[str, Any]] = lambda step: {},
+        *,
+        origin: Origin | None = None,
+        keep: int = 2,
     ):
         self._identity, self._past = identity, past
+        self._origin, self._keep = origin, keep
+        self.branched: Origin | None = None
+        """Where `restore` has found the state, if not here."""
         self._path = folder.absolute()
         orbax_noise.quiet()
-        self._background = concurrent.futures.ThreadPoolExecutor(1)
+        self._background = concurrent.futures.ThreadPoolExecutor(1)  # which starts no thread yet
         self._writing: concurrent.futures.Future[None] | None = None
 
     @functools.cached_property
     def _orbax(self) -> ocp.training.Checkpointer:
         """Opened once the seals were compared: it reads the metadata of every checkpoint."""
-        newest: Any = ocp.training.preservation_policies.LatestN(KEPT)
+        policies = ocp.training.preservation_policies
+        newest: Any = policies.LatestN(self._keep) if self._keep else policies.PreserveAll()
         return ocp.training.Checkpointer(
             str(self._path), preservation_policy=newest, cleanup_tmp_directories=True
         )
 
-    def save(self, state: TrainState, batches: grain.DatasetIterator) -> None:
+    def save(self, state: TrainState, batches: Batches, rollback: Rollback | None = None) -> None:
         """Starts writing; the arrays are copied before this returns, so they may be donated.
 
         Raises:
@@ -74,10 +99,17 @@ class Checkpoints:
         step = int(state.step)
         identity = {**self._identity, **self._past(step)}
         metadata: Any = {"identity": identity, "data": batches.get_state()}
+        parts: dict[str, Any] = {_STATE: state}
+        if rollback is not None:
+            metadata["rollback"] = rollback.get_state()
+            if rollback.snapshots:
+                parts[_SNAPSHOTS] = {str(at): held for at, held in rollback.snapshots.items()}
         self._step = step
         with self._unwritten():
             # The loop decides when; Orbax's own policy must not drop one.
-            written = self._orbax.save_async(step, state, force=True, custom_metadata=metadata)
+            written = self._orbax.save_checkpointables_async(
+                step, parts, force=True, custom_metadata=metadata
+            )
 
         def seal() -> None:
             if written is not None and written.result() and is_first():
@@ -91,19 +123,26 @@ class Checkpoints:
         for found in [found.step for found in self._orbax.checkpoints if found.step >= step]:
             self._orbax.delete(found)
 
-    def restore(self, state: TrainState, batches: grain.DatasetIterator) -> TrainState:
+    def restore(
+        self, state: TrainState, batches: Batches, rollback: Rollback | None = None
+    ) -> TrainState:
         """The newest checkpoint that can be used, in the layout of `state`; `state` when there is none.
 
-        `batches` is moved to the position it had when the checkpoint was written. Of newer ones it is
-        said why they are refused; they are set aside, in a folder beside this one.
+        `batches` is moved to the position it had when the checkpoint was written, and `rollback` is
+        given what it had seen and held. Where there are none yet, that of the origin is used. Of newer
+        ones it is said why they are refused; they are set aside, in a folder beside this one.
 
         Raises:
           ValueError: if there are checkpoints, but each was cut off, is damaged or is of another
-            configuration. Nothing is touched then.
+            configuration, or if that of the origin is. Nothing is touched then.
         """
         steps = self._steps()
         if not steps:
-            return state
+            if self._origin is None:
+                return state
+            self.check_origin()
+            self.branched = self._origin
+            return self._read(self._origin.folder, state, batches, rollback)
         refused: dict[int, str] = {}
         for step in steps:
             complaint = from_first(_complaint(self._folder(step)) if is_first() else "")
@@ -121,16 +160,59 @@ class Checkpoints:
                 "remove them."
             )
         for older in steps[steps.index(step) + 1 :]:
-            read = {_METADATA}
+            read = {METADATA}
             complaint = from_first(_complaint(self._folder(older), read) if is_first() else "")
             if complaint:
                 refused[older] = complaint
         self._warn(refused, step)
         self._set_aside(refused)
+        return self._read(self._folder(step), state, batches, rollback)
+
+    def check_origin(self, only: Collection[str] | None = None) -> None:
+        """Refuses an origin that is not whole, or whose past is not that of this configuration.
+
+        Args:
+          only: files whose contents are compared, of all of them by default.
+
+        Raises:
+          ValueError: that says why.
+        """
+        origin = self._origin
+        if origin is None:
+            return
+        there = is_first() and origin.folder.is_dir()
+        complaint = _complaint(origin.folder, only) if there else ""
+        if is_first() and not there:
+            found = sorted(map(int, _steps_of(origin.folder.parent)))
+            complaint = f"is not there; those of steps {found} are" if found else "is not there"
+        complaint = from_first(complaint)
+        if not complaint:
+            metadata: Any = ocp.metadata(str(origin.folder.absolute())).custom_metadata
+            differing = self._differing(metadata["identity"], origin.step)
+            if differing:
+                complaint = f"has another past ({'; '.join(differing[:3])})"
+        if complaint:
+            raise ValueError(
+                f"the checkpoint of step {origin.step} in {origin.run} {complaint}; a branch may change "
+                "what comes after its checkpoint, nothing before."
+            )
+
+    def _read(
+        self, folder: Path, state: TrainState, batches: Batches, rollback: Rollback | None
+    ) -> TrainState:
+        path = str(folder.absolute())
+        metadata: Any = ocp.metadata(path).custom_metadata
         abstract = jax.tree.map(ocp.arrays.to_shape_dtype_struct, state)
-        restored = self._orbax.load(step, abstract)
+        parts: dict[str, Any] = {_STATE: abstract}
+        seen = metadata.get("rollback")
+        if rollback is not None and seen is not None and seen["snapshots"]:
+            parts[_SNAPSHOTS] = {str(at): abstract for at in seen["snapshots"]}
+        found = ocp.load_checkpointables(path, parts)
         batches.set_state(metadata["data"])
-        return restored
+        if rollback is not None and seen is not None:
+            snapshots = found.get(_SNAPSHOTS, {})
+            rollback.set_state(seen, {at: snapshots[str(at)] for at in seen["snapshots"]})
+        return found[_STATE]
 
     def close(self) -> None:
         """Waits until all writing is done.
@@ -165,8 +247,8 @@ class Checkpoints:
     def _steps(self) -> list[int]:
         """Of the checkpoints that are there, newest first."""
         steps = []
-        if is_first() and self._path.is_dir():
-            steps = [int(entry.name) for entry in self._path.iterdir() if entry.name.isdecimal()]
+        if is_first():
+            steps = list(map(int, _steps_of(self._path)))
         return json.loads(from_first(json.dumps(sorted(steps, reverse=True))))
 
     def _warn(self, refused: dict[int, str], step: int) -> None:
@@ -200,6 +282,13 @@ class Checkpoints:
             for name in {**theirs, **mine}
             if mine.get(name) != theirs.get(name)
         ]
+
+
+def _steps_of(folder: Path) -> list[str]:
+    """The names of checkpoints in a folder."""
+    if not folder.is_dir():
+        return []
+    return [entry.name for entry in folder.iterdir() if entry.name.isdecimal()]
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -1,6 +1,8 @@
 """The configuration of a run: typed, frozen, checked before anything is written."""
 
+import bisect
 import dataclasses
+import functools
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -8,6 +10,8 @@ from typing import Any, Literal
 import optax
 
 from .. import schedules
+from ..schedules import BatchSizes
+from .batch_schedule import CONSTANT, BatchSchedule, Rule
 from .identity import EXTENDS, FREE, LATER
 from .loss import LARGE
 from .model import ModelConfig
@@ -19,9 +23,10 @@ class RunConfig:
     """The configuration that all optimizers of a race share."""
 
     steps: int = dataclasses.field(default=700, metadata=EXTENDS)
-    """Updates made."""
+    """Updates made; with a batch schedule, those that batch_size would make of the same data."""
     batch_size: int = 16
     """Sequences per step, over all hosts."""
+    batches: BatchSchedule = dataclasses.field(default=CONSTANT, metadata={**LATER, **EXTENDS})
     micro_batches: int = dataclasses.field(default=1, metadata=LATER)
     """Parts of a batch that are processed one after the other, in the memory of one; their
     gradients are added."""
@@ -71,8 +76,18 @@ class RunConfig:
     """Of the initial parameters and the order of the data."""
     data: tuple[Path, ...] = dataclasses.field(default=(), metadata=EXTENDS)
     """Text files or a uint16 .bin; by default this Python's own standard library."""
+    bpe: int = dataclasses.field(default=0, metadata=LATER)
+    """Size of a byte-pair encoding that is trained on the training text; 0 for bytes. It needs
+    tokenizers."""
+    tokenizer: Path | None = dataclasses.field(default=None, metadata={**LATER, **EXTENDS})
+    """A tokenizer.json of Hugging Face's to encode the text with, instead."""
+    bytes_per_token: float = dataclasses.field(default=0.0, metadata={**LATER, **EXTENDS})
+    """Of a .bin, whose tokenizer is not known: bytes of text per token, so that losses are reported in
+    bits per byte too; 0 for unknown."""
     checkpoint_every: int = dataclasses.field(default=0, metadata=EXTENDS)
     """Updates between two checkpoints; 0 keeps that of the end, or of a signal, alone."""
+    keep_checkpoints: int = dataclasses.field(default=2, metadata=FREE)
+    """Checkpoints kept, the newest ones; 0 for all, as cooldowns may branch off any (--branch-from)."""
     log_every: int = dataclasses.field(default=10, metadata=FREE)
     """Updates whose metrics are fetched and written to metrics.jsonl together; none are lost."""
     read_threads: int = dataclasses.field(default=0, metadata=FREE)
@@ -95,7 +110,7 @@ class RunConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         whole = ("schedule_steps", "warmup_steps", "checkpoint_every", "monitor_every", "seed")
-        for name in (*whole, "read_threads", "noise_scale_every", "samples"):
+        for name in (*whole, "read_threads", "noise_scale_every", "samples", "keep_checkpoints"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         for name in ("steps", "schedule_steps", "warmup_steps"):
@@ -117,6 +132,16 @@ class RunConfig:
             raise ValueError(f"ema must lie in [0, 1), 0.999 is common; got {self.ema}.")
         if self.profile is not None and self.profile.exists() and not self.profile.is_dir():
             raise ValueError(f"profile {self.profile} is a file; give the folder of a new one.")
+        if self.bpe and not 256 < self.bpe <= 1 << 20:
+            raise ValueError(
+                f"bpe must be above 256, the bytes, and at most 2**20, got {self.bpe}."
+            )
+        if self.bpe and self.tokenizer is not None:
+            raise ValueError("bpe trains an encoding and tokenizer names one; give one of them.")
+        if not (math.isfinite(self.bytes_per_token) and self.bytes_per_token >= 0):
+            raise ValueError(
+                f"bytes_per_token must be finite and not negative, got {self.bytes_per_token}."
+            )
         schedules.parse_options(self.schedule, self.schedule_options)
         self.rollback_policy()
         if self.loss == "fused" and self.monitor_every:
@@ -142,6 +167,12 @@ class RunConfig:
                 f"steps {self.steps} is more than the {self.schedule_steps} updates the schedule "
                 "covers; raise --schedule-steps or lower --steps."
             )
+        if self.batches != CONSTANT and self.read_threads:
+            raise ValueError("read_threads do nothing under a batch schedule; leave them out.")
+        if (
+            self.batches.batch_schedule == "ramp"
+        ):  # a Seesaw evaluates its schedule, which wakes JAX
+            self.batches.sizes(self.batch_size, self.steps, lambda count: count)
 
     @property
     def fused(self) -> bool:
@@ -164,8 +195,51 @@ class RunConfig:
         """When the run returns, and where to."""
         return RollbackPolicy.parse(self.rollback) if self.rollback else None
 
-    def learning_rate(self, peak: float) -> optax.Schedule:
-        """The schedule with the given peak."""
+    @functools.cached_property
+    def batch_sizes(self) -> BatchSizes:
+        """Sequences of every update."""
+        if self.batches == CONSTANT:
+            return BatchSizes((self.batch_size,))
+        return self.batches.sizes(self.batch_size, self.horizon, self._reference(1.0))
+
+    @functools.cached_property
+    def updates(self) -> int:
+        """Updates made in the end; those of the data that `steps` of `batch_size` see."""
+        return self.batch_sizes.count_at(self.steps * self.batch_size)
+
+    def size_at(self, step: int) -> int:
+        """Sequences of one update."""
+        sizes = self.batch_sizes
+        return sizes.sizes[bisect.bisect_right(sizes.boundaries, step)]
+
+    @property
+    def sizes_used(self) -> tuple[int, ...]:
+        """The sizes of batches that the run comes to, in their order."""
+        sizes = self.batch_sizes
+        begun = zip((0, *sizes.boundaries), sizes.sizes, strict=True)
+        return tuple(size for start, size in begun if start < self.updates)
+
+    def micro_batches_of(self, size: int, parts: int) -> int:
+        """Micro-batches of a batch of this size, of which none is larger than those of `batch_size`.
+
+        Raises:
+          ValueError: for a size that `parts` of a mesh do not divide.
+        """
+        most = self.batch_size // self.micro_batches
+        for count in range(1, size // parts + 1):
+            if size % (count * parts) == 0 and size <= most * count:
+                return count
+        raise ValueError(
+            f"a batch of {size} does not divide by the {parts} part(s) of the mesh, or by "
+            f"{self.micro_batches} micro_batches; change batch_size or its schedule."
+        )
+
+    def learning_rate(self, peak: float, rule: Rule = "sqrt") -> optax.Schedule:
+        """The schedule with the given peak, by the rule that an optimizer has for other batches."""
+        reference = self._reference(peak)
+        return self.batches.rates(self.batch_size, self.horizon, reference, rule)
+
+    def _reference(self, peak: float) -> optax.Schedule:
         return schedules.for_run(
             self.schedule,
             peak,

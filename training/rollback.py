@@ -115,6 +115,30 @@ class Rollback:
         self._bad_since: int | None = None
         self._returned_to = -1
 
+    @property
+    def snapshots(self) -> dict[int, Any]:
+        """The snapshots held, by the updates made before each."""
+        return dict(self._snapshots)
+
+    def get_state(self) -> dict[str, Any]:
+        """All but the snapshots themselves, as JSON values: what a run that goes on must know."""
+        return {
+            "returns": self.returns,
+            "losses": list(self._losses),
+            "bad_since": self._bad_since,
+            "returned_to": self._returned_to,
+            "snapshots": [step for step, _ in self._snapshots],
+        }
+
+    def set_state(self, state: dict[str, Any], snapshots: dict[int, Any]) -> None:
+        """Goes on where `get_state` was taken, with the snapshots held then."""
+        self.returns, self._returned_to = state["returns"], state["returned_to"]
+        self._bad_since = state["bad_since"]
+        self._losses.clear()
+        self._losses.extend(state["losses"])
+        self._snapshots.clear()
+        self._snapshots.extend((step, snapshots[step]) for step in state["snapshots"])
+
     def observe(self, step: int, state: Any, loss: float) -> Return | None:
         """To be called with the state before update number `step` and that update's loss.
 

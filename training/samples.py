@@ -30,14 +30,14 @@ def continued(
 def samples(
     graphdef: nnx.GraphDef, params: Any, heldout_BxT: Any, count: int, corpus: Corpus, seed: int
 ) -> list[str]:
-    """Texts, each a quarter held-out prompt; numbers of tokens where these are no bytes.
+    """Texts, each a quarter held-out prompt; numbers of tokens where their text is not known.
 
     Args:
       graphdef: static half of the model.
       params: its parameters.
       heldout_BxT: held-out tokens, as many rows as the mesh takes.
       count: how many of the rows to return.
-      corpus: determines whether tokens are bytes.
+      corpus: says what tokens mean.
       seed: of the draws.
     """
     start = max(1, heldout_BxT.shape[1] // 4)
@@ -47,6 +47,8 @@ def samples(
 
 def text_of(tokens: np.ndarray, corpus: Corpus) -> str:
     """Tokens as one line of text."""
+    if corpus.decode is not None:
+        return repr(corpus.decode(tokens))
     if corpus.bytes_per_token == 1.0 and corpus.vocabulary == 256:
         return repr(bytes(tokens.astype(np.uint8)).decode(errors="replace"))
     return " ".join(map(str, tokens.tolist()))

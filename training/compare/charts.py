@@ -239,7 +239,7 @@ def _speedups(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
 
 def _points(outcomes: Sequence[Outcome], name: str, run: RunConfig) -> list[dict[str, Any]]:
     """Every optimizer's curve of one measurement, the seeds put together step by step."""
-    tokens, points = run.batch_size * run.model.context, []
+    examples, points = run.batch_sizes.data_offset, []
     for optimizer in dict.fromkeys(outcome.name for outcome in outcomes):
         curves = [
             curve
@@ -256,7 +256,7 @@ def _points(outcomes: Sequence[Outcome], name: str, run: RunConfig) -> list[dict
             point = {
                 "optimizer": optimizer,
                 "steps": step,
-                "tokens": step * tokens,
+                "tokens": float(examples(int(step)) * run.model.context),
                 "seconds": round(seconds, 2),
                 "value": _short(values[:, part].mean()),
                 "smooth": _short(smooth[:, part].mean()),

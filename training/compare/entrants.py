@@ -13,6 +13,7 @@ from ...optimizers.registry import OptimizerConfig
 from ...optimizers.roles import RAVINE_RULES, mask_by_role
 from ...stability import clip_by_global_norm, qk_clip, skip_step, with_monitors, with_noise_scale
 from ..average import with_ema
+from ..batch_size.rescale import rule_of
 from ..config import RunConfig, check_learning_rate
 from ..step import MEASURED
 from ..words import parse_numbers
@@ -64,7 +65,8 @@ class Entrant:
         if self.optimizer.accepts("weight_decay"):
             overrides["weight_decay"] = (run.weight_decay or 0.0) / self.learning_rate
             overrides["weight_decay_mask"] = mask_by_role(DECAYED)
-        tx = self.optimizer.build(run.learning_rate(self.learning_rate), **overrides)
+        rates = run.learning_rate(self.learning_rate, rule_of(self.name))
+        tx = self.optimizer.build(rates, **overrides)
         before = [clip_by_global_norm(run.clip_norm)] if run.clip_norm else []
         after = [qk_clip(run.qk_clip, run.model.head_weights)] if run.qk_clip else []
         if before or after:

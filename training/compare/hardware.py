@@ -8,6 +8,7 @@ import jax
 from rich import box
 from rich.table import Table
 
+from ..batch_schedule import CONSTANT
 from ..config import RunConfig
 from ..cost import Cost
 from ..run.outcome import Outcome
@@ -43,6 +44,11 @@ def hardware_rows(
         seconds = 1e-3 * statistics.median(runs)
         speed = f"{run.batch_size * run.model.context / seconds:,.0f}"
         used = cost.utilization(seconds, device_kind, run.model.dtype)
+        if run.batches != CONSTANT:  # a median step is no measure of steps that grow
+            last = first[name].steps[-1]
+            examples = run.batch_sizes.data_offset(int(last["step"]) + 1)
+            speed = f"{examples * run.model.context / last['seconds']:,.0f}"
+            used = None
         rows.append(
             [
                 name,

@@ -20,8 +20,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from ..checkpoint import Origin
 from ..config import RunConfig
-from ..data.corpus import Corpus, load_corpus
+from ..data.bpe import corpus_of
+from ..data.corpus import Corpus
 from ..distributed import check_same, from_first, is_first, start, unanimous
 from ..run import interrupts, tensorboard
 from ..run.files import said
@@ -33,7 +35,15 @@ from ..sharding import build_mesh
 from ..train import train
 from .entrants import Entrant, line_up
 from .hardware import hardware_table
-from .race_config import RaceConfig, buildable, check_data, check_past, out_folder
+from .race_config import (
+    RaceConfig,
+    buildable,
+    check_data,
+    check_origins,
+    check_past,
+    origins_of,
+    out_folder,
+)
 from .report import write_report
 from .summary import ranked, summary_table
 
@@ -69,9 +79,7 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
             for repeat in range(config.seeds)
         )
         given = config.run.model.vocabulary
-        corpus = load_corpus(
-            config.run.data, vocabulary=given if given != 256 else None
-        ).for_races()
+        corpus = corpus_of(config.run, given if given != 256 else None).for_races()
         model = dataclasses.replace(config.run.model, vocabulary=corpus.vocabulary)
         run = dataclasses.replace(config.run, model=model)
         mesh = build_mesh(config.launch.mesh)
@@ -93,6 +101,10 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
         ended = [False for _ in entrants]
         out = Path()
         with unanimous():
+            origins = origins_of(config, entrants, config.out)
+            if not config.resume:
+                check_origins(origins, entrants, outcomes, run, corpus)
+        with unanimous():
             if is_first():
                 out = out_folder(config)
                 check_data(config, out)
@@ -104,7 +116,7 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
                     if config.resume:
                         ended = [
                             check_meta(out / entrant.label, entrant.adapted(run), entrant, corpus)
-                            and outcome.load(out / entrant.label, run)
+                            and outcome.load(out / entrant.label, entrant.adapted(run))
                             for entrant, outcome in zip(entrants, outcomes, strict=True)
                         ]
                     write_report(out, outcomes, run, corpus)
@@ -117,8 +129,8 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
         stack.enter_context(interrupts.last_words(lambda: _tell(console, outcomes, run, out)))
         try:
             with _progress(console) as progress:
-                field = zip(entrants, transformations, outcomes, ended, strict=True)
-                for entrant, tx, outcome, has_ended in field:
+                field = zip(entrants, transformations, outcomes, ended, origins, strict=True)
+                for entrant, tx, outcome, has_ended, origin in field:
                     if has_ended:
                         continue
                     interrupts.check()
@@ -133,6 +145,7 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
                             progress,
                             mesh,
                             write,
+                            origin,
                         )
                     if is_first():
                         outcome.save(out / entrant.label)
@@ -188,10 +201,13 @@ def _run_one(
     progress: Progress,
     mesh: Mesh,
     write: Callable[[dict[str, float]], None],
+    origin: Origin | None,
 ) -> None:
     folder = out / entrant.label
-    task = progress.add_task(entrant.label, total=run.steps, loss="compiling", speed="", heldout="")
-    tokens = run.batch_size * run.model.context
+    task = progress.add_task(
+        entrant.label, total=run.updates, loss="compiling", speed="", heldout=""
+    )
+    examples = run.batch_sizes.data_offset
 
     def show(record: dict[str, float]) -> None:
         write(record)
@@ -199,17 +215,18 @@ def _run_one(
             progress.update(task, heldout=f"held-out {record['heldout_loss']:.3f}")
             return
         done = record["step"] + 1
-        speed = f"{done * tokens / max(record['seconds'], 1e-9):,.0f} tokens/s"
+        tokens = examples(int(done)) * run.model.context
+        speed = f"{tokens / max(record['seconds'], 1e-9):,.0f} tokens/s"
         progress.update(task, completed=done, loss=f"loss {record['loss']:.3f}", speed=speed)
 
     def begin() -> None:
         if is_first():
             step = int(outcome.steps[-1]["step"]) + 1 if outcome.steps else 0
-            write_meta(folder, run, entrant, corpus, mesh, step)
+            write_meta(folder, run, entrant, corpus, mesh, step, origin)
 
     if is_first():
         folder.mkdir(exist_ok=True)
-    train(run, tx, corpus, outcome, folder, show, mesh, begin)
+    train(run, tx, corpus, outcome, folder, show, mesh, begin, origin)
     for line in outcome.samples:
         progress.console.print(f"{entrant.label}: {line}", highlight=False, markup=False)
     if outcome.status == "diverged":

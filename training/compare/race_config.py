@@ -12,6 +12,9 @@ import optax
 import tyro
 from jax.sharding import Mesh
 
+from ..batch_schedule import CONSTANT
+from ..batch_size.rescale import rule_of
+from ..checkpoint import METADATA, Checkpoints, Origin
 from ..config import RunConfig
 from ..config_file import read_config
 from ..data.batches import heldout_batches, train_batches
@@ -19,6 +22,8 @@ from ..data.corpus import Corpus
 from ..distributed import LaunchConfig, is_first
 from ..identity import FREE, LATER, to_json
 from ..run.folder import RACE, is_race
+from ..run.outcome import Outcome
+from ..run.past import identity_of, past_of, rates_of
 from ..sharding import batch_sharding
 from ..step import place
 from .entrants import Entrant
@@ -47,6 +52,9 @@ class RaceConfig:
     resume: bool = False
     """Continue the interrupted race in the folder: finished runs are kept; the one that was
     interrupted continues from its newest checkpoint, or starts again if it has none."""
+    branch_from: str = dataclasses.field(default="", metadata=LATER)
+    """FOLDER@STEP: every run starts from that checkpoint of its optimizer in the folder of another
+    race, as for a cooldown; what would change its past is refused, and it is left as it is."""
     tensorboard: Path | None = dataclasses.field(default=None, metadata=FREE)
     """Folder for TensorBoard event files, one folder inside for every run; needs tensorboardX."""
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
@@ -74,11 +82,18 @@ def buildable(
     rows = batch_sharding(mesh, run.batch_size)
     parts = run.batch_size // rows.shard_shape((run.batch_size,))[0]
     cut = max(run.micro_batches, 2 if run.noise_scale_every else 1)
-    if run.batch_size % (cut * parts):
+    if run.batch_size % (cut * parts) and run.batches == CONSTANT:
         raise ValueError(
             f"batch_size {run.batch_size} does not divide by {cut} micro_batches on {parts} part(s) of "
             f"the mesh; make it a multiple of {cut * parts}."
         )
+    for size in {size for entrant in entrants for size in entrant.adapted(run).sizes_used}:
+        count = run.micro_batches_of(size, parts)
+        if run.noise_scale_every and count == 1 and size % (2 * parts):
+            raise ValueError(
+                f"noise_scale_every cuts a batch of {size} of the schedule in two on each of {parts} "
+                "part(s) of the mesh; make every batch a multiple of twice as many."
+            )
     built = [entrant.build(run) for entrant in entrants]
     for tx in built:
         place(run.model, tx, mesh)
@@ -109,6 +124,50 @@ def check_data(config: RaceConfig, out: Path) -> None:
             raise ValueError(f"{path} lies in {out}, which --overwrite clears; give another --out.")
 
 
+def origins_of(
+    config: RaceConfig, entrants: tuple[Entrant, ...], out: Path | None
+) -> list[Origin | None]:
+    """The checkpoint that each run branches off.
+
+    Raises:
+      ValueError: for words that do not name one, or a folder that the race itself writes to.
+    """
+    if not config.branch_from:
+        return [None for _ in entrants]
+    folder, at, step = config.branch_from.rpartition("@")
+    if not (at and folder.strip() and step.isdecimal()):
+        raise ValueError(
+            f"branch_from takes FOLDER@STEP, the folder of a race and a step that has a checkpoint; got "
+            f"{config.branch_from!r}."
+        )
+    race = Path(folder)
+    if out is not None and race.resolve().is_relative_to(out.resolve()):
+        raise ValueError(f"{race} lies in {out}, which this race writes to; give another --out.")
+    return [Origin(race / entrant.label, int(step)) for entrant in entrants]
+
+
+def check_origins(
+    origins: list[Origin | None],
+    entrants: tuple[Entrant, ...],
+    outcomes: list[Outcome],
+    run: RunConfig,
+    corpus: Corpus,
+) -> None:
+    """Refuses checkpoints that are not there, or of another past."""
+    for origin, entrant, outcome in zip(origins, entrants, outcomes, strict=True):
+        if origin is None:
+            continue
+        here = entrant.adapted(run)
+        if here.updates <= origin.step:
+            raise ValueError(
+                f"a branch from step {origin.step} needs more than the {here.updates} steps of this "
+                "race; raise --steps."
+            )
+        past = past_of(here, rates_of(here, outcome))
+        identity = identity_of(here, outcome, corpus)
+        Checkpoints(Path(), identity, past, origin=origin).check_origin(only={METADATA})
+
+
 def check_past(
     config: RaceConfig, entrants: tuple[Entrant, ...], run: RunConfig, out: Path
 ) -> None:
@@ -123,11 +182,18 @@ def check_past(
             f"{another} ({before.steps} steps there and {run.steps} here); steps may only grow."
         )
     for entrant in entrants:
+        then_run, now_run = entrant.adapted(before), entrant.adapted(run)
+        past = then_run.updates
+        if any(then_run.size_at(at) != now_run.size_at(at) for at in range(past)):
+            raise ValueError(
+                f"{another} (batch sizes of {entrant.name} would be others); a batch schedule may "
+                "change only what is still to come."
+            )
         then, now = (
             np.asarray(
-                entrant.adapted(r).learning_rate(entrant.learning_rate)(jnp.arange(before.steps))
+                r.learning_rate(entrant.learning_rate, rule_of(entrant.name))(jnp.arange(past))
             )
-            for r in (before, run)
+            for r in (then_run, now_run)
         )
         if (then != now).any():
             first = int((then != now).argmax())

@@ -12,7 +12,7 @@ from typing import Any, Self
 from rich.console import Console
 
 from ..config import RunConfig
-from ..data.corpus import load_corpus
+from ..data.bpe import corpus_of
 from ..identity import to_json
 from ..run import interrupts
 from ..run.files import Lines
@@ -35,7 +35,7 @@ class Runs:
     """
 
     def __init__(self, run: RunConfig, out: Path, console: Console):
-        self._corpus = load_corpus(run.data).for_races()
+        self._corpus = corpus_of(run).for_races()
         model = dataclasses.replace(run.model, vocabulary=self._corpus.vocabulary)
         self._run, self._console = dataclasses.replace(run, model=model), console
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from rich.table import Table
 from ...core.checks import near
 from ...optimizers.registry import OptimizerConfig, names
 from ..config import RunConfig
-from ..data.corpus import load_corpus
+from ..data.bpe import corpus_of
 from ..identity import to_json
 from ..run import interrupts
 from ..run.files import Lines, write_json
@@ -91,7 +91,7 @@ def sweep(config: SweepConfig, console: Console) -> None:
         write_json(TUNED, derived(read_trials(TRIALS)))
         console.print(f"wrote {TUNED}", highlight=False, markup=False, soft_wrap=True)
         return
-    corpus = load_corpus(config.run.data).for_tuning()
+    corpus = corpus_of(config.run).for_tuning()
     model = dataclasses.replace(config.run.model, vocabulary=corpus.vocabulary)
     trials = Trials(dataclasses.replace(config.run, model=model), corpus)
     task = _task(config, corpus.fingerprint)

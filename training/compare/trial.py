@@ -12,6 +12,7 @@ import optax
 from ...optimizers.registry import OptimizerConfig
 from ...optimizers.roles import mask_by_role
 from ...stability import clip_by_global_norm
+from ..batch_schedule import CONSTANT
 from ..config import RunConfig
 from ..data.batches import heldout_batches, train_batches
 from ..data.corpus import Corpus
@@ -36,6 +37,8 @@ class Trials:
     """
 
     def __init__(self, run: RunConfig, corpus: Corpus):
+        if run.batches != CONSTANT:
+            raise ValueError("only a race has batch schedules; leave --batch-schedule out.")
         self._run, self._corpus = run, corpus
         self._graphdef, self._start = init_params(run.model, run.seed)
         sizes: Any = {"batch_size": run.batch_size, "context": run.model.context}

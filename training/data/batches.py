@@ -25,8 +25,9 @@ import grain
 import numpy as np
 
 from .corpus import Corpus, load_corpus
+from .taking import Rows
 
-__all__ = ["Corpus", "heldout_batches", "load_corpus", "train_batches"]
+__all__ = ["Corpus", "heldout_batches", "load_corpus", "train_batches", "train_rows"]
 
 
 def train_batches(
@@ -75,15 +76,7 @@ def train_batches(
     """
     _check_positive(batch_size=batch_size, context=context, shard_count=shard_count)
     _check_shards(batch_size, shards, shard_count)
-    windows = _Windows(corpus.train, context, corpus.vocabulary)
-    if not len(windows):
-        raise ValueError(_too_short(corpus, "training", len(corpus.train), context + 1))
-    blocks = (
-        grain.MapDataset.source(windows)
-        .shuffle(seed=_spread(seed))
-        .repeat()
-        .batch(batch_size // shard_count, drop_remainder=True)
-    )
+    blocks = _ordered(corpus, context, seed).batch(batch_size // shard_count, drop_remainder=True)
 
     def local(step: int) -> np.ndarray:
         corpus.check_unchanged()
@@ -93,6 +86,26 @@ def train_batches(
     steps = grain.MapDataset.range(len(blocks) // shard_count).map(local)
     options = grain.ReadOptions(num_threads=read_threads, prefetch_buffer_size=2 * read_threads)
     return iter(steps.to_iter_dataset(options))
+
+
+def train_rows(corpus: Corpus, *, context: int, seed: int) -> Rows:
+    """The examples that `train_batches` puts into batches, one by one: from a number to its example."""
+    _check_positive(context=context)
+    ordered = _ordered(corpus, context, seed)
+
+    def row(index: int) -> np.ndarray:
+        corpus.check_unchanged()
+        return ordered[index]  # pyright: ignore[reportReturnType]
+
+    return row
+
+
+def _ordered(corpus: Corpus, context: int, seed: int) -> grain.MapDataset:
+    """Windows without end, in a new order every epoch."""
+    windows = _Windows(corpus.train, context, corpus.vocabulary)
+    if not len(windows):
+        raise ValueError(_too_short(corpus, "training", len(corpus.train), context + 1))
+    return grain.MapDataset.source(windows).shuffle(seed=_spread(seed)).repeat()
 
 
 def heldout_batches(

@@ -12,7 +12,7 @@ import hashlib
 import os
 import platform
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -37,7 +37,8 @@ class Corpus:
     """Tokens to train on, tokens held out, and facts about them.
 
     Attributes:
-      train: the training tokens, [N], uint8 (bytes) or uint16 (.bin, memory-mapped, read-only).
+      train: the training tokens, [N], uint8 (bytes), uint16 (.bin, memory-mapped, read-only), or of
+        a tokenizer uint16 or uint32.
       heldout: the held-out tokens, [H], of the same dtype; no file is on both sides.
       vocabulary: every token lies in [0, vocabulary).
       bytes_per_token: 1.0 for bytes, None where it is unknown; it turns nats per token into bits
@@ -46,6 +47,7 @@ class Corpus:
       fingerprint: 16 hexadecimal digits of a SHA-256 over the content; equal for equal corpora.
       file: of a .bin, which is read as it is needed: its path, and its size, time and inode when it was
         opened.
+      decode: from tokens to their text, where a tokenizer made them.
     """
 
     train: np.ndarray = field(repr=False)
@@ -55,6 +57,7 @@ class Corpus:
     description: str
     fingerprint: str
     file: tuple[Path, tuple[int, int, int]] | None = field(default=None, repr=False)
+    decode: Callable[[np.ndarray], str] | None = field(default=None, repr=False)
 
     def for_tuning(self) -> "Corpus":
         """With the first half of the held-out tokens only: what hyperparameters are chosen by."""

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from ..checkpoint import Origin
 from ..compare.entrants import Entrant
 from ..config import RunConfig, decisive
 from ..data.corpus import Corpus
@@ -22,10 +23,17 @@ _PACKAGES = ("ravine", "jax", "jaxlib", "optax", "flax", "numpy", "grain")
 
 
 def write_meta(
-    folder: Path, run: RunConfig, entrant: Entrant, corpus: Corpus, mesh: Mesh, step: int
+    folder: Path,
+    run: RunConfig,
+    entrant: Entrant,
+    corpus: Corpus,
+    mesh: Mesh,
+    step: int,
+    origin: Origin | None = None,
 ) -> None:
-    """Writes ``meta.json`` of a run that begins, or goes on, at a step."""
-    periods = [(start, every) for start, every in periods_in(folder) if start < step]
+    """Writes ``meta.json`` of a run that begins, goes on, or branches off `origin`, at a step."""
+    before = periods_in(folder) or (periods_in(origin.run) if origin else [])
+    periods = [(start, every) for start, every in before if start < step]
     if not periods or periods[-1][1] != run.eval_every:
         periods.append((step if periods else 0, run.eval_every))
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -38,6 +46,8 @@ def write_meta(
         "started": now,
         "evaluations": periods,
     }
+    if origin is not None:
+        meta["branched_from"] = {"run": str(origin.run.absolute()), "step": origin.step}
     write_json(folder / "meta.json", meta)
 
 

@@ -103,7 +103,7 @@ class Outcome:
         for name, value in summary.items():
             setattr(self, name, math.nan if value is None else value)
         entries = read_records(metrics_file)
-        until = run.steps if self.status == "finished" else 0
+        until = run.updates if self.status == "finished" else 0
         entries, complaints = audited(entries, run, until, periods_in(folder))
         warn(metrics_file, complaints)
         self.add(entries)

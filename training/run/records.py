@@ -89,7 +89,7 @@ def audited(
         lost.append(_steps(expected, until - 1))
     periods = periods or [(0, run.eval_every)]
     ends = [start for start, _ in periods[1:]] + [until]
-    due = {until} if until == run.steps else set()
+    due = {until} if until == run.updates else set()
     for (start, every), end in zip(periods, ends, strict=True):
         due |= {step for step in range(every, min(end, until) + 1, every) if step > start}
     lost += [f"the evaluation after {step:,}" for step in sorted(due - evaluated)]

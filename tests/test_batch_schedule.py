@@ -1,0 +1,166 @@
+"""Batches that grow: the same data in other pieces, rates by rule, exact after an interruption."""
+
+import itertools
+import json
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ravine import schedules
+from ravine.training import programs
+from ravine.training import train as loop
+from ravine.training.batch_schedule import BatchSchedule
+from ravine.training.compare.entrants import line_up
+from ravine.training.config import RunConfig
+from ravine.training.data.batches import load_corpus, train_batches, train_rows
+from ravine.training.data.taking import OfManySizes, OfOneSize
+from ravine.training.model import ModelConfig
+from ravine.training.run.outcome import Outcome
+
+from .short_race import race
+
+MODEL = ModelConfig(width=16, layers=1, heads=2, context=16)
+RAMP = BatchSchedule("ramp", ramp_start=2, ramp_examples=8)
+SIZES = {"model": MODEL, "batch_size": 8, "eval_batches": 1, "eval_every": 100}
+
+
+@pytest.fixture
+def corpus(text):
+    return load_corpus((text,))
+
+
+def train(corpus, folder, monkeypatch, stop=None, **options):
+    """Records without seconds, of a run that may be stopped after a step."""
+    run = RunConfig(**SIZES | options)
+    (entrant,) = line_up("adamw")
+    folder.mkdir(exist_ok=True)
+    outcome = Outcome(entrant.name, entrant.learning_rate)
+
+    def on_record(record):
+        if record["step"] == stop:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "optimizer_milliseconds", lambda *args: math.nan)
+    try:
+        loop.train(run, entrant.build(run), corpus, outcome, folder, on_record)
+    except KeyboardInterrupt:
+        assert stop is not None
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+
+
+def test_a_ramp_that_is_interrupted_is_the_one_that_is_not(corpus, tmp_path, monkeypatch):
+    sizes, make = [], programs.make_train_step
+
+    def counted(graphdef, tx, micro_batches, **options):
+        step = make(graphdef, tx, micro_batches, **options)
+
+        def counting(state, batch):  # called while it is traced, once per program
+            sizes.append(batch.shape[0])
+            return step(state, batch)
+
+        return counting
+
+    monkeypatch.setattr(programs, "make_train_step", counted)
+    options = {"steps": 4, "batches": RAMP, "checkpoint_every": 1, "log_every": 1}
+    # 32 examples: 2 + 2 + 4 of the ramp, then three batches of 8.
+    run = RunConfig(**SIZES | options)
+    assert [run.size_at(at) for at in range(run.updates)] == [2, 2, 4, 8, 8, 8]
+    whole = train(corpus, tmp_path / "whole", monkeypatch, **options)
+    assert sizes == [2, 4, 8]
+    assert [record["step"] for record in whole] == [0, 1, 2, 3, 4, 5, 6]
+    train(corpus, tmp_path / "cut", monkeypatch, stop=3, **options)
+    assert train(corpus, tmp_path / "cut", monkeypatch, **options) == whole
+
+
+def test_the_data_are_those_of_a_constant_batch_in_other_pieces(corpus):
+    each = train_rows(corpus, context=16, seed=3)
+    read = train_batches(corpus, batch_size=4, context=16, seed=3)
+    expected = np.concatenate(list(itertools.islice(read, 5)))
+    many = OfManySizes(each, 4, (0,), 1)
+    np.testing.assert_array_equal(np.concatenate([many.take(n) for n in (2, 4, 6, 8)]), expected)
+    assert many.get_state() == {"next_example": 20}
+    # Of two shards each has its half of every batch.
+    half = OfManySizes(each, 4, (1,), 2)
+    np.testing.assert_array_equal(half.take(8), expected[4:8])
+    # Either goes on from where the other was.
+    one = OfOneSize(train_batches(corpus, batch_size=4, context=16, seed=3), 4)
+    one.set_state({"next_example": 12})
+    np.testing.assert_array_equal(one.take(4), expected[12:16])
+    many.set_state(one.get_state())
+    np.testing.assert_array_equal(many.take(4), expected[16:20])
+    with pytest.raises(ValueError, match="10 examples were read, which batches of 4 never do"):
+        one.set_state({"next_example": 10})
+
+
+def test_rates_follow_the_data_and_the_rule():
+    run = RunConfig(
+        steps=16, warmup_steps=0, schedule="linear", batches=RAMP, **{**SIZES, "batch_size": 8}
+    )
+    reference = schedules.linear(1.0, 16)
+    counts = range(run.updates)
+    seen = [run.batch_sizes.data_offset(at) / 8 for at in counts]
+    at_data = np.interp(seen, np.arange(17), np.asarray(reference(jnp.arange(17))))
+    ratios = np.array([run.size_at(at) / 8 for at in counts])
+    for rule, power in (("sqrt", 0.5), ("linear", 1.0)):
+        rates = run.learning_rate(1.0, rule)(jnp.arange(run.updates))
+        np.testing.assert_allclose(rates, at_data * ratios**power, rtol=1e-6)
+
+
+def test_seesaw_has_the_rates_of_its_rule_and_a_bound():
+    seesaw = BatchSchedule("seesaw", largest_batch=32)
+    run = RunConfig(steps=64, warmup_steps=0, schedule="linear", batches=seesaw, **SIZES)
+    assert run.sizes_used == (8, 16, 32)
+    assert run.updates < 64
+    assert 0 <= run.batch_sizes.data_offset(run.updates) - 64 * 8 < 32
+    counts = jnp.arange(run.updates)
+    sizes = np.array([run.size_at(at) for at in range(run.updates)])
+    free = [at for at in range(run.updates) if sizes[at] < 32]
+    np.testing.assert_allclose(run.learning_rate(1.0)(counts)[0], 1.0)
+    np.testing.assert_allclose(
+        np.asarray(run.learning_rate(1.0)(counts))[free], np.sqrt(8 / sizes[free]), rtol=1e-6
+    )
+    by_line = np.asarray(run.learning_rate(1.0, "linear")(counts))
+    np.testing.assert_allclose(by_line[free], 1.0, rtol=1e-6)  # SGD's stay where they are
+    # At its bound the batch stays, and the rate falls to the reference's end.
+    bound = np.asarray(run.learning_rate(1.0)(counts))[sizes == 32]
+    offsets = np.array([run.batch_sizes.data_offset(at) for at in range(run.updates)])[sizes == 32]
+    np.testing.assert_allclose(bound, (1 - offsets / 8 / 64) * 2, rtol=1e-5)
+
+
+def test_micro_batches_never_grow():
+    run = RunConfig(batches=RAMP, micro_batches=2, **SIZES)
+    assert [run.micro_batches_of(size, 1) for size in (2, 4, 8, 16, 6)] == [1, 1, 2, 4, 2]
+    assert run.micro_batches_of(16, 2) == 4
+    with pytest.raises(ValueError, match="a batch of 6 does not divide by the 4 part"):
+        run.micro_batches_of(6, 4)
+
+
+RAMPED = ["--batch-schedule", "ramp", "--ramp-examples", "6"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--batch-schedule", "ramp"], "ramp needs ramp_start of at least 1"),
+        (["--ramp-start", "2"], "options of a ramp are given"),
+        (["--batch-schedule", "seesaw", "--largest-batch", "2"], "2 is below the batch_size of 4"),
+        (
+            [*RAMPED, "--ramp-start", "3"],
+            "increment 3 must divide",
+        ),
+        (["--batch-schedule", "seesaw", "--read-threads", "1"], "read_threads do nothing"),
+        (
+            [*RAMPED, "--ramp-start", "1", "--ramp-increment", "3", "--mesh", "data=2,tensor=4"],
+            "batch of 1 does not divide by the 2 part",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(
+    words, expected, text, tmp_path, capsys
+):
+    out = tmp_path / "race"
+    assert race(*words, "--optimizers", "adamw", text=text, out=out) == 2
+    assert expected in capsys.readouterr().err
+    assert not out.exists()

@@ -1,0 +1,82 @@
+"""Cooldowns that branch off a checkpoint: the same past, another end, and the run left as it is."""
+
+import json
+from pathlib import Path
+
+import pytest
+from ravine.training import train as loop
+
+from .short_race import race
+
+LONG = ["--optimizers", "sgd", "--schedule", "constant", "--warmup-steps", "1"]
+COOLDOWN = ["--optimizers", "sgd", "--schedule", "wsd", "--warmup-steps", "1"]
+OPTIONS = ["--schedule-options", "decay_steps=2"]
+
+
+def records(out):
+    lines = (out / "sgd" / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(x).items() if k != "seconds"} for x in lines]
+
+
+def tree(folder):
+    return {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
+
+
+@pytest.fixture(scope="module")
+def long(text, tmp_path_factory):
+    """A run of six steps at a constant rate, all checkpoints of which are kept."""
+    out = tmp_path_factory.mktemp("race") / "long"
+    words = [*LONG, "--checkpoint-every", "1", "--keep-checkpoints", "0"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "optimizer_milliseconds", lambda *args: 1.0)
+        assert race(*words, text=text, out=out) == 0
+    steps = sorted(path.name for path in (out / "sgd" / "checkpoints").iterdir())
+    assert steps == ["1", "2", "3", "4", "5", "6"]
+    return out
+
+
+def test_a_cooldown_is_the_run_that_was_to_end_there(long, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "optimizer_milliseconds", lambda *args: 1.0)
+    before, branch, whole = tree(long), tmp_path / "branch", tmp_path / "whole"
+    ends = [*COOLDOWN, *OPTIONS, "--steps", "5"]
+    assert race(*ends, "--branch-from", f"{long}@3", text=text, out=branch) == 0
+    assert race(*ends, text=text, out=whole) == 0
+    assert records(branch) == records(whole)
+    assert tree(long) == before
+    meta = json.loads((branch / "sgd" / "meta.json").read_text())
+    assert meta["branched_from"] == {"run": str(long / "sgd"), "step": 3}
+    assert json.loads((branch / "race.json").read_text())["configuration"]["branch_from"]
+    # Resumed, it needs the run no more.
+    (branch / "sgd" / "outcome.json").unlink()
+    assert race(*ends, "--branch-from", f"{long}@3", "--resume", text=text, out=branch) == 0
+    assert records(branch) == records(whole)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            ["@9", "--steps", "12"],
+            "step 9 in {run} is not there; those of steps [1, 2, 3, 4, 5, 6] are",
+        ),
+        ([""], "takes FOLDER@STEP"),
+        (
+            ["@5", "--schedule-options", "decay_steps=4"],
+            "step 5 in {run} has another past (learning rates before is",
+        ),
+        (["@3", *OPTIONS, "--seed", "1"], "has another past (run.seed is 0 there and 1 here"),
+        (["@6"], "a branch from step 6 needs more than the 6 steps"),
+        (["@3", "--out", "{long}"], "lies in {long}, which this race writes to"),
+    ],
+)
+def test_what_would_change_the_past_is_refused(words, expected, long, text, tmp_path, capsys):
+    names = {"long": long, "run": Path(long, "sgd")}
+    before, (at, *rest) = tree(long), [word.format(**names) for word in words]
+    out = tmp_path / "race"
+    arguments = [*COOLDOWN, "--branch-from", f"{long}{at}", *rest]
+    if "--out" in rest:
+        arguments, out = arguments[:-2], long
+    assert race(*arguments, text=text, out=out) == 2
+    assert expected.format(**names) in capsys.readouterr().err
+    assert not Path(tmp_path, "race").exists()
+    assert tree(long) == before
