@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 import ravine
 from ravine import schedules as s
 from ravine import stability
+from ravine.optimizers import registry
 from ravine.optimizers.matrix.algebra.polar import NewtonSchulz
 
 TX = optax.identity()
@@ -24,6 +26,13 @@ LINE = s.linear(1.0, 4)
 ARRAY = jnp.ones((2, 3))
 HEADS = jnp.ones((1, 2, 2, 4))
 GUARD = stability.finite_gate(ravine.sgd(0.1))
+
+
+@pytest.fixture(autouse=True)
+def own_registry(monkeypatch):
+    """Names that `register` accepts here are not registered for the tests of other files."""
+    monkeypatch.setattr(registry, "_BUILDERS", dict(registry._BUILDERS))
+
 
 # What is required, by name; by builder where a name means different things.
 VALID = {
