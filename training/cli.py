@@ -22,7 +22,7 @@ COMMANDS = {
     "plan": "what an optimizer costs per chip of a pod, without the pod",
     "presets": "shapes of published models, and suggestions for new ones",
     "batch-size": "the batch beyond which more tokens per step buy few fewer steps",
-    "study": "one question in a small experiment: study decay",
+    "study": "one question in a small experiment: study decay, study width",
     "coordinate-check": "whether activations change as much in a wide model as in a narrow one",
 }
 """Commands, and what each is for."""
@@ -100,6 +100,7 @@ def _run(command: str, words: list[str]) -> int:
         from .run.outcome import RunFailed
         from .shapes.table import PresetsConfig, show_presets
         from .studies.decay import DecayStudyConfig, study_decay
+        from .studies.width import WidthStudyConfig, study_width
         from .width.command import CoordinateConfig, coordinate_check
     except ValueError as error:
         return _refuse(str(error))
@@ -111,10 +112,12 @@ def _run(command: str, words: list[str]) -> int:
             "sensitivity": (SensitivityConfig, sensitivity),
             "coordinate-check": (CoordinateConfig, coordinate_check),
             "speedup": (SpeedupConfig, speedup),
-            "study": (DecayStudyConfig, study_decay),
+            "study decay": (DecayStudyConfig, study_decay),
+            "study width": (WidthStudyConfig, study_width),
             "sweep": (SweepConfig, sweep),
         }
-        words = _study(words) if command == "study" else words
+        if command == "study":
+            command, words = _study(words)
         if "--print-config" in words:
             kinds = {name: kind for name, (kind, _) in measurements.items()}
             kinds |= {"presets": PresetsConfig, "plan": PlanConfig, "race": RaceConfig}
@@ -152,13 +155,18 @@ def _run(command: str, words: list[str]) -> int:
     return 0
 
 
-def _study(words: list[str]) -> list[str]:
-    """The words without the name of the study, of which there is one so far."""
-    if words[:1] == ["decay"]:
-        return words[1:]
-    if words and words[0].startswith("-"):
-        return words
-    raise ValueError(f"no study {' '.join(words[:1])!r}; write: study decay [FLAGS].")
+STUDIES = ("decay", "width")
+
+
+def _study(words: list[str]) -> tuple[str, list[str]]:
+    """The command with the name of its study, and the other words."""
+    for name in STUDIES:
+        if words[:1] == [name]:
+            return f"study {name}", words[1:]
+    known = " or ".join(f"study {name}" for name in STUDIES)
+    if not words or words[0].startswith("-"):
+        raise ValueError(f"study needs a name; write: {known} [FLAGS].")
+    raise ValueError(f"no study {words[0]!r}; write: {known} [FLAGS].")
 
 
 def _parse(config: Any, command: str, words: list[str]) -> Any:

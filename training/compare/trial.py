@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -67,14 +68,20 @@ class Trials:
         schedule = run.learning_rate(point.learning_rate)
         return np.asarray(schedule(jnp.arange(steps)))
 
+    def _update(
+        self, rest: OptimizerConfig, rate: Any, numbers: Mapping[str, Any], decay: Any
+    ) -> optax.GradientTransformation:
+        """What follows clipping: the optimizer with its decay."""
+        given = dict(numbers)
+        if rest.accepts("weight_decay"):
+            given |= {"weight_decay": decay, "weight_decay_mask": mask_by_role(DECAYED)}
+        return rest.build(rate, **given)
+
     @functools.cache  # noqa: B019 - as long-lived as its sweep
     def _programs(self, rest: OptimizerConfig) -> tuple[Any, Any]:
         def build(rate: Any, numbers: dict[str, Any]) -> optax.GradientTransformation:
             given = dict(numbers)
-            decay = given.pop("weight_decay")
-            if rest.accepts("weight_decay"):
-                given |= {"weight_decay": decay, "weight_decay_mask": mask_by_role(DECAYED)}
-            tx = rest.build(rate, **given)
+            tx = self._update(rest, rate, given, given.pop("weight_decay"))
             clip = self._run.clip_norm
             return optax.chain(clip_by_global_norm(clip), tx) if clip else tx
 
