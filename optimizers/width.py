@@ -81,7 +81,7 @@ def _rate(growth: Growth, fan_in: int, fan_out: int) -> float:
 
 
 @checked
-def width_rule(optimizer: str | OptimizerConfig, *, rank: Rank = "full") -> WidthRule:
+def width_rule(optimizer: str | OptimizerConfig, *, rank: Rank | None = None) -> WidthRule:
     r"""The rule of an optimizer for width and depth, by its name and hyperparameters.
 
     The update of a matrix `[in, out]` is to have a spectral norm proportional to
@@ -95,8 +95,8 @@ def width_rule(optimizer: str | OptimizerConfig, *, rank: Rank = "full") -> Widt
     Adam and its kin, Lion             1/m                 1/m                  1
     Muon, all scales but the next      1                   (AdamW's)            1
     Muon ``"moonlight"``               :math:`m^{-1/2}`    (AdamW's)            1
-    Shampoo with a graft, full         :math:`m^{-1/2}`    by its longer side   1
     Shampoo with a graft, low          1/m                 1/m                  1
+    Shampoo with a graft, full         :math:`m^{-1/2}`    by its longer side   1
     Shampoo, no graft, exponents' sum  1                   :math:`m^{E-1}`      :math:`L^{1-2E}`
     SOAP, full                         :math:`m^{-1/2}`    by its longer side   1
     SOAP, low                          1                   :math:`m^{-1/2}`     1
@@ -111,9 +111,9 @@ def width_rule(optimizer: str | OptimizerConfig, *, rank: Rank = "full") -> Widt
 
     Args:
       optimizer: a registered name, or a configuration whose hyperparameters count.
-      rank: of whitened directions, SOAP and Shampoo with a graft. ``"full"`` for batches of more tokens
-        than the model is wide, nearly all; ``"low"`` is the limit of infinite width at a fixed batch,
-        the paper's. The coordinate check measures which of them holds.
+      rank: which limit holds for whitened directions. ``"low"`` is that of infinite width at a fixed
+        batch, the paper's; ``"full"`` is that of noise that fills the matrix. ``None`` takes what the
+        coordinate check found nearer: ``"low"`` for Shampoo with a graft, ``"full"`` for the rest.
 
     Raises:
       ValueError: for an optimizer that has no rule.
@@ -129,6 +129,8 @@ def width_rule(optimizer: str | OptimizerConfig, *, rank: Rank = "full") -> Widt
     config = OptimizerConfig(optimizer) if isinstance(optimizer, str) else optimizer
     name = config.name
     roles = tuple(config.value("roles")) if config.accepts("roles") else None
+    grafted = name == "shampoo" and config.value("graft") != "none"
+    rank = rank or ("low" if grafted else "full")
     if name in GRADIENT:
         return WidthRule(gradient_growth, roles, 1.0)
     if name in ELEMENTS:
@@ -171,7 +173,7 @@ def scale_by_width(
     rule: str | OptimizerConfig | WidthRule,
     base: Any,
     *,
-    rank: Rank = "full",
+    rank: Rank | None = None,
     depth_ratio: float = 1.0,
     rules: Rules | None = None,
 ) -> optax.GradientTransformation:

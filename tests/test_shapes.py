@@ -190,7 +190,9 @@ def test_parts_and_names_on_the_command_line(capsys):
         (["--parameters", "-1"], "parameters must be positive"),
         (["--parameters", "1e6"], "lower vocabulary or devices"),
         (["--parameters", "1e9", "--devices", "0"], "devices must be a whole number"),
-        (["--context", "-1"], "context must be a whole number"),
+        (["--context", "-1"], "ravine: context must be a whole number"),
+        (["gpt2", "--parameters", "1e9"], "names of presets (gpt2) print those; leave them out"),
+        (["--devices", "8"], "devices are those of a suggestion"),
     ],
 )
 def test_bad_input(words, complaint, capsys):

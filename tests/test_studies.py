@@ -2,11 +2,14 @@
 
 import argparse
 import json
+import math
 
 import numpy as np
 import pytest
 from ravine.training.cli import main
 from ravine.training.studies.decay import DecayStudyConfig, largest_rise
+from ravine.training.studies.optimum import optimum
+from ravine.training.studies.width import Late, WidthStudyConfig, search
 
 SMALL = """--steps 12 --batch-size 4 --eval-batches 1 --width 16 --layers 1 --heads 1 --unroll 1
 --context 16"""
@@ -31,9 +34,83 @@ def test_the_largest_rise_is_after_the_lowest_mean():
     assert largest_rise([5.0, 1.0, 1.0, 4.0, 1.0], window=2) == 1.5
 
 
+def searched(valley, start=1.0, most=math.inf):
+    """What a search of a loss with one valley tries, and finds."""
+    found = {}
+
+    def measure(factor):
+        if len(found) >= most:
+            raise Late
+        return [1 + (math.log2(factor) - valley) ** 2]
+
+    search(measure, found, start)
+    return found
+
+
+@pytest.mark.parametrize(("valley", "start"), [(0.1, 1.0), (3.3, 1.0), (-2.4, 2**0.5), (0.9, 8.0)])
+def test_the_search_goes_on_until_worse_rates_are_on_both_sides(valley, start):
+    found = searched(valley, start)
+    best = optimum(found)
+    assert best.inside
+    assert best.log2 == pytest.approx(valley)
+    assert best.error == pytest.approx(0, abs=1e-6)
+    halves = {round(2 * math.log2(factor)): loss for factor, loss in found.items()}
+    around = min(halves, key=halves.get)
+    assert {around - 2, around - 1, around + 1, around + 2} <= set(halves)
+
+
+def test_what_a_search_has_when_its_time_is_over_is_an_end():
+    assert not searched(5.0, most=0)
+    at = optimum(searched(5.0, most=3))
+    assert (at.log2, at.inside) == (2, False)
+
+
+def test_the_error_of_an_optimum_knows_scatter_around_the_parabola_and_between_seeds():
+    bowl = {2.0**k: 1 + 0.1 * k**2 for k in (-1, -0.5, 0, 0.5, 1)}
+    rough = {rate: [loss + 0.01 * (-1) ** i] for i, (rate, loss) in enumerate(bowl.items())}
+    assert 0.01 < optimum(rough).error < 0.2
+    apart = {rate: [loss, loss + 0.1 * math.log2(rate)] for rate, loss in bowl.items()}
+    assert optimum(apart).error == pytest.approx(0.25)  # vertices 0 and -1/2, over the root of 2
+    assert not optimum({1.0: [math.inf], 2.0: [1.0]}).inside
+
+
+WIDE = """--widths 8 16 --length 3 --batch-size 2 --eval-batches 1 --width 8 --layers 1 --heads 1
+--unroll 1 --context 8 --optimizers adamw"""
+
+
+def test_the_study_of_width_reports_what_is_there_when_its_time_is_over(tmp_path, capsys):
+    words = ["study", "width", *WIDE.split(), "--data", argparse.__file__, "--out", str(tmp_path)]
+    assert main([*words, "--minutes", "1e-9"]) == 0
+    assert "by the rule" in capsys.readouterr().out
+    assert json.loads((tmp_path / "width.json").read_text())["best"] == []
+    (tmp_path / "runs.jsonl").write_text("{")
+    assert main(words) == 2
+    assert "is damaged in line 1; remove that line" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_study_of_width_goes_on_where_it_stopped(tmp_path, capsys):
+    words = ["study", "width", *WIDE.split(), "--data", argparse.__file__, "--out", str(tmp_path)]
+    assert main([*words, "--no-control"]) == 0
+    first = (tmp_path / "runs.jsonl").read_text().splitlines()
+    assert main(words) == 0
+    rows = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert [json.loads(line) for line in first] == rows[: len(first)]
+    assert {(row["width"], row["rule"]) for row in rows} == {(8, False), (16, True), (16, False)}
+    assert len({tuple(row["key"]) for row in rows}) == len(rows)
+    assert (tmp_path / "width.png").stat().st_size > 10_000
+    assert "one for all" in capsys.readouterr().out
+
+
 def test_bad_input(capsys):
     assert main(["study", "decai"]) == 2
-    assert "no study 'decai'; write: study decay" in capsys.readouterr().err
+    assert "no study 'decai'; write: study decay or study width" in capsys.readouterr().err
+    assert main(["study"]) == 2
+    assert "study needs a name; write: study decay" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="widths must be two or more that rise"):
+        WidthStudyConfig(widths=(64,))
+    with pytest.raises(ValueError, match="minutes must be finite and not negative"):
+        WidthStudyConfig(minutes=-1.0)
     with pytest.raises(ValueError, match="weight_decay must be finite and positive, got 0"):
         DecayStudyConfig(weight_decay=0.0)
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):

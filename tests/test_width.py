@@ -1,6 +1,8 @@
-"""Rules for width and depth: their arithmetic, and that activations change as much at every width."""
+"""Rules for width and depth: their arithmetic, and that activations change as much at every size."""
 
+import argparse
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,8 @@ from ravine.optimizers.links.growth import count
 from ravine.optimizers.roles import decide
 from ravine.optimizers.width import ELEMENTS, GRADIENT, POLAR
 from ravine.training.model import ModelConfig
-from ravine.training.width.coordinates import UPDATES, at_width, changes, slope
+from ravine.training.width.command import CoordinateConfig
+from ravine.training.width.coordinates import UPDATES, at_depth, at_width, changes, slope
 
 M = 4
 WORDS = 32
@@ -48,6 +51,7 @@ CASES = {
     ("muon", "keller", "low"): (1, 1, 1 / M, 1),
     ("muon", "moonlight", "low"): (M**-0.5, 1, 1 / M, 1),
     ("shampoo", "adam", "low"): (1 / M, 1, 1 / M, 1),
+    ("shampoo", "adam", None): (1 / M, 1, 1 / M, 1),  # by default as the authors have it
     ("shampoo", "adam", "full"): (M**-0.5, 1, 2**-0.5 / M**0.5, 1),
     ("shampoo", "none", "full"): (1, 2**0.5, M**-0.5, 1),
     ("shampoo", "none", "low"): (1, M**0.5, M**-0.5, 1),
@@ -57,7 +61,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("name", "own", "rank"), CASES, ids=" ".join)
+@pytest.mark.parametrize(("name", "own", "rank"), CASES, ids=lambda value: str(value))
 def test_the_table_of_the_rule(name, own, rank):
     given = {"muon": {"scale": own}, "shampoo": {"graft": {"step": own}}}.get(name, {})
     found = factors(ravine.width_rule(ravine.OptimizerConfig(name, given), rank=rank))
@@ -139,20 +143,28 @@ WIDTHS = (16, 64)
 OWN = {"muon": (("scale", "moonlight"),)}
 
 
-@functools.cache
-def slopes(name):
-    """The power of the width in every activation's change, without the rule and with it."""
+def text():
+    """Two batches of real text: noise that fills a matrix has another rule than text has."""
+    letters = np.frombuffer(Path(argparse.__file__).read_bytes(), np.uint8).astype(np.int32)
+    starts = np.random.default_rng(7).integers(0, len(letters) - 17, (2, 16))
+    return jnp.asarray(letters[starts[..., None] + np.arange(17)])
+
+
+def slopes(name, learning_rate, sizes):
+    """The power of the size in every activation's change, without the rule and with it.
+
+    Sizes are widths, or pairs of a width and a number of layers.
+    """
     config = ravine.OptimizerConfig(name, dict(OWN.get(name, ())))
-    text = jax.random.randint(jax.random.key(7), (2, 16, 17), 0, 64)
-    sizes = {False: {}, True: {}}
-    for width in WIDTHS:
-        for ruled, row in changes(config, 1e-3, SMALL, width, text).items():
-            for activation, size in row.items():
-                sizes[ruled].setdefault(activation, {})[width] = size
-    return {
-        ruled: {activation: slope(by_width) for activation, by_width in rows.items()}
-        for ruled, rows in sizes.items()
-    }
+    found = {False: {}, True: {}}
+    for key, more in sizes.items():
+        for ruled, row in changes(config, learning_rate, SMALL, batches=text(), **more).items():
+            for activation, change in row.items():
+                found[ruled].setdefault(activation, {})[key] = change
+    return [
+        {activation: slope(by_size) for activation, by_size in found[ruled].items()}
+        for ruled in (False, True)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -160,6 +172,29 @@ def slopes(name):
     ["adamw", "muon", *(pytest.param(n, marks=pytest.mark.slow) for n in ("shampoo", "soap"))],
 )
 def test_activations_change_as_much_at_every_width(name):
-    without, ruled = slopes(name)[False], slopes(name)[True]
+    without, ruled = slopes(name, 1e-3, {width: {"width": width} for width in WIDTHS})
     for activation in ("layer 1", "logits", UPDATES):
-        assert abs(ruled[activation]) < abs(without[activation]) / 1.5, activation
+        assert abs(ruled[activation]) < 0.8 * abs(without[activation]), activation
+
+
+@pytest.mark.parametrize(("name", "learning_rate"), [("adamw", 1e-3), ("sgd", 0.03)])
+def test_activations_change_as_much_at_every_depth(name, learning_rate):
+    depths = {layers: {"width": 16, "layers": layers} for layers in (1, 4)}
+    without, ruled = slopes(name, learning_rate, depths)
+    assert without["layer 1"] > 0.4  # where the base model's one layer ends
+    assert abs(ruled["layer 1"]) < 0.7 * without["layer 1"]
+    assert abs(ruled[UPDATES]) < 0.1
+
+
+def test_branches_are_scaled_for_their_number_and_the_base_model_is_what_it_was():
+    base = ModelConfig(width=16, layers=2, heads=1)
+    deep = at_depth(base, 6)
+    assert (deep.layers, deep.branch_scale) == (6, pytest.approx(1 / 3))
+    assert at_depth(base, 2) == base
+    with pytest.raises(ValueError, match="3 layers must be a multiple of the base model's 2"):
+        at_depth(base, 3)
+    with pytest.raises(ValueError, match="branch_scale must be positive and finite, got 0"):
+        ModelConfig(branch_scale=0.0)
+    with pytest.raises(ValueError, match="depths must be two or more that rise"):
+        CoordinateConfig(depths=(4, 2))
+    assert CoordinateConfig(depths=(2, 4)).sizes == (2, 4)

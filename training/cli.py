@@ -4,6 +4,7 @@ import contextlib
 import errno
 import io
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -23,7 +24,7 @@ COMMANDS = {
     "presets": "shapes of published models, and suggestions for new ones",
     "batch-size": "the batch beyond which more tokens per step buy few fewer steps",
     "study": "one question in a small experiment: study decay, study width",
-    "coordinate-check": "whether activations change as much in a wide model as in a narrow one",
+    "coordinate-check": "whether activations change as much in a wide or deep model as in a small one",
 }
 """Commands, and what each is for."""
 
@@ -237,7 +238,8 @@ def _one_line(boxed: str) -> str:
     """The text of a complaint that tyro drew into a box, up to its pointer to --help."""
     lines = [line.strip("│╭╮╰╯─ ") for line in boxed.splitlines()[1:]]
     text = " ".join(line for line in lines if line)
-    return text.split("For full helptext")[0].strip()
+    text = text.split("For full helptext")[0].strip()
+    return re.sub(r"^Error parsing [\w.]+: ", "", text)  # a sentence of ours, behind a class's name
 
 
 def _refuse(message: str, status: int = 2) -> int:

@@ -70,7 +70,13 @@ class ModelConfig:
     """Share of elements dropped behind the embedding and every branch, in training only. Models that
     see a token about once take 0."""
 
+    branch_scale: float = dataclasses.field(default=1.0, metadata=LATER)
+    """Of every branch before it is added to the stream. Rules for depth ask for the base model's number
+    of layers over this one's."""
+
     def __post_init__(self) -> None:
+        if not (math.isfinite(self.branch_scale) and self.branch_scale > 0):
+            raise ValueError(f"branch_scale must be positive and finite, got {self.branch_scale}.")
         if self.attention != "plain" and self.attention_soft_cap is not None:
             raise ValueError(
                 f"attention {self.attention} has no soft-cap; take plain, or no attention_soft_cap."
@@ -206,7 +212,7 @@ class Block(nnx.Module):
         self.attention = Attention(config, rngs=rngs)
         self.feed_forward_norm = RMSNorm(config.width)
         self.feed_forward = FeedForward(config, rngs=rngs)
-        self.rate = config.dropout
+        self.rate, self.scale = config.dropout, config.branch_scale
         self.after = config.norms == 4
         if self.after:
             self.attention_out_norm = RMSNorm(config.width)
@@ -220,11 +226,15 @@ class Block(nnx.Module):
         mixed_BxTxD, highest_H = self.attention(self.attention_norm(x_BxTxD), measured)
         if self.after:
             mixed_BxTxD = self.attention_out_norm(mixed_BxTxD)
-        x_BxTxD = x_BxTxD + dropped(mixed_BxTxD, self.rate, first)
+        x_BxTxD = x_BxTxD + self._branch(mixed_BxTxD, first)
         turned_BxTxD = self.feed_forward(self.feed_forward_norm(x_BxTxD))
         if self.after:
             turned_BxTxD = self.feed_forward_out_norm(turned_BxTxD)
-        return x_BxTxD + dropped(turned_BxTxD, self.rate, second), highest_H
+        return x_BxTxD + self._branch(turned_BxTxD, second), highest_H
+
+    def _branch(self, x_BxTxD: jax.Array, key: jax.Array | None) -> jax.Array:
+        x_BxTxD = dropped(x_BxTxD, self.rate, key)
+        return x_BxTxD if self.scale == 1 else x_BxTxD * jnp.asarray(self.scale, x_BxTxD.dtype)
 
 
 class Transformer(nnx.Module):
@@ -325,8 +335,9 @@ class Transformer(nnx.Module):
 
 
 def _residual_gain(config: ModelConfig) -> float:
-    # GPT-2's: 2L branches add up in the stream, so each is started smaller.
-    return (2 * config.layers) ** -0.5
+    # GPT-2's: 2L branches add up in the stream, so each is started smaller; a base model's gain where
+    # branches are scaled down for their number.
+    return (2 * config.layers * config.branch_scale) ** -0.5
 
 
 def _linear(inner: int, outer: int, gain: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:

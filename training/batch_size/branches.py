@@ -74,6 +74,6 @@ def check_branches(batches: Sequence[int], factors: Sequence[float], seeds: Sequ
     if not factors or not all(math.isfinite(factor) and factor > 0 for factor in factors):
         wrong.append(f"positive factors of the learning rate, got {list(factors)}")
     if not seeds or len(set(seeds)) < len(seeds):
-        wrong.append(f"different seeds, got {list(seeds)}")
+        wrong.append(f"one or more different seeds, got {list(seeds)}")
     if wrong:
         raise ValueError(f"branches need {' and '.join(wrong)}.")

@@ -252,7 +252,8 @@ def suggest(
         closest = "" if best is None else f"; the closest has {best.count:.3g}"
         raise ValueError(
             f"no shape of about {wanted:.3g} parameters has a vocabulary of {rows} and divides over "
-            f"{devices} device(s){closest}; lower vocabulary or devices, or ask for more parameters."
+            f"{devices} device{'s' * (devices > 1)}{closest}; lower vocabulary or devices, or "
+            "ask for more parameters."
         )
     budget = tokens if tokens is not None else TOKENS_PER_PARAMETER * best.count
     return Suggestion(dataclasses.replace(best, trillions=budget / 1e12), budget, devices)

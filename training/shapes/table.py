@@ -47,6 +47,16 @@ class PresetsConfig:
 
     def __post_init__(self) -> None:
         check_amount(0, context=self.context)
+        suggested = self.parameters is not None or self.tokens is not None
+        if self.names and (suggested or self.course_notes):
+            raise ValueError(
+                f"names of presets ({', '.join(self.names)}) print those; leave them out beside "
+                "--parameters, --tokens or --course-notes."
+            )
+        if self.devices != 1 and not suggested:
+            raise ValueError(
+                "devices are those of a suggestion; give --parameters or --tokens too."
+            )
 
 
 def show_presets(config: PresetsConfig, console: Console | None = None) -> None:

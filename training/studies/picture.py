@@ -68,7 +68,13 @@ def draw_width(
         means = {rates[name] * f: float(np.mean(losses[f])) for f in sorted(losses)}
         means = {rate: loss for rate, loss in means.items() if np.isfinite(loss)}
         axes.plot(
-            list(means), list(means.values()), "o-", ms=3, lw=1.2, color=colour, label=f"{width} wide"
+            list(means),
+            list(means.values()),
+            "o-",
+            ms=3,
+            lw=1.2,
+            color=colour,
+            label=f"{width} wide",
         )
         if means and best[name, ruled, width].inside:
             at = best[name, ruled, width]

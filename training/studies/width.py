@@ -8,8 +8,8 @@ all widths. The control has one rate for all parameters of all widths.
 Rates are a factor of 2 apart until worse ones lie on both sides of the best, and then a factor of
 root 2; a parabola in the logarithm of the rate through those next to the best says where the best is.
 
-Source: Yang et al., 2022, https://arxiv.org/abs/2203.03466 (transfer of the best rate); Qiu et al., 2025,
-https://arxiv.org/abs/2512.05620, for matrix optimizers.
+Source: Yang et al., 2022, https://arxiv.org/abs/2203.03466 (transfer of the best rate); Qiu et al.,
+2025, https://arxiv.org/abs/2512.05620, for matrix optimizers.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from rich.table import Table
 from ...optimizers.links.growth import Rank
 from ...optimizers.registry import OptimizerConfig
 from ...optimizers.roles import RAVINE_RULES, decide, mask_by_role
-from ...optimizers.width import WidthRule, scale_by_width, width_rule
+from ...optimizers.width import scale_by_width, width_rule
 from ..compare.entrants import DECAYED, Entrant, line_up
 from ..compare.space import Point
 from ..compare.trial import Trials
@@ -64,8 +64,8 @@ class WidthStudyConfig:
     """Shows how far the best learning rate moves with the width, by the rules and without them.
 
     Trains the model at every width and at learning rates around the best, prints where it is, and by
-    what factor it moves from the first width to the last. Every run is a line of runs.jsonl; a study that
-    was stopped goes on with what is missing. Takes an hour or more at the defaults.
+    what factor it moves from the first width to the last. Every run is a line of runs.jsonl; a study
+    that was stopped goes on with what is missing. Takes an hour or more at the defaults.
     """
 
     optimizers: str = "adamw,muon,soap,shampoo"
@@ -101,11 +101,7 @@ class WidthStudyConfig:
         for width in self.widths:
             at_width(base, width)
         for entrant in line_up(self.optimizers):
-            _rule(entrant.optimizer, self.rank)
-
-
-def _rule(optimizer: OptimizerConfig, rank: Rank | None) -> WidthRule:
-    return width_rule(optimizer) if rank is None else width_rule(optimizer, rank=rank)
+            width_rule(entrant.optimizer, rank=self.rank)
 
 
 class _Scaled(Trials):
@@ -114,13 +110,13 @@ class _Scaled(Trials):
     def __init__(self, run: RunConfig, corpus: Corpus, base: ModelConfig, rank: Rank | None):
         super().__init__(run, corpus)
         self._base = jax.eval_shape(lambda: init_params(base, run.seed)[1])
-        self._rank = rank
+        self._rank: Rank | None = rank
 
     def _update(
         self, rest: OptimizerConfig, rate: Any, numbers: Mapping[str, Any], decay: Any
     ) -> optax.GradientTransformation:
         more = {"weight_decay": 0.0} if rest.accepts("weight_decay") else {}
-        rule = _rule(rest, self._rank)
+        rule = width_rule(rest, rank=self._rank)
         return optax.chain(
             rest.build(rate, **numbers, **more),
             scale_by_width(rule, self._base, rules=RAVINE_RULES),
@@ -128,7 +124,7 @@ class _Scaled(Trials):
         )
 
 
-class _Late(Exception):
+class Late(Exception):
     """The time for new runs is over."""
 
 
@@ -151,23 +147,27 @@ class _Runs:
         """Held-out, at the end, one per seed; infinite where a run diverged.
 
         Raises:
-          _Late: if one would have to be made.
+          Late: if one would have to be made.
         """
         seeds = range(self._config.seeds)
         return [self._loss(entrant, ruled, width, factor, repeat) for repeat in seeds]
 
-    def _loss(
-        self, entrant: Entrant, ruled: bool, width: int, factor: float, repeat: int
-    ) -> float:
+    def _loss(self, entrant: Entrant, ruled: bool, width: int, factor: float, repeat: int) -> float:
         interrupts.check()
         config, scaled = self._config, ruled and width > self._config.widths[0]
         hyperparameters = json.loads(entrant.optimizer.to_json())["hyperparameters"]
         rule = self._factors(entrant, width) if scaled else None
-        decides = [hyperparameters, entrant.learning_rate, entrant.weight_decay, entrant.warmup, rule]
+        decides = [
+            hyperparameters,
+            entrant.learning_rate,
+            entrant.weight_decay,
+            entrant.warmup,
+            rule,
+        ]
         key = (self._task, entrant.name, _digest(decides), width, round(factor, 4), repeat)
         if key not in self._known:
             if time.monotonic() > self._end:
-                raise _Late
+                raise Late
             warmup = 0.1 if entrant.warmup is None else entrant.warmup
             rate = entrant.learning_rate * factor
             point = Point(rate, entrant.weight_decay, warmup, entrant.optimizer)
@@ -198,7 +198,7 @@ class _Runs:
             jax.eval_shape(lambda w=w: init_params(self._model(w), 0)[1])
             for w in (width, self._config.widths[0])
         )
-        rule = _rule(entrant.optimizer, self._config.rank)
+        rule = width_rule(entrant.optimizer, rank=self._config.rank)
         shapes = [leaf.shape for leaf in jax.tree.leaves(old)]
         pairs = zip(decide(new, RAVINE_RULES), shapes, strict=True)
         return [round(rule.factor(found, shape), 6) for found, shape in pairs]
@@ -278,7 +278,7 @@ def search(
                 break
         for half in (best - 2, best - 1, best + 1, best + 2):
             tried(half)
-    except _Late:
+    except Late:
         pass
 
 
@@ -308,7 +308,9 @@ def _table(
         for ruled in (True, False) if config.control else (True,):
             cells = [_cell(rate, best.get((name, ruled, width))) for width in config.widths]
             row = [name, "by the rule" if ruled else "one for all", *cells]
-            ends = [best.get((name, ruled, width)) for width in (config.widths[0], config.widths[-1])]
+            ends = [
+                best.get((name, ruled, width)) for width in (config.widths[0], config.widths[-1])
+            ]
             if all(end is not None and end.inside for end in ends):
                 by, error = moved(best, name, ruled)
                 low, high = by - Z * error, by + Z * error

@@ -1,4 +1,4 @@
-"""The command `python -m ravine coordinate-check`: activations' change over widths."""
+"""The command `python -m ravine coordinate-check`: activations' change over widths or depths."""
 
 import dataclasses
 import math
@@ -16,32 +16,35 @@ from ..data.corpus import load_corpus
 from ..identity import to_json
 from ..model import ModelConfig
 from ..run.files import write_json
-from .coordinates import at_width, changes, slope
+from .coordinates import at_depth, at_width, changes, slope
 from .picture import draw
 
 Sizes = dict[str, dict[int, float]]
-"""Of each activation, its change by width."""
+"""Of each activation, its change by width or depth."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CoordinateConfig:
-    """Checks that activations change as much in a wide model as in a narrow one.
+    """Checks that activations change as much in a wide or deep model as in a small one.
 
     A few steps at the tuned rate, at several widths, without the rule for width and with it: what
     stays with the width has a slope near 0. The first width is the base model's, at which both are the
-    same. Takes minutes.
+    same. With --depths, at several depths. Takes minutes.
     """
 
     optimizers: str = "adamw,muon,shampoo,soap"
     """Names, separated by commas."""
     widths: tuple[int, ...] = (64, 128, 256, 512)
     """Two or more, rising; heads are as wide as at the first."""
+    depths: tuple[int, ...] = ()
+    """Numbers of layers in place of widths, multiples of the first; all at the model's width."""
     steps: int = 3
     """Updates, each on a batch of its own."""
     batch_size: int = 16
     """Sequences per step."""
-    rank: Literal["low", "full"] = "full"
-    """Which limit the rules take for whitened directions, see ravine.optimizers.width.width_rule."""
+    rank: Literal["low", "full"] | None = None
+    """Which limit the rules take for whitened directions, see ravine.optimizers.width.width_rule; by
+    default each optimizer's own."""
     learning_rates: str = ""
     """Rates at the first width, name=value, separated by commas, in place of the tuned ones."""
     rate_factor: float = 0.1
@@ -58,11 +61,13 @@ class CoordinateConfig:
     """The base model; its width is the first of the widths."""
 
     def __post_init__(self) -> None:
-        if len(self.widths) < 2 or list(self.widths) != sorted(set(self.widths)):
+        if self.depths:
+            self._check_depths()
+        elif len(self.widths) < 2 or list(self.widths) != sorted(set(self.widths)):
             raise ValueError(f"widths must be two or more that rise, got {list(self.widths)}.")
-        if self.model.width != self.widths[0]:
+        elif self.model.width != self.widths[0]:
             object.__setattr__(self, "model", at_width(self.model, self.widths[0]))
-        for width in self.widths:
+        for width in () if self.depths else self.widths:
             at_width(self.model, width)
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
@@ -71,6 +76,20 @@ class CoordinateConfig:
             raise ValueError(f"rate_factor must be finite and positive, got {self.rate_factor}.")
         for entrant in self.line_up():
             check_learning_rate(entrant.name, entrant.learning_rate)
+
+    def _check_depths(self) -> None:
+        depths = self.depths
+        if len(depths) < 2 or list(depths) != sorted(set(depths)) or depths[0] < 1:
+            raise ValueError(f"depths must be two or more that rise, got {list(depths)}.")
+        base = dataclasses.replace(self.model, layers=depths[0])
+        object.__setattr__(self, "model", base)
+        for layers in depths:
+            at_depth(base, layers)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """What is compared: depths if there are any, else widths."""
+        return self.depths or self.widths
 
     def line_up(self) -> tuple[Entrant, ...]:
         """The optimizers with their rates."""
@@ -92,19 +111,20 @@ def coordinate_check(config: CoordinateConfig, console: Console) -> dict[str, di
     found: dict[str, dict[bool, Sizes]] = {}
     for entrant in config.line_up():
         mine: dict[bool, Sizes] = {False: {}, True: {}}
-        for width in config.widths:
+        for size in config.sizes:
             each = changes(
                 *(entrant.optimizer, entrant.learning_rate * config.rate_factor),
-                *(model, width, batches),
+                *(model, model.width if config.depths else size, batches),
+                layers=size if config.depths else 0,
                 rank=config.rank,
                 seed=config.seed,
             )
             for with_rule, row in each.items():
-                for name, size in row.items():
-                    mine[with_rule].setdefault(name, {})[width] = size
+                for name, change in row.items():
+                    mine[with_rule].setdefault(name, {})[size] = change
         found[entrant.name] = mine
         for with_rule, sizes in mine.items():
-            console.print(_table(entrant, with_rule, sizes, config.rate_factor))
+            console.print(_table(config, entrant, with_rule, sizes))
         _write(config, found)
     return found
 
@@ -113,18 +133,21 @@ def _write(config: CoordinateConfig, found: dict[str, dict[bool, Sizes]]) -> Non
     config.out.mkdir(parents=True, exist_ok=True)
     told = {name: {str(key): sizes for key, sizes in both.items()} for name, both in found.items()}
     write_json(config.out / "changes.json", {"config": to_json(config), "rms_of_change": told})
-    draw(config.out / "coordinate_check.png", found)
+    draw(config.out / "coordinate_check.png", found, "layers" if config.depths else "width")
 
 
-def _table(entrant: Entrant, with_rule: bool, sizes: Sizes, factor: float) -> Table:
-    rate = f"rate {entrant.learning_rate * factor:.3g}"
-    title = f"{entrant.name}, {rate}{', by its rule for width' if with_rule else ' at every width'}"
+def _table(config: CoordinateConfig, entrant: Entrant, with_rule: bool, sizes: Sizes) -> Table:
+    what, unit = ("depth", "layers") if config.depths else ("width", "wide")
+    title = f"{entrant.name}, rate {entrant.learning_rate * config.rate_factor:.3g}"
+    title += f", by its rule for {what}" if with_rule else f" at every {what}"
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
     table.add_column("RMS of the change of")
-    for width in next(iter(sizes.values())):
-        table.add_column(f"{width} wide", justify="right")
+    for size in next(iter(sizes.values())):
+        table.add_column(f"{size} {unit}", justify="right")
     table.add_column("slope", justify="right")
-    for name, by_width in sizes.items():
-        cells = [f"{size:.3g}" for size in by_width.values()]
-        table.add_row(name, *cells, f"{slope(by_width):+.2f}")
+    for name, by_size in sizes.items():
+        deep = config.depths and name.startswith("layer")
+        place = f"{name} of {config.depths[0]}, or as deep" if deep else name
+        cells = [f"{size:.3g}" for size in by_size.values()]
+        table.add_row(place, *cells, f"{slope(by_size):+.2f}")
     return table

@@ -1,7 +1,7 @@
-"""The coordinate check: how much activations change in a few steps, at several widths.
+"""The coordinate check: how much activations change in a few steps, at several widths or depths.
 
-Under the right rule the change of every activation is of one size at all widths; a wrong one shows as
-a power of the width, from the first steps on and without tuning anything.
+Under the right rule the change of every activation is of one size at all of them; a wrong one shows as
+a power of the width or of the depth, from the first steps on and without tuning anything.
 """
 
 import dataclasses
@@ -55,16 +55,45 @@ def at_width(model: ModelConfig, width: int) -> ModelConfig:
     )
 
 
-def activations(graphdef: nnx.GraphDef, params: Any, tokens_BxT: jax.Array) -> dict[str, jax.Array]:
-    """The stream behind the embedding and every layer, and the logits."""
+def at_depth(model: ModelConfig, layers: int) -> ModelConfig:
+    """The model with more layers, its branches scaled by the base model's number over theirs.
+
+    Raises:
+      ValueError: for a number that is not a multiple of the base model's.
+
+    Example:
+      >>> from ravine.training.model import ModelConfig
+      >>> from ravine.training.width.coordinates import at_depth
+      >>> at_depth(ModelConfig(layers=2), 8).branch_scale
+      0.25
+    """
+    if layers < model.layers or layers % model.layers:
+        raise ValueError(f"{layers} layers must be a multiple of the base model's {model.layers}.")
+    scale = model.branch_scale * model.layers / layers
+    return dataclasses.replace(model, layers=layers, branch_scale=scale)
+
+
+def activations(
+    graphdef: nnx.GraphDef, params: Any, tokens_BxT: jax.Array, layers: int = 0
+) -> dict[str, jax.Array]:
+    """The stream behind the embedding and every layer, and the logits.
+
+    Args:
+      graphdef: of the model.
+      params: its parameters.
+      tokens_BxT: the input.
+      layers: of the base model, if a deeper one is looked at where the base model's layers end.
+    """
     model: Transformer = nnx.merge(graphdef, params)
     stream = jnp.take(model.embed.embedding[...], tokens_BxT, axis=0)
     found = {"embedding": stream}
     structure, stacked = nnx.split(model.layers)
+    every = model.config.layers // (layers or model.config.layers)
     for index in range(model.config.layers):
         layer = nnx.merge(structure, jax.tree.map(lambda x, i=index: x[i], stacked))
         stream = layer(stream)[0]
-        found[f"layer {index + 1}"] = stream
+        if (index + 1) % every == 0:
+            found[f"layer {(index + 1) // every}"] = stream
     return found | {"logits": model.logits(model.final_norm(stream))}
 
 
@@ -75,8 +104,9 @@ def changes(
     width: int,
     batches: Sequence[Any],
     *,
+    layers: int = 0,
     rule: Iterable[bool] = (False, True),
-    rank: Rank = "full",
+    rank: Rank | None = None,
     seed: int = 0,
 ) -> dict[bool, dict[str, float]]:
     """The RMS of every activation's change after one step per batch, without and with the rule.
@@ -87,34 +117,31 @@ def changes(
       model: the base model.
       width: the width to check.
       batches: tokens `[B, T + 1]`; activations are measured on the first.
-      rule: False for the base model's rate everywhere, True for :func:`width_rule`.
+      layers: the depth to check, a multiple of the base model's; 0 for the base model's.
+      rule: False for the base model's rate everywhere, and branches that are not scaled for their
+        number; True for :func:`width_rule`, and branches that are.
       rank: as for :func:`width_rule`.
       seed: of the parameters.
     """
-    config = at_width(model, width)
-    graphdef, params = init_params(config, seed)
-    base = jax.eval_shape(lambda: init_params(model, seed)[1])
-    decided = decide(params, RAVINE_RULES)
-    shapes = [leaf.shape for leaf in jax.tree.leaves(base)]
-    chosen = width_rule(optimizer, rank=rank)
-    factors = [chosen.factor(found, old) for found, old in zip(decided, shapes, strict=True)]
-    overrides: dict[str, Any] = {"weight_decay": 0.0} if optimizer.accepts("weight_decay") else {}
-    if optimizer.accepts("refresh"):  # else the first steps are the graft's
-        overrides["refresh"] = Refresh(every=1)
-    tx = optimizer.build(learning_rate, **overrides)
-    loss = make_loss(graphdef)
-    look = jax.jit(lambda p: activations(graphdef, p, batches[0][:, :-1]))
-
-    @jax.jit
-    def step(params: Any, state: Any, batch: Any, factors: Any) -> tuple[Any, Any]:
-        grads = jax.grad(loss)(params, batch)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, jax.tree.map(jnp.multiply, updates, factors)), state
-
-    start, before, done = params, look(params), {}
+    layers = layers or model.layers
+    wide, chosen = at_width(model, width), width_rule(optimizer, rank=rank)
+    configs = {True: at_depth(wide, layers), False: dataclasses.replace(wide, layers=layers)}
+    shapes = [
+        leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(lambda: init_params(model, seed)[1]))
+    ]
+    tx = _transformation(optimizer, learning_rate)
+    done: dict[bool, dict[str, float]] = {}
+    programs: dict[ModelConfig, tuple[Any, ...]] = {}
     for with_rule in rule:
-        used = [jnp.float32(f if with_rule else 1.0) for f in factors]
-        tree = jax.tree.unflatten(jax.tree.structure(params), used)
+        config = configs[with_rule]
+        if config not in programs:
+            programs[config] = _programs(config, tx, batches[0], model.layers, seed)
+        start, before, step, look = programs[config]
+        decided = decide(start, RAVINE_RULES)
+        ratio = layers / model.layers
+        pairs = zip(decided, shapes, strict=True)
+        factors = [chosen.factor(found, old, ratio) if with_rule else 1.0 for found, old in pairs]
+        tree = jax.tree.unflatten(jax.tree.structure(start), [jnp.float32(f) for f in factors])
         now, state = start, tx.init(start)
         for batch in batches:
             interrupts.check()
@@ -123,6 +150,32 @@ def changes(
         row = {name: float(_rms(after[name] - before[name])) for name in before}
         done[with_rule] = row | {UPDATES: _spectral(start, now, decided)}
     return done
+
+
+def _transformation(
+    optimizer: OptimizerConfig, learning_rate: float
+) -> optax.GradientTransformation:
+    overrides: dict[str, Any] = {"weight_decay": 0.0} if optimizer.accepts("weight_decay") else {}
+    if optimizer.accepts("refresh"):  # else the first steps are the graft's
+        overrides["refresh"] = Refresh(every=1)
+    return optimizer.build(learning_rate, **overrides)
+
+
+def _programs(
+    config: ModelConfig, tx: optax.GradientTransformation, first: Any, layers: int, seed: int
+) -> tuple[Any, ...]:
+    """Parameters, their activations, the step and the look, for a model."""
+    graphdef, params = init_params(config, seed)
+    loss = make_loss(graphdef)
+    look = jax.jit(lambda p: activations(graphdef, p, first[:, :-1], layers))
+
+    @jax.jit
+    def step(params: Any, state: Any, batch: Any, factors: Any) -> tuple[Any, Any]:
+        grads = jax.grad(loss)(params, batch)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, jax.tree.map(jnp.multiply, updates, factors)), state
+
+    return params, look(params), step, look
 
 
 def _rms(x: jax.Array) -> jax.Array:
@@ -142,7 +195,7 @@ def _spectral(start: Any, end: Any, decided: Any) -> float:
 
 
 def slope(sizes: Mapping[int, float]) -> float:
-    """The power of the width that fits sizes by width best; 0 if they do not depend on it.
+    """The power of the width, or depth, that fits sizes best; 0 if they do not depend on it.
 
     Example:
       >>> from ravine.training.width.coordinates import slope

@@ -6,12 +6,17 @@ from pathlib import Path
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
 
-def draw(file: Path, found: Mapping[str, Mapping[bool, Mapping[str, Mapping[int, float]]]]) -> None:
+def draw(
+    file: Path,
+    found: Mapping[str, Mapping[bool, Mapping[str, Mapping[int, float]]]],
+    what: str = "width",
+) -> None:
     """The change of every activation against the width; above without the rule, below with it.
 
     Args:
       file: where to; the ending decides the format.
-      found: by optimizer, by whether the rule is used, by activation, by width.
+      found: by optimizer, by whether the rule is used, by activation, by width or number of layers.
+      what: the label of that axis.
     """
     from matplotlib.figure import Figure
 
@@ -38,8 +43,8 @@ def draw(file: Path, found: Mapping[str, Mapping[bool, Mapping[str, Mapping[int,
             if not with_rule:
                 axes.set_title(name)
             else:
-                axes.set_xlabel("width")
-    panels[0][0].set_ylabel("one rate for all widths\nRMS of change")
+                axes.set_xlabel(what)
+    panels[0][0].set_ylabel("one rate for all\nRMS of change")
     panels[1][0].set_ylabel("by the rule\nRMS of change")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
