@@ -129,7 +129,7 @@ def width_rule(optimizer: str | OptimizerConfig, *, rank: Rank | None = None) ->
     config = OptimizerConfig(optimizer) if isinstance(optimizer, str) else optimizer
     name = config.name
     roles = tuple(config.value("roles")) if config.accepts("roles") else None
-    grafted = name == "shampoo" and config.value("graft") != "none"
+    grafted = name == "shampoo" and config.value("graft").step != "none"
     rank = rank or ("low" if grafted else "full")
     if name in GRADIENT:
         return WidthRule(gradient_growth, roles, 1.0)

@@ -176,8 +176,11 @@ def test_the_page_shows_what_the_commands_print(words, capsys):
     assert "\n".join(lines).strip("\n") in page
 
 
-def test_parts_and_names_on_the_command_line(capsys):
-    assert main(["presets", "mixtral*", "gpt2", "--show", "parts"]) == 0
+def test_parts_names_and_a_figure_on_the_command_line(tmp_path, capsys):
+    figure = tmp_path / "shapes.svg"
+    words = ["mixtral*", "gpt2", "--show", "parts", "--figure", str(figure)]
+    assert main(["presets", *words]) == 0
+    assert figure.stat().st_size > 10_000
     printed = capsys.readouterr().out
     assert "45.1B" in printed  # experts of Mixtral 8x7B
     assert "gpt2-xl" not in printed
@@ -193,6 +196,7 @@ def test_parts_and_names_on_the_command_line(capsys):
         (["--context", "-1"], "ravine: context must be a whole number"),
         (["gpt2", "--parameters", "1e9"], "names of presets (gpt2) print those; leave them out"),
         (["--devices", "8"], "devices are those of a suggestion"),
+        (["--figure", "a.txt"], "figure a.txt must end in .png, .svg or .pdf"),
     ],
 )
 def test_bad_input(words, complaint, capsys):

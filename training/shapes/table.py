@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+from pathlib import Path
 from typing import Literal
 
 import tyro
@@ -11,6 +12,7 @@ from rich.table import Table
 
 from ...core.checks import check_amount, near
 from .parts import PARTS
+from .picture import draw
 from .presets import PRESETS
 from .rules import TOKENS_PER_PARAMETER, suggest
 from .shape import ModelShape
@@ -44,6 +46,8 @@ class PresetsConfig:
     """Suggest a shape for this many tokens of pre-training."""
     devices: int = 1
     """Devices that each matrix of the suggested shape is sharded over."""
+    figure: Path | None = None
+    """Also draw the shapes into this file; its ending decides the format, such as .png or .svg."""
 
     def __post_init__(self) -> None:
         check_amount(0, context=self.context)
@@ -53,6 +57,12 @@ class PresetsConfig:
                 f"names of presets ({', '.join(self.names)}) print those; leave them out beside "
                 "--parameters, --tokens or --course-notes."
             )
+        if self.figure is not None and (suggested or self.course_notes):
+            raise ValueError(
+                "a figure shows presets; leave out --parameters, --tokens, --course-notes."
+            )
+        if self.figure is not None and self.figure.suffix not in (".png", ".svg", ".pdf"):
+            raise ValueError(f"figure {self.figure} must end in .png, .svg or .pdf.")
         if self.devices != 1 and not suggested:
             raise ValueError(
                 "devices are those of a suggestion; give --parameters or --tokens too."
@@ -79,6 +89,8 @@ def show_presets(config: PresetsConfig, console: Console | None = None) -> None:
             if config.show in ("all", name):
                 console.print(table(shapes, config.context))
                 console.print(_LEGENDS[name])
+        if config.figure is not None:
+            draw(config.figure, shapes)
 
 
 def matching(patterns: tuple[str, ...]) -> dict[str, ModelShape]:
