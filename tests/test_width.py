@@ -177,7 +177,10 @@ def test_activations_change_as_much_at_every_width(name):
         assert abs(ruled[activation]) < 0.8 * abs(without[activation]), activation
 
 
-@pytest.mark.parametrize(("name", "learning_rate"), [("adamw", 1e-3), ("sgd", 0.03)])
+@pytest.mark.parametrize(
+    ("name", "learning_rate"),
+    [("adamw", 1e-3), pytest.param("sgd", 0.03, marks=pytest.mark.slow)],
+)
 def test_activations_change_as_much_at_every_depth(name, learning_rate):
     depths = {layers: {"width": 16, "layers": layers} for layers in (1, 4)}
     without, ruled = slopes(name, learning_rate, depths)

@@ -237,7 +237,7 @@ class _EmptyPath(Exception):
 def _one_line(boxed: str) -> str:
     """The text of a complaint that tyro drew into a box, up to its pointer to --help."""
     lines = [line.strip("│╭╮╰╯─ ") for line in boxed.splitlines()[1:]]
-    text = " ".join(line for line in lines if line)
+    text = " ".join(line for line in lines if line.strip("-"))  # boxes without Unicode are dashes
     text = text.split("For full helptext")[0].strip()
     return re.sub(r"^Error parsing [\w.]+: ", "", text)  # a sentence of ours, behind a class's name
 
