@@ -78,4 +78,4 @@ def _vertex(logs: np.ndarray, values: np.ndarray) -> tuple[float, float, float] 
         variance = float(np.sum(np.square(design @ np.array([a, b, c]) - values))) / free
         slope = np.array([b / (2 * a * a), -1 / (2 * a), 0.0])
         error = math.sqrt(variance * float(slope @ np.linalg.inv(design.T @ design) @ slope))
-    return middle + at, error, float(c - b * b / (4 * a))
+    return middle + float(at), error, float(c - b * b / (4 * a))
