@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from ravine.training.cli import COMMANDS, main
+from ravine.training.cli import COMMANDS, STUDIES, main
 
 
 def test_help_names_every_command(capsys):
@@ -26,9 +26,20 @@ def test_an_unknown_command_is_refused_with_the_near_one(word, meant, capsys):
     assert meant in told
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+STUDY = [f"study {name}" for name in STUDIES]
+
+
+@pytest.mark.parametrize("command", [*sorted(set(COMMANDS) - {"study"}), *STUDY])
 def test_every_command_has_help_with_its_defaults(command, capsys):
     with pytest.raises(SystemExit) as stop:
-        main([command, "--help"])
+        main([*command.split(), "--help"])
     assert stop.value.code == 0
     assert "default:" in capsys.readouterr().out
+
+
+def test_help_on_studies_lists_them(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["study", "--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in STUDY)

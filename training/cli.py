@@ -156,7 +156,11 @@ def _run(command: str, words: list[str]) -> int:
     return 0
 
 
-STUDIES = ("decay", "width")
+STUDIES = {
+    "decay": "what weight decay does in a run that sees every token once",
+    "width": "how far the best learning rate moves with the width",
+}
+"""Studies, and what each shows."""
 
 
 def _study(words: list[str]) -> tuple[str, list[str]]:
@@ -164,6 +168,11 @@ def _study(words: list[str]) -> tuple[str, list[str]]:
     for name in STUDIES:
         if words[:1] == [name]:
             return f"study {name}", words[1:]
+    if words[:1] in (["-h"], ["--help"]):
+        lines = [f"  study {name:<12}{what}" for name, what in STUDIES.items()]
+        print("\n".join(["usage: ravine study NAME [FLAGS]", "", *lines, ""]))
+        print("ravine study NAME --help lists its flags with their defaults.")
+        raise SystemExit(0)
     known = " or ".join(f"study {name}" for name in STUDIES)
     if not words or words[0].startswith("-"):
         raise ValueError(f"study needs a name; write: {known} [FLAGS].")
