@@ -1,8 +1,10 @@
 """Mesh axes that `jax.vmap` maps over: what it maps over may be sharded."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 try:
@@ -37,3 +39,14 @@ def mapped_as_arguments(tree: Any) -> Any:
         return tree
     bare = lambda x: jax.typeof(x).sharding.mesh.empty
     return jax.tree.map(lambda x: jax.reshard(x, PartitionSpec()) if bare(x) else x, tree)
+
+
+def cond(due: jax.Array, yes: Callable[..., Any], no: Callable[..., Any], *operands: Any) -> Any:
+    """`jax.lax.cond`, also where `jax.vmap` maps over an axis that a mesh shards.
+
+    A mapped conditional computes both sides anyway, and JAX (0.10) selects one without regard to how it
+    is sharded.
+    """
+    if not mapped_axes():
+        return jax.lax.cond(due, yes, no, *operands)
+    return jax.tree.map(lambda a, b: jnp.where(due, a, b), yes(*operands), no(*operands))

@@ -19,6 +19,7 @@ from ..core.arithmetic import (
 )
 from ..core.checks import check_decay_rates, check_non_negative, check_whole
 from ..core.fit import check_fit
+from ..core.mapped import cond
 from ..core.transformation import with_extra_args
 from ..core.tree_checks import check_params_given
 from .links.curvature import Curvature
@@ -132,7 +133,7 @@ def scale_by_sophia(
 
         since = state.count - whole(start)
         due = (since >= 0) & (since % whole(every) == 0)
-        nu = jax.lax.cond(due, estimated, lambda nu: nu, state.nu)
+        nu = cond(due, estimated, lambda nu: nu, state.nu)
         mu = ema(updates, state.mu, b1)
         count = increment(state.count)
         weight = bias_correction(b1, count) if correct_bias else 1.0

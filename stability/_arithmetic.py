@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ..core.arithmetic import wide, wide_dtype
+from ..core.mapped import cond
 
 
 def scale(x: jax.Array, factor: jax.Array) -> jax.Array:
@@ -36,4 +37,4 @@ def global_norm(tree: Any) -> jax.Array:
         return jnp.where(jnp.isfinite(highest), highest * norm(highest), highest)
 
     plain = norm(jnp.ones([], jnp.float32))
-    return jax.lax.cond(jnp.isfinite(plain), lambda: plain, divided)
+    return cond(jnp.isfinite(plain), lambda: plain, divided)

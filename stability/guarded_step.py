@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..core.mapped import cond
 from ..core.transformation import with_extra_args
 from ..optimizers.links.clock import advance
 
@@ -52,7 +53,7 @@ def guarded(
         # -0, since adding 0 would turn a parameter of -0 into 0.
         unchanged = lambda: jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates)
         keep = lambda: (unchanged(), advance(state.inner))
-        updates, inner_state = jax.lax.cond(made, make, keep)
+        updates, inner_state = cond(made, make, keep)
         return updates, finish(inner_state)
 
     tx = with_extra_args(init, update, name=name)

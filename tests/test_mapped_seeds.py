@@ -18,11 +18,17 @@ SHORT = (
     "muon-rules-Auto",
     "kl_shampoo-rules-refresh-Explicit",
 )
+
+
+def gated():
+    return ravine.stability.finite_gate(ravine.scale_by_adam())
+
+
 CASES = [
-    pytest.param(row.build, kind, id=name, marks=[pytest.mark.slow] * (name not in SHORT))
-    for row in TABLE
+    pytest.param(build, kind, id=name, marks=[pytest.mark.slow] * (name not in SHORT))
+    for label, build in ({row.label: row.build for row in TABLE} | {"gate": gated}).items()
     for kind in (AxisType.Explicit, AxisType.Auto)
-    for name in (f"{row.label}-{kind.name}",)
+    for name in (f"{label}-{kind.name}",)
 ]
 
 
