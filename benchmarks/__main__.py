@@ -8,6 +8,8 @@ COMMANDS = {
     "first_order": "update and compile time of SGD, Adam and their kin against Optax's",
     "muon": "update, compile time and temporary memory of Muon against Optax's",
     "shampoo": "compile time and steps of Shampoo and SOAP against Meta's, PyTorch's and Google's",
+    "peers": "updates of AdamW, Muon, SOAP and Shampoo against PyTorch's and Optax's",
+    "train_step": "a step of the trainer's model against the same in PyTorch",
     "compile_time": "growth of compile time from 8 to 128 equal leaves (printed only)",
     "moves": "moves between files of a traced update, lines by kind (printed only)",
     "memory": "bytes of state, bfloat16 and float32",
@@ -16,6 +18,7 @@ COMMANDS = {
     "hard": "problems on which optimizers fail: pass or fail, ours and Optax's",
     "guard": "a fast subset, its ratios against the bounds of guard.json; status 1 where one is passed",
 }
+FILES = {"peers": "against"}  # where a command's name is that of a folder
 HERE = Path(__file__).parent
 
 
@@ -25,9 +28,10 @@ def main() -> int:
         lines = [f"  {command:<14}{what}" for command, what in COMMANDS.items()]
         print("\n".join(["usage: python benchmarks COMMAND [FLAGS]", "", *lines]))
         return 0 if name in ("-h", "--help") else 2
-    sys.argv = [f"benchmarks/{name}.py", *sys.argv[2:]]
+    file = f"{FILES.get(name, name)}.py"
+    sys.argv = [f"benchmarks/{file}", *sys.argv[2:]]
     sys.path.insert(0, str(HERE))
-    runpy.run_path(str(HERE / f"{name}.py"), run_name="__main__")
+    runpy.run_path(str(HERE / file), run_name="__main__")
     return 0
 
 

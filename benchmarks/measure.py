@@ -2,8 +2,9 @@
 
 import datetime
 import platform
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -49,6 +50,10 @@ class Contender:
         jax.block_until_ready(self._params)
         return self._clock() - started
 
+    def mean(self, steps: int) -> float:
+        """Of so many steps."""
+        return sum(self.step() for _ in range(steps)) / steps
+
     @property
     def temporary_megabytes(self) -> float:
         return self.compiled.memory_analysis().temp_size_in_bytes / 1e6
@@ -60,6 +65,35 @@ class Contender:
             sum(x.nbytes for x in jax.tree.leaves(tree)) for tree in (self._state, self._params)
         )
         return state, params
+
+
+PAUSE = 0.05
+"""Seconds between two turns, in which threads that still wait for work go to sleep."""
+
+
+def in_turn(
+    ours: Callable[[], float], theirs: Callable[[], float], turns: int
+) -> list[tuple[float, float]]:
+    """What both say, called A B A B."""
+
+    def rested(call: Callable[[], float]) -> float:
+        time.sleep(PAUSE)
+        return call()
+
+    return [(rested(ours), rested(theirs)) for _ in range(turns)]
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Median, and in parentheses the least and the most."""
+    middle, least, most = statistics.median(values), min(values), max(values)
+    return f"{middle:.{digits}g} ({least:.{digits}g}–{most:.{digits}g})"
+
+
+def verdict(ratio: float, bar: float | None) -> str:
+    """Of a ratio that shall be at most the bar."""
+    if bar is None:
+        return "none"
+    return f"{bar:g}, met" if ratio <= bar else f"{bar:g}, **missed**"
 
 
 def heading(command: str) -> list[str]:

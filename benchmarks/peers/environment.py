@@ -1,0 +1,26 @@
+"""The environment in which the peers run: pinned, and made by the benchmark that needs it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+PINS = ("torch==2.13.0", "pytorch-optimizer==4.1.0", "numpy==2.4.0")
+FOLDER = Path(__file__).parents[2] / ".cache" / "peers"
+
+
+def interpreter(folder: Path) -> str:
+    """The Python of the environment in `folder`, which is made, once, where it is missing.
+
+    The library's own environment is left as it is. Where pip would take PyTorch for a GPU, which works
+    as well and is large, tell pip's configuration of an index with PyTorch for CPUs.
+    """
+    place = folder / "torch"
+    python, stamp = place / "bin" / "python", place / "pins.txt"
+    wanted = "\n".join(PINS)
+    if not stamp.exists() or stamp.read_text(encoding="utf-8") != wanted:
+        print(f"installing {', '.join(PINS)} into {place} (once, some minutes)", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
+        install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*install, *PINS], check=True)
+        stamp.write_text(wanted, encoding="utf-8")
+    return str(python)

@@ -1,0 +1,177 @@
+"""A train step of the trainer's model with AdamW against the same in PyTorch, for docs/benchmarks.md.
+
+    python benchmarks train_step                  # two minutes, the first time installation too
+    python benchmarks train_step --peers FOLDER   # where the peers' environment is, or is made
+    python benchmarks train_step --without-torch --turns 1 --steps 1  # ours only: a trial
+
+Both start from the same weights and see the same batches; the losses of the first step must agree. Ours
+is the trainer's step as it compiles it: clipping, AdamW as tuned, the metrics of a step. PyTorch's
+(`peers/torch_model.py`) clips, has the fused AdamW at a constant rate, and runs eagerly, then under
+`torch.compile`. A turn is some steps, dispatched one after the other and waited for at the end. Turns
+alternate, A B A B; the table has medians, and the least and the most in parentheses.
+"""
+
+import argparse
+import dataclasses
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+from measure import heading, in_turn, spread, verdict, write
+from peers.environment import FOLDER, interpreter
+from peers.talk import Peer
+from ravine.training.compare.entrants import line_up
+from ravine.training.config import RunConfig
+from ravine.training.model import ModelConfig
+from ravine.training.sharding import batch_sharding, build_mesh
+from ravine.training.step import init_sharded, make_train_step, place
+
+BAR = 0.9
+MODELS = {"the race's": RunConfig().model, "`ModelConfig()`": ModelConfig()}
+(ADAMW,) = line_up("adamw")
+
+
+class Ours:
+    """The trainer's step on one device, batches cycled."""
+
+    def __init__(self, model: ModelConfig):
+        self.run = ADAMW.adapted(RunConfig(model=model))
+        self._mesh = build_mesh()
+        shape = (8, self.run.batch_size, model.context + 1)
+        rng = np.random.default_rng(0)
+        self.batches = rng.integers(0, model.vocabulary, shape, dtype=np.int32)
+        with jax.set_mesh(self._mesh):
+            tx, shardings = place(model, ADAMW.build(self.run), self._mesh)
+            graphdef, self._state = init_sharded(model, self.run.seed, tx, shardings)
+            step = make_train_step(graphdef, tx, attention_logits=False, fused=self.run.fused)
+            self._rows = batch_sharding(self._mesh, self.run.batch_size)
+            example = jax.ShapeDtypeStruct(shape[1:], np.int32, sharding=self._rows)
+            jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step))
+            self._compiled = jitted.lower(self._state, example).compile()
+        self._at = 0
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """By path, as they are now."""
+        flat = traverse_util.flatten_dict(self._state.params, sep="/")
+        return {name: np.array(value) for name, value in flat.items()}
+
+    def step(self) -> dict[str, jax.Array]:
+        batch = self.batches[self._at % len(self.batches)]
+        self._at += 1
+        placed = jax.make_array_from_process_local_data(self._rows, batch, batch.shape)
+        self._state, metrics = self._compiled(self._state, placed)
+        return metrics
+
+    def mean(self, steps: int) -> float:
+        """Seconds per step, of so many."""
+        started = time.perf_counter()
+        for _ in range(steps):
+            metrics = self.step()
+        jax.block_until_ready((self._state, metrics))
+        return (time.perf_counter() - started) / steps
+
+
+def asked_of(peer: Peer, ours: Ours, file: Path, compiled: bool) -> float:
+    """Has the peer build the model from a file; the loss of its first step."""
+    run, config = ours.run, ADAMW.optimizer
+    return peer.ask(
+        "training",
+        file=str(file),
+        compiled=compiled,
+        model={
+            "heads": run.model.heads,
+            "context": run.model.context,
+            "base": run.model.rope_base,
+        },
+        optimizer={
+            "lr": ADAMW.learning_rate,
+            "betas": [config.value("b1"), config.value("b2")],
+            "eps": config.value("eps"),
+            "weight_decay": (run.weight_decay or 0.0) / ADAMW.learning_rate,
+        },
+        clip_norm=run.clip_norm,
+    )
+
+
+def rows(name: str, model: ModelConfig, peer: Peer | None, turns: int, steps: int) -> list[str]:
+    """Lines of the table, one for each way of PyTorch's."""
+    ours = Ours(model)
+    weights = ours.weights()
+    size = sum(x.size for x in weights.values()) / 1e6
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "start.npz"
+        np.savez(file, batches=ours.batches, **weights)
+        loss = float(ours.step()["loss"])
+        ours.mean(steps)
+        if peer is None:
+            times = [1e3 * ours.mean(steps) for _ in range(turns)]
+            return [f"| {name}, {size:.2f} M | none | {spread(times)} | | | | {turns} × {steps} |"]
+        return [
+            _row(name, size, peer, ours, file, loss, way, turns, steps) for way in (False, True)
+        ]
+
+
+def _row(
+    name: str,
+    size: float,
+    peer: Peer,
+    ours: Ours,
+    file: Path,
+    loss: float,
+    compiled: bool,
+    turns: int,
+    steps: int,
+) -> str:
+    other = asked_of(peer, ours, file, compiled)
+    if abs(other - loss) > 1e-3 * loss:
+        raise RuntimeError(f"the models differ: losses of the first step {loss} and {other}.")
+    theirs: Any = lambda: peer.ask("mean", steps=steps)
+    theirs()
+    times = in_turn(lambda: ours.mean(steps), theirs, turns)
+    mine, others = ([1e3 * x for x in side] for side in zip(*times, strict=True))
+    ratios = [a / b for a, b in times]
+    way = "`torch.compile`" if compiled else "eager"
+    return (
+        f"| {name}, {size:.2f} M | {way} | {spread(mine)} | {spread(others)} | {spread(ratios)} "
+        f"| {verdict(statistics.median(ratios), BAR)} | {turns} × {steps} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--peers", type=Path, default=FOLDER, help="folder of their environment")
+    parser.add_argument("--without-torch", action="store_true", help="ours only; writes nothing")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=20, help="per turn")
+    parser.add_argument("--layers", type=int, help="another depth; writes nothing")
+    parser.add_argument("--no-write", action="store_true")
+    asked = parser.parse_args()
+    peer = None if asked.without_torch else Peer(interpreter(asked.peers), asked.threads)
+    versions = f" Peer: {peer.ask('versions')}, {asked.threads} threads." if peer else ""
+    lines = [
+        heading("python benchmarks train_step")[0] + versions,
+        "",
+        "| model | PyTorch | ours, ms | PyTorch's, ms | ratio | bar | turns × steps |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, model in MODELS.items():
+        if asked.layers:
+            model = dataclasses.replace(model, layers=asked.layers)
+        found = rows(name, model, peer, asked.turns, asked.steps)
+        lines += found
+        print("\n".join(found), flush=True)
+    if peer:
+        peer.close()
+    if not (asked.no_write or asked.without_torch or asked.layers):
+        write("train_step", lines)
+
+
+if __name__ == "__main__":
+    main()

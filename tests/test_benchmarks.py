@@ -1,0 +1,59 @@
+"""The benchmarks run at a tiny size and without peers; no figure is looked at."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+TINY = {
+    "peers": "--without-torch --width 16 --layers 1 --turns 1",
+    "train_step": "--without-torch --layers 1 --turns 1 --steps 1",
+}
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Runs a subcommand as from the shell; modules of the benchmarks are forgotten afterwards."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
+
+    def run(name, *flags):
+        monkeypatch.setattr(sys, "argv", ["benchmarks", name, *flags])
+        # Optax promotes dtypes.
+        with jax.numpy_dtype_promotion("standard"), pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(FOLDER / "__main__.py"), run_name="__main__")
+        return ended.value.code
+
+    yield run
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(FOLDER)):
+            del sys.modules[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TINY)
+def test_every_command_runs_small(command, capsys, name):
+    page = FOLDER.parent / "docs" / "benchmarks.md"
+    before = page.read_bytes()
+    assert command(name, *TINY[name].split()) == 0
+    assert capsys.readouterr().out.count("| ") > 0
+    assert page.read_bytes() == before
+
+
+def test_unknown_commands_are_answered_with_the_known(command, capsys):
+    assert command("speed") == 2
+    assert "train_step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("ratio", "bar", "said"),
+    [(0.5, 0.6, "0.6, met"), (0.7, 0.6, "0.6, **missed**"), (1, None, "none")],
+)
+def test_bars_that_are_missed_are_named(monkeypatch, ratio, bar, said):
+    monkeypatch.syspath_prepend(FOLDER)
+    import measure
+
+    assert measure.verdict(ratio, bar) == said
