@@ -391,6 +391,7 @@ def test_verdicts_name_the_first_change_that_helps(found, tokens, says):
     ],
 )
 def test_bad_input(words, complaint, capsys):
+    assert len(jax.devices()) == 8  # JAX has started: it is too late for more
     assert main(["plan", *words]) == 2
     error = capsys.readouterr().err
     assert complaint in error
