@@ -10,6 +10,8 @@ COMMANDS = {
     "shampoo": "compile time and steps of Shampoo and SOAP against Meta's, PyTorch's and Google's",
     "peers": "updates of AdamW, Muon, SOAP and Shampoo against PyTorch's and Optax's",
     "train_step": "a step of the trainer's model against the same in PyTorch",
+    "limit": "AdamW against the measured bandwidth, Muon against the measured rate of products",
+    "growth": "update and compile time over parameters and leaves, with slopes",
     "compile_time": "growth of compile time from 8 to 128 equal leaves (printed only)",
     "moves": "moves between files of a traced update, lines by kind (printed only)",
     "memory": "bytes of state, bfloat16 and float32",

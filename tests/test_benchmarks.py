@@ -11,6 +11,8 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 TINY = {
     "peers": "--without-torch --width 16 --layers 1 --turns 1",
     "train_step": "--without-torch --layers 1 --turns 1 --steps 1",
+    "limit": "--width 16 --megabytes 1 --sides 16 32 --repeats 2",
+    "growth": "--only adamw muon --parameters --leaves 1 2 --total 1024",
 }
 
 
