@@ -1,4 +1,4 @@
-"""One algorithm a file: `scale_by_x` is the direction, `x` the full chain."""
+"""One algorithm per file: `scale_by_x` is the direction, `x` the full chain."""
 
 from .adagrad import ScaleByAdagradState, adagrad, scale_by_adagrad
 from .adam import ScaleByAdamState, adam, adamw, scale_by_adam

@@ -94,8 +94,8 @@ def adagrad(
 ) -> optax.GradientTransformation:
     r"""AdaGrad with decoupled weight decay.
 
-    For sparse features, whose rare coordinates keep large steps. Steps shrink as squares add up, for
-    ever.
+    For sparse features: coordinates that are rarely active keep large steps. Steps shrink forever as
+    squares add up.
 
     .. math::
         a_t = a_{t-1} + g_t^2, \qquad

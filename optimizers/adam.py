@@ -42,7 +42,7 @@ def scale_by_adam(
     mu_dtype: Any = None,
     nu_dtype: Any = None,
 ) -> optax.GradientTransformation:
-    r"""Momentum over root mean square, each divided by the weight its average has gathered.
+    r"""Momentum over root mean square, each corrected for its start from zero.
 
     .. math::
         m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad
@@ -60,11 +60,11 @@ def scale_by_adam(
       eps_root: added inside the root; give it when differentiating through the optimizer.
       nesterov: look-ahead momentum.
       mu_dtype: dtype of the first moment; by default at least float32.
-      nu_dtype: dtype of the second moment; by default at least float32. In bfloat16 it stops
-        moving once its increments fall below half a unit in the last place.
+      nu_dtype: dtype of the second moment; by default at least float32. In bfloat16 it stops changing
+        once its increments fall below half a unit in the last place.
 
-    What is not finite shows in the updates and stays in the moments. An element above 1.8e19 makes its
-    second moment infinite, and its steps zero forever; below, the moment forgets at the rate `b2`. Put
+    Non-finite gradients show in the updates and stay in the moments. An element above 1.8e19 makes its
+    second moment infinite, and its steps zero forever; a smaller one decays at the rate `b2`. Put
     :func:`ravine.stability.finite_gate` or :func:`ravine.stability.skip_step` around the chain.
 
     Raises:
@@ -128,7 +128,7 @@ def adam(
 ) -> optax.GradientTransformation:
     r"""Adam, without weight decay: :func:`adamw` with ``weight_decay=0``.
 
-    For reproducing results that used it; for a new run take :func:`adamw`.
+    For reproducing results that used it; for a new run use :func:`adamw`.
 
     .. math:: \theta_t = \theta_{t-1} - \eta_t u_t, \qquad u_t \text{ as in } \texttt{scale\_by\_adam}
 
@@ -188,9 +188,8 @@ def adamw(
 ) -> optax.GradientTransformation:
     r"""Adam with decoupled weight decay: the baseline for language models.
 
-    Start here: it works over a wide range of learning rates, and every published recipe can be
-    compared with it. Take :func:`muon` or :func:`soap` once it is tuned and a better loss per token is
-    wanted.
+    Start here: it works over a wide range of learning rates, and every published recipe can be compared
+    with it. Once it is tuned, try :func:`muon` or :func:`soap` for a better loss per token.
 
     .. math::
         m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad
@@ -199,21 +198,21 @@ def adamw(
             {\sqrt{v_t / (1 - \beta_2^t) + \epsilon_\mathrm{root}} + \epsilon}
             + \lambda \theta_{t-1} \right)
 
-    State: 8 bytes per parameter; 6 with ``mu_dtype=jnp.bfloat16``. Starting rates: 1e-4 to 1e-3, the
-    smaller the larger the model (GPT-3: 6e-4 at 125 million parameters, 6e-5 at 175 billion), with
+    State: 8 bytes per parameter; 6 with ``mu_dtype=jnp.bfloat16``. Starting rates: 1e-4 to 1e-3,
+    smaller for larger models (GPT-3: 6e-4 at 125 million parameters, 6e-5 at 175 billion), with
     ``b2=0.95`` and ``weight_decay=0.1`` for language models.
 
     Args:
       learning_rate: a number or a schedule.
       b1: :math:`\beta_1` in [0, 1).
-      b2: :math:`\beta_2` in [0, 1); language models commonly take 0.95.
+      b2: :math:`\beta_2` in [0, 1); language models commonly use 0.95.
       eps: added outside the root.
       eps_root: added inside the root.
       nesterov: look-ahead momentum.
       mu_dtype: dtype of the first moment; by default at least float32.
       nu_dtype: dtype of the second moment; by default at least float32.
       weight_decay: :math:`\lambda`, multiplied by the learning rate. PyTorch's default, 1e-2;
-        Optax has 1e-4, language models commonly take 0.1.
+        Optax has 1e-4; language models commonly use 0.1.
       weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
       weight_decay_form: how, see :func:`add_decayed_weights`.
 

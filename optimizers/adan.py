@@ -26,7 +26,7 @@ from ..core.transformation import transformation
 from .links.decay import Mask, with_decay
 
 RestartCondition = Callable[[jax.Array, jax.Array], jax.Array]
-"""From the updates made since the last restart, int32, and the length of the path, to a boolean."""
+"""Maps the updates made since the last restart, int32, and the path's length to a boolean."""
 
 
 class ScaleByAdanState(NamedTuple):
@@ -62,13 +62,13 @@ def scale_by_adan(
         u_t &= \frac{m_t / (1 - \beta_1^t) + \beta_2 v_t / (1 - \beta_2^t)}
             {\sqrt{n_t / (1 - \beta_3^t) + \epsilon_\mathrm{root}} + \epsilon}
 
-    The decay rates are those of the authors' file, one minus those of the paper. ``optax.adan`` has
-    :math:`1 - \beta_2` in the place of :math:`\beta_2` in the last two lines (up to 0.2.8).
+    The decay rates are those of the authors' file, one minus those of the paper. ``optax.adan`` (up to
+    0.2.8) has :math:`1 - \beta_2` instead of :math:`\beta_2` in the last two lines.
 
-    A restart makes the next update the first one again. It comes by :func:`restart_adan`, or at the end
-    of an update after which `restart_condition` holds. The path it is given is
-    :math:`\sum_s \lVert u_s \rVert^2_{\sqrt{n_s}}` since the last restart, over all leaves: the
-    paper's sum, but for the squared learning rate.
+    After a restart the next update is computed like the first. :func:`restart_adan` restarts, and so
+    does an update after which `restart_condition` holds. The path passed to it is :math:`\sum_s \lVert
+    u_s \rVert^2_{\sqrt{n_s}}` since the last restart, over all leaves: the paper's sum without the
+    squared learning rate.
 
     Args:
       b1: :math:`\beta_1` in [0, 1), of gradients.
@@ -76,7 +76,8 @@ def scale_by_adan(
       b3: :math:`\beta_3` in [0, 1), of squares.
       eps: added outside the root.
       eps_root: added inside the root. Optax has 1e-8.
-      restart_condition: as :func:`adan_restart_condition`; None, the official default, for never.
+      restart_condition: for example :func:`adan_restart_condition`; None, the official default, never
+        restarts.
       mu_dtype: dtype of the means of gradients and differences; by default at least float32.
       nu_dtype: dtype of the mean of squares; by default at least float32.
 
@@ -162,10 +163,10 @@ def _restarted(state: ScaleByAdanState, holds: Any = True) -> ScaleByAdanState:
 
 
 def restart_adan(opt_state: Any) -> Any:
-    """`opt_state` with every Adan in it restarted: its next update is a first one again.
+    """`opt_state` with every Adan in it restarted: its next update is computed like the first.
 
-    The moments and the count of bias corrections go back to zero, and the next difference of
-    gradients is zero, as by the authors' ``restart_opt``. Schedules go on.
+    The moments and the count for bias correction go back to zero, and the next difference of gradients
+    is zero, as in the authors' ``restart_opt``. Schedules continue.
 
     Args:
       opt_state: the state of :func:`adan`, or of anything that contains it (``optax.chain``,
@@ -188,7 +189,7 @@ def restart_adan(opt_state: Any) -> Any:
     is_adan = lambda node: isinstance(node, ScaleByAdanState)
     if not any(map(is_adan, jax.tree.leaves(opt_state, is_leaf=is_adan))):
         raise ValueError(
-            "this state holds no Adan to restart; give that of an optimizer with adan."
+            "this state holds no Adan to restart; give the state of an optimizer with adan."
         )
     return jax.tree.map(
         lambda node: _restarted(node) if is_adan(node) else node, opt_state, is_leaf=is_adan
@@ -234,7 +235,7 @@ def adan(
 ) -> optax.GradientTransformation:
     r"""Adan with proximal weight decay: Nesterov momentum from differences of gradients.
 
-    For recipes that use it; it looks ahead without evaluating a gradient elsewhere.
+    For recipes that use it. It looks ahead without evaluating a gradient at another point.
 
     .. math:: \theta_t = (\theta_{t-1} - \eta_t u_t) / (1 + \eta_t \lambda)
 
@@ -256,7 +257,7 @@ def adan(
     Raises:
       ValueError: for hyperparameters out of range.
 
-    The authors' ``max_grad_norm`` is ``optax.clip_by_global_norm`` in front.
+    For the authors' ``max_grad_norm``, chain ``optax.clip_by_global_norm`` in front.
 
     Source: as :func:`scale_by_adan`.
 

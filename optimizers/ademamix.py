@@ -57,9 +57,9 @@ def scale_by_ademamix(
         u_t &= \frac{m_t / (1 - \beta_1^t) + \alpha s_t}
             {\sqrt{v_t / (1 - \beta_2^t) + \epsilon_\mathrm{root}} + \epsilon}
 
-    The slow momentum is not corrected for its start. Warmed up, :math:`\alpha` grows linearly from 0,
-    and :math:`\beta_3` from :math:`\beta_1` so that its half-life grows linearly. The first update is
-    number 1 of the warm-up, as in the authors' PyTorch file; their Optax file counts from 0.
+    The slow momentum is not corrected for its start. During warm-up :math:`\alpha` grows linearly from
+    0, and :math:`\beta_3` from :math:`\beta_1` so that its half-life grows linearly. The first update
+    is number 1 of the warm-up, as in the authors' PyTorch file; their Optax file counts from 0.
 
     Args:
       b1: :math:`\beta_1` in [0, 1).
@@ -69,9 +69,9 @@ def scale_by_ademamix(
         paper's for language models.
       eps: added outside the root.
       eps_root: added inside the root.
-      alpha_warmup: updates over which alpha grows; None for at once.
-      b3_warmup: updates over which b3 grows; None for at once. The paper sets both to the whole run.
-      mu_dtype: dtype of both momenta; by default at least float32. A slow one in bfloat16 stalls.
+      alpha_warmup: updates over which alpha grows; None for no warm-up.
+      b3_warmup: updates over which b3 grows; None for no warm-up. The paper sets both to the whole run.
+      mu_dtype: dtype of both momenta; by default at least float32. In bfloat16 the slow one stalls.
       nu_dtype: dtype of the second moment; by default at least float32.
 
     Raises:
@@ -141,7 +141,7 @@ def _slow_decay(b1: Any, b3: Any, steps: int | None, count: jax.Array) -> tuple[
     half_lives = [math.log(0.5) / _log(b + 1e-8) - 1 for b in (b1, b3)]
     done = jnp.minimum(count.astype(dtype) / steps, 1)
     log_keep = math.log(0.5) / ((1 - done) * half_lives[0] + done * half_lives[1] + 1)
-    # The 1e-8 above is the authors', and goes once the warm-up is over.
+    # The 1e-8 above is the authors'; it has no effect after the warm-up.
     over = done == 1
     keep = jnp.where(over, jnp.asarray(b3, dtype), jnp.exp(log_keep))
     return keep, jnp.where(over, jnp.asarray(1 - b3, dtype), -jnp.expm1(log_keep))
@@ -171,7 +171,7 @@ def ademamix(
 ) -> optax.GradientTransformation:
     r"""AdEMAMix with decoupled weight decay: AdamW with a second, very slow momentum.
 
-    For long runs, in which gradients of thousands of steps ago still help. Warm `alpha` and `b3` up
+    For long runs, in which gradients from thousands of steps ago still help. Warm up `alpha` and `b3`
     over the run.
 
     .. math:: \theta_t = \theta_{t-1} - \eta_t \, (u_t + \lambda \theta_{t-1})

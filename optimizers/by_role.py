@@ -28,19 +28,20 @@ VOCABULARY: dict[str, Literal["rows", "columns"]] = {"embedding": "rows", "head"
 
 @options("fallback")
 class Fallback:
-    """AdamW for the parameters that an optimizer for matrices leaves over.
+    """AdamW for the parameters that an optimizer for matrices does not take.
 
     Attributes:
-      learning_rate: a number or a schedule; ``None`` takes `ratio` of the optimizer's own.
-      ratio: its learning rate to the optimizer's; ``None`` takes what the optimizer says, mostly 1.
+      learning_rate: a number or a schedule; ``None`` takes `ratio` times the optimizer's own.
+      ratio: its learning rate divided by the optimizer's; ``None`` takes the optimizer's default,
+        mostly 1.
       b1: decay rate of the first moment, in [0, 1).
-      b2: decay rate of the second; 0.95 is what Keller Jordan's Muon, Moonlight and MARS take, and
-        not AdamW's own default.
+      b2: decay rate of the second; 0.95 as in Keller Jordan's Muon, Moonlight and MARS, not AdamW's own
+        default.
       eps: added to the root of the second moment.
-      weight_decay: multiplied by the learning rate; ``None`` takes the optimizer's.
+      weight_decay: multiplied by the learning rate; ``None`` takes the optimizer's decay.
 
     Raises:
-      ValueError: for values out of range, or a learning rate and a ratio.
+      ValueError: for values out of range, or if both a learning rate and a ratio are given.
 
     Example:
       >>> import ravine
@@ -60,10 +61,10 @@ class Fallback:
         check_decay_rates(**{name: said.pop(name) for name in ("fallback.b1", "fallback.b2")})
         check_non_negative(**said)
         if self.learning_rate is not None and self.ratio is not None:
-            raise ValueError("fallback.learning_rate is given beside fallback.ratio; drop one.")
+            raise ValueError("fallback.learning_rate and fallback.ratio are both given; drop one.")
 
     def with_ratio(self, ratio: float) -> "Fallback":
-        """The same with this ratio, where its learning rate is not told."""
+        """The same with this ratio, unless its learning rate is given."""
         if self.learning_rate is None and self.ratio is None:
             return dataclasses.replace(self, ratio=ratio)
         return self
@@ -75,7 +76,7 @@ class Fallback:
         weight_decay_mask: Mask | None,
         mu_dtype: Any,
     ) -> optax.GradientTransformation:
-        """AdamW beside an optimizer with these."""
+        """AdamW to go with an optimizer that has these."""
         rate = self.learning_rate
         return adamw(
             _times(1.0 if self.ratio is None else self.ratio, learning_rate)
@@ -120,18 +121,19 @@ def by_role(
 
     Args:
       name: of the first part, in the state of ``optax.partition``.
-      direction: for trees of those parameters alone, made of the rows and columns of each, by path.
+      direction: for trees of only those parameters; a function of the rows and columns of each, by
+        path.
       learning_rate: of the direction.
       weight_decay: of both.
       weight_decay_mask: of both.
       rules: role rules; None for the default.
-      roles: those the direction takes.
-      fallback: complete with its learning rate, or AdamW's options.
-      decay: takes the place of decoupled decay.
-      fallback_ratio: AdamW's learning rate to the direction's, where its options do not tell.
-      fallback_mu_dtype: AdamW's.
-      gated: whether the fallback takes gradients that are not usable for zeros, leaf by leaf, as a
-        direction that leaves such blocks out of its moments.
+      roles: the roles that the direction takes.
+      fallback: a complete optimizer with its learning rate, or AdamW's options.
+      decay: replaces decoupled decay.
+      fallback_ratio: AdamW's learning rate divided by the direction's, unless its options say.
+      fallback_mu_dtype: AdamW's `mu_dtype`.
+      gated: whether the fallback treats unusable gradients as zeros, leaf by leaf, to match a direction
+        that leaves such blocks out of its moments.
     """
     check_non_negative(learning_rate=learning_rate)
     if decay is None:
@@ -145,7 +147,7 @@ def by_role(
     complete(rules)
     check_roles(f"the roles of {name}", roles)
     link = scale_by_learning_rate(learning_rate)
-    direction(DEFAULT_AXES)  # Values out of range are refused here, before there are parameters.
+    direction(DEFAULT_AXES)  # Refuses values out of range here, before there are parameters.
 
     @functools.lru_cache(maxsize=8)
     def chain(axes: tuple[tuple[str, MatrixAxes], ...]) -> optax.GradientTransformation:
@@ -181,14 +183,14 @@ def by_role(
 
 
 def _with_words(decided: Decided) -> Any:
-    """Its axes, with the side that counts words."""
+    """Its axes, with the side that indexes the vocabulary."""
     return decided.axes and dataclasses.replace(
         decided.axes, vocabulary=decided.axes.vocabulary or VOCABULARY.get(decided.role or "")
     )
 
 
 def _gated(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """`tx`, but the gradient of a leaf that is not usable is a gradient of zeros to it."""
+    """`tx`, with zeros in place of the gradient of a leaf that is not usable."""
     inner = optax.with_extra_args_support(tx)
 
     def update(

@@ -1,4 +1,4 @@
-"""Cautious optimizers: only coordinates whose update agrees with the gradient at hand move."""
+"""Cautious optimizers: only coordinates where the update agrees with the current gradient move."""
 
 from typing import Any, Literal, get_args
 
@@ -20,19 +20,19 @@ Rescale = Literal["clamped", "smoothed"]
 def cautious(
     direction: optax.GradientTransformation, *, rescale: Rescale = "clamped"
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Any direction, its coordinates of another sign than the gradient's set to zero.
+    r"""Any direction, with coordinates set to zero where its sign differs from the gradient's.
 
     .. math::
         u_t \leftarrow \frac{[u_t g_t > 0]}{\max(s, 10^{-3})} \, u_t, \qquad
         s = \operatorname{mean} [u_t g_t > 0]
 
-    with the mean over each leaf, so that a leaf keeps its size of step. What is not a number stays
-    so, and signs are compared, not products, which could underflow.
+    with the mean over each leaf, so that the leaf keeps its step size. NaN stays NaN, and signs are
+    compared instead of products, which could underflow.
 
     Args:
-      direction: neither negated nor scaled, as :func:`scale_by_adam`; it stands in front of decay and
+      direction: neither negated nor scaled, such as :func:`scale_by_adam`; it comes before decay and
         learning rate.
-      rescale: ``"clamped"`` as written, the authors' C-AdamW; ``"smoothed"`` divides by
+      rescale: ``"clamped"`` is the formula above, the authors' C-AdamW; ``"smoothed"`` divides by
         :math:`s + 1/n` for a leaf of n coordinates, their C-Lion.
 
     Raises:
@@ -86,7 +86,7 @@ def cautious_adamw(
 ) -> optax.GradientTransformation:
     r"""C-AdamW: AdamW with a :func:`cautious` direction.
 
-    For a drop-in to try on a tuned run: coordinates that disagree with the gradient stand still. The
+    A drop-in to try on a tuned run: coordinates that disagree with the gradient do not move. The
     authors' file has eps 1e-6, not corrected for the start: :math:`\epsilon / \sqrt{1 - \beta_2^t}` in
     Adam's terms.
 
@@ -131,7 +131,7 @@ def cautious_lion(
 ) -> optax.GradientTransformation:
     r"""C-Lion: Lion with a :func:`cautious` direction, and the authors' decay rates.
 
-    For a drop-in to try where Lion works.
+    A drop-in to try where Lion works.
 
     State: 4 bytes per parameter. Starting rates: Lion's.
 

@@ -20,7 +20,7 @@ def combine_by_role(
     assignment: Mapping[Role, str],
     rules: Rules | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Gives every parameter the optimizer of its role: ``optax.partition`` with role rules.
+    """Updates every parameter with the optimizer of its role: ``optax.partition`` with role rules.
 
     :func:`ravine.explain` prints who gets what.
 
@@ -30,9 +30,9 @@ def combine_by_role(
       rules: role rules, see :func:`ravine.optimizers.roles.assign_roles`.
 
     Raises:
-      ValueError: for an assignment to a name that does not exist, an optimizer that no role has, and
-        at `init` for parameters whose role has no optimizer or that no rule covers, or an optimizer
-        that gets no parameter.
+      ValueError: for an assignment to a name that does not exist, an optimizer without a role, and at
+        `init` for parameters that no rule covers, a role without an optimizer, or an optimizer without
+        parameters.
 
     Example:
       >>> import jax.numpy as jnp, ravine

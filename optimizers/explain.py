@@ -1,4 +1,4 @@
-"""Explanations: what an optimizer does to every parameter, read off the optimizer itself."""
+"""Explanations: what an optimizer does to every parameter, read from the optimizer itself."""
 
 import dataclasses
 from typing import Any
@@ -11,7 +11,7 @@ from .roles import MATRIX_ROLES, Rules, decide, matrices
 
 @dataclasses.dataclass(frozen=True)
 class Explained:
-    """What an optimizer does to one parameter; texts are empty where it does no such thing."""
+    """What an optimizer does to one parameter; texts are empty where they do not apply."""
 
     path: str
     shape: tuple[int, ...]
@@ -19,9 +19,9 @@ class Explained:
     matrices: str
     """How its axes are read as matrices."""
     optimizer: str
-    """``muon`` and the like; or the transformations of a chain; of other libraries their states."""
+    """``muon``, or the transformations of a chain; for other libraries, the names of their states."""
     how: str
-    """Factors of its blocks, or the way it is orthogonalized."""
+    """Factors of its blocks, or how it is orthogonalized."""
     learning_rate: str
     decay: str
     state_bytes: int
@@ -33,7 +33,7 @@ class Explanation:
 
     rows: tuple[Explained, ...]
     shared_bytes: int
-    """Of what belongs to no parameter, as counts."""
+    """Of state that belongs to no parameter, such as counts."""
 
     def __str__(self) -> str:
         fields = [field.name for field in dataclasses.fields(Explained)]
@@ -48,16 +48,17 @@ class Explanation:
 def explain(tx: Any, params: Any, rules: Rules | None = None) -> Explanation:
     """What `tx` does to every parameter: a table, found by calling its `init` on shapes.
 
-    It sees through ``optax.chain``, ``partition``, ``masked``, `with_telemetry` and whatever else calls
-    `init` of what it wraps. Of transformations that are not Ravine's it tells what their states hold.
+    It sees through ``optax.chain``, ``partition``, ``masked``, `with_telemetry` and any other wrapper
+    that calls the `init` of what it wraps. For transformations from other libraries it lists what their
+    states hold.
 
     Args:
       tx: any Optax transformation.
-      params: a tree of arrays, or of their shapes; of NNX, ``nnx.state(model, nnx.Param)``.
-      rules: for the roles of parameters that the optimizer does not decide about itself.
+      params: a tree of arrays, or of their shapes; for NNX, ``nnx.state(model, nnx.Param)``.
+      rules: for the roles of parameters where the optimizer has no rules of its own.
 
     Returns:
-      An object with ``rows`` to look through, that prints as a table.
+      An object with ``rows`` that prints as a table.
 
     Raises:
       ValueError: as `init` does.

@@ -1,4 +1,4 @@
-"""Hyperparameters in the state, where a schedule or a hand can change them."""
+"""Hyperparameters in the state, where a schedule or the user can change them."""
 
 import inspect
 import typing
@@ -15,20 +15,20 @@ from .links.learning_rate import as_injected
 def inject_hyperparams(
     builder: Callable[..., optax.GradientTransformation], *, static_args: typing.Iterable[str] = ()
 ) -> Callable[..., optax.GradientTransformationExtraArgs]:
-    """``optax.inject_hyperparams``, which knows what of a builder's arguments may be injected.
+    """``optax.inject_hyperparams`` for those of a builder's arguments that may be injected.
 
-    Those are the numbers that may be any in a range and change during a run: the learning rate, decay
-    rates, weight decay, epsilons. What decides on shapes or on the program itself stays as it is given:
-    whole numbers, options such as ``refresh`` and ``blocks``, booleans, masks, names, dtypes.
+    Those are numbers from a continuous range that may change during a run: the learning rate, decay
+    rates, weight decay, epsilons. Arguments that decide shapes or the program itself stay fixed: whole
+    numbers, options such as ``refresh`` and ``blocks``, booleans, masks, names, dtypes.
 
     The learning rate may be a schedule, as may the others. ``optax.tree.get(state, "learning_rate")``
     reads the rate and ``optax.tree.set(state, learning_rate=jnp.asarray(0.1))`` sets one that is not
     scheduled.
 
     Args:
-      builder: of Ravine's or Optax's optimizers, or your own; an argument is injected if its annotation
-        takes a float, or, where there is none, its default is a float.
-      static_args: names of further arguments to leave as they are.
+      builder: a function that builds an optimizer: Ravine's, Optax's or your own; an argument is
+        injected if its annotation allows a float, or, without an annotation, if its default is a float.
+      static_args: names of more arguments to leave as they are.
 
     Returns:
       A function with the arguments of `builder`.

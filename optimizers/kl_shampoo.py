@@ -1,12 +1,12 @@
-r"""KL-Shampoo: factors that minimise a divergence, not a norm, with eigenvalues of their own.
+r"""KL-Shampoo: factors that minimise a divergence, not a norm, with their own averages of eigenvalues.
 
-Each factor learns from the gradient whitened by the *other* one. The objective does not change when one
-factor is multiplied by c and the other divided by it, and a moving average drifts along that direction:
-without the division by the other side's size exponentially fast, with it still by
-:math:`\tfrac12 (1 - \beta_2)^2 (n/m - m/n)` a step where eigenvalues are read off the factors, until
-float32 overflows. Averages of the eigenvalues of their own slow the drift to
-:math:`(1 - \beta_2)^2 (1/m - 1/n)`, and at every refresh both factors are brought to one scale, which
-changes nothing in exact arithmetic.
+Each factor is updated with the gradient whitened by the *other* one. The objective does not change when
+one factor is multiplied by c and the other divided by it, and a moving average drifts along that
+direction: exponentially fast without the division by the other side's size, and even with it by
+:math:`\tfrac12 (1 - \beta_2)^2 (n/m - m/n)` per step where eigenvalues are computed from the factors,
+until float32 overflows. Separate averages of the eigenvalues slow the drift to :math:`(1 - \beta_2)^2
+(1/m - 1/n)`, and at every refresh both factors are brought to one scale, which changes nothing in exact
+arithmetic.
 """
 
 import functools
@@ -36,7 +36,7 @@ from .shampoo import SHAMPOO_ROLES
 class ScaleByKLShampooState(NamedTuple):
     """State of `scale_by_kl_shampoo`."""
 
-    count: jax.Array  # int32 scalar, updates made so far, the first without effect included
+    count: jax.Array  # int32 scalar, updates made so far, including the first, which has no effect
     mu: optax.Updates  # like params, mu_dtype: mean of gradients
     factors: Any  # like params: a tuple (tensors) of tuples (axes) of KLFactor, or None without one
 
@@ -55,9 +55,9 @@ def scale_by_kl_shampoo(
     axes: Axes | None = None,
     mu_dtype: Any = None,
 ) -> optax.GradientTransformation:
-    r"""The direction of KL-Shampoo: :math:`S_a^{-1/2} M S_b^{-1/2}`, with no second moment beside them.
+    r"""The direction of KL-Shampoo: :math:`S_a^{-1/2} M S_b^{-1/2}`, with no second moment.
 
-    With bases :math:`Q`, eigenvalues :math:`\lambda` (both of the step before), and
+    With bases :math:`Q`, eigenvalues :math:`\lambda` (both from the previous step), and
     :math:`P = Q_a^\top G Q_b` of a matrix `[m, n]`,
 
     .. math::
@@ -66,32 +66,34 @@ def scale_by_kl_shampoo(
         \qquad \lambda_{a,i} \leftarrow \beta_2 \lambda_{a,i} + (1 - \beta_2)
             \operatorname{mean}_j P_{ij}^2 / \lambda_{b,j}
 
-    likewise for b, and :math:`Q \leftarrow \operatorname{qr}(SQ)`, unsorted, every T steps. Nothing is
-    corrected for its start. The first update is zero. Tensors of higher order whiten by all other axes,
-    each with the values of the step before (the authors' code for three axes mixes old and new ones).
+    and the same for b, and :math:`Q \leftarrow \operatorname{qr}(SQ)`, unsorted, every T steps. Nothing
+    is corrected for its start. The first update is zero. Tensors of higher order are whitened along all
+    other axes, each with the values of the previous step (the authors' code for three axes mixes old
+    and new ones).
 
-    The step is not bounded: the gradient does not enter the eigenvalues that divide it, and one 1e4
-    times larger than usual moves the parameters 1e4 times as far. Put
-    :func:`ravine.stability.clip_by_global_norm` before it, or
-    :func:`ravine.stability.skip_step` around it. Only a block whose squares cannot be summed in
-    float32, also when whitened, has a gradient of zeros.
+    The step is not bounded: the gradient does not enter the eigenvalues that divide it, so a gradient
+    1e4 times larger than usual moves the parameters 1e4 times as far. Put
+    :func:`ravine.stability.clip_by_global_norm` before it, or :func:`ravine.stability.skip_step` around
+    it. The gradient of a block is replaced by zeros only if its squares, or those of the whitened
+    block, cannot be summed in float32.
 
-    Nor is the step of Adam's size, here as in the authors' code. It starts at ten times the momentum
-    (`initial_eigenvalue`), and of a matrix m x n it is at most mn times that (`max_inverse_root`; 100
-    times, if both are below ten). Of 128 x 128 with elements of 3e-4 it is 0.3 % of Adam's after 10
-    steps, 2 % after 100 and 93 % after 400; with elements of 3e-6 it is 6 % after 400. For AdamW's
-    learning rates take ``ravine.graft(ravine.scale_by_kl_shampoo(), ravine.scale_by_adam())``; for a
-    quick start, an `initial_eigenvalue` of the order of the gradients' elements. Without either, the
-    rates that work are larger than AdamW's: of 16 trials on a byte-level model (`docs/results.md`), the
-    best had 0.015, b1 0.75 and b2 0.79, and ended where SOAP did; the next best had 0.038 and 0.049.
+    Nor does the step have Adam's size, here or in the authors' code. It starts at ten times the
+    momentum (`initial_eigenvalue`), and for a matrix m x n it is at most mn times that
+    (`max_inverse_root`; 100 times, if both are below ten). For a 128 x 128 gradient with elements of
+    3e-4 it is 0.3 % of Adam's after 10 steps, 2 % after 100 and 93 % after 400; with elements of 3e-6
+    it is 6 % after 400. To use AdamW's learning rates, write
+    ``ravine.graft(ravine.scale_by_kl_shampoo(), ravine.scale_by_adam())``; for a quick start, choose an
+    `initial_eigenvalue` of the order of the gradients' elements. Without either, the rates that work
+    are larger than AdamW's: of 16 trials on a byte-level model (`docs/results.md`), the best had 0.015,
+    b1 0.75 and b2 0.79, and ended level with SOAP; the next best had 0.038 and 0.049.
 
     Args:
       b1: decay rate of the momentum, in [0, 1).
       b2: decay rate of factors and eigenvalues.
       eps: added to the root of the product of eigenvalues.
-      refresh: T, whether bases take turns, and which gradients factors (eigenvalues included) learn
-        from, see :class:`ravine.Refresh`; without a start.
-      initial_eigenvalue: of all eigenvalues.
+      refresh: T, whether bases take turns, and which gradients update factors and eigenvalues, see
+        :class:`ravine.Refresh`; without a start.
+      initial_eigenvalue: the initial value of all eigenvalues.
       max_inverse_root: bound on :math:`\lambda^{-1/2}`; for n eigenvalues max(10, min(n, this)).
       balance: bring both factors to the same mean eigenvalue at every refresh.
       blocks: which axes have a factor, and how they are cut, see :class:`ravine.Blocks`; by default
@@ -180,11 +182,11 @@ def kl_shampoo(
     r"""KL-Shampoo for matrices, embeddings and heads, another optimizer for everything else.
 
     For research: Shampoo whose factors minimize a Kullback–Leibler divergence to the gradients'
-    covariance, with no graft and no second moment. Mind the size of its first steps, see
+    covariance, with no graft and no second moment. Check the size of its first steps, see
     :func:`scale_by_kl_shampoo`.
 
     State: 4 bytes per parameter and 8 per element of a factor: 23 bytes per parameter for GPT-2, 11
-    for LLaMA-2 7B. Starting rates: its steps are not of Adam's size; of 16 trials 0.015 was best.
+    for LLaMA-2 7B. Starting rates: its steps do not have Adam's size; of 16 trials 0.015 was best.
 
     Args:
       learning_rate: a number or a schedule.
@@ -194,8 +196,8 @@ def kl_shampoo(
       weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
       rules: role rules; by default ``ravine.COMMON_RULES``.
       roles: the roles that it takes; all need rows and columns.
-      fallback: the optimizer of all other parameters: complete with its learning rate, or AdamW as
-        :class:`ravine.Fallback` has it, by default at the same learning rate.
+      fallback: the optimizer of all other parameters: complete with its learning rate, or AdamW with
+        the options of :class:`ravine.Fallback`, by default at the same learning rate.
 
     Returns:
       An ``optax.GradientTransformation``; its update needs ``params``.

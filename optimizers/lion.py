@@ -28,7 +28,8 @@ def scale_by_lion(
         u_t = \operatorname{sign}(\beta_1 m_{t-1} + (1 - \beta_1) g_t), \qquad
         m_t = \beta_2 m_{t-1} + (1 - \beta_2) g_t
 
-    The direction uses the old momentum. A coordinate whose gradients were all zero stays put.
+    The direction uses the old momentum. A coordinate does not move while all its gradients have been
+    zero.
 
     Args:
       b1: :math:`\beta_1` in [0, 1), for the direction.
@@ -75,7 +76,7 @@ def lion(
 ) -> optax.GradientTransformation:
     r"""Lion with decoupled weight decay: the sign of a momentum, half the state of AdamW.
 
-    For runs in which memory for state is short. It is sensitive to its schedule, since every step
+    For runs that are short of memory for state. It is sensitive to its schedule, since every step
     moves every coordinate by the full learning rate, whatever the gradient.
 
     .. math::

@@ -35,16 +35,16 @@ def reduce_variance(
         c_t = g_t + \gamma \frac{\beta_1}{1 - \beta_1} (g_t - g_{t-1}), \qquad
         \tilde c_t = c_t / \max(1, \lVert c_t \rVert)
 
-    with :math:`g_0 = 0`. The last gradient stands for that of the last parameters on this batch,
-    which the exact form takes: the authors' ``is_approx=True``. In front of :func:`scale_by_adam` it
-    makes MARS-AdamW, in front of :func:`scale_by_ema_momentum` and a sign MARS-Lion, in front of
-    :func:`muon` MARS-Shampoo.
+    with :math:`g_0 = 0`. The previous gradient approximates the gradient of the previous parameters on
+    this batch, which the exact form uses; this is the authors' ``is_approx=True``. In front of
+    :func:`scale_by_adam` it makes MARS-AdamW, in front of :func:`scale_by_ema_momentum` and a sign
+    MARS-Lion, and in front of :func:`muon` MARS-Shampoo.
 
     Args:
       gamma: :math:`\gamma`, not negative.
-      b1: :math:`\beta_1` in [0, 1), that of the momentum which follows.
-      rules: role rules, which tell what axes of a leaf are batch, so that stacked layers are clipped
-        one by one; None clips every leaf as a whole.
+      b1: :math:`\beta_1` in [0, 1), the rate of the momentum that follows.
+      rules: role rules, which say which axes of a leaf are batch axes, so that stacked layers are
+        clipped one by one; None clips every leaf as a whole.
 
     Raises:
       ValueError: for values out of range, or at the update for leaves that no rule covers.
@@ -68,7 +68,7 @@ def reduce_variance(
 def _reduce_variance(
     gamma: float, b1: float, axes_of: Callable[[Any], Sequence[MatrixAxes | None]]
 ) -> optax.GradientTransformation:
-    """`reduce_variance`, with what finds rows and columns of all leaves; None clips a leaf whole."""
+    """`reduce_variance`, with a function that finds rows and columns; None clips leaves whole."""
     check_non_negative(gamma=gamma)
     check_decay_rates(b1=b1)
 
@@ -99,7 +99,7 @@ def _reduce_variance(
 
 
 def _matrix_axes(axes: MatrixAxes, leaf: jax.Array) -> tuple[int, ...]:
-    """The axes of `leaf` that are rows or columns; of a vector or a scalar, all it has."""
+    """The axes of `leaf` that are rows or columns; all axes of a vector or scalar."""
     return tuple({a % leaf.ndim for a in axes.rows + axes.columns if -leaf.ndim <= a < leaf.ndim})
 
 
@@ -121,7 +121,7 @@ def mars(
 ) -> optax.GradientTransformation:
     r"""MARS-AdamW for matrices, embeddings and heads, AdamW for everything else.
 
-    For noisy gradients: each is corrected by its difference from the last one before Adam sees it.
+    For noisy gradients: each is corrected by its difference from the previous one before Adam uses it.
 
     .. math:: \theta_t = \theta_{t-1} - \eta_t \, (u_t + \lambda \theta_{t-1})
 
@@ -141,10 +141,10 @@ def mars(
         fallback, for which the official default is 0.1.
       weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
       rules: role rules; by default ``ravine.COMMON_RULES``.
-      roles: those that MARS takes. The official file takes what is 2-D, or with ``optimize_1d``
-        everything.
-      fallback: the optimizer of all others: complete with its learning rate, or AdamW as
-        :class:`ravine.Fallback` has it, by default with b1 0.9, b2 0.95, the official one.
+      roles: the roles that MARS takes. The official file takes 2-D parameters, or everything with
+        ``optimize_1d``.
+      fallback: the optimizer of all others: complete with its learning rate, or AdamW with the options
+        of :class:`ravine.Fallback`, by default the official one, with b1 0.9 and b2 0.95.
 
     Returns:
       An ``optax.GradientTransformation``; its update needs ``params``.

@@ -1,7 +1,7 @@
 """Muon: momentum, orthogonalized.
 
 The pipeline is ``momentum → pre → orthogonalize → post → scale``, then decay and learning rate, each a
-transformation of its own. Its descendants differ in what stands in ``pre`` and ``post``:
+transformation of its own. Its descendants differ in ``pre`` and ``post``:
 
 ==============  ==================================  ==============================================
 name            pre                                 post
@@ -38,7 +38,7 @@ from .roles import MATRIX_ROLES, Role, Rules
 Link = optax.GradientTransformation | Callable[[Axes], optax.GradientTransformation]
 
 KELLER_FALLBACK_RATIO = 3e-4 / 0.02
-"""AdamW's learning rate to Muon's, in Keller Jordan's ``muon.py``."""
+"""AdamW's learning rate divided by Muon's, in Keller Jordan's ``muon.py``."""
 
 
 @checked
@@ -60,9 +60,8 @@ def scale_by_muon(
         m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad
         u_t = s \, \operatorname{polar}(\beta_1 m_t + (1 - \beta_1) g_t)
 
-    with :math:`s` the factor of :func:`scale_by_matrix_shape`, and without the look-ahead
-    :math:`m_t` in the place of the sum. The heavy ball gives the same directions, see
-    :func:`scale_by_ema_momentum`.
+    with :math:`s` the factor of :func:`scale_by_matrix_shape`, and :math:`m_t` instead of the sum
+    without the look-ahead. The heavy ball gives the same directions, see :func:`scale_by_ema_momentum`.
 
     Args:
       b1: :math:`\beta_1` in [0, 1).
@@ -117,7 +116,7 @@ def muon(
 ) -> optax.GradientTransformation:
     r"""Muon for matrices, another optimizer for everything else.
 
-    For training transformers to a better loss with the same tokens, at less state than AdamW. Every
+    For training transformers to a better loss on the same tokens, with less state than AdamW. Every
     singular value of a matrix's update is near one, so that rare directions learn as fast as common
     ones.
 
@@ -126,22 +125,23 @@ def muon(
         u_t = s \, \operatorname{polar}(\beta_1 m_t + (1 - \beta_1) g_t) \\
         \theta_t &= \theta_{t-1} - \eta_t \, (u_t + \lambda \theta_{t-1})
 
-    with :math:`s` the factor of :func:`scale_by_matrix_shape`, and the polar factor by a few
-    Newton–Schulz steps. Which parameter is a matrix is decided by its role; a parameter that no rule
-    covers is refused. :func:`explain` shows who gets what.
+    with :math:`s` the factor of :func:`scale_by_matrix_shape`, and the polar factor computed by a few
+    Newton–Schulz steps. A parameter's role decides whether it is a matrix; a parameter that no rule
+    covers is refused. :func:`explain` shows which parameter gets which optimizer.
 
-    State: 4 bytes per parameter of a matrix and 8 of the rest, which for LLaMA-2 7B is 4.2. Starting
-    rates: with ``scale="moonlight"`` AdamW's or a few times it, with ``scale="keller"`` 0.02.
+    State: 4 bytes per parameter of a matrix and 8 per other parameter, 4.2 on average for LLaMA-2 7B.
+    Starting rates: with ``scale="moonlight"`` AdamW's or a few times it, with ``scale="keller"`` 0.02.
 
     Args:
       learning_rate: a number or a schedule.
       b1: decay rate of the momentum, in [0, 1).
       nesterov: look-ahead momentum.
       polar: maps a batch of matrices to their polar factors; by default ``NewtonSchulz()``.
-      scale: the factor of a matrix's shape. With ``"moonlight"`` one learning rate suits Muon and
+      scale: the factor for a matrix's shape. With ``"moonlight"`` one learning rate suits Muon and
         AdamW.
       pre: a transformation between momentum and orthogonalization.
-      post: a transformation between orthogonalization and scale, or what makes one of the axes.
+      post: a transformation between orthogonalization and scale, or a function that makes one from the
+        axes.
       mu_dtype: dtype of the momentum; by default at least float32.
       weight_decay: :math:`\lambda`, multiplied by the learning rate; also that of the default
         fallback.
@@ -149,9 +149,9 @@ def muon(
       cautious: decay matrices only where decay and update agree, see :func:`add_cautious_decay`.
       rules: role rules; by default ``ravine.COMMON_RULES``.
       roles: the roles that Muon takes.
-      fallback: the optimizer of all other parameters: complete with its learning rate, or AdamW as
-        :class:`ravine.Fallback` has it. Its ratio is 1 by default with ``scale="moonlight"``, as in
-        Moonlight, and 0.015 otherwise, Keller Jordan's.
+      fallback: the optimizer of all other parameters: complete with its learning rate, or AdamW with
+        the options of :class:`ravine.Fallback`. Its ratio is 1 by default with ``scale="moonlight"``,
+        as in Moonlight, and 0.015 otherwise, Keller Jordan's.
       max_elements: bound on the elements worked on at once, see ``matrix/batch/batches.py``.
 
     Returns:
@@ -223,9 +223,9 @@ def normuon(
     fallback: optax.GradientTransformation | Fallback = FALLBACK,
     max_elements: int | None = None,
 ) -> optax.GradientTransformation:
-    r"""NorMuon: Muon whose neurons get updates of equal size.
+    r"""NorMuon: Muon with updates of equal size for all neurons of a matrix.
 
-    For runs in which Muon works already. After orthogonalization each neuron is divided by the running
+    For runs in which Muon already works. After orthogonalization each neuron is divided by the running
     root mean square of its updates: ``muon(..., post=scale_by_neuron_rms(b2))``.
 
     State: that of :func:`muon`, and 4 bytes per neuron. Starting rates: as for :func:`muon`.
@@ -282,8 +282,8 @@ def adamuon(
 ) -> optax.GradientTransformation:
     r"""AdaMuon: Muon on the sign of the momentum, with element-wise second moments and an RMS of 0.2.
 
-    For runs in which Muon works already, at AdamW's state. Updates have AdamW's size, and so its
-    rates.
+    For runs in which Muon already works, with as much state as AdamW. Updates have the size of AdamW's,
+    so AdamW's learning rates fit.
 
     State: 8 bytes per parameter. Starting rates: AdamW's, or a few times it.
 

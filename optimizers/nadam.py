@@ -20,10 +20,10 @@ def nadam(
     mu_dtype: Any = None,
     nu_dtype: Any = None,
 ) -> optax.GradientTransformation:
-    r"""Adam with a look ahead: :func:`scale_by_adam` with ``nesterov=True``.
+    r"""Adam with Nesterov's look-ahead: :func:`scale_by_adam` with ``nesterov=True``.
 
-    For a drop-in to try in Adam's place. As ``optax.nadam``; ``torch.optim.NAdam`` has a momentum
-    schedule besides, which no setting turns off, and is therefore another algorithm.
+    A drop-in to try in place of Adam. The same as ``optax.nadam``; ``torch.optim.NAdam`` also has a
+    momentum schedule, which cannot be turned off, and is therefore a different algorithm.
 
     State: 8 bytes per parameter. Starting rates: as for :func:`adamw`.
 
@@ -78,7 +78,7 @@ def nadamw(
 ) -> optax.GradientTransformation:
     r"""NAdam with weight decay: :func:`adamw` with ``nesterov=True``, and all its other arguments.
 
-    For a drop-in to try in AdamW's place.
+    A drop-in to try in place of AdamW.
 
     State: 8 bytes per parameter. Starting rates: as for :func:`adamw`.
 

@@ -22,7 +22,7 @@ WRAPPERS = frozenset(
         "with_telemetry",
     )
 )
-"""Links that change nothing of what is done to a parameter."""
+"""Links that do not change what is done to a parameter."""
 
 
 @dataclasses.dataclass
@@ -30,17 +30,17 @@ class Found:
     """What is done to one parameter."""
 
     links: list[str] = dataclasses.field(default_factory=list)
-    """Names of the functions whose transformations it goes through, in their order."""
+    """Names of the functions that made the transformations it goes through, in order."""
     says: dict[str, str] = dataclasses.field(default_factory=dict)
-    """What the links say of it."""
+    """What the links say about it."""
     kinds: list[str] = dataclasses.field(default_factory=list)
-    """Names of the states that hold something of its own."""
+    """Names of the states that hold something for it alone."""
     bytes: int = 0
-    """Of what they hold."""
+    """Of what these states hold for it."""
 
     @property
     def optimizer(self) -> str:
-        """A name, as well as it is known."""
+        """The best name there is."""
         label = self.says.get("optimizer", "fallback")
         if label != "fallback":
             return label
@@ -55,7 +55,7 @@ class Found:
 
 
 def probe(tx: Any, params: Any) -> tuple[dict[str, Found], int]:
-    """By path what is done to every parameter, and the bytes of the state that all share."""
+    """What is done to every parameter, by path, and the bytes of the shared state."""
     keys = [
         (path_string(path), key_names(path))
         for path, _ in jax.tree_util.tree_leaves_with_path(params)

@@ -23,7 +23,7 @@ def register(name: str, builder: Callable[..., optax.GradientTransformation]) ->
 
     Args:
       name: lower-case name, as the command line takes it.
-      builder: a function like :func:`ravine.adamw`.
+      builder: a function such as :func:`ravine.adamw`.
 
     Raises:
       ValueError: if the name is taken, or the builder's first argument is not ``learning_rate``.
@@ -63,13 +63,13 @@ class OptimizerConfig:
 
     Attributes:
       name: a registered name.
-      hyperparameters: keyword arguments of the builder, the learning rate excepted, as a mapping;
-        kept as sorted pairs, lists as tuples and dtypes by their names, so that the configuration
-        is hashable and equal to what its JSON is read back as.
+      hyperparameters: keyword arguments of the builder, except the learning rate, as a mapping; kept as
+        sorted pairs, lists as tuples and dtypes by their names, so that the configuration is hashable
+        and equal to the one read back from its JSON.
 
     Raises:
-      ValueError: for a name or a hyperparameter that does not exist, or JSON of something else.
-      TypeError: at `to_json` for a value that JSON cannot hold, as a schedule.
+      ValueError: for an unknown name or hyperparameter, or JSON of something else.
+      TypeError: at `to_json` for a value that JSON cannot hold, such as a schedule.
 
     Example:
       >>> import ravine
@@ -96,7 +96,7 @@ class OptimizerConfig:
         object.__setattr__(self, "hyperparameters", tuple(sorted(plain.items())))
 
     def _plain(self, key: str, value: Any) -> Any:
-        if isinstance(value, Mapping):  # of the fields of options, as JSON has them
+        if isinstance(value, Mapping):  # of the fields of options, as in JSON
             annotation = inspect.signature(_BUILDERS[self.name]).parameters[key].annotation
             return converted(key, kind_of(annotation, key), value)
         return _plain(value)
@@ -106,14 +106,14 @@ class OptimizerConfig:
         return hyperparameter in inspect.signature(_BUILDERS[self.name]).parameters
 
     def value(self, hyperparameter: str) -> Any:
-        """A hyperparameter as configured, else the builder's default."""
+        """A hyperparameter as configured, or the builder's default."""
         default = inspect.signature(_BUILDERS[self.name]).parameters[hyperparameter].default
         return dict(self.hyperparameters).get(hyperparameter, default)
 
     def build(
         self, learning_rate: optax.ScalarOrSchedule, **overrides: Any
     ) -> optax.GradientTransformation:
-        """The optimizer; `overrides` go past the configuration (masks, which JSON cannot hold)."""
+        """The optimizer; `overrides` bypass the configuration (masks, which JSON cannot hold)."""
         return _BUILDERS[self.name](learning_rate, **{**dict(self.hyperparameters), **overrides})
 
     def to_json(self) -> str:

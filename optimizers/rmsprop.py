@@ -105,16 +105,15 @@ def rmsprop(
 ) -> optax.GradientTransformation:
     r"""RMSProp, with momentum on the scaled gradient and decoupled weight decay.
 
-    For small and recurrent nets, and for reproducing results that used it; Adam corrects its first
-    steps.
+    For small and recurrent nets, and for reproducing results that used it; Adam also corrects the first
+    steps for the start from zero.
 
     .. math:: \theta_t = \theta_{t-1} - \eta_t \, (m_t + \lambda \theta_{t-1}), \qquad
         m_t = \mu m_{t-1} + u_t
 
     with :math:`u_t` of :func:`scale_by_rmsprop`.
 
-    State: 4 bytes per parameter, and 4 more each with momentum and when centered. Starting rates:
-    1e-3.
+    State: 4 bytes per parameter, plus 4 with momentum and 4 when centered. Starting rates: 1e-3.
 
     Args:
       learning_rate: a number or a schedule.
@@ -136,8 +135,8 @@ def rmsprop(
     Raises:
       ValueError: for hyperparameters out of range, or Nesterov without momentum.
 
-    The velocity is scaled by the learning rate of its step, as in PyTorch; ``optax.rmsprop`` scales
-    what enters the velocity, which differs once the rate changes.
+    The velocity is scaled by the current learning rate, as in PyTorch; ``optax.rmsprop`` scales what
+    enters the velocity, which differs once the rate changes.
 
     Source: as :func:`scale_by_rmsprop`.
 

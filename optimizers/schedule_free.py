@@ -1,4 +1,4 @@
-"""Schedule-Free: an average of the iterates in the place of a decaying learning rate."""
+"""Schedule-Free: an average of the iterates in place of a decaying learning rate."""
 
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ class ScheduleFreeState(NamedTuple):
     peak: jax.Array  # float32 scalar (float64 with x64): the largest learning rate so far
     weight_sum: jax.Array  # the same: sum of the weights of the average
     x: optax.Params  # like params, state_dtype: the average, where to evaluate
-    z: optax.Params  # like params, state_dtype: where the base optimizer stands
+    z: optax.Params  # like params, state_dtype: the base optimizer's iterate
     base: Any  # the base optimizer's
 
 
@@ -37,26 +37,26 @@ def schedule_free(
     weight_lr_power: float = 2.0,
     state_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Any optimizer, averaged: gradients are taken between its iterate z and the average x.
+    r"""Any optimizer, averaged: gradients are evaluated between its iterate z and the average x.
 
     .. math::
         z_{t} &= z_{t-1} + \operatorname{base}(g_t, y_{t-1}), \qquad
         w_t = t^r \max_{s \le t} \eta_s^p, \qquad c_t = w_t / \textstyle\sum_{s \le t} w_s \\
         x_t &= (1 - c_t) x_{t-1} + c_t z_t, \qquad y_t = \beta_1 x_t + (1 - \beta_1) z_t
 
-    The parameters that training holds are y; evaluate and keep
-    :func:`schedule_free_eval_params`. The base optimizer decays y, has no momentum of its own and a
-    learning rate that warms up and then stays.
+    The training parameters are y; evaluate and save :func:`schedule_free_eval_params`. The base
+    optimizer decays y; it should have no momentum of its own and a learning rate that warms up and then
+    stays constant.
 
-    The state keeps both x and z, at least in float32: where Optax computes x from y, rounding of
+    The state keeps both x and z, at least in float32. Optax computes x from y, so that the rounding of
     bfloat16 parameters enters the average, and its ``weight_sum`` in bfloat16 stops growing.
 
     Args:
-      base: complete with the same learning rate, as ``adamw(learning_rate, b1=0)``.
-      learning_rate: that of `base`, a number or a schedule, for the weights of the average.
-      b1: :math:`\beta_1` in [0, 1), how far y stands from z towards x.
-      weight_power: r; above 0 later iterates weigh more.
-      weight_lr_power: p; 0 weighs all learning rates alike.
+      base: a complete optimizer with the same learning rate, such as ``adamw(learning_rate, b1=0)``.
+      learning_rate: the same as that of `base`, a number or a schedule; it weights the average.
+      b1: :math:`\beta_1` in [0, 1), how far y lies from z towards x.
+      weight_power: r; above 0, later iterates get more weight.
+      weight_lr_power: p; with 0, weights do not depend on the learning rate.
       state_dtype: dtype of x and z; by default at least float32.
 
     Raises:
@@ -131,13 +131,13 @@ def schedule_free(
 
 
 def schedule_free_eval_params(opt_state: Any, params: optax.Params) -> optax.Params:
-    """The average x, in the parameters' dtypes; what has none stays as it is in `params`.
+    """The average x, in the parameters' dtypes; parameters without one are returned unchanged.
 
     Args:
-      opt_state: the optimizer's whole state, however deep `schedule_free` is in it: chained, masked,
+      opt_state: the optimizer's whole state; `schedule_free` may be anywhere in it: chained, masked,
         partitioned, accumulated.
-      params: the parameters in training; with ``optimizer.opt_state`` of a ``flax.nnx.Optimizer``, the
-        ``nnx.state(model, nnx.Param)`` that it is for; the result goes to ``nnx.update(model, ...)``.
+      params: the training parameters; with ``optimizer.opt_state`` of a ``flax.nnx.Optimizer``,
+        ``nnx.state(model, nnx.Param)`` of its model; pass the result to ``nnx.update(model, ...)``.
 
     Raises:
       ValueError: if there is no `schedule_free` in the state, or it is for other parameters.
@@ -152,8 +152,8 @@ def schedule_free_eval_params(opt_state: Any, params: optax.Params) -> optax.Par
     found = states_of(ScheduleFreeState, opt_state)
     if not found:
         raise ValueError("this state holds no schedule_free; evaluate the parameters themselves.")
-    # By their paths, as variables of Flax NNX are of one kind in the state and of another in the model,
-    # and what is masked is not in the state.
+    # Matched by path, since Flax NNX variables have one type in the state and another in the model, and
+    # masked parameters are not in the state.
     averages: dict[Any, Any] = {}
     for state in found:
         averages |= dict(jax.tree_util.tree_leaves_with_path(state.x))
@@ -182,8 +182,8 @@ def schedule_free_sgd(
 ) -> optax.GradientTransformation:
     r"""Schedule-Free SGD: no decay of the rate, an average of the iterates instead.
 
-    For runs whose end is not known, where SGD would do. Evaluate and keep
-    :func:`schedule_free_eval_params`. The recurrence is that of :func:`schedule_free`.
+    For runs of unknown length, where SGD would do. Evaluate and save :func:`schedule_free_eval_params`.
+    The recurrence is that of :func:`schedule_free`.
 
     State: 8 bytes per parameter. Starting rates: 10 to 50 times those of SGD with a schedule, the
     authors say, after a warm-up.
@@ -236,9 +236,8 @@ def schedule_free_adamw(
 ) -> optax.GradientTransformation:
     r"""Schedule-Free AdamW: no decay of the rate, an average of the iterates instead.
 
-    For runs whose end is not known. Gradients are taken at the parameters that training holds;
-    evaluate and keep :func:`schedule_free_eval_params`. The recurrence is that of
-    :func:`schedule_free`.
+    For runs of unknown length. Gradients are evaluated at the training parameters; evaluate and save
+    :func:`schedule_free_eval_params`. The recurrence is that of :func:`schedule_free`.
 
     State: 12 bytes per parameter. Starting rates: 2.5e-3, the authors', after a warm-up.
 

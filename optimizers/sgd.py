@@ -21,9 +21,9 @@ def sgd(
     weight_decay_mask: Mask | None = None,
     weight_decay_form: DecayForm = "coupled",
 ) -> optax.GradientTransformation:
-    r"""Stochastic gradient descent, with momentum if asked for.
+    r"""Stochastic gradient descent, optionally with momentum.
 
-    For convolutional nets, for least memory, and as a control. Transformers learn more slowly with it
+    For convolutional nets, for minimal memory, and as a control. Transformers learn more slowly with it
     than with any optimizer that rescales coordinates.
 
     .. math::
@@ -31,9 +31,9 @@ def sgd(
         \theta_t = \theta_{t-1} - \eta_t \, (v_t + \lambda \theta_{t-1})
 
     with :math:`\mu v_t + (1 - \tau) g_t` in place of :math:`v_t` under Nesterov, and the gradient
-    itself without momentum; see :func:`scale_by_momentum`. By default the decay is decoupled, where
-    ``torch.optim.SGD`` adds it to the gradient before the momentum: that is
-    ``weight_decay_form="l2"``.
+    itself without momentum; see :func:`scale_by_momentum`. By default the decay is decoupled;
+    ``torch.optim.SGD`` adds it to the gradient before the momentum, which is ``weight_decay_form="l2"``
+    here.
 
     State: none without momentum, 4 bytes per parameter with it. Starting rates: 0.1 to 1.
 

@@ -2,8 +2,8 @@ r"""Shampoo: a preconditioner for every axis of every block.
 
 The pipeline of :func:`scale_by_shampoo`, block by block: ``statistics → (every T steps) roots →
 direction of the momentum → graft``; then decay and learning rate, each a transformation of its own.
-What goes wrong stays in its block: a gradient that is not finite leaves the statistics alone, and a
-root that fails its certificate leaves the previous one in place.
+Failures stay within their block: a non-finite gradient does not change the statistics, and if a root
+fails its certificate, the previous root stays in use.
 """
 
 import functools
@@ -80,31 +80,32 @@ def scale_by_shampoo(
     :math:`D` of the graft; :math:`u = D` before the start step. For matrices, :math:`P_1 \hat M P_2`
     with exponents of -1/4. The gradient is part of the statistics that precondition it.
 
-    A block whose gradient's squares cannot be summed in float32 (something is not finite, or the norm
-    above 1.3e19) has a gradient of zeros for that step, and its statistics stay. What is finite but far
-    too large is forgotten at the rate `b2`; :func:`ravine.stability.clip_by_global_norm` before it, or
-    :func:`ravine.stability.skip_step` around it, keeps it out.
+    If the squares of a block's gradient cannot be summed in float32 (something is not finite, or the
+    norm is above 1.3e19), zeros replace the gradient for that step, and the statistics of the block do
+    not change. A finite but far too large gradient decays from the statistics at the rate `b2`;
+    :func:`ravine.stability.clip_by_global_norm` before it, or :func:`ravine.stability.skip_step` around
+    it, keeps it out.
 
-    A scalar has no factor, and so the graft's step; a vector has one, of all its elements, unless it is
-    longer than ``blocks.bound``. :func:`shampoo` sends vectors to another optimizer.
+    A scalar has no factor, and so takes the graft's step; a vector has one factor for all its elements,
+    unless it is longer than ``blocks.bound``. :func:`shampoo` sends vectors to another optimizer.
 
-    An update cannot be differentiated in reverse mode (``jax.grad``), as roots are found in loops of no
-    fixed length; in forward mode (``jax.jvp``) it can.
+    An update cannot be differentiated in reverse mode (``jax.grad``), since roots are found in loops
+    without a fixed length; forward mode (``jax.jvp``) works.
 
     Args:
       b1: decay rate of the momentum, in [0, 1).
       b2: decay rate of statistics, in [0, 1]; 1 sums them up.
       eps: the graft's epsilon.
       nesterov: look-ahead momentum.
-      refresh: T, the first step that is preconditioned, and which gradients statistics learn from, see
-        :class:`ravine.Refresh`; a start at infinity leaves the graft alone.
+      refresh: T, the first step that is preconditioned, and which gradients update the statistics, see
+        :class:`ravine.Refresh`; with a start at infinity every step is the graft's.
       blocks: which axes have a factor, and how they are cut, see :class:`ravine.Blocks`.
-      factors: what factors learn, and how they are kept, see :class:`ravine.Factors`.
-      roots: :math:`\rho`, how roots are found and which are trusted, see :class:`ravine.Roots`.
-      graft: whose step D is, see :class:`ravine.Grafting`.
+      factors: which statistics factors keep, and in which form, see :class:`ravine.Factors`.
+      roots: :math:`\rho`, how roots are computed and which are trusted, see :class:`ravine.Roots`.
+      graft: which optimizer's step D is, see :class:`ravine.Grafting`.
       axes: which axes of a leaf are rows and columns; ``None`` gives every axis of a leaf a factor.
       mu_dtype: dtype of the momentum; by default at least float32.
-      nu_dtype: dtype of the graft's second moment, likewise.
+      nu_dtype: dtype of the graft's second moment; by default at least float32.
 
     Raises:
       ValueError: for values out of range.
@@ -201,8 +202,8 @@ def shampoo(
 ) -> optax.GradientTransformation:
     r"""Shampoo for matrices, embeddings and heads, another optimizer for everything else.
 
-    For runs with memory to spare and costly steps. Each block of a matrix is preconditioned from both
-    sides, and takes the length of Adam's step, so that AdamW's learning rates fit.
+    For runs with memory to spare and expensive steps. Each block of a matrix is preconditioned from
+    both sides, and takes the length of Adam's step, so that AdamW's learning rates fit.
 
     .. math::
         L_t &= \beta_2 L_{t-1} + (1 - \beta_2) G_t G_t^\top, \qquad
@@ -211,9 +212,10 @@ def shampoo(
         \theta_t = \theta_{t-1} - \eta_t \left( \frac{\lVert D_t \rVert}{\lVert U_t \rVert} U_t
             + \lambda \theta_{t-1} \right)
 
-    with the momentum :math:`\hat M_t` and Adam's step :math:`D_t`; the roots, with a ridge, are found
-    every ten steps. The whole of it is in :func:`scale_by_shampoo`. Which parameter is what is decided
-    by its role; a parameter that no rule covers is refused, and :func:`explain` shows who gets what.
+    with the momentum :math:`\hat M_t` and Adam's step :math:`D_t`; the roots, with a ridge, are
+    computed every ten steps. See :func:`scale_by_shampoo` for all details. A parameter's role decides
+    which optimizer it gets; a parameter that no rule covers is refused, and :func:`explain` shows the
+    result.
 
     State: about 24 bytes per parameter; 16 with ``Factors(packed=True)``. Starting rates: AdamW's.
 
@@ -227,7 +229,7 @@ def shampoo(
       rules: role rules; by default ``ravine.COMMON_RULES``.
       roles: the roles that Shampoo takes; all need rows and columns.
       fallback: the optimizer of all other parameters (norms, biases): complete with its learning rate,
-        or AdamW as :class:`ravine.Fallback` has it, by default at the same learning rate.
+        or AdamW with the options of :class:`ravine.Fallback`, by default at the same learning rate.
 
     Returns:
       An ``optax.GradientTransformation``; its update needs ``params``.

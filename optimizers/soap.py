@@ -1,22 +1,22 @@
 r"""SOAP: Adam in the eigenbasis of Shampoo's factors, and what follows from it.
 
-What the authors' code does, point by point, and so does this:
+The authors' code and this one agree in these points:
 
-- The first gradient only sets the factors and their bases; no parameter moves, no decay.
-- A gradient never preconditions itself: statistics take it in after the step.
+- The first gradient only sets the factors and their bases; no parameter moves or decays.
+- A gradient never preconditions itself: it enters the statistics after the step.
 - Both moments live in the rotated basis. At a refresh the first is rotated into the new one; the second
-  is only *permuted* along with the columns of the basis, never rotated: squares cannot be.
+  is only *permuted* along with the columns of the basis, since squares cannot be rotated.
 - The basis is refreshed by one QR step (`matrix/algebra/eigenbasis.py`), its columns sorted beforehand.
 - Epsilon is added to the root of the second moment as it is; both bias corrections count from the second
   step on and scale the learning rate.
 
 Three things differ. The authors decay the parameters after the step, which multiplies the step by
-:math:`1 - \eta\lambda`; here decay is a link of its own, as in AdamW. Where statistics are singular
-theirs divide rounding by its own size; here it is no gradient (:mod:`.matrix.eigenbasis`). And where a
-new basis gives the first moment a part in directions of which the second one knows nothing yet, as with
-rows that are seldom seen, theirs divide by nothing: a step of 18,000 times the learning rate in a test.
-Here the second moment is at least what the first one proves, :math:`m^2 \le C^2 v`, which Adam's moments
-obey by themselves.
+:math:`1 - \eta\lambda`; here decay is a link of its own, as in AdamW. Where statistics are singular,
+the authors' code divides rounding errors by their own size; here they are set to zero
+(:mod:`.matrix.algebra.eigenbasis`). And a new basis may rotate the first moment into directions in
+which the second is still zero, as with rows that are rarely used; the authors' code then divides by
+almost zero: a step of 18,000 times the learning rate in a test. Here the second moment is raised to
+satisfy :math:`m^2 \le C^2 v`, a bound that Adam's moments always satisfy.
 """
 
 import functools
@@ -46,9 +46,9 @@ from .shampoo import SHAMPOO_ROLES
 class ScaleBySoapState(NamedTuple):
     """State of `scale_by_soap`."""
 
-    count: jax.Array  # int32 scalar, updates made so far, the first without effect included
+    count: jax.Array  # int32 scalar, updates made so far, including the first, which has no effect
     mu: Any  # like params: a tuple (tensors) of blocks, the mean of gradients in the eigenbasis
-    nu: Any  # likewise: the mean of their squares
+    nu: Any  # the same: the mean of their squares
     bases: Any  # like params: a tuple (tensors) of tuples (axes) of Basis, or None without one
 
 
@@ -78,30 +78,30 @@ def scale_by_soap(
         L &\leftarrow \beta_s L + (1 - \beta_s) GG^\top, \qquad
         Q_L \leftarrow \operatorname{qr}(L Q_L) \text{ every } T \text{ steps}
 
-    and likewise for the columns, or every axis of a tensor. The first update is zero.
+    and the same for the columns, or for every axis of a tensor. The first update is zero.
 
-    A block whose gradient's squares cannot be summed in float32 (something is not finite, or the norm
-    above 1.3e19) has a gradient of zeros for that step, and its statistics stay. What is finite but
-    far too large enters the second moment, which forgets it at the rate `b2`: put
-    :func:`ravine.stability.clip_by_global_norm` before it, or
+    If the squares of a block's gradient cannot be summed in float32 (something is not finite, or the
+    norm is above 1.3e19), zeros replace the gradient for that step, and the statistics of the block do
+    not change. A finite but far too large gradient enters the second moment and decays at the rate
+    `b2`: put :func:`ravine.stability.clip_by_global_norm` before it, or
     :func:`ravine.stability.skip_step` around it.
 
-    Where no gradient has had a part, bases stay what they were or are the identity's, and what rotation
-    leaves there of rounding, 4e-6 of a block's size, is zero.
+    In directions without any gradient so far, bases keep their previous or identity columns, and
+    rounding errors of the rotation there, up to 4e-6 of a block's size, are set to zero.
 
     Args:
       b1: decay rate of the first moment, in [0, 1).
       b2: decay rate of the second, in [0, 1).
       eps: added to the root of the second moment.
       shampoo_b2: decay rate of the factors' statistics; ``None`` takes `b2`.
-      refresh: T, whether bases take turns, and which gradients their statistics (but not the moments)
-        learn from, see :class:`ravine.Refresh`; without a start.
+      refresh: T, whether bases take turns, and which gradients update their statistics (every gradient
+        updates the moments), see :class:`ravine.Refresh`; without a start.
       blocks: which axes have a basis, and how they are cut, see :class:`ravine.Blocks`; by default
         they are not cut.
       precondition_vectors: whether leaves with one axis get a basis too.
       axes: which axes of a leaf are rows and columns; ``None`` gives every axis of a leaf a basis.
       mu_dtype: dtype of the first moment; by default at least float32.
-      nu_dtype: dtype of the second moment; likewise.
+      nu_dtype: dtype of the second moment; by default at least float32.
 
     Raises:
       ValueError: for values out of range.
@@ -186,8 +186,7 @@ def soap(
 ) -> optax.GradientTransformation:
     r"""SOAP for matrices, embeddings and heads, another optimizer for everything else.
 
-    For large batches, costly steps and memory to spare: Adam, run in the eigenbasis of Shampoo's
-    factors.
+    For large batches, expensive steps and memory to spare: Adam in the eigenbasis of Shampoo's factors.
 
     .. math::
         L_t &= \beta_2 L_{t-1} + (1 - \beta_2) G_t G_t^\top, \qquad
@@ -196,10 +195,11 @@ def soap(
             + \lambda \theta_{t-1} \bigr)
 
     with the eigenbases :math:`Q_L` of L and :math:`Q_R` of R, refreshed by a QR step every ten steps.
-    The whole of it is in :func:`scale_by_soap`. The first step sets the bases and moves nothing.
+    See :func:`scale_by_soap` for all details. The first step sets the bases and moves nothing.
 
     State: 8 bytes per parameter and 8 per element of a factor: 27 bytes per parameter for GPT-2, 15
-    for LLaMA-2 7B, whose longest axes get no factor. Starting rates: 3e-3, the authors', or AdamW's.
+    for LLaMA-2 7B, where the longest axes get no factor. Starting rates: 3e-3, the authors', or
+    AdamW's.
 
     Args:
       learning_rate: a number or a schedule.
@@ -209,8 +209,8 @@ def soap(
       weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
       rules: role rules; by default ``ravine.COMMON_RULES``.
       roles: the roles that SOAP takes; all need rows and columns.
-      fallback: the optimizer of all other parameters: complete with its learning rate, or AdamW as
-        :class:`ravine.Fallback` has it, by default at the same learning rate.
+      fallback: the optimizer of all other parameters: complete with its learning rate, or AdamW with
+        the options of :class:`ravine.Fallback`, by default at the same learning rate.
 
     Returns:
       An ``optax.GradientTransformation``; its update needs ``params``.

@@ -39,20 +39,20 @@ def soap_muon(
 
     For research: on our small task it ended level with Muon, at the cost of SOAP and Muon together.
 
-    State: that of :func:`soap` for matrices, and 8 bytes per parameter of the rest. Starting rates:
+    State: that of :func:`soap` for matrices, and 8 bytes per other parameter. Starting rates:
     AdamW's, or a few times it.
 
     Args:
       learning_rate: a number or a schedule; with ``"moonlight"`` one that suits Muon and AdamW.
       b1, b2, eps, shampoo_b2, refresh, blocks: as for :func:`scale_by_soap`.
       polar: maps a batch of matrices to their polar factors; by default ``NewtonSchulz()``.
-      scale: the factor of a matrix's shape, as for :func:`muon`.
+      scale: the factor for a matrix's shape, as for :func:`muon`.
       weight_decay: multiplied by the learning rate; also that of the default fallback.
       weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
       rules: role rules; by default ``ravine.COMMON_RULES``.
-      roles: the roles it takes.
-      fallback: the optimizer of all other parameters: complete with its learning rate, or AdamW as
-        :class:`ravine.Fallback` has it, by default at the same learning rate.
+      roles: the roles that SOAP-Muon takes.
+      fallback: the optimizer of all other parameters: complete with its learning rate, or AdamW with
+        the options of :class:`ravine.Fallback`, by default at the same learning rate.
 
     Returns:
       An ``optax.GradientTransformation``; its update needs ``params``.

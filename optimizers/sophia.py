@@ -56,11 +56,11 @@ def scale_by_sophia(
         h_t = \beta_2 h_{t-k} + (1 - \beta_2) \hat h_t, \qquad
         u_t = \operatorname{clip}\Big( \frac{m_t}{\max(\rho h_t, \epsilon)}, -1, 1 \Big)
 
-    The update takes ``curvature=``, a function from parameters and a random key to
-    :math:`\hat h`, as :func:`gauss_newton_bartlett` or :func:`hutchinson` makes it from the batch at
-    hand. It is called every k updates, inside ``lax.cond``; its key comes from `seed` and the count, so
-    that all devices and restarts agree. In ``optax.masked`` and ``optax.partition`` give it
-    ``params=``. A step it is called at uses what it finds.
+    The update takes ``curvature=``, a function from parameters and a random key to :math:`\hat h`,
+    which :func:`gauss_newton_bartlett` or :func:`hutchinson` makes from the current batch. It is called
+    every k updates, inside ``lax.cond``; its key comes from `seed` and the count, so that all devices
+    and restarts agree. In ``optax.masked`` and ``optax.partition`` give the estimator ``params=``. A
+    new estimate is already used in the step that makes it.
 
     ``win_rate`` in the state, the share of coordinates that are not clipped, is healthy between 0.1
     and 0.5; tune `rho` by it.
@@ -71,9 +71,9 @@ def scale_by_sophia(
       rho: :math:`\rho`, not negative; the paper's :math:`\gamma`.
       eps: smallest denominator, positive.
       every: k, updates from one estimate to the next.
-      start: the count of the first one; until then :math:`h = 0`, and steps are signs.
+      start: the count at the first estimate; until then :math:`h = 0`, and steps are signs.
       correct_bias: divide m by :math:`1 - \beta_1^t`, as Optax does.
-      seed: of the keys.
+      seed: the seed of the keys.
       mu_dtype: dtype of the momentum; by default at least float32.
       nu_dtype: dtype of the curvature; by default at least float32.
 
@@ -144,7 +144,7 @@ def scale_by_sophia(
         def clipped(g: jax.Array, m: jax.Array, h: jax.Array) -> jax.Array:
             below = jnp.maximum(scaled(h), scalar(eps, h.dtype) * scalar(weight, h.dtype))
             ratio = jnp.clip(m / cast(below, m.dtype), -1, 1)
-            # An overflow must not pass for a step like any other.
+            # An overflow must not look like an ordinary step.
             return cast(jnp.where(jnp.isfinite(m), ratio, m), g.dtype)
 
         wide_nu = jax.tree.map(wide, nu)
@@ -157,14 +157,14 @@ def scale_by_sophia(
 
 
 def _share(tree: Any) -> jax.Array:
-    """The share of trues among all booleans of a tree."""
+    """The share of true values among all booleans of a tree."""
     leaves = jax.tree.leaves(tree)
     true = (jnp.sum(leaf.astype(jnp.float32)) for leaf in leaves)
     return sum(true, jnp.zeros([], jnp.float32)) / max(sum(leaf.size for leaf in leaves), 1)
 
 
 def _part_like(found: Any, like: Any) -> Any:
-    """`found` without what `optax.masked` or `optax.partition` took out of `like`."""
+    """`found` without the leaves that `optax.masked` or `optax.partition` took out of `like`."""
     is_taken = lambda node: isinstance(node, optax.MaskedNode)
     return jax.tree.map(
         lambda node, part: node if is_taken(node) else cast(part, wide(node).dtype),
@@ -193,22 +193,22 @@ def sophia_g(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Sophia-G with decoupled weight decay: ``curvature=gauss_newton_bartlett(logits_fn)``.
 
-    For language models, where a sample of the model's own labels estimates the curvature every ten
-    steps: one more backward pass then.
+    For language models. Labels sampled from the model itself estimate the curvature every ten steps,
+    which costs one more backward pass each time.
 
     .. math:: \theta_t = \theta_{t-1} - \eta_t \, (u_t + \lambda \theta_{t-1})
 
     with :math:`u_t` of :func:`scale_by_sophia`. The authors multiply by the number of tokens, ``bs``,
-    where the curvature is used; here the estimator has done it. They clip the sampled gradient to norm
-    1 in their training script.
+    where the curvature is used; here the estimator does it. They clip the sampled gradient to norm 1 in
+    their training script.
 
     State: 8 bytes per parameter. Starting rates: somewhat below AdamW's.
 
     Args:
       learning_rate: a number or a schedule.
       b1, b2, rho, eps, every, seed, mu_dtype, nu_dtype: as for :func:`scale_by_sophia`.
-      start: the count of the first estimate; None for `every`, as in the authors' script, where the
-        paper has 0.
+      start: the count at the first estimate; None for `every`, as in the authors' script; the paper has
+        0.
       weight_decay: :math:`\lambda`, by default multiplied by the learning rate.
       weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
       weight_decay_form: how, see :func:`add_decayed_weights`.
@@ -266,7 +266,7 @@ def sophia_h(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Sophia-H with decoupled weight decay: ``curvature=hutchinson(loss_fn)``.
 
-    For any loss that can be differentiated twice; an estimate costs a product with the Hessian.
+    For any loss that can be differentiated twice; an estimate costs one product with the Hessian.
 
     .. math:: \theta_t = \theta_{t-1} - \eta_t \, (u_t + \lambda \theta_{t-1})
 

@@ -1,4 +1,4 @@
-r"""Learning rates at another width and depth: a small model's tuning moved to a large one."""
+r"""Learning rates at another width and depth: tuning transferred from a small model to a large one."""
 
 import dataclasses
 import math
@@ -51,16 +51,16 @@ class WidthRule:
     """
 
     growth: Growth
-    """Of the direction for parameters with one of `roles`."""
+    """Growth of the direction for parameters with one of `roles`."""
     roles: tuple[str, ...] | None
-    """None for all. The others have AdamW's rule, as its fallback."""
+    """None for all. Other parameters follow AdamW's rule, as its fallback does."""
     depth: float
     """Exponent of the number of layers, for the matrices that the direction takes."""
     embedding: Growth | None = None
-    """Of the direction for embeddings, where it is not `growth`."""
+    """Growth of the direction for embeddings, if it is not `growth`."""
 
     def factor(self, found: Decided, base: Sequence[int], depth_ratio: float = 1.0) -> float:
-        """What the learning rate of a parameter is multiplied by, given its shape in the base model."""
+        """The multiplier for the learning rate of a parameter, given its shape in the base model."""
         taken = self.roles is None or found.role in self.roles
         growth = self.growth if taken else element_growth
         if taken and found.role == "embedding":
@@ -82,11 +82,11 @@ def _rate(growth: Growth, fan_in: int, fan_out: int) -> float:
 
 @checked
 def width_rule(optimizer: str | OptimizerConfig, *, rank: Rank | None = None) -> WidthRule:
-    r"""The rule of an optimizer for width and depth, by its name and hyperparameters.
+    r"""The width and depth rule of an optimizer, by its name and hyperparameters.
 
-    The update of a matrix `[in, out]` is to have a spectral norm proportional to
-    :math:`\sqrt{out / in}`, at every width. What the learning rate is multiplied by when both sides
-    grow by m (hidden matrices), or only the inputs do (a head), and L times more layers are added:
+    The update of a matrix `[in, out]` should have a spectral norm proportional to :math:`\sqrt{out /
+    in}` at every width. The learning rate is multiplied as follows when both sides grow by m (hidden
+    matrices), or only the inputs do (a head), and when the model has L times as many layers:
 
     =================================  ==================  ===================  ===============
     direction                          hidden              head                 layers
@@ -104,13 +104,14 @@ def width_rule(optimizer: str | OptimizerConfig, *, rank: Rank | None = None) ->
     =================================  ==================  ===================  ===============
 
     "By its longer side": :math:`m^{-1/2}` while the vocabulary is larger than the width, then 1/m.
-    Blocks that are cut multiply Shampoo's without a graft by :math:`n^{-E}` and SOAP's, low, by
-    :math:`n^{-1/2}` for n times as many. Gains and embeddings keep theirs; but SGD's are multiplied by
-    m, and the embeddings of SOAP (low) and of Shampoo without a graft by up to :math:`m^{1/2}`. The
-    column of layers holds where branches are multiplied by 1/L before they are added to the stream.
+    With n times as many blocks, the rate of Shampoo without a graft is also multiplied by
+    :math:`n^{-E}`, and that of SOAP (low) by :math:`n^{-1/2}`. Gains and embeddings keep their rates,
+    except that SGD's are multiplied by m, and those for embeddings by up to :math:`m^{1/2}` with SOAP
+    (low) and Shampoo without a graft. The column of layers holds where branches are multiplied by 1/L
+    before they are added to the residual stream.
 
     Args:
-      optimizer: a registered name, or a configuration whose hyperparameters count.
+      optimizer: a registered name, or a configuration, if hyperparameters differ from the defaults.
       rank: which limit holds for whitened directions. ``"low"`` is that of infinite width at a fixed
         batch, the paper's; ``"full"`` is that of noise that fills the matrix. ``None`` takes what the
         coordinate check found nearer: ``"low"`` for Shampoo with a graft, ``"full"`` for the rest.
@@ -147,7 +148,7 @@ def width_rule(optimizer: str | OptimizerConfig, *, rank: Rank | None = None) ->
     if name == "shampoo":
         return _shampoo(config, roles, rank)
     raise ValueError(
-        f"optimizer {name!r} has no width rule; make a WidthRule(growth, roles, depth) of how its "
+        f"optimizer {name!r} has no width rule; make a WidthRule(growth, roles, depth) from how its "
         "update grows."
     )
 
@@ -177,25 +178,24 @@ def scale_by_width(
     depth_ratio: float = 1.0,
     rules: Rules | None = None,
 ) -> optax.GradientTransformation:
-    r"""Multiplies every update by what its optimizer's rule for width says, compared with a base model.
+    r"""Multiplies every update by the factor of its optimizer's width rule, relative to a base model.
 
-    Chained behind an optimizer that was tuned on the base model, it moves the tuning to another width.
-    At the base width it changes nothing. Weight decay inside of the optimizer is multiplied as well, so
-    leave it out there and chain an independent one behind:
-    ``ravine.add_decayed_weights(share, form="independent")``, with a share per step proportional to
-    1/width for as many tokens per parameter (compute-optimal), and the same for the same steps.
+    Chained after an optimizer that was tuned on the base model, it transfers the tuning to another
+    width. At the base width it changes nothing. Weight decay inside the optimizer is multiplied too, so
+    leave it out there and chain independent decay after it: ``ravine.add_decayed_weights(share,
+    form="independent")``, with a share per step proportional to 1/width for equal tokens per parameter
+    (compute-optimal), and an unchanged share for equal steps.
 
     Args:
-      rule: a registered name, a configuration, or what :func:`width_rule` made of one.
+      rule: a registered name, a configuration, or the result of :func:`width_rule`.
       base: parameters of the base model, or their shapes, as a tree like the parameters.
       rank: as for :func:`width_rule`.
-      depth_ratio: number of layers over that of the base model, whose branches are multiplied by its
-        inverse.
+      depth_ratio: number of layers divided by that of the base model; branches must be multiplied by
+        its inverse.
       rules: role rules; by default ``ravine.COMMON_RULES``.
 
     Raises:
-      ValueError: for an optimizer without a rule, and at `init` where the base model has other
-        parameters.
+      ValueError: for an optimizer without a rule, and at `init` if the base model has other parameters.
 
     Source: as :mod:`ravine.optimizers.links.growth`.
 

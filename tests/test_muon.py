@@ -116,7 +116,7 @@ def test_a_vector_called_a_matrix_is_refused():
 
 def test_fallback_with_its_learning_rate_given_too_is_refused():
     with pytest.raises(
-        ValueError, match=r"fallback\.learning_rate .* beside fallback\.ratio; drop one"
+        ValueError, match=r"fallback\.learning_rate and fallback\.ratio are both given; drop one"
     ):
         ravine.muon(fallback={"learning_rate": 1e-3, "ratio": 0.1})
 
