@@ -330,7 +330,7 @@ def test_a_master_copy_is_four_bytes_a_parameter(capsys):
 def test_one_that_cannot_be_compiled_is_a_row_with_its_reason(capsys, monkeypatch):
     from ravine.training.plan import plan as planning
 
-    def out_of_memory(tx, params, mesh):
+    def out_of_memory(tx, params, mesh, on_host):
         raise ValueError("Ran out of memory in memory space hbm. Used 100G of 16G hbm.")
 
     monkeypatch.setattr(planning, "compiled_update", out_of_memory)
