@@ -1,7 +1,7 @@
 """Constructors of transformations, typed for states that are `NamedTuple`s of our own.
 
 Every update refuses gradients that do not fit the parameters or, without parameters, the state of the
-same shape.
+same shape, and moves those that a mesh cuts otherwise to where the parameters are.
 
 Transformations made here can be watched: under :func:`watching`, every `init` reports its parameters
 and what its link does to each. That is how `ravine.explain` sees through ``optax.chain``,
@@ -19,6 +19,7 @@ import optax
 
 from .fit import check_fit, parameters_of
 from .mapped import mapped_as_arguments
+from .placed import placed_like
 
 Describe = Callable[[Any], Mapping[str, Any]]
 """From the parameters to a description: one text for all of them, or a list with one per leaf."""
@@ -93,8 +94,9 @@ def _watched(
 def _fitting(update: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
     @functools.wraps(update)
     def checked(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        check_fit("gradient", updates, parameters_of(state) if params is None else params)
-        updates, state = update(updates, state, params, **extra)
+        like = parameters_of(state) if params is None else params
+        check_fit("gradient", updates, like)
+        updates, state = update(placed_like(updates, like), state, params, **extra)
         return updates, mapped_as_arguments(state)
 
     return checked

@@ -1,0 +1,67 @@
+"""Gradients that a mesh cuts otherwise than the parameters: they are moved, and nothing else is."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import ravine
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from .optimizers_table import FAMILIES, TABLE
+from .tolerances import HALF, double, furthest
+
+SHAPES = {"w": (4, 8), "stack": (2, 4, 8)}
+OF_PARAMETERS = {"w": P("x", "y"), "stack": P(None, "x", "y")}
+OF_GRADIENTS = {"w": P("y", None), "stack": P("x", None, None)}
+ROWS = [
+    pytest.param(row, id=row.label, marks=[pytest.mark.slow] * (row not in FAMILIES))
+    for row in TABLE
+]
+
+
+def tree(seed):
+    rng = np.random.default_rng(seed)
+    return double({k: jnp.asarray(rng.normal(size=shape)) for k, shape in SHAPES.items()})
+
+
+def two_steps(tx, params, grads):
+    """Parameters and state after a scan of two steps, and the state before."""
+    first = jax.jit(tx.init)(params)
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(grads, state, params)
+        return (jax.tree.map(jnp.add, params, updates), state), None
+
+    after, _ = jax.jit(lambda carry: jax.lax.scan(step, carry, length=2))((params, first))
+    return *after, first
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_the_state_stays_where_it_is(row):
+    with jax.enable_x64(True):
+        expected, _, _ = two_steps(row.build(), tree(0), tree(1))
+        mesh = jax.make_mesh((2, 2), ("x", "y"), devices=jax.devices()[:4])
+        placed = lambda tree, specs: jax.device_put(
+            tree, {k: NamedSharding(mesh, s) for k, s in specs.items()}
+        )
+        with jax.set_mesh(mesh):
+            params, state, first = two_steps(
+                row.build(), placed(tree(0), OF_PARAMETERS), placed(tree(1), OF_GRADIENTS)
+            )
+        assert furthest(params, expected) <= HALF
+    for name, x in params.items():
+        assert x.sharding.is_equivalent_to(NamedSharding(mesh, OF_PARAMETERS[name]), x.ndim)
+    for after, before in zip(jax.tree.leaves(state), jax.tree.leaves(first), strict=True):
+        assert after.sharding.is_equivalent_to(before.sharding, after.ndim)
+
+
+def test_moments_tell_where_gradients_go_without_parameters():
+    mesh = jax.make_mesh((2, 2), ("x", "y"), devices=jax.devices()[:4])
+    tx = ravine.scale_by_adam()
+    with jax.set_mesh(mesh):
+        w = jax.device_put(jnp.ones((4, 8)), P("x", "y"))
+        state = jax.jit(tx.init)({"w": w})
+        update, _ = jax.jit(tx.update)({"w": jax.reshard(w, P("y", None))}, state)
+    assert update["w"].sharding.spec == P("x", "y")
