@@ -1,1 +1,1 @@
-"""What is chained with a direction: momentum, decay, learning rate, graft, and the like."""
+"""Links to chain with a direction: momentum, decay, learning rate, graft, and others."""

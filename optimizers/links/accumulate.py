@@ -26,26 +26,27 @@ class AccumulateState(NamedTuple):
 def accumulate(
     tx: optax.GradientTransformation, every: int | Callable[[jax.Array], jax.Array]
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Collects gradients and updates with their mean, every so many calls.
+    r"""Collects gradients, and updates with their mean every few calls.
 
     .. math:: \bar g = \sum_i w_i g_i \Big/ \sum_i w_i
 
-    Between emissions updates are zero and `tx` does not run at all, where ``optax.MultiSteps`` runs
-    it at every call and throws the result away. So schedules, bias corrections and refreshes count
-    emitted updates. The sum is kept in float32. It cannot be differentiated in reverse mode.
+    Between emissions updates are zero and `tx` does not run at all; ``optax.MultiSteps`` runs it at
+    every call and discards the result. So schedules, bias corrections and refreshes count emitted
+    updates. The sum is kept in float32. It cannot be differentiated in reverse mode.
 
-    Where all micro-batches are at hand at once, ``ravine.training.gradients`` accumulates inside
+    If all micro-batches are available at once, ``ravine.training.gradients`` accumulates inside
     one step and needs no buffer in the state.
 
     Args:
       tx: the optimizer; wrap the whole chain, clipping included.
-      every: micro-steps an update, at least 1, or a function from the updates emitted so far to it.
+      every: micro-steps per update, at least 1, or a function of the number of updates emitted so far.
 
     Raises:
       ValueError: if `every` is a number below 1.
 
-    The update takes ``tokens=``, the weight of the gradient at hand, if that is a mean over so many
-    tokens; by default all weigh the same. Other keyword arguments of the emitting call reach `tx`.
+    The update takes ``tokens=``, the weight of the current gradient: the number of tokens over which it
+    is a mean; by default all gradients have the same weight. Other keyword arguments of the emitting
+    call reach `tx`.
 
     Example:
       >>> import jax.numpy as jnp, ravine
@@ -99,9 +100,10 @@ def accumulate(
             found, inner_state = inner.update(mean, inner_state, params, **extra)
             return jnp.zeros_like(emits), cast_like(found, buffer), inner_state
 
-        # A condition, written as a loop of at most one round: XLA leaves a loop's state where it is, but
-        # copies what passes through the untaken branch of a conditional. One buffer holds the sum
-        # before and the update after, so that nothing of the parameters' size is made at other calls.
+        # A condition, written as a loop of at most one iteration: XLA updates a loop's state in place,
+        # but copies values that pass through the untaken branch of a conditional. One buffer holds
+        # first the sum and then the update, so that other calls allocate nothing of the parameters'
+        # size.
         carry = (emits, buffer, state.inner)
         _, buffer, inner_state = jax.lax.while_loop(lambda carry: carry[0], run, carry)
         emitted = jax.tree.map(lambda b, g: cast(jnp.where(emits, b, 0), g.dtype), buffer, updates)

@@ -1,4 +1,4 @@
-"""Time in a state: the counts that schedules are called with, and how they go on without an update."""
+"""Time in a state: the counts passed to schedules, and how to advance them without an update."""
 
 from typing import Any
 
@@ -9,15 +9,15 @@ from ...core.arithmetic import increment
 from .accumulate import AccumulateState
 from .learning_rate import RATE_STATES
 
-# They count what they emit, of which a skipped micro-step is none.
+# They count emitted updates, and a skipped micro-step emits none.
 _TIMELESS = (AccumulateState, optax.MultiStepsState)
 
 
 def advance(opt_state: Any) -> Any:
-    """The state as it is, but with every schedule one update on: clocks of Ravine's and of Optax's.
+    """The same state with every schedule advanced by one update: Ravine's clocks and Optax's.
 
-    A clock is the count of a learning rate, and that of a state which holds nothing else, such as
-    scheduled weight decay. Counts beside moments, which correct their bias, stay.
+    A clock is the count of a learning rate, or of a state that holds nothing else, such as scheduled
+    weight decay. Counts next to moments, which correct their bias, do not change.
     """
 
     def is_known(node: Any) -> bool:

@@ -1,9 +1,9 @@
 """Estimates of the Hessian's diagonal: Gauss–Newton–Bartlett and Hutchinson.
 
-An estimator is a function ``(params, key) -> tree like params``. It closes over the batch, so a new
-one is made at every step, and :func:`scale_by_sophia` calls it at some of them.
+An estimator is a function ``(params, key) -> tree like params``. It closes over the batch, so every
+step makes a new one, and :func:`scale_by_sophia` calls it on some steps.
 
-An optimizer of a part of the parameters calls it with that part alone. `combine_by_role` and optimizers
+An optimizer of part of the parameters calls it with that part alone. `combine_by_role` and optimizers
 with a fallback fill in the rest; in ``optax.masked`` and ``optax.partition``, give the estimator
 ``params=``.
 """
@@ -42,11 +42,11 @@ def gauss_newton_bartlett(
     negative. B is the number of predictions.
 
     Args:
-      logits_fn: from parameters to logits `[..., classes]` of the batch at hand.
+      logits_fn: from parameters to logits `[..., classes]` of the current batch.
       params: all parameters, for an optimizer of a part of them: the rest is held fixed.
       where: `[...]`, which predictions count; by default all.
       axis_name: under ``shard_map``, the mesh axes over which the batch is split: every device samples
-        its own labels, gradients are averaged over all. Not needed under ``jit``.
+        its own labels, and gradients are averaged over devices. Not needed under ``jit``.
 
     Source: Liu et al., 2023, https://arxiv.org/abs/2305.14342, algorithm 2; Liuhong99/Sophia,
     ``train_sophiag.py``.
@@ -94,18 +94,18 @@ def hutchinson(
 
     .. math:: \hat h = \tfrac{1}{S} \sum_s r_s \odot H r_s, \qquad r_s \in \{-1, 1\}^n
 
-    an unbiased estimate of the diagonal of H itself, which may be negative, exact for one sample
-    where H is diagonal.
+    an unbiased estimate of the diagonal of H itself, which may be negative. For diagonal H one sample
+    is exact.
 
     Args:
-      loss_fn: from parameters to the mean loss of the batch at hand.
+      loss_fn: from parameters to the mean loss of the current batch.
       params: all parameters, for an optimizer of a part of them: the rest is held fixed.
       samples: S.
-      axis_name: under ``shard_map``, the mesh axes over which the batch is split: all devices take the
-        same signs, products are averaged. Not needed under ``jit``.
+      axis_name: under ``shard_map``, the mesh axes over which the batch is split: all devices use the
+        same signs, and products are averaged. Not needed under ``jit``.
 
     Raises:
-      ValueError: if there is not at least one sample.
+      ValueError: for fewer than one sample.
 
     Source: Hutchinson, 1989; Liu et al., 2023, https://arxiv.org/abs/2305.14342, algorithm 1.
 
@@ -136,7 +136,7 @@ def hutchinson(
 
 
 def filled(part: Any, whole: Any) -> Any:
-    """`part`, with the leaves of `whole` where `optax.masked` or `optax.partition` took them out."""
+    """`part`, filled in from `whole` where `optax.masked` or `optax.partition` took leaves out."""
     is_taken = lambda node: isinstance(node, optax.MaskedNode)
     return jax.tree.map(
         lambda node, rest: rest if is_taken(node) else node, part, whole, is_leaf=is_taken
@@ -161,7 +161,7 @@ def with_whole_curvature(
 
 
 def _of_part(function: Callable[[Any], Any], whole: Any) -> Callable[[Any], Any]:
-    """A function of all parameters, as one of those that `whole` is not needed for."""
+    """A function of all parameters, as a function of the part that `whole` completes."""
 
     def call(params: Any) -> Any:
         if whole is not None:
@@ -180,7 +180,7 @@ def _of_part(function: Callable[[Any], Any], whole: Any) -> Callable[[Any], Any]
 
 
 def _varying(tree: Any, axis_name: Any) -> Any:
-    """`tree`, so typed that its gradients stay each device's own: JAX sums those of replicated ones."""
+    """`tree`, typed to keep gradients separate per device: JAX sums those of replicated arrays."""
     names = () if axis_name is None else axis_name
     names = names if isinstance(names, tuple) else (names,)
 

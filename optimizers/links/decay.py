@@ -1,4 +1,5 @@
-r"""Weight decay: one transformation, whose named forms differ in what they add and where they stand.
+r"""Weight decay: one transformation with named forms, which differ in what they add and in their place
+in the chain.
 
 With :math:`u_t` the direction, :math:`\eta_t` the learning rate and :math:`\lambda_t` the decay:
 
@@ -13,8 +14,8 @@ form             parameters after the update                                    
 ``cautious``     :math:`\theta - \eta (u + \lambda [u \theta \ge 0] \theta)`      before the rate
 ===============  ===============================================================  ====================
 
-`with_decay` puts each form in its place. ``coupled`` is the decay of AdamW as PyTorch and Optax have
-it, ``independent`` that of its paper.
+`with_decay` puts each form in its place. ``coupled`` is the decay of AdamW in PyTorch and Optax,
+``independent`` that of its paper.
 """
 
 from collections.abc import Callable
@@ -40,7 +41,7 @@ DecayForm = Literal["coupled", "independent", "adamc", "l2", "proximal", "cautio
 class AddDecayedWeightsState(NamedTuple):
     """State of `add_decayed_weights`."""
 
-    count: jax.Array  # int32 scalar, updates so far, those that a guard skipped included
+    count: jax.Array  # int32 scalar, updates so far, including skipped ones
 
 
 @checked
@@ -52,7 +53,7 @@ def add_decayed_weights(
     learning_rate: optax.ScalarOrSchedule | None = None,
     peak_learning_rate: float | None = None,
 ) -> optax.GradientTransformation:
-    r"""Weight decay in one of its forms; where it stands in a chain, the module's table says.
+    r"""Weight decay in one of its forms; the module's table gives its place in a chain.
 
     The arithmetic is done in float32 and returned in the updates' dtype, so bfloat16 updates and
     float32 parameters mix.
@@ -67,9 +68,9 @@ def add_decayed_weights(
       peak_learning_rate: :math:`\eta_{\max}`, for ``"adamc"`` under a schedule.
 
     Raises:
-      ValueError: if `weight_decay` is a negative or non-finite number, if a learning rate is missing
-        or not needed, at `init` for a mask that selects nothing or leaves parameters out, or at the
-        update when the parameters are missing.
+      ValueError: if `weight_decay` is negative or non-finite, if a learning rate is missing or not
+        needed, at `init` for a mask that selects nothing or leaves parameters out, or at the update
+        when the parameters are missing.
 
     Source: Loshchilov and Hutter, 2019, https://arxiv.org/abs/1711.05101 (coupled, independent);
     Defazio, 2025, https://arxiv.org/abs/2506.02285 (AdamC, meant for layers that a norm follows);
@@ -171,7 +172,7 @@ def with_decay(
     r"""A direction with weight decay of any form and a learning rate: a complete optimizer.
 
     Args:
-      direction: neither negated nor scaled, as :func:`scale_by_adam`.
+      direction: neither negated nor scaled, such as :func:`scale_by_adam`.
       learning_rate: a number or a schedule.
       weight_decay: a number or a schedule; the constant 0 leaves the decay out.
       mask: which parameters decay, see :func:`add_decayed_weights`.
@@ -217,14 +218,14 @@ def decay_or_identity(
 class AfterFirstState(NamedTuple):
     """State of `decay_after_first`."""
 
-    started: jax.Array  # bool scalar: whether there was an update; one that a guard skips is none
+    started: jax.Array  # bool scalar: whether there was an update that no guard skipped
     inner: Any  # of the decay, with its clock
 
 
 def decay_after_first(
     weight_decay: optax.ScalarOrSchedule, mask: Mask | None
 ) -> optax.GradientTransformation:
-    """`decay_or_identity`, but for the first update, on which nothing moves either."""
+    """`decay_or_identity`, except on the first update, on which no parameter moves."""
     if _is_zero(weight_decay):
         return optax.identity()
     decay = add_decayed_weights(weight_decay, mask)

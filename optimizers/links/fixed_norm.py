@@ -3,9 +3,10 @@ r"""Weights of fixed norm, instead of weight decay (hyperball).
 .. math:: W \leftarrow R \, \frac{W - \eta R\, \hat u}{\lVert W - \eta R\, \hat u \rVert_F}, \qquad
     \hat u = u / \lVert u \rVert_F, \quad R = \lVert W_0 \rVert_F
 
-In two pieces around the learning rate: `scale_by_parameter_norm` makes the direction :math:`R \hat u`,
-`keep_parameter_norm` turns the finished update into one that ends on the sphere. The learning rate is
-then an angle: about the root of learning rate times weight decay of a run with decay.
+There are two pieces around the learning rate: `scale_by_parameter_norm` makes the direction
+:math:`R \hat u`, and `keep_parameter_norm` turns the finished update into one that ends on the sphere.
+The learning rate is then an angle, about the square root of learning rate times weight decay in a run
+with decay.
 """
 
 from typing import Any, NamedTuple
@@ -70,14 +71,15 @@ def scale_by_parameter_norm(*, axes: Axes = DEFAULT_AXES) -> optax.GradientTrans
 class KeepParameterNormState(NamedTuple):
     """State of `keep_parameter_norm`."""
 
-    radius: Any  # like params, a tuple of [L, 1, 1] a leaf: the norms at init
+    radius: Any  # like params, a tuple of [L, 1, 1] per leaf: the norms at init
 
 
 @checked
 def keep_parameter_norm(*, axes: Axes = DEFAULT_AXES) -> optax.GradientTransformation:
-    """Last in a chain: bends every update so that each matrix keeps the norm it had at `init`.
+    """Last in a chain: corrects every update so that each matrix keeps the norm it had at `init`.
 
-    A matrix that is zero at `init` stays zero: start such parameters elsewhere, or leave them out.
+    A matrix that is zero at `init` stays zero: initialise such parameters differently, or leave them
+    out.
 
     Args:
       axes: which axes of a leaf are rows and columns.

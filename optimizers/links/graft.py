@@ -1,8 +1,8 @@
 r"""Grafting: the direction of one optimizer with the size of another's step.
 
-A preconditioner knows the direction better than how far to go: stale roots, a ridge and a wrong
+A preconditioner gives a good direction, but not a reliable step size: stale roots, a ridge and a wrong
 exponent change the norm of its step by orders of magnitude, and with it the learning rate that works.
-So the norm is taken from an optimizer whose step size is known to be right:
+So the norm is taken from an optimizer with a step size that is known to work:
 
 .. math:: u = \frac{\lVert d \rVert}{\lVert p \rVert} \, p
 
@@ -43,9 +43,9 @@ def norm_ratio(
     Args:
       magnitude: an array.
       direction: one of the same shape.
-      axes: those summed over.
+      axes: the axes summed over.
       keep: keep them as axes of size one.
-      summed: mesh axes that cut the arrays along these, inside `jax.shard_map`.
+      summed: mesh axes that cut the arrays along these axes, inside `jax.shard_map`.
 
     Both are divided by their largest element first, so that squares neither overflow nor vanish.
 
@@ -70,11 +70,11 @@ def norm_ratio(
 
 @options("graft")
 class Grafting:
-    """Whose step size Shampoo's direction gets.
+    """Which optimizer's step size Shampoo's direction gets.
 
     Attributes:
-      step: whose: ``"none"``, ``"sgd"``, ``"adagrad"``, ``"rmsprop"``, ``"adam"``, ``"adamw"`` or
-        ``"sign"``, see :func:`ravine.optimizers.links.graft.magnitude`.
+      step: the optimizer: ``"none"``, ``"sgd"``, ``"adagrad"``, ``"rmsprop"``, ``"adam"``, ``"adamw"``
+        or ``"sign"``, see :func:`ravine.optimizers.links.graft.magnitude`.
       b2: decay rate of its second moment; ``None`` takes Shampoo's.
       per: one size for each ``"block"``, or for each ``"parameter"``.
 
@@ -91,7 +91,7 @@ class Grafting:
     per: Literal["block", "parameter"] = "block"
 
     def magnitude(self, b2: Any, eps: Any, nu_dtype: Any) -> "Magnitude":
-        """The step, beside statistics with decay rate `b2`."""
+        """The step, given the decay rate `b2` of Shampoo's statistics."""
         return magnitude(self.step, b2 if self.b2 is None else self.b2, eps, nu_dtype)
 
 
@@ -99,16 +99,17 @@ GRAFTING = Grafting()
 
 
 class Magnitude(NamedTuple):
-    """An optimizer whose step is grafted, sharing the momentum of the one it is grafted on."""
+    """An optimizer that lends its step size; it shares the momentum of the other one."""
 
     init: Callable[[Any], Any]
     """From parameters to its second moments, a tree like them (or none)."""
     update: Callable[[Any, Any, Any, jax.Array], tuple[Any, Any]]
-    """From (gradients, their mean, moments, steps made with this one) to (step, moments)."""
+    """From (gradients, their mean, moments, steps including this one) to (step, moments)."""
 
 
 def magnitude(name: Graft, b2: float = 0.999, eps: float = 1e-8, nu_dtype: Any = None) -> Magnitude:
-    r"""The step to graft, by name; :math:`\hat g` is the mean of gradients the direction is made of.
+    r"""The step to graft, by name; :math:`\hat g` is the mean of gradients that the direction is
+    computed from.
 
     ===================  ==========================================================================
     ``none``             :math:`\hat g` before the start step, no grafting after it
@@ -184,9 +185,9 @@ def graft(
     Both see the gradients and keep their own state; before the start step the update is :math:`d`.
 
     Args:
-      direction: gives p; any transformation, as ``ravine.scale_by_muon()``.
-      magnitude: gives d, as ``ravine.scale_by_adam()``.
-      start: the first step, counted from one, with the direction of the first; infinity never.
+      direction: gives p; any transformation, such as ``ravine.scale_by_muon()``.
+      magnitude: gives d, such as ``ravine.scale_by_adam()``.
+      start: the first step, counted from one, that uses p; infinity for never.
 
     Raises:
       ValueError: if `start` is below one.

@@ -16,16 +16,16 @@ from ...core.tree_checks import check_real_leaves
 class ScaleByLearningRateState(NamedTuple):
     """State of `scale_by_learning_rate`."""
 
-    count: jax.Array  # int32 scalar, updates so far, those that a guard skipped included
+    count: jax.Array  # int32 scalar, updates so far, including skipped ones
     # Float32 scalars (float64 with x64).
-    learning_rate: jax.Array  # that of the last update (before it, of the first)
+    learning_rate: jax.Array  # that of the last update (before any, of the first)
     scheduled: (
         jax.Array
     )  # what the number or schedule said then; differs if the rate was set by hand
 
 
 class FallbackLearningRateState(NamedTuple):
-    """The same within the fallback of another optimizer, under a name of its own."""
+    """The same state within the fallback of another optimizer, under a separate name."""
 
     count: jax.Array
     fallback_learning_rate: jax.Array
@@ -33,7 +33,7 @@ class FallbackLearningRateState(NamedTuple):
 
 
 class InjectedLearningRateState(NamedTuple):
-    """The same within `inject_hyperparams`, which has the rate that is set."""
+    """The same state within `inject_hyperparams`, which holds the rate that users set."""
 
     count: jax.Array
     injected_learning_rate: jax.Array
@@ -49,7 +49,7 @@ def evaluate(value: Any, count: jax.Array) -> Any:
 
 
 def in_words(value: Any) -> str:
-    """A scalar, or a schedule and what it begins with."""
+    """A scalar, or a schedule and its first value."""
     if not callable(value):
         return f"{value:g}" if isinstance(value, (int, float)) else "an array"
     with jax.ensure_compile_time_eval():
@@ -65,8 +65,9 @@ def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.Gradi
 
     The rate that was used stays in the state, where `with_telemetry` and ``optax.tree.get(state,
     "learning_rate")`` find it. ``optax.tree.set(state, learning_rate=0.1)`` sets it: that rate is then
-    used until it is set again, to the state's ``scheduled`` for the number or schedule of the builder.
-    The count advances at every update, under a number too, so a schedule can take over a run.
+    used until it is set again; to return to the builder's number or schedule, set it to the state's
+    ``scheduled``. The count advances at every update, even with a constant rate, so a schedule can take
+    over a run.
 
     Args:
       learning_rate: a non-negative number, or a schedule called with the number of updates so far.
@@ -87,7 +88,7 @@ def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.Gradi
     def init(params: optax.Params) -> ScaleByLearningRateState:
         check_real_leaves(params)
         count = jnp.zeros([], jnp.int32)
-        # Arrays of their own, so that each may be donated.
+        # Separate arrays, so that each may be donated.
         rates = [jnp.array(evaluate(learning_rate, count), widest()) for _ in range(2)]
         return ScaleByLearningRateState(count, *rates)
 
@@ -120,15 +121,15 @@ def _kept(rate: Any) -> jax.Array:
 
 
 def as_fallback(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """`tx`, with its rate in the state as ``fallback_learning_rate``.
+    """`tx`, with its rate in the state named ``fallback_learning_rate``.
 
-    So ``optax.tree.get(state, "learning_rate")`` finds one rate, that of the optimizer proper.
+    So ``optax.tree.get(state, "learning_rate")`` finds one rate, that of the main optimizer.
     """
     return _with_rate_as(FallbackLearningRateState, tx)
 
 
 def as_injected(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """`tx`, with its rate in the state as ``injected_learning_rate``."""
+    """`tx`, with its rate in the state named ``injected_learning_rate``."""
     return _with_rate_as(InjectedLearningRateState, tx)
 
 

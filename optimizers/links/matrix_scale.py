@@ -1,4 +1,4 @@
-"""How large the update of a matrix is, given its shape."""
+"""How large the update of a matrix should be, given its shape."""
 
 import math
 from typing import Literal, get_args
@@ -16,7 +16,7 @@ Scale = Literal["keller", "moonlight", "spectral", "none"]
 
 
 def shape_factor(rule: Scale, fan_in: int, fan_out: int) -> float:
-    r"""What an orthogonal `[fan_in, fan_out]` matrix is multiplied by.
+    r"""The factor that multiplies an orthogonal `[fan_in, fan_out]` matrix.
 
     ==============  =========================================  =====================================
     rule            factor                                     what it keeps
@@ -47,7 +47,7 @@ def shape_factor(rule: Scale, fan_in: int, fan_out: int) -> float:
 def scale_by_matrix_shape(
     rule: Scale = "keller", *, axes: Axes = DEFAULT_AXES
 ) -> optax.GradientTransformation:
-    """Multiplies every matrix by `shape_factor` of its own shape, parts of a split leaf by theirs.
+    """Multiplies every matrix by `shape_factor` of its shape, including the parts of a split leaf.
 
     Args:
       rule: ``"keller"``, ``"moonlight"``, ``"spectral"`` or ``"none"``.

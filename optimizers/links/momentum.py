@@ -66,7 +66,7 @@ def scale_by_momentum(
     """
     check_decay_rates(momentum=momentum, dampening=dampening)
     has_dampening = not (isinstance(dampening, (int, float)) and dampening == 0)
-    # A traced dampening (optax.inject_hyperparams) cannot be looked at, and may well be zero.
+    # A traced dampening (optax.inject_hyperparams) cannot be inspected, and may be zero.
     if nesterov and isinstance(dampening, (int, float)) and has_dampening:
         raise ValueError(
             f"nesterov=True needs dampening=0, got dampening={dampening!r}; drop one of the two."
@@ -117,7 +117,7 @@ def scale_by_ema_momentum(
             \text{otherwise} \end{cases}
 
     It is :math:`1 - \beta_1` times the heavy ball of :func:`scale_by_momentum`, which makes no
-    difference to what follows if that does not depend on scale, as orthogonalization does not.
+    difference if the next link does not depend on scale, such as orthogonalization.
 
     Args:
       b1: :math:`\beta_1` in [0, 1).

@@ -1,7 +1,7 @@
-"""What Muon's descendants put around the orthogonalization: second moments and normalisations.
+"""Second moments and normalisations that Muon's descendants add around the orthogonalization.
 
-Matrices are `[L, M, N]`: M inputs (rows), N outputs (columns). What papers that write matrices as
-out x in call a row is a column here, so axes are named by what they hold: neurons are outputs.
+Matrices are `[L, M, N]`: M inputs (rows), N outputs (columns). Papers that write matrices as out x in
+call a row what is a column here, so axes are named by their contents: neurons are outputs.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -30,7 +30,7 @@ Neurons = Literal["out", "in", "auto"]
 
 
 def _reduced_axis(neurons: Neurons, shape: tuple[int, ...]) -> int:
-    """The axis of `[L, M, N]` that is averaged over, so that one value per neuron is left."""
+    """The axis of `[L, M, N]` to average over, so that one value per neuron remains."""
     if neurons == "auto":
         neurons = "out" if shape[2] >= shape[1] else "in"
     return 1 if neurons == "out" else 2
@@ -48,7 +48,7 @@ def _check_neurons(neurons: str) -> None:
 class ScaleByNeuronRmsState(NamedTuple):
     """State of `scale_by_neuron_rms`."""
 
-    nu: Any  # like params, a tuple of [L, 1, N] or [L, M, 1] a leaf: mean square of each neuron
+    nu: Any  # like params, a tuple of [L, 1, N] or [L, M, 1] per leaf: mean square of each neuron
 
 
 @checked
@@ -73,7 +73,7 @@ def scale_by_neuron_rms(
     Args:
       b2: :math:`\beta_2` in [0, 1).
       eps: added to the root.
-      neurons: ``"out"``: one value an output (the paper); ``"in"``: one an input; ``"auto"``: along
+      neurons: ``"out"``: one value per output (the paper); ``"in"``: one per input; ``"auto"``: along
         the longer side (modded-nanogpt).
       axes: which axes of a leaf are rows (in) and columns (out).
       nu_dtype: dtype of the moments; by default at least float32.
@@ -95,7 +95,7 @@ def scale_by_neuron_rms(
     _check_neurons(neurons)
 
     def init(params: optax.Params) -> ScaleByNeuronRmsState:
-        # From the parameters, so that an explicit sharding is inherited.
+        # Made from the parameters, to inherit an explicit sharding.
         leaves = split(wide_zeros_like(params, nu_dtype), layouts_of(params, axes))
         moments = [tuple(_per_neuron(jnp.sum, piece, neurons) for piece in leaf) for leaf in leaves]
         return ScaleByNeuronRmsState(at_leaves(params, moments))
@@ -211,7 +211,7 @@ def equilibrate(
 def renormalize(
     rms: float | None = None, *, axes: Axes = DEFAULT_AXES
 ) -> optax.GradientTransformation:
-    r"""Gives every matrix a norm of its own choosing.
+    r"""Rescales every matrix to a fixed norm or RMS.
 
     Args:
       rms: root mean square of the elements; ``None`` takes the Frobenius norm of an orthogonal

@@ -25,14 +25,14 @@ def orthogonalize(
 
     .. math:: G = U \Sigma V^\top \; \mapsto \; U V^\top
 
-    All leaves must be matrices; send others elsewhere with ``optax.partition`` or
-    :func:`ravine.muon`. Matrices of one shape, whichever leaf they come from, are worked on together.
+    All leaves must be matrices; route others to another optimizer with ``optax.partition`` or
+    :func:`ravine.muon`. Matrices of the same shape, from whichever leaf, are processed together.
 
     Args:
       polar: maps a batch ``[K, m, n]``, m <= n, to its polar factors; by default
         ``NewtonSchulz()``: five of Keller Jordan's steps in float32.
       axes: which axes of a leaf are rows and columns; by default the last two, ``[..., in, out]``.
-      max_elements: bound on the elements worked on at once, and so on temporary memory; ``None``
+      max_elements: bound on the elements processed at once, and so on temporary memory; ``None``
         takes 2**21 on CPU and 2**25 elsewhere.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Telemetry: what an optimizer did at its last update, in its state."""
+"""Telemetry: a record of the last update in the optimizer's state."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -26,19 +26,19 @@ class TelemetryState(NamedTuple):
 def with_telemetry(
     tx: optax.GradientTransformation, rules: Rules | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """`tx`, with the sizes of what it saw and did in its state, for :func:`telemetry` to read.
+    """`tx`, with the sizes of gradients, updates and parameters in its state, for :func:`telemetry`.
 
     For every role in the model there are ``gradient_norm``, ``update_norm`` and ``parameter_norm``
-    (before the update), and the same as ``..._rms``, the norm over the root of the number of
-    coordinates: ``metrics["update_rms/matrix"]``; and ``gradient_norm`` of all together. A parameter
-    that no rule covers has the role ``other``, so any model can be watched.
+    (before the update), and the same as ``..._rms``, the norm divided by the root of the number of
+    coordinates, for example ``metrics["update_rms/matrix"]``; and ``gradient_norm`` over all
+    parameters. A parameter that no rule covers has the role ``other``, so any model can be monitored.
 
     Learning rates are those of every :func:`scale_by_learning_rate` inside: ``learning_rate`` if
     there is one, else ``learning_rate/muon`` and so on, by the names of ``optax.partition``. They are
-    read where the optimizer itself keeps the rate that it used last.
+    read from the optimizer's state, which keeps the rate of the last update.
 
-    Norms are float32 whatever the gradients are. Something that is not finite shows in its role, and
-    updates are what they are without telemetry.
+    Norms are float32 for gradients of any dtype. Non-finite values show in their role, and telemetry
+    does not change the updates.
 
     Args:
       tx: the whole optimizer.
@@ -73,7 +73,7 @@ def with_telemetry(
     def init(params: optax.Params) -> TelemetryState:
         inner_state = inner.init(params)
         if not jax.tree.leaves(params):
-            # The placeholder of optax.tree.map_params, which does not tell the roles of the model.
+            # The placeholder of optax.tree.map_params, which does not carry the roles of the model.
             return TelemetryState(NO_METRICS, inner_state)
         zeros = jax.tree.map(jnp.zeros_like, params)
         trees = {"gradient": zeros, "update": zeros, "parameter": zeros}
@@ -96,7 +96,7 @@ def with_telemetry(
 
 
 def telemetry(opt_state: Any) -> dict[str, jax.Array]:
-    """Metrics and learning rates in a state, however deep `with_telemetry` is; of ``nnx.Optimizer`` too.
+    """Metrics and learning rates in a state, at any depth; ``nnx.Optimizer`` too.
 
     Args:
       opt_state: an optimizer's state, or ``optimizer.opt_state`` of a ``flax.nnx.Optimizer``.

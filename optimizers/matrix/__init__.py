@@ -1,1 +1,1 @@
-"""What treats a parameter as a batch of matrices."""
+"""Code that treats a parameter as a batch of matrices."""

@@ -1,1 +1,1 @@
-"""What Shampoo, SOAP and KL-Shampoo keep and do for the blocks of every leaf."""
+"""State and steps of Shampoo, SOAP and KL-Shampoo for the blocks of every leaf."""

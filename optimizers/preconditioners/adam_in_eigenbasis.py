@@ -1,4 +1,4 @@
-"""Adam in the eigenbases of Kronecker factors, block by block: what `soap` does with a leaf."""
+"""Adam in the eigenbases of Kronecker factors, block by block: how `soap` treats a leaf."""
 
 import functools
 import math
@@ -21,31 +21,31 @@ from .blockwise import Tensors
 
 
 class Basis(NamedTuple):
-    """What is kept for one axis of the blocks of one tensor; the first axes are `[*batch, *counts]`."""
+    """State for one axis of the blocks of one tensor; the first axes are `[*batch, *counts]`."""
 
     statistics: jax.Array  # [..., b, b]: mean of Gram matrices
     vectors: jax.Array  # [..., b, b]: the eigenbasis, in columns
 
 
 def new_basis(scalars: jax.Array, size: int) -> Basis:
-    """The identity, and nothing learned; `scalars` are zeros, one for each block."""
+    """The identity, with zero statistics; `scalars` are zeros, one for each block."""
     identity = identities(scalars, size)
     return Basis(jnp.zeros_like(identity), identity)
 
 
 Bases = tuple[Basis | None, ...]
-"""Of a tensor, by axis."""
+"""The state of a tensor, by axis."""
 
 
 class Moments(NamedTuple):
-    """What is kept for a tensor but for its bases, in blocks in the eigenbasis."""
+    """State of a tensor without its bases, in blocks in the eigenbasis."""
 
     mu: jax.Array
     nu: jax.Array
 
 
 class Step(NamedTuple):
-    """What one step does with blocks and their bases; numbers, and what is known of this step."""
+    """One step for blocks and their bases; its fields are hyperparameters and facts about this step."""
 
     b1: Any
     b2: Any
@@ -53,7 +53,7 @@ class Step(NamedTuple):
     eps: Any
     moves: jax.Array
     correction: jax.Array
-    learns: jax.Array | None  # whether statistics do; None where they always do
+    learns: jax.Array | None  # whether statistics are updated; None for always
 
     def __call__(self, kind: Any, carry: Any, vectors: Sequence[jax.Array]) -> Any:
         """Direction, moments and statistics for gradients, moments and statistics."""
@@ -88,7 +88,7 @@ def stepped(
     bases: Sequence[Bases],
     step: Step,
 ) -> tuple[list[jax.Array], list[Moments], list[Bases]]:
-    """Directions, and moments and statistics that have seen the gradients; all in blocks."""
+    """Directions, moments and statistics after the gradients; all in blocks."""
     units = [
         tensor.unit(
             (len(tensor.sizes), tensor.axes, tensor.summed),
@@ -152,9 +152,9 @@ def refreshed_bases(
 
 
 def _floor(b1: Any, b2: Any) -> Any:
-    r"""What part of the first moment's square the second one is at least, in Adam.
+    r"""The least ratio of Adam's second moment to the square of the first.
 
-    With the same gradients in both, Cauchy and Schwarz have it that :math:`m^2 \le C^2 v`,
+    With the same gradients in both, Cauchy–Schwarz gives :math:`m^2 \le C^2 v`,
 
     .. math:: C^2 = \frac{(1 - \beta_1)^2}{(1 - \beta_2)(1 - \beta_1^2 / \beta_2)}
 
@@ -164,11 +164,11 @@ def _floor(b1: Any, b2: Any) -> Any:
 
 
 def _followed(axes: Any, carry: Any, statistics: Sequence[jax.Array], floor: Any) -> Any:
-    """All bases a QR step on: the first moment rotated into them, the second one permuted.
+    """All bases after a QR step: the first moment is rotated into them, the second one permuted.
 
-    Where the new basis has directions of which the second moment knows nothing yet, as of a row without
-    gradients until now, the first may have a part in them, and would be divided by nothing. So the
-    second is at least what the first proves (`_floor`).
+    The second moment is still zero in some directions of the new basis, such as those of a row without
+    gradients so far. The first may have a component there, which would be divided by almost zero. So
+    the second is raised to the least value that the first allows (`_floor`).
     """
     vectors, mu, nu = carry
     found = _by_size(functools.partial(followed, sort=True), statistics, vectors)
@@ -184,7 +184,7 @@ def _followed(axes: Any, carry: Any, statistics: Sequence[jax.Array], floor: Any
 
 
 def _off(_: Any, carry: Any, statistics: Sequence[jax.Array]) -> jax.Array:
-    """Of the axis whose basis fits worst."""
+    """The misfit of the axis with the worst basis."""
     vectors, *_ = carry
     return functools.reduce(jnp.maximum, _by_size(off_diagonal, statistics, vectors))
 
@@ -192,7 +192,7 @@ def _off(_: Any, carry: Any, statistics: Sequence[jax.Array]) -> jax.Array:
 def _turned(
     axes: Sequence[int], x: jax.Array, old: Sequence[jax.Array], new: Sequence[jax.Array]
 ) -> jax.Array:
-    """Blocks in old bases, in new ones: by products of both bases, where these are the smaller ones."""
+    """Blocks moved from old bases to new ones, by products of both bases where that is cheaper."""
     order, sizes = x.ndim - 1, [basis.shape[-1] for basis in old]
 
     def turned(x: jax.Array, by: Sequence[jax.Array], *, back: bool) -> jax.Array:
@@ -208,9 +208,9 @@ def _turned(
 
 
 def without_rounding(rotated: jax.Array, blocks: jax.Array, axes: Sequence[int]) -> jax.Array:
-    """Rotated blocks `[B, ...]`, with zero for elements that are no more than rounding of the others.
+    """Rotated blocks `[B, ...]`, with zeros for elements that are mere rounding errors of the others.
 
-    Divided by the root of its square, as Adam does, rounding would pass for a step like any other.
+    Adam divides by the root of the square, so a rounding error would look like an ordinary step.
     """
     inside = tuple(range(1, blocks.ndim))
     sizes = blocks.shape[1:]
@@ -222,7 +222,7 @@ def without_rounding(rotated: jax.Array, blocks: jax.Array, axes: Sequence[int])
 
 
 def _by_size(function: Callable[..., Any], *stacks: Sequence[jax.Array]) -> list[Any]:
-    """`function` of stacks of matrices, those of one size as one batch."""
+    """`function` of stacks of matrices; those of equal size form one batch."""
     found: dict[int, Any] = {}
     for size in {x.shape[-1]: None for x in stacks[0]}:
         members = [at for at, x in enumerate(stacks[0]) if x.shape[-1] == size]

@@ -1,4 +1,4 @@
-"""State for blocks: trees of arrays that belong to the blocks of every leaf, and what is in them."""
+"""State for blocks: trees of arrays that belong to the blocks of every leaf, and access to them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -66,12 +66,12 @@ def usable_blocks(blocks: jax.Array, order: int, summed: Names = ()) -> jax.Arra
 
 
 def fields(factors: Sequence[Any], name: str) -> list[jax.Array]:
-    """A field of every factor of a tensor, of axes that have one."""
+    """A field of every factor of a tensor, for axes that have one."""
     return [getattr(factor, name) for factor in factors if factor is not None]
 
 
 def with_fields(factors: Sequence[Any], **values: Sequence[Any]) -> tuple[Any, ...]:
-    """A tensor's factors with fields replaced; values for axes that have one."""
+    """A tensor's factors with fields replaced, on axes that have one."""
     left = iter(
         [dict(zip(values, each, strict=True)) for each in zip(*values.values(), strict=True)]
     )

@@ -1,12 +1,12 @@
-"""The one driver of what works on blocks: leaf → blocks → step → refresh → leaf.
+"""The one driver for everything that works on blocks: leaf → blocks → step → refresh → leaf.
 
-Shampoo, SOAP and KL-Shampoo differ in what they keep for an axis of a block, and in what they compute
-from it. What they share is here: one `shard_map` per update, in which every leaf is opened into tensors
-of blocks; and units, by which blocks of all leaves are worked on as batches: in `together` what happens
-on every step, in `refreshed` what does not.
+Shampoo, SOAP and KL-Shampoo differ in the state for an axis of a block, and in what they compute from
+it. This file has what they share: one `shard_map` per update, in which every leaf is split into tensors
+of blocks; and units, which group blocks of all leaves into batches: `together` for work on every step,
+`refreshed` for work on some steps.
 
-A preconditioner's own functions see batches of blocks `[B, ...]` and the factors of these; they know
-neither leaves nor meshes.
+A preconditioner's own functions receive batches of blocks `[B, ...]` and their factors, without leaves
+or meshes.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ class Tensor:
 
     @functools.cached_property
     def sizes(self) -> tuple[int, ...]:
-        """Of a block."""
+        """The number of axes of a block."""
         return self.grid.sizes
 
     @functools.cached_property
@@ -51,26 +51,26 @@ class Tensor:
 
     @functools.cached_property
     def axes(self) -> tuple[int, ...]:
-        """Those with a factor."""
+        """The axes with a factor."""
         return tuple(axis for axis, has in enumerate(self.has_factor) if has)
 
     @functools.cached_property
     def summed(self) -> Names:
-        """Mesh axes over which a block's sums are to be added up."""
+        """Mesh axes over which a block's sums must be added up."""
         return self.blocking.summed
 
     @functools.cached_property
     def shards(self) -> int:
-        """How many devices have as many of the leaf's blocks each."""
+        """How many devices share the leaf's blocks equally."""
         return self.blocking.shards
 
     @functools.cached_property
     def layers(self) -> tuple[int, Names]:
-        """Of the first batch axis, how long it is on all devices and what cuts it."""
+        """The length of the first batch axis over all devices, and the mesh axes that cut it."""
         return self.blocking.layers
 
     def inside(self, axis: int) -> jax.Array | None:
-        """`[*batch, *counts]`: how much of an axis of each block is no padding; None if all is."""
+        """`[*batch, *counts]`: how much of an axis of each block is not padding; None for all of it."""
         lengths = self.grid.inside(axis, math.prod(self.batch))
         return None if lengths is None else jnp.asarray(lengths.reshape(self.counts))
 
@@ -114,12 +114,12 @@ class Tensors:
         return [tuple(next(left) for _ in blocking.grids) for blocking in self.blockings]
 
     def of_leaves(self, values: Sequence[Any]) -> list[Any]:
-        """What there is for every leaf, for each of its tensors."""
+        """Values given per leaf, repeated for each of its tensors."""
         leaves = zip(values, self.blockings, strict=True)
         return [value for value, blocking in leaves for _ in blocking.grids]
 
     def kept(self, tree: Any) -> list[Any]:
-        """What a tree of state, with a tuple for every leaf, keeps for each tensor."""
+        """The state of each tensor, from a tree with a tuple for every leaf."""
         return [each for leaf in from_leaves(self._like, tree) for each in leaf]
 
     def to_keep(self, values: Sequence[Any]) -> Any:
@@ -145,11 +145,11 @@ def blockwise(
     """The transformation of a step on blocks.
 
     Args:
-      name: of the function that makes it.
-      blockings: of all leaves of a tree.
-      init: the state at the start.
-      step: of updates, state and tensors, to updates and state; on a mesh, of every device's parts.
-      refresh: for the explanation, which tells what is not the default.
+      name: the name of the function that makes it.
+      blockings: gives the blockings of all leaves of a tree.
+      init: makes the initial state.
+      step: from updates, state and tensors to updates and state; on a mesh, for each device's parts.
+      refresh: for the explanation, which lists options that differ from the defaults.
     """
     on_shards = per_shard(
         lambda updates, state, found: step(updates, state, Tensors(updates, found)), init

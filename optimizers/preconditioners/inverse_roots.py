@@ -1,4 +1,4 @@
-"""Shampoo's factors: how they are kept, learn from gradients, get their roots, and precondition."""
+"""Shampoo's factors: how they are stored, updated, rooted, and used to precondition."""
 
 import dataclasses
 import functools
@@ -24,39 +24,39 @@ from .options import Factors, Roots
 
 
 class Factor(NamedTuple):
-    """What is kept for one axis of the blocks of one tensor; the first axes are `[*batch, *counts]`."""
+    """State for one axis of the blocks of one tensor; the first axes are `[*batch, *counts]`."""
 
     statistics: jax.Array  # [..., b, b], or packed: mean (or sum) of Gram matrices
-    root: jax.Array  # likewise: the last root that passed its certificate, at first the identity
+    root: jax.Array  # the same: the last root that passed its certificate, initially the identity
     residual: jax.Array  # largest element of |A X^p - I| of the last root tried
-    condition: jax.Array  # estimated condition number then
+    condition: jax.Array  # estimated condition number at that time
     failures: jax.Array  # int32, refused roots since the last good one
     refused: jax.Array  # int32, refused roots so far
 
 
 TensorFactors = tuple[Factor | None, ...]
-"""Of a tensor, by axis."""
+"""The factors of a tensor, by axis."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """How symmetric matrices are kept."""
+    """How symmetric matrices are stored."""
 
     dtype: Any = None
     packed: bool = False
 
     @property
     def growth(self) -> int:
-        """By how much what is kept grows when it is loaded."""
+        """The growth in memory when a stored matrix is loaded."""
         return 2 if self.packed else 1
 
     def keep(self, matrices: jax.Array) -> jax.Array:
-        """To what is kept."""
+        """Converts matrices to the stored form."""
         kept = pack(matrices) if self.packed else matrices
         return kept if self.dtype is None else kept.astype(self.dtype)
 
     def load(self, kept: jax.Array, size: int) -> jax.Array:
-        """To matrices in at least float32."""
+        """Converts to matrices in at least float32."""
         return unpack(wide(kept), size) if self.packed else wide(kept)
 
 
@@ -70,7 +70,7 @@ class Preconditioner:
 
     @property
     def kl(self) -> bool:
-        """Whether gradients are preconditioned before factors learn from them."""
+        """Whether gradients are preconditioned before they update the factors."""
         return self.factors.statistics == "kl"
 
     @property
@@ -86,7 +86,7 @@ class Preconditioner:
     def factor(self, scalars: jax.Array, size: int) -> Factor:
         """The factor at the start; `scalars` are zeros, one for each block."""
         identity = identities(scalars, size)
-        # Every field a buffer of its own: the state is donated.
+        # Every field has its own buffer, since the state is donated.
         statistics = self.statistics.keep(jnp.zeros_like(identity))
         residual, condition = (jnp.zeros_like(scalars) for _ in range(2))
         failures, refused = (jnp.zeros_like(scalars, dtype=jnp.int32) for _ in range(2))
@@ -94,13 +94,13 @@ class Preconditioner:
         return Factor(statistics, root, residual, condition, failures, refused)
 
     def exponent_of(self, factors: Sequence[Any]) -> float:
-        """Of the roots of a tensor with these factors, None where an axis has none."""
+        """The exponents of a tensor's roots, None for axes without a factor."""
         axes = sum(bool(factor) for factor in factors)
         exponent = self.options.exponent
         return -1 / (2 * axes) if exponent is None else exponent
 
     def check(self, paths: Sequence[str], blockings: Sequence[Blocking]) -> None:
-        """Raises where the method does not find the roots that a leaf needs."""
+        """Raises if the method cannot compute the roots that a leaf needs."""
         check_root = getattr(self.options.method, "check_root", None)
         if check_root is None:
             return
@@ -122,7 +122,7 @@ class Preconditioner:
         schedule: Refresh,
         step: jax.Array,
     ) -> tuple[list[jax.Array], list[TensorFactors]]:
-        """Which blocks of the gradients are usable, and factors with those of them in their statistics.
+        """Which blocks of the gradients are usable, and the factors updated with those blocks.
 
         A block is usable if the squares of its gradient can be summed, and new statistics are finite.
         """
@@ -162,9 +162,9 @@ class Preconditioner:
                 gram = total(mode_gram(rotate(seen, others), axis, order), summed)
                 old = self.statistics.load(statistics, sizes[axis])
                 new = _accumulated(gram, old, self.b2, every)
-                # Nothing in a positive semi-definite matrix is larger than its trace.
+                # No element of a positive semi-definite matrix is larger than its trace.
                 fits = is_summable(jnp.trace(new, axis1=1, axis2=2))
-                # What has been spoiled from outside is for the certificate of its root to find.
+                # Statistics corrupted from outside are left to the certificate of their root.
                 usable &= fits | ~is_summable(jnp.trace(old, axis1=1, axis2=2))
                 pairs.append((new, old))
             return usable, [
@@ -177,7 +177,7 @@ class Preconditioner:
     def _loaded(
         self, kept: Sequence[jax.Array], sizes: Sequence[int], axes: Sequence[int]
     ) -> list[jax.Array | None]:
-        """By axis a matrix, or None without one."""
+        """A matrix for each axis, or None for axes without one."""
         loaded: list[jax.Array | None] = [None] * len(sizes)
         for axis, x in zip(axes, kept, strict=False):
             loaded[axis] = self.roots.load(x, sizes[axis])
@@ -230,7 +230,7 @@ class Preconditioner:
             absolute_ridge=options.absolute_ridge,
             size=inside,
         )
-        # Of statistics that are still zero there is nothing to learn, and nothing has failed.
+        # Statistics that are still zero have no root, and that is no failure.
         seen = jnp.any(statistics != 0, axis=(1, 2))
         good, bad = found.residual <= options.tolerance, found.residual > options.tolerance
         good, bad = good & seen, bad & seen
@@ -244,7 +244,7 @@ class Preconditioner:
         )
 
     def _corrected(self, kind: Any, source: Any, weight: Any) -> jax.Array:
-        """Statistics as they are rooted."""
+        """The statistics that roots are computed from."""
         statistics = self.statistics.load(source[0], kind[1])
         return statistics if weight is None else statistics / weight.astype(statistics.dtype)
 
@@ -278,7 +278,7 @@ class Preconditioner:
         return rotate(blocks, self._loaded(roots, *kind)) if roots else blocks
 
     def distrusted(self, factors: Sequence[Factor | None], blocks: jax.Array) -> jax.Array:
-        """Which blocks `[*batch, *counts]` have no root to trust."""
+        """Which blocks `[*batch, *counts]` have no trusted root."""
         failed = jnp.zeros(blocks.shape[: blocks.ndim - len(factors)], bool)
         for factor in factors:
             failed = (
@@ -294,9 +294,10 @@ def grafted(
     step: Any,
     per: str,
 ) -> tuple[Any, list[jax.Array]]:
-    """The leaves of blocks' directions with the size of `step`, a tree; and the blocks' ratios of sizes.
+    """The leaves of blocks' directions with the size of `step`, a tree, and the blocks' size ratios.
 
-    ``per`` is "block", "parameter" or "none" for directions as they are. Distrusted blocks take `step`.
+    ``per`` is "block", "parameter" or "none", which leaves directions unchanged. Blocks without a
+    trusted root take `step`.
     """
     steps = [wide(blocks) for blocks in tensors.opened(step)]
     if per == "parameter":
@@ -328,7 +329,7 @@ def _is_number(b2: Any) -> bool:
 
 
 def _accumulated(new: jax.Array, old: jax.Array, b2: Any, every: int = 1) -> jax.Array:
-    """The moving average, or with a b2 of one the sum; of every so many gradients one is taken in."""
+    """The moving average, or the sum if b2 is one; one of every few gradients is used."""
     keep = b2**every if every > 1 else b2
     if _is_number(b2):
         return old + every * new if b2 == 1 else lerp(new, old, keep)
@@ -337,7 +338,7 @@ def _accumulated(new: jax.Array, old: jax.Array, b2: Any, every: int = 1) -> jax
 
 
 def _weight(b2: Any, count: jax.Array) -> jax.Array | None:
-    """What the statistics are divided by, for their start from zero, after so many gradients."""
+    """The divisor that corrects statistics for their start from zero, after that many gradients."""
     if _is_number(b2):
         return None if b2 == 1 else bias_correction(b2, count)
     return jnp.where(b2 == 1, 1, bias_correction(jnp.where(b2 == 1, 0.5, b2), count))

@@ -1,4 +1,4 @@
-"""Momentum whitened in eigenbases that minimise a divergence: what `kl_shampoo` does with blocks."""
+"""Momentum whitened in eigenbases that minimise a divergence: how `kl_shampoo` treats blocks."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from .blockwise import Tensors
 
 
 class KLFactor(NamedTuple):
-    """What is kept for one axis of the blocks of one tensor; the first axes are `[*batch, *counts]`."""
+    """State for one axis of the blocks of one tensor; the first axes are `[*batch, *counts]`."""
 
     statistics: jax.Array  # [..., b, b]
     vectors: jax.Array  # [..., b, b]: the eigenbasis, in columns
@@ -27,18 +27,18 @@ class KLFactor(NamedTuple):
 
 
 KLFactors = tuple[KLFactor | None, ...]
-"""Of a tensor, by axis."""
+"""The factors of a tensor, by axis."""
 
 
 class KLEigenbasis(NamedTuple):
-    """What one step does with blocks and their factors."""
+    """One step for blocks and their factors."""
 
     b1: Any
     b2: Any
     eps: Any
     initial_eigenvalue: Any
     max_inverse_root: float
-    learns: jax.Array | None = None  # whether factors do in this step; None where they always do
+    learns: jax.Array | None = None  # whether factors are updated in this step; None for always
 
     def factor(self, scalars: jax.Array, size: int) -> KLFactor:
         """The factor at the start; `scalars` are zeros, one for each block."""
@@ -47,7 +47,7 @@ class KLEigenbasis(NamedTuple):
         return KLFactor(jnp.zeros_like(identity), identity, values)
 
     def step(self, is_first: jax.Array, kind: Any, carry: Any, blocks: jax.Array) -> Any:
-        """Direction, usable blocks and factors, for the mean of gradients, factors, and the gradient."""
+        """Direction, usable blocks and factors, from mean gradients, factors, and the gradient."""
         (order, axes, mu_dtype), (mean, _, kept) = kind, carry
 
         def learned(carry: Any) -> Any:
@@ -69,9 +69,10 @@ class KLEigenbasis(NamedTuple):
         return _whitened(mean, _by_axis(kept, axes, order), self.eps), usable, new
 
     def _learned(self, blocks: jax.Array, factors: Any, is_first: jax.Array) -> Any:
-        """The factors with the gradients of usable blocks in them, and which these are.
+        """The factors updated with the gradients of usable blocks, and which blocks are usable.
 
-        Every axis sees the others as they were. Usable is what can be squared when it is whitened, too.
+        Every axis uses the previous values of the others. A block is usable if its squares, also after
+        whitening, can be summed.
         """
         order = len(factors)
         usable = usable_blocks(wide(blocks), order)
@@ -115,7 +116,7 @@ def stepped(
     factors: Sequence[KLFactors],
     step: Callable[[Any, Any, Any], Any],
 ) -> tuple[list[jax.Array], list[jax.Array], list[KLFactors]]:
-    """Directions, which blocks are usable, and factors that have seen those; all in blocks."""
+    """Directions, which blocks are usable, and factors updated with those; all in blocks."""
     units = [
         tensor.unit(
             (len(tensor.sizes), tensor.axes, dtype),
@@ -135,7 +136,7 @@ def stepped(
 
 
 def _outer(vectors: list[jax.Array | None], blocks: jax.Array) -> jax.Array:
-    """The product of one vector an axis, as `[..., b1, ..., bk]` with ones where there is none."""
+    """The product of one vector per axis, as `[..., b1, ..., bk]`, with ones where there is none."""
     order = len(vectors)
     product = jnp.ones((1,) * blocks.ndim, wide(blocks).dtype)
     for axis, vector in enumerate(vectors):
@@ -193,7 +194,7 @@ def refreshed_factors(
 
 
 def _balanced(factors: Sequence[KLFactor | None], due: jax.Array) -> tuple[KLFactor | None, ...]:
-    """The factors with one mean eigenvalue, their product unchanged, where that is due."""
+    """The factors rescaled to the same mean eigenvalue, with their product unchanged, where due."""
     present = [factor for factor in factors if factor is not None]
     if len(present) < 2:
         return tuple(factors)

@@ -1,4 +1,4 @@
-"""Options of Shampoo's factors: what they learn, how they are kept, and how their roots are found."""
+"""Options of Shampoo's factors: their statistics, how they are stored, and how roots are computed."""
 
 from typing import Any, Literal
 
@@ -9,22 +9,22 @@ from ...core.options import options
 from ..matrix.algebra.roots import Method, exponent_fraction
 
 NARROW_RIDGE = 0.03
-"""The least ridge of statistics in 16 bits: the most negative eigenvalue of statistics in bfloat16, of
-gradients with a spectrum i^-1.5, is -0.0024 (32 rows) to -0.013 (256) times the largest one."""
+"""The least ridge of statistics in 16 bits: for gradients with a spectrum i^-1.5, the most negative
+eigenvalue of statistics in bfloat16 is -0.0024 (32 rows) to -0.013 (256) times the largest one."""
 
 
 @options("roots")
 class Roots:
-    """How the inverse roots of statistics are found, and which of them are trusted.
+    """How the inverse roots of statistics are computed, and which of them are trusted.
 
     Attributes:
-      method: of :mod:`ravine.optimizers.matrix.algebra.roots`; ``None`` takes ``Eigh()``.
+      method: one from :mod:`ravine.optimizers.matrix.algebra.roots`; ``None`` takes ``Eigh()``.
       exponent: negative; ``None`` takes -1/(2k) for k factors.
-      ridge: added to all eigenvalues, relative to the largest one. In float32 singular statistics need
+      ridge: added to all eigenvalues, relative to the largest one. In float32, singular statistics need
         1e-5.
-      absolute_ridge: added to it.
-      tolerance: roots X of A are refused if an element of :math:`A X^p - I` is larger.
-      patience: a block whose roots were refused more often in a row takes the graft's step, until one
+      absolute_ridge: added to the relative one.
+      tolerance: a root X of A is refused if an element of :math:`A X^p - I` is larger.
+      patience: after more refused roots in a row than this, a block takes the graft's step until a root
         is good again.
 
     Raises:
@@ -55,18 +55,19 @@ class Roots:
 
 @options("factors")
 class Factors:
-    """What factors learn from gradients, and how they are kept.
+    """Which statistics factors keep, and how they are stored.
 
     Attributes:
       statistics: ``"gram"``, sums of :math:`GG^\\top`, or ``"kl"``, where the gradient is first
-        preconditioned along the other axes by their present roots.
-      statistics_dtype: in which statistics are kept; ``None`` takes at least float32. Rounded to
-        bfloat16 they are indefinite by up to a hundredth of their largest eigenvalue, and their roots
-        refused; so it takes a ``roots.ridge`` of at least 0.03.
-      root_dtype: in which roots are kept, likewise; bfloat16 moves them by 0.2 %.
+        preconditioned along the other axes with their current roots.
+      statistics_dtype: dtype in which statistics are stored; ``None`` takes at least float32. Rounding
+        to bfloat16 makes eigenvalues negative by up to a hundredth of the largest one, so that roots
+        are refused; it needs a ``roots.ridge`` of at least 0.03.
+      root_dtype: dtype in which roots are stored; ``None`` takes at least float32. Bfloat16 changes
+        them by 0.2 %.
       packed: keep only one triangle of statistics and roots, half the memory.
-      max_elements: bound on the elements of the matrices whose roots are found at once, and of packed
-        or narrow factors used at once; ``None`` takes 2**21 on CPU and 2**23 elsewhere.
+      max_elements: bound on the elements of the matrices rooted at once, and of packed or narrow
+        factors used at once; ``None`` takes 2**21 on CPU and 2**23 elsewhere.
 
     Raises:
       ValueError: for values of other kinds.
@@ -83,7 +84,7 @@ class Factors:
     max_elements: int | None = None
 
     def check_ridge(self, ridge: Any) -> None:
-        """Raises for statistics that are rounded by more than the ridge lifts them."""
+        """Raises for statistics with rounding errors larger than the ridge."""
         dtype = self.statistics_dtype
         if dtype is None or jnp.finfo(dtype).bits >= 32 or not isinstance(ridge, (int, float)):
             return

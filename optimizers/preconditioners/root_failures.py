@@ -10,9 +10,9 @@ from .inverse_roots import Factor
 
 
 class RefusedRoot(NamedTuple):
-    """A block some of whose roots failed their certificate, along one axis."""
+    """A block with roots that failed their certificate, along one axis."""
 
-    piece: int  # of the parameter, where it is several matrices of unequal size
+    piece: int  # of the parameter, if it consists of several matrices of unequal size
     axis: int  # of the block: 0 for rows, 1 for columns
     block: tuple[int, ...]  # index into `[*batch, *counts]`: which matrix, which block of it
     refused: int  # roots so far
@@ -21,13 +21,13 @@ class RefusedRoot(NamedTuple):
 
 
 def root_failures(opt_state: Any) -> dict[str, list[RefusedRoot]]:
-    """By parameter, the blocks of which :func:`shampoo` refused a root; empty if all are good.
+    """The blocks with a root that :func:`shampoo` refused, by parameter; empty if all are good.
 
-    A block whose roots keep failing (``roots.patience``) takes the step of the graft. It looks at
-    values, so call it outside ``jax.jit``.
+    A block with roots that keep failing (``roots.patience``) takes the step of the graft. This function
+    reads values, so call it outside ``jax.jit``.
 
     Args:
-      opt_state: an optimizer's state, however deep Shampoo is in it; also of ``nnx.Optimizer``.
+      opt_state: an optimizer's state with Shampoo at any depth; also that of ``nnx.Optimizer``.
 
     Returns:
       Paths of parameters and lists of blocks: which, how often, and how far from the certificate.

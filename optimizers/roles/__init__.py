@@ -1,8 +1,8 @@
-"""Roles: which parameter is what, decided by its path, never by its number of axes alone.
+"""Roles: what each parameter is, decided by its path, never by its number of axes alone.
 
-Under scanned layers a norm's scale is 2-D and a matrix 3-D, and an embedding is as 2-D as any
-matrix; so ordered rules over the path say what a parameter is, and which of its axes are rows and
-columns. The first rule that matches decides, and every parameter must be matched.
+Under scanned layers a norm's scale is 2-D and a matrix 3-D, and an embedding is 2-D like any matrix; so
+ordered rules over the path say what a parameter is, and which of its axes are rows and columns. The
+first rule that matches decides, and every parameter must be matched.
 """
 
 from ...core.paths import path_string

@@ -1,4 +1,4 @@
-"""Trees of roles, masks and layouts: what the rules make of a model's parameters."""
+"""Trees of roles, masks and layouts that the rules give for a model's parameters."""
 
 import re
 from collections.abc import Collection, Iterable, Sequence
@@ -16,8 +16,8 @@ def assign_roles(params: Any, rules: Rules | None = None) -> Any:
 
     Args:
       params: a tree of arrays, or of their shapes.
-      rules: ordered `Rule`, or plain tuples of its first fields; the first that matches decides. By
-        default ``ravine.COMMON_RULES``.
+      rules: an ordered list of `Rule`, or plain tuples of its first fields; the first that matches
+        decides. By default ``ravine.COMMON_RULES``.
 
     Raises:
       ValueError: if parameters match no rule (all are listed), a role is misspelt, or a required rule
@@ -35,7 +35,7 @@ def assign_roles(params: Any, rules: Rules | None = None) -> Any:
 
 
 def known_roles(params: Any, rules: Rules | None = None) -> Any:
-    """As `assign_roles`, with the role ``other`` where no rule matches.
+    """Like `assign_roles`, with the role ``other`` where no rule matches.
 
     Example:
       >>> import jax.numpy as jnp
@@ -58,7 +58,7 @@ def mask_by_role(roles: Iterable[Role], rules: Rules | None = None) -> Any:
       A function from parameters to a tree of booleans.
 
     Raises:
-      ValueError: for a misspelt role; and where the mask is made, as `assign_roles`.
+      ValueError: for a misspelt role; and as `assign_roles`, when the mask is made.
 
     Example:
       >>> import ravine
@@ -72,18 +72,18 @@ def mask_by_role(roles: Iterable[Role], rules: Rules | None = None) -> Any:
 
 
 def axes_of_path(path: str, rules: Rules | None = None, ndim: int | None = None) -> MatrixAxes:
-    """Rows and columns of the parameter at a path, by the rule that decides it.
+    """Rows and columns of the parameter at a path, from the rule that decides it.
 
-    Rules that look at what stands beside a parameter do not count here.
+    Rules that depend on neighbouring parameters do not apply here.
 
     Args:
-      path: as of `path_string`.
+      path: as given by `path_string`.
       rules: as for `assign_roles`.
-      ndim: how many axes the parameter has, those of stacked layers not counted; None passes over
-        rules that ask, and takes `[..., in, out]` where a rule says nothing.
+      ndim: how many axes the parameter has, without those of stacked layers; None skips rules that
+        depend on it, and takes `[..., in, out]` where a rule names no axes.
 
     Raises:
-      ValueError: if no rule matches, or what the axes mean is not known.
+      ValueError: if no rule matches, or the meaning of the axes is unknown.
 
     Example:
       >>> from ravine.optimizers.roles import axes_of_path
@@ -112,7 +112,7 @@ def layouts(
 ) -> Any:
     """The layout of every parameter that holds matrices, None for all others.
 
-    JAX takes None for an empty tree, so map over the result with
+    JAX treats None as an empty tree, so map over the result with
     ``is_leaf=lambda leaf: leaf is None``.
 
     Args:
@@ -124,8 +124,8 @@ def layouts(
       A tree shaped like `params`, of `Layout` and None.
 
     Raises:
-      ValueError: as `assign_roles`; for parameters of which it is not known what their axes mean; and
-        if a parameter's shape does not have the axes of its rule, as a vector that is called a matrix.
+      ValueError: as `assign_roles`; for parameters with axes of unknown meaning; and if a parameter's
+        shape does not have the axes of its rule, such as a vector with the role of a matrix.
 
     Example:
       >>> import jax.numpy as jnp
@@ -149,14 +149,14 @@ def axes_from_names(
     """Axes by logical names: Linen's ``box.names``, NNX's ``get_metadata()["out_sharding"]``.
 
     Args:
-      names: one for each axis of the leaf.
-      rows: names that are inputs of this leaf; another leaf may have them as outputs.
-      columns: names that are outputs of this leaf.
+      names: one name for each axis of the leaf.
+      rows: names of inputs of this leaf; another leaf may have them as outputs.
+      columns: names of outputs of this leaf.
       batch: names of axes along which matrices are stacked.
 
     Raises:
-      ValueError: for a name in none or several of the three, or at two axes; if rows or columns
-        have no axis.
+      ValueError: for a name in none or several of the three, or on two axes; if rows or columns have no
+        axis.
 
     Example:
       >>> from ravine.optimizers.roles import axes_from_names
@@ -169,7 +169,7 @@ def axes_from_names(
         homes = [group for group, members in groups.items() if name in members]
         if len(homes) != 1 or names.count(name) > 1:
             raise ValueError(
-                f"the axis name {name!r} of {names} must stand there once and be in one of rows, "
+                f"the axis name {name!r} of {names} must occur once and be in one of rows, "
                 f"columns and batch, but is in {' and '.join(homes) or 'none'}; add or remove it, "
                 "or write MatrixAxes by number."
             )

@@ -1,4 +1,4 @@
-"""Which rule decides a parameter, and what it then is: the first that matches its path."""
+"""Which rule decides a parameter, and what the parameter is: the first rule that matches its path."""
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -16,23 +16,23 @@ from .rules import COMMON_RULES, IN_OUT, Role, Rule, Rules, window
 
 
 class Decided(NamedTuple):
-    """What the rules say of one parameter."""
+    """What the rules say about one parameter."""
 
     path: str
     shape: tuple[int, ...]
     role: Role | None
     """None if no rule matches."""
     axes: MatrixAxes | None
-    """Rows and columns; None if it is not known what the axes mean."""
+    """Rows and columns; None if the meaning of the axes is unknown."""
 
     def layout(self) -> Layout:
-        """As matrices."""
+        """The layout as matrices."""
         assert self.axes is not None
         return layout(self.shape, self.axes, self.path)
 
 
 def check_roles(name: str, roles: Iterable[str]) -> None:
-    """Raises for a role that there is none of, in the argument called `name`.
+    """Raises for an unknown role in the argument called `name`.
 
     Example:
       >>> from ravine.optimizers.roles import check_roles
@@ -47,11 +47,10 @@ def check_roles(name: str, roles: Iterable[str]) -> None:
 
 
 def complete(rules: Rules | None) -> tuple[Rule, ...]:
-    """Rules as `Rule`; those of the default for None.
+    """Rules as `Rule`; the default rules for None.
 
     Raises:
-      ValueError: for an empty list, a role that there is none of, or a pattern that is no regular
-        expression.
+      ValueError: for an empty list, an unknown role, or a pattern that is not a regular expression.
 
     Example:
       >>> from ravine.optimizers.roles import complete
@@ -67,7 +66,7 @@ def complete(rules: Rules | None) -> tuple[Rule, ...]:
             re.compile(rule.pattern)
         except re.error as error:
             raise ValueError(
-                f"the role rule {rule.pattern!r} is no regular expression: {error}; correct it."
+                f"the role rule {rule.pattern!r} is not a regular expression: {error}; correct it."
             ) from error
     return found
 
@@ -79,7 +78,7 @@ def decide(
     *,
     lenient: bool = False,
 ) -> list[Decided]:
-    """What every parameter is, in the order of the leaves.
+    """The role of every parameter, in the order of the leaves.
 
     Args:
       params: a tree of arrays, or of their shapes.
@@ -88,8 +87,8 @@ def decide(
       lenient: parameters that no rule matches get the role ``other``.
 
     Raises:
-      ValueError: unless `lenient`, for all parameters that no rule matches or whose axes are needed
-        and unknown, together; or a required rule that decides no parameter.
+      ValueError: unless `lenient`, for all parameters that no rule matches or that have needed but
+        unknown axes, together; or a required rule that decides no parameter.
 
     Example:
       >>> import jax.numpy as jnp
@@ -138,12 +137,12 @@ def decide(
 
 
 def axes_of_rule(rule: Rule, ndim: int) -> MatrixAxes | None:
-    """The axes of a parameter with so many, those of stacked layers not counted."""
+    """The axes of a parameter with this many axes, without those of stacked layers."""
     if rule.axes is not None:
         return rule.axes
     if rule.role == "convolution":
         return window(ndim) if ndim > 2 else None
-    # Of a vector the layout says what is wrong.
+    # For a vector, the layout raises the error.
     return IN_OUT if ndim <= 2 else None
 
 
@@ -164,10 +163,10 @@ def _modules(leaves: Sequence[tuple[str, Any]]) -> Mapping[str, dict[str, tuple[
 def _layer_axes(
     leaves: Sequence[tuple[str, tuple[int, ...]]], rules: Sequence[Rule]
 ) -> dict[str, int]:
-    """How many leading axes of a parameter stack layers, by path, where there are any.
+    """How many leading axes of a parameter stack layers, by path, if there are any.
 
-    A norm has one axis. If one has more, and all parameters of the module it is in begin with the same,
-    these stack layers (``nnx.vmap``, ``nn.scan``); and so for the modules around it.
+    A norm has one axis. If it has more, and all parameters of its module begin with the same axes,
+    these stack layers (``nnx.vmap``, ``nn.scan``); the same holds for the enclosing modules.
     """
     by_name = [rule for rule in rules if rule.ndim is None and rule.where is None]
     found: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""What is said of parameters that the rules do not decide: all of them, and rules to correct."""
+"""The error for parameters that the rules do not decide: it lists all, with rules to correct."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -11,8 +11,8 @@ def refusal(unclear: Sequence[Any], shapes: Mapping[str, tuple[int, ...]], *, de
     """A message with every parameter in question and a ``rules=`` to paste and correct.
 
     Args:
-      unclear: `Decided` without a role, or without axes.
-      shapes: of all parameters, by path.
+      unclear: the `Decided` without a role, or without axes.
+      shapes: the shapes of all parameters, by path.
       default: whether the rules are the default.
     """
     width = max(len(d.path) for d in unclear)
@@ -51,7 +51,7 @@ def _problem(d: Any) -> str:
 
 
 def _suggestion(d: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, str, str]:
-    """Role, axes as text, and what to look at."""
+    """Role, axes as text, and a comment on what to check."""
     ndim, name = len(d.shape), d.path.lower()
     if ndim < 2:
         return ("norm" if re.search("norm|scale|gain|gamma", name) else "bias"), "", ""

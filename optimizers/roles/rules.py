@@ -1,8 +1,8 @@
-"""Rules: what a path says of a parameter, and ready sets of them for the libraries people use.
+"""Rules: what a path says about a parameter, and ready sets of rules for the libraries people use.
 
-A rule decides a parameter by its path, and where names are not enough by the number of its axes or by
-what stands beside it. It never decides what three or more axes mean without being told: those of a
-convolution, of Flax's attention and of stacked experts are known, all others are asked for.
+A rule decides a parameter by its path, and, where names are not enough, by the number of its axes or by
+its neighbours. It never guesses what three or more axes mean: those of a convolution, of Flax's
+attention and of stacked experts are known; for all others the error asks for the axes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,11 +14,11 @@ Role = Literal["embedding", "head", "matrix", "norm", "bias", "router", "convolu
 MATRIX_ROLES: tuple[Role, ...] = ("matrix", "convolution")
 
 Shapes = Mapping[str, tuple[int, ...]]
-"""Paths below a module, as ``query/kernel``, and their shapes."""
+"""Paths below a module, such as ``query/kernel``, and their shapes."""
 
 
 class Rule(NamedTuple):
-    """What the parameters are whose path a regular expression finds.
+    """What the parameters are that have a path matching a regular expression.
 
     Example:
       >>> import ravine
@@ -30,33 +30,33 @@ class Rule(NamedTuple):
     role: Role
     axes: MatrixAxes | None = None
     """Rows and columns. None: `[in, out]` for matrices and `[*window, in, out]` for convolutions,
-    behind axes of stacked layers; a matrix with more axes than that is refused."""
+    after axes of stacked layers; a matrix with more axes than that is refused."""
     required: bool = True
-    """Refuse parameters of which it decides none: it is misspelt, or an earlier rule takes them."""
+    """Raise if it decides no parameter: it is misspelt, or an earlier rule takes them all."""
     ndim: int | None = None
-    """Decide only parameters of so many axes, those of stacked layers not counted."""
+    """Decide only parameters with this many axes, without those of stacked layers."""
     where: Callable[[Shapes], bool] | None = None
-    """Decide only where this holds of the shapes in the module, two levels above the parameter."""
+    """Decide only if this holds for the shapes in the module two levels above the parameter."""
 
 
 Rules = Sequence[Rule | tuple[str, Role] | tuple[str, Role, MatrixAxes | None]]
 
 IN_OUT = MatrixAxes((-2,), (-1,))
-"""`[..., in, out]`: whatever stands in front is a batch of matrices."""
+"""`[..., in, out]`: all axes in front are a batch of matrices."""
 OUT_IN = MatrixAxes((-1,), (-2,))
 """`[..., out, in]`: Equinox and PyTorch."""
 CONVOLUTION = MatrixAxes((-4, -3, -2), (-1,))
-"""`[..., height, width, in, out]`: Flax and Haiku. A depthwise convolution is no matrix; give it
+"""`[..., height, width, in, out]`: Flax and Haiku. A depthwise convolution is not a matrix; give it
 another role."""
 ATTENTION_IN = MatrixAxes((-3,), (-2, -1))
-"""`[..., in, heads, head width]`: Flax's query, key and value. ``column_parts=heads``, on a copy by
+"""`[..., in, heads, head width]`: Flax's query, key and value. ``column_parts=heads``, set with
 `dataclasses.replace`, makes each head its own matrix."""
 ATTENTION_OUT = MatrixAxes((-3, -2), (-1,))
 """`[..., heads, head width, out]`: Flax's output projection."""
 
 
 def window(ndim: int) -> MatrixAxes:
-    """Axes of a convolution `[*window, in, out]` with so many axes in all."""
+    """Axes of a convolution `[*window, in, out]` with this many axes in all."""
     return MatrixAxes(tuple(range(-ndim, -1)), (-1,))
 
 
@@ -69,14 +69,14 @@ _OUTPUTS = ("out", "output", "o", "o_proj", "out_proj", "wo", "proj")
 
 
 def _has_heads(shapes: Shapes) -> bool:
-    """Whether some output projection takes up the heads that some query makes."""
+    """Whether an output projection has the same heads as a query."""
     makes = [shapes.get(f"{name}/kernel", ()) for name in _INPUTS]
     takes = [shapes.get(f"{name}/kernel", ()) for name in _OUTPUTS]
     return any(
         len(i) > 2
         and i[-2:] == o[-3:-1]
         and i[:-3] == o[:-3]
-        # As many heads as inputs as width: the same could be stacked `[layers, in, out]`.
+        # With heads, inputs and width all equal, it could also be stacked `[layers, in, out]`.
         and len({*i[-3:]}) > 1
         for i in makes
         for o in takes
@@ -121,7 +121,7 @@ _FLAX = (
         where=_is_ravine,
     ),
     _maybe(r"(^|/)layers/experts/(gate|up|down)/kernel$", "matrix", IN_OUT, ndim=4),
-    # Stacked or not: their shapes tell.
+    # Stacked or not: their shapes decide.
     *(
         _maybe(rf"(^|/)({'|'.join(names)})/kernel$", "matrix", axes, ndim=n, where=_has_heads)
         for names, axes in ((_INPUTS, ATTENTION_IN), (_OUTPUTS, ATTENTION_OUT))
@@ -204,13 +204,13 @@ RAVINE_RULES: Rules = (
 """Rules for the model of ``ravine.training``."""
 
 COMMON_RULES: Rules = (*_NAMED, *_FLAX, *_EXPERTS, *_EQUINOX, *_HAIKU, *_PLAIN)
-"""The default: names that Flax NNX, Linen, Equinox, Haiku and plain JAX give to parameters.
+"""The default: parameter names of Flax NNX, Linen, Equinox, Haiku and plain JAX.
 
-Heads are known by names as ``head``, ``lm_head``, ``logits``, ``classifier``, ``unembed``; one called
-``Dense_7`` needs a rule in front, or it is a matrix. A convolution has ``conv`` or ``patch_embed`` in
-the name of its module. ``query/kernel [in, heads, width]`` is known by an ``out/kernel [heads, width,
-out]`` beside it. Kernels of ``LinearGeneral``, ``DenseGeneral`` and ``Einsum`` with three or more
-axes are asked for."""
+Heads are recognised by names such as ``head``, ``lm_head``, ``logits``, ``classifier``, ``unembed``;
+one called ``Dense_7`` needs a rule in front, or it is a matrix. A convolution has ``conv`` or
+``patch_embed`` in the name of its module. ``query/kernel [in, heads, width]`` is recognised by a
+neighbouring ``out/kernel [heads, width, out]``. Kernels of ``LinearGeneral``, ``DenseGeneral`` and
+``Einsum`` with three or more axes need a rule of yours."""
 
 LINEN_RULES: Rules = COMMON_RULES
 """Rules for Flax Linen: the default."""
@@ -220,17 +220,17 @@ NNX_RULES: Rules = (
     _maybe(r"(^|/)out/kernel$", "matrix", ATTENTION_OUT, ndim=3),
     *COMMON_RULES,
 )
-"""Rules for Flax NNX: the default, with ``query``, ``key``, ``value`` and ``out`` of three axes taken
-for those of ``nnx.MultiHeadAttention`` wherever they are."""
+"""Rules for Flax NNX: the default, with ``query``, ``key``, ``value`` and ``out`` of three axes always
+treated as those of ``nnx.MultiHeadAttention``."""
 
 EQUINOX_RULES: Rules = (*_NAMED, *_EXPERTS, *_EQUINOX, *_PLAIN)
-"""Rules for Equinox, whose weights are `[out, in]`."""
+"""Rules for Equinox, with weights `[out, in]`."""
 
 HAIKU_RULES: Rules = (*_NAMED, *_EXPERTS, *_HAIKU, *_PLAIN)
 """Rules for Haiku, with parameters called ``w`` and ``b``."""
 
 HUGGING_FACE_RULES: Rules = (
-    # GPT-2 keeps [out, in], and query, key and value in one.
+    # GPT-2 stores [out, in], with query, key and value in one kernel.
     _maybe(r"(^|/)c_attn/kernel$", "matrix", MatrixAxes((-1,), (-2,), column_parts=3)),
     _maybe(r"(^|/)c_(fc|proj)/kernel$", "matrix", OUT_IN),
     _maybe(r"(^|/)classifier/out_proj/kernel$", "head"),
@@ -258,5 +258,6 @@ MAXTEXT_RULES: Rules = (
 """Rules for text decoders of MaxText, dense, MLA and mixture of experts (August 2026).
 
 Its scanned layers are at axis 1 (``param_scan_axis``): `[in, layers, heads, head width]`, `[heads,
-layers, head width, out]`, `[in, layers, out]`, experts `[experts, layers, in, out]`. Unscanned ones
-are right too. ``qkv_proj`` (``fused_qkv``) needs the numbers of heads, so a rule of yours."""
+layers, head width, out]`, `[in, layers, out]`, experts `[experts, layers, in,
+out]`. Unscanned ones are covered too. ``qkv_proj`` (``fused_qkv``) needs the numbers of heads, and so a
+rule of yours."""

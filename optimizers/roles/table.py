@@ -11,14 +11,14 @@ from .rules import MATRIX_ROLES, Rules
 
 @checked
 def role_table(params: Any, rules: Rules | None = None, tx: Any = None) -> str:
-    """A table to print: what each parameter is taken for, and what an optimizer does to it.
+    """A table to print: the role of each parameter, and what an optimizer does to it.
 
-    :func:`ravine.explain` tells more of an optimizer.
+    :func:`ravine.explain` shows more about an optimizer.
 
     Args:
       params: a tree of arrays, or of their shapes.
       rules: as for `assign_roles`.
-      tx: an optimizer, for the columns ``optimizer`` and ``decay``, read off the optimizer itself.
+      tx: an optimizer, for the columns ``optimizer`` and ``decay``, read from the optimizer itself.
 
     Raises:
       ValueError: as `assign_roles`.
@@ -45,7 +45,7 @@ def role_table(params: Any, rules: Rules | None = None, tx: Any = None) -> str:
 
 
 def matrices(d: Decided) -> str:
-    """The matrices in a parameter, in words.
+    """The matrices in a parameter, as text.
 
     Example:
       >>> import jax.numpy as jnp

@@ -1,10 +1,10 @@
-r"""Coefficients of Newton–Schulz iterations, and the test that admits them.
+r"""Coefficients of Newton–Schulz iterations, and the test that they must pass.
 
 One step maps every singular value of a matrix by an odd polynomial,
 :math:`\sigma \mapsto a\sigma + b\sigma^3 + c\sigma^5`, and a set of steps by their composition. A set
 is usable only if the composition stays positive and bounded on (0, 1]: where it turns negative, the
-update changes sign along the strongest directions. Some published tables do exactly that when cut
-short or cycled, so the check belongs to the table and runs whenever one is asked for.
+update changes sign along the strongest directions. Some published tables do exactly that when truncated
+or cycled, so the check belongs to the table and runs whenever a table is used.
 """
 
 import functools
@@ -68,10 +68,10 @@ def polar_express(
 ) -> Steps:
     r"""The optimal composition of quintics for singular values in [`lower`, 1].
 
-    Each step is the best approximation of 1 on the interval into which those before it have mapped
-    the singular values; `cushion` keeps that interval from being so wide that the approximation
-    dips near zero inside, and `safety` divides the arguments of all steps but the last by
-    :math:`1 + s`, so that rounding above 1 does not diverge.
+    Each step is the best approximation of 1 on the interval into which the previous steps map the
+    singular values; `cushion` keeps that interval from being so wide that the approximation dips near
+    zero inside, and `safety` divides the arguments of all steps but the last by :math:`1 + s`, so that
+    rounding above 1 does not diverge.
 
     Args:
       steps: how many, at least 1.
@@ -113,7 +113,7 @@ def polar_express(
 
 
 def scalar_map(coefficients: Steps, sigma: np.ndarray) -> np.ndarray:
-    """What the steps do to singular values, in float64."""
+    """The map of the steps on singular values, in float64."""
     sigma = np.asarray(sigma, np.float64)
     for a, b, c in coefficients:
         sigma = sigma * (a + sigma**2 * (b + sigma**2 * c))
@@ -140,7 +140,7 @@ def check_coefficients(coefficients: Steps, name: str = "coefficients") -> Steps
 
 
 def named_coefficients(preset: str, steps: int, lower: float = 1e-3) -> Steps:
-    """The steps of a preset, if it allows that many.
+    """The steps of a preset, if it allows that number of steps.
 
     ====================  ===================================================================
     preset                steps

@@ -1,13 +1,13 @@
-r"""Eigenbases of factors, followed by one QR step at a time.
+r"""Eigenbases of factors, tracked by one QR step at a time.
 
-A new eigendecomposition of a statistic that has hardly changed is wasteful, and its vectors come in any
-order and sign. One step of orthogonal iteration, :math:`Q \leftarrow \operatorname{qr}(S Q)`, moves the
-old basis towards the new one; what is kept in the basis moves along.
+A new eigendecomposition of statistics that have hardly changed is wasteful, and its vectors have
+arbitrary order and sign. One step of orthogonal iteration, :math:`Q \leftarrow \operatorname{qr}(S Q)`,
+moves the old basis towards the new one, and the state in that basis moves with it.
 
-Statistics are singular more often than not: in directions that no gradient has had a part in,
-eigenvectors are whatever rounding makes of them, another choice on every machine and in every program,
-and the next gradient may well point there. So what is zero up to rounding is not left to chance: such
-columns of a basis stay what they were, or come from the identity's.
+Statistics are singular more often than not: in directions without any gradient so far, eigenvectors are
+determined by rounding alone and differ between machines and programs, and the next gradient may point
+there. So directions that are zero up to rounding are not left to chance: such columns of a basis do not
+change, or come from the identity.
 """
 
 import math
@@ -20,7 +20,7 @@ from .roots import multiply
 
 
 def eigenbasis(statistics_KxNxN: jax.Array) -> jax.Array:
-    """The eigenvectors as columns, of the largest eigenvalue first.
+    """The eigenvectors as columns, largest eigenvalue first.
 
     Example:
       >>> import jax.numpy as jnp
@@ -40,12 +40,12 @@ def eigenbasis(statistics_KxNxN: jax.Array) -> jax.Array:
 def followed(
     statistics_KxNxN: jax.Array, basis_KxNxN: jax.Array, *, sort: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """The basis one QR step on, and the order `[K, N]` its old columns were brought into.
+    """The basis after one QR step, and the order `[K, N]` into which its old columns were sorted.
 
     Args:
       statistics_KxNxN: symmetric positive semi-definite.
-      basis_KxNxN: orthogonal; kept as it is where the step gives anything not finite.
-      sort: bring the columns into the order of their Rayleigh quotients first, largest in front.
+      basis_KxNxN: orthogonal; not changed where the step gives a non-finite value.
+      sort: first sort the columns by their Rayleigh quotients, largest first.
 
     Example:
       >>> import jax.numpy as jnp
@@ -65,7 +65,7 @@ def followed(
             jnp.take_along_axis(x, order[:, None, :], axis=2) for x in (moved, columns)
         )
     known = _above_rounding(quotients)
-    # As long as the longest, so that a column that stays does not pass for one that is lost.
+    # As long as the longest, so that a column to keep does not look like a lost one.
     longest = jnp.max(jnp.abs(quotients), axis=1, initial=0)
     kept = columns * jnp.where(longest > 0, longest, 1)[:, None, None]
     moved = jnp.where(known[:, None], moved, kept)
@@ -79,10 +79,10 @@ def followed(
 
 
 def off_diagonal(statistics_KxNxN: jax.Array, basis_KxNxN: jax.Array) -> jax.Array:
-    r"""`[K]`: how much of :math:`Q^\top S Q` is off its diagonal, as a part of the whole.
+    r"""`[K]`: how much of :math:`Q^\top S Q` is off its diagonal, as a fraction of the whole.
 
-    Frobenius norms, to about a thousandth: as Q is orthogonal, one product is enough. It is the
-    criterion of Eschenhagen et al., 2025, https://arxiv.org/abs/2506.03595.
+    In Frobenius norms, accurate to about a thousandth: since Q is orthogonal, one product is enough. It
+    is the criterion of Eschenhagen et al., 2025, https://arxiv.org/abs/2506.03595.
 
     Example:
       >>> import jax.numpy as jnp
@@ -99,10 +99,10 @@ def off_diagonal(statistics_KxNxN: jax.Array, basis_KxNxN: jax.Array) -> jax.Arr
 
 
 def _completed_in_turn(vectors_KxNxN: jax.Array, known_KxN: jax.Array) -> jax.Array:
-    """`_completed`, everywhere but on CPU 32 matrices at a time.
+    """`_completed`, on all platforms except CPU 32 matrices at a time.
 
-    As one batch, the QR step behind an eigendecomposition makes XLA for TPU take half as much temporary
-    memory again as all else in SOAP (LLaMA-2 70B on 512 chips: 0.91 GB, and 0.61 so).
+    In one batch, the QR step after an eigendecomposition raises the temporary memory of SOAP in XLA for
+    TPU by half (LLaMA-2 70B on 512 chips: 0.91 GB, instead of 0.61 in parts).
     """
 
     def in_turn(vectors: jax.Array, known: jax.Array) -> jax.Array:
@@ -113,9 +113,10 @@ def _completed_in_turn(vectors_KxNxN: jax.Array, known_KxN: jax.Array) -> jax.Ar
 
 
 def _completed(vectors_KxNxN: jax.Array, known_KxN: jax.Array) -> jax.Array:
-    """The known columns, which come first, and behind them those of the identity that lie in them least.
+    """The known columns first, then those columns of the identity that overlap least with them.
 
-    Chosen by their rows' lengths and in the order of the identity, so that nothing hangs on a sign.
+    They are chosen by their rows' lengths, in the order of the identity, so that nothing depends on a
+    sign.
     """
     size = known_KxN.shape[-1]
     first, missing = jnp.sum(known_KxN, axis=1, keepdims=True), jnp.sum(~known_KxN, axis=1)
@@ -138,9 +139,9 @@ def _above_rounding(values_KxN: jax.Array) -> jax.Array:
 def _orthonormal(columns_KxNxN: jax.Array, *, ranked: bool) -> jax.Array:
     """Q of their QR decomposition.
 
-    If the columns are `ranked`, none that is a combination of those before it comes in front of one that
-    is not; Householder's reflections end there, and from there on Q has the columns of the identity,
-    reflected by those before. Otherwise rounding is what decides on them.
+    If the columns are `ranked`, those that are combinations of earlier ones come last; Householder's
+    reflections end there, and the rest of Q are columns of the identity with the earlier reflections
+    applied. Otherwise rounding decides them.
     """
 
     def one(x: jax.Array) -> jax.Array:

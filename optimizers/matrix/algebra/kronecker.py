@@ -3,7 +3,7 @@ r"""Kronecker factors: one matrix for every axis of a block.
 For blocks of order k, `[..., b1, ..., bk]` with any batch axes in front, the *mode-i Gram matrix* is
 :math:`G_{(i)} G_{(i)}^\top`, the unfolding along axis i times its transpose; multiplying along an axis
 is the mode-i product. For matrices these are :math:`GG^\top`, :math:`G^\top G`, :math:`PG` and
-:math:`GP`. No batch axis is ever reshaped away, so what shards the batch shards the result.
+:math:`GP`. No batch axis is ever reshaped away, so the sharding of the batch is that of the result.
 """
 
 from collections.abc import Sequence
@@ -56,12 +56,12 @@ def mode_product(
 def rotate(
     blocks: jax.Array, factors: Sequence[jax.Array | None], *, back: bool = False
 ) -> jax.Array:
-    """Multiplies along every axis by its factor; None leaves the axis alone.
+    """Multiplies along every axis by its factor; None leaves the axis unchanged.
 
     Args:
       blocks: `[..., b1, ..., bk]`.
       factors: k of `[..., b, b]`.
-      back: by the transposed factors, which undoes a rotation.
+      back: multiply by the transposed factors, which undoes a rotation.
 
     Example:
       >>> import jax.numpy as jnp

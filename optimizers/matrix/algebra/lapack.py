@@ -1,11 +1,11 @@
 """LAPACK for batches: eigendecompositions and QR of many matrices.
 
-Outside `jax.shard_map` the compiler gathers what LAPACK and its kin work on onto every device, and
-under an `Explicit` mesh they raise (jax #33230); `per_shard` is where optimizers call this.
+Outside `jax.shard_map` the compiler gathers the operands of LAPACK and similar calls onto every device,
+and under an `Explicit` mesh they raise (jax #33230); optimizers call this inside `per_shard`.
 
-On CPU the matrices go to LAPACK one by one. Given a batch, jaxlib (0.10 to 0.12) deals it to XLA's
-thread pool and waits inside that same pool: as many such calls at once as there are threads, from two
-independent places of a program or from two devices, wait for each other forever.
+On CPU the matrices go to LAPACK one by one. Given a batch, jaxlib (0.10 to 0.12) splits it over XLA's
+thread pool and waits inside that same pool: when as many such calls run at once as there are threads,
+from two independent places of a program or from two devices, they wait for each other forever.
 """
 
 from collections.abc import Callable
@@ -15,10 +15,10 @@ import jax
 
 
 def for_each_matrix(function: Callable[[jax.Array], Any], batch: jax.Array) -> Any:
-    """``function(batch)``, on CPU with one matrix at a time.
+    """``function(batch)``, on CPU one matrix at a time.
 
     Args:
-      function: of `[K, n, m]`, matrix by matrix, to arrays `[K, ...]`.
+      function: maps `[K, n, m]`, matrix by matrix, to arrays `[K, ...]`.
       batch: `[K, n, m]`.
 
     Example:

@@ -1,9 +1,9 @@
 """Symmetric matrices in half the memory.
 
 The rectangular full packed format of LAPACK: a symmetric n x n matrix, n even, as `[n + 1, n / 2]`. The
-columns of the left half keep what is below the diagonal, moved down by one row; the triangle that this
-leaves free takes the lower triangle of the right half, transposed. Slices and selects only, no gather.
-That is kept as two long rows: a TPU pads rows to 128 elements, which n / 2 may not reach.
+columns of the left half hold the part below the diagonal, moved down by one row; the free triangle
+holds the lower triangle of the right half, transposed. This takes slices and selects only, no gather.
+The result is stored as two long rows: a TPU pads rows to 128 elements, and n / 2 may be smaller.
 """
 
 import math
@@ -82,7 +82,7 @@ def _holds_left(half: int) -> jax.Array:
 
 
 def _mirrored(lower: jax.Array) -> jax.Array:
-    """A symmetric matrix from its lower triangle; what is above is not read."""
+    """A symmetric matrix from its lower triangle; elements above are not read."""
     n = lower.shape[-1]
     below = jnp.arange(n)[:, None] >= jnp.arange(n)[None]
     return jnp.where(below, lower, jnp.swapaxes(lower, -1, -2))

@@ -7,13 +7,13 @@ polynomial and needs matrix products only. There are two forms of the same arith
 *standard*
     three products per step, two of them with the long side;
 *gram*
-    the steps act on :math:`R = XX^\top` alone, collecting :math:`Q` with :math:`X_k = Q X_0`; the
-    long side is met once at the start and once at the end. Squaring the singular values loses the
-    small ones to rounding, so after some steps the iteration *restarts*: :math:`X \leftarrow QX`,
+    the steps act on :math:`R = XX^\top` alone, collecting :math:`Q` with :math:`X_k = Q X_0`; only the
+    first and the last product have the long side. Squaring the singular values loses the small ones to
+    rounding, so after some steps the iteration *restarts*: :math:`X \leftarrow QX`,
     :math:`R \leftarrow XX^\top`.
 
-With symmetric products at their own cost, which form multiplies less depends on the shape; `cheapest`
-counts it.
+Counting symmetric products at their reduced cost, the shape decides which form multiplies less;
+`cheapest` computes it.
 """
 
 import dataclasses
@@ -44,21 +44,24 @@ class NewtonSchulz:
         tuple of :math:`(a, b, c)`, one per step.
       steps: how many, for a preset.
       lower: for ``"polar_express"``, the smallest singular value that must come near one.
-      dtype: of the products' inputs: float32, bfloat16 or float16, by name or as ``jnp.bfloat16``;
-        kept by name. Norms and sums are float32 in any case.
+      dtype: dtype of the products' inputs: float32, bfloat16 or float16, by name or as
+        ``jnp.bfloat16``; stored by name. Norms and sums are always float32.
       form: ``"standard"``, ``"gram"``, or ``"auto"`` for the one that multiplies less; in bfloat16
-        that is the standard form, as eight bits are too few for :math:`R`.
-      restarts: steps before which the gram form restarts. Restarted before step 3 it stays
-        within 1e-5 of the standard form for singular values from 0.01 to 1 in float32 (relative
-        Frobenius norm); without any restart within 1e-4, and a sixth faster.
-      halvings: of symmetric products, see :mod:`.symmetric`; ``None`` decides by size.
-      precision: of products in float32, which accelerators would else round to fewer bits.
-      distribution: of matrices that a mesh cuts: ``"whole"``, ``"ragged"``, ``"gram"``, or ``"auto"``
-        for what sends the fewest bytes, see :mod:`.traffic` (ragged on some TPUs only).
+        that is the standard form, since eight bits are too few for :math:`R`.
+      restarts: steps before which the gram form restarts. With a restart before step 3 it stays within
+        1e-5 of the standard form for singular values from 0.01 to 1 in float32 (relative Frobenius
+        norm); without any restart within 1e-4, and a sixth faster.
+      halvings: how often symmetric products are halved, see :mod:`.symmetric`; ``None`` decides by
+        size.
+      precision: precision of products in float32, which accelerators would otherwise round to fewer
+        bits.
+      distribution: how matrices that a mesh cuts are distributed: ``"whole"``, ``"ragged"``,
+        ``"gram"``, or ``"auto"`` for the one that sends the fewest bytes, see :mod:`.traffic` (ragged
+        on some TPUs only).
 
     Raises:
-      ValueError: for coefficients whose map does not stay positive and bounded on (0, 1], and other
-        values out of range.
+      ValueError: for coefficients with a map that does not stay positive and bounded on (0, 1], and
+        other values out of range.
 
     Source: Jordan, 2024, https://kellerjordan.github.io/posts/muon/; gram form: Dao-AILab,
     gram-newton-schulz.
@@ -102,25 +105,25 @@ class NewtonSchulz:
         return check_coefficients(self.coefficients)
 
     def gram_sums(self) -> int:
-        """How many Gram matrices of the long side are needed where mesh axes cut it."""
+        """How many Gram matrices of the long side are needed if mesh axes cut it."""
         count = len(self.table())
         if self._cut_form() == "standard":
             return count
         return 1 + sum(step < count for step in set(self.restarts))
 
     def _cut_form(self) -> Literal["standard", "gram"]:
-        """The form of matrices whose long side is cut: what sums least."""
+        """The form for matrices with a cut long side: the one with the fewest sums."""
         if self.form != "auto":
             return self.form
         return "standard" if self.dtype == "bfloat16" else "gram"
 
     def __call__(self, matrices_KxMxN: jax.Array, summed: Names = ()) -> jax.Array:
-        """The approximate polar factors, in the dtype of the matrices; of a zero matrix, zero.
+        """The approximate polar factors, in the dtype of the matrices; zero for a zero matrix.
 
         Args:
           matrices_KxMxN: a batch.
-          summed: mesh axes along which the rest of the columns is, inside `jax.shard_map`; then the
-            rows must be the short side.
+          summed: mesh axes that cut the columns, inside `jax.shard_map`; the rows must then be the
+            short side.
         """
         rows, columns = matrices_KxMxN.shape[1:]
         if rows > columns and not summed:
@@ -137,10 +140,10 @@ class NewtonSchulz:
 
 
 def normalize(matrices_KxMxN: jax.Array, summed: Names = ()) -> jax.Array:
-    """Each matrix divided by its Frobenius norm, whatever its scale; a zero matrix stays zero.
+    """Each matrix divided by its Frobenius norm, at any scale; a zero matrix stays zero.
 
-    The largest element is divided out first, so that squares neither overflow nor vanish; nothing is
-    added to the norm, which would shrink small matrices.
+    The largest element is divided out first, so that squares neither overflow nor vanish. Nothing is
+    added to the norm, since that would shrink small matrices.
     """
     here = jnp.max(jnp.abs(matrices_KxMxN), axis=(1, 2), keepdims=True, initial=0)
     maximum = largest(here, summed)
@@ -210,7 +213,7 @@ def cheapest(
 
 @dataclasses.dataclass(frozen=True)
 class _Arithmetic:
-    """Products whose inputs are rounded to one dtype and whose results are wide."""
+    """Products with inputs rounded to one dtype, and wide results."""
 
     dtype: Any
     depth: int | None
@@ -236,7 +239,8 @@ def _standard(
         gram = arithmetic.gram(x)
         inner = b * gram + c * arithmetic.symmetric(gram, gram) if c else b * gram
         x = (a * x.astype(inner.dtype) + arithmetic.full(inner, x)).astype(arithmetic.dtype)
-        # Or XLA for TPU keeps the wide products of all steps, to add them up in one kernel at the end.
+        # Otherwise XLA for TPU keeps the wide products of all steps, to add them up in one kernel at
+        # the end.
         x = jax.lax.optimization_barrier(x)
     return x
 
@@ -256,8 +260,8 @@ def _gram(
             start, q = arithmetic.gram(x), None
             r = start
         else:
-            # Not P R P: rounding would part Q from R. This way R is the Gram matrix of the QX at hand,
-            # as in the standard form, and the error is a quarter to a half of what it was.
+            # Not P R P: with rounding, Q and R would drift apart. This way R is the Gram matrix of the
+            # current QX, as in the standard form, and the error is two to four times smaller.
             r = arithmetic.symmetric(arithmetic.full(q, start), jnp.swapaxes(q, 1, 2))
     assert q is not None
     return arithmetic.full(q, x)

@@ -1,4 +1,4 @@
-"""What the methods for inverse roots share: what they find, ridges, the largest eigenvalue, products."""
+"""Shared by the methods for inverse roots: their result, ridges, the largest eigenvalue, products."""
 
 from typing import Any, NamedTuple
 
@@ -8,7 +8,7 @@ import optax
 
 
 class Found(NamedTuple):
-    """What a method found."""
+    """The result of a method."""
 
     root: jax.Array  # [K, n, n]: R
     ridged: jax.Array  # [K, n, n]: A, with its ridge
@@ -19,8 +19,8 @@ class Found(NamedTuple):
 def largest_eigenvalue(matrices_KxNxN: jax.Array, iterations: int = 24) -> jax.Array:
     """`[K]`: the largest eigenvalues of symmetric positive semi-definite matrices, to a few percent.
 
-    `optax.power_iteration`, of matrices divided by their largest element and for a fixed number of
-    steps: so the estimate is as good at 1e-12 as at 1. It is never above the true value.
+    `optax.power_iteration` on matrices divided by their largest element, with a fixed number of steps:
+    so the estimate is equally good at scales of 1e-12 and 1. It is never above the true value.
 
     Example:
       >>> import jax.numpy as jnp
@@ -43,7 +43,7 @@ def largest_eigenvalue(matrices_KxNxN: jax.Array, iterations: int = 24) -> jax.A
 
 
 def multiply(left: jax.Array, right: jax.Array) -> jax.Array:
-    """Matrix products in full float32, whatever the platform's default."""
+    """Matrix products in full float32 on every platform."""
     return jnp.matmul(left, right, precision="highest")
 
 
@@ -59,7 +59,7 @@ def ridged(a: jax.Array, ridge: Any, absolute: Any) -> jax.Array:
 
 
 def condition(a: jax.Array, root: jax.Array, p: int) -> jax.Array:
-    """The condition number of A, from the inverse p-th root of it."""
+    """The condition number of A, from its inverse p-th root."""
     return largest_eigenvalue(a) * largest_eigenvalue(root) ** p
 
 

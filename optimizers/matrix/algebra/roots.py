@@ -1,14 +1,15 @@
 r"""Inverse roots :math:`A^{-q/p}` of batches of symmetric positive semi-definite matrices.
 
-What float32 can and cannot do decides everything here. Eigenvalues are accurate to
+The limits of float32 determine everything here. Eigenvalues are accurate to
 :math:`\epsilon\lambda_{\max}`, so below a relative ridge of about 1e-7 no method finds the root of a
 badly conditioned matrix; and iterations that carry :math:`M = X^p A` along report a tiny
-:math:`\lVert M - I \rVert` where the true error is a quarter, because rounding parts M from X. So:
+:math:`\lVert M - I \rVert` where the true error is a quarter, because rounding makes M and X drift
+apart. So:
 
-* the ridge is relative to the largest eigenvalue, and that is estimated without any absolute scale;
+* the ridge is relative to the largest eigenvalue, which is estimated without any absolute scale;
 * every root is certified by the true residual :math:`\lVert A R^p - I \rVert_{\max}` of
-  :math:`R = A^{-1/p}`; then :math:`X = R^q` (of :math:`A^q X^p` rounding alone is large);
-* products are float32 in full, wherever they run.
+  :math:`R = A^{-1/p}`; then :math:`X = R^q` (in :math:`A^q X^p` rounding errors alone are large);
+* products are full float32 on every platform.
 
 ==================  ===================================================  ==========================
 method              how                                                  exponents
@@ -47,7 +48,7 @@ __all__ = [
 
 
 class InverseRoot(NamedTuple):
-    """Roots and what is known about them, one value a matrix."""
+    """Roots and their quality, with one value per matrix."""
 
     root: jax.Array  # [K, n, n]
     residual: (
@@ -57,7 +58,7 @@ class InverseRoot(NamedTuple):
 
 
 class Method(Protocol):
-    """What finds roots: of matrices whose largest diagonal element is near one."""
+    """A method for roots of matrices with a largest diagonal element near one."""
 
     def __call__(self, matrices_KxNxN: jax.Array, p: int, ridge: Any, absolute: Any) -> Found:
         """Finds :math:`(A + rI)^{-1/p}`, r = ridge * largest eigenvalue + absolute `[K, 1, 1]`."""
@@ -68,7 +69,7 @@ def exponent_fraction(exponent: float | Fraction) -> tuple[int, int]:
     """``(q, p)`` with exponent = -q/p.
 
     Raises:
-      ValueError: for an exponent that is not negative, or no fraction with a denominator up to 64.
+      ValueError: for an exponent that is not negative, or not a fraction with a denominator up to 64.
 
     Example:
       >>> from ravine.optimizers.matrix.algebra.roots import exponent_fraction
@@ -102,18 +103,18 @@ def inverse_root(
       matrices_KxNxN: symmetric positive semi-definite.
       exponent: -q/p, negative.
       method: `Eigh()` by default.
-      ridge: :math:`r`, relative to an estimate of the largest eigenvalue. In float32, the root
-        of a singular matrix has a residual of up to 0.04 at 1e-5 with `Eigh` and `CoupledNewton`, and
-        of up to 0.3 at 1e-6.
+      ridge: :math:`r`, relative to an estimate of the largest eigenvalue. In float32, the root of a
+        singular matrix has a residual of up to 0.04 at 1e-5 with `Eigh` and `CoupledNewton`, and up to
+        0.3 at 1e-6.
       absolute_ridge: :math:`r_{abs}`.
-      size: `[K]` integers; rows and columns from there on are padding, and zero in the result.
+      size: `[K]` integers; rows and columns from that index on are padding, and zero in the result.
 
     Returns:
-      An `InverseRoot`. Of a zero matrix without absolute ridge the root is not finite, and its residual
-      infinite; an all-padding matrix has the root zero and residual zero.
+      An `InverseRoot`. The root of a zero matrix without an absolute ridge is not finite, and its
+      residual infinite; an all-padding matrix has root zero and residual zero.
 
     Raises:
-      ValueError: for exponents that are not negative, or that the method cannot do.
+      ValueError: for exponents that are not negative, or not supported by the method.
 
     Example:
       >>> import jax.numpy as jnp
@@ -133,7 +134,8 @@ def inverse_root(
     if size is not None:
         inside = jnp.arange(n, dtype=size.dtype)[None] < size[:, None]
         a = jnp.where(inside[:, :, None] & inside[:, None, :], a, 0)
-        # The mean eigenvalue: below the largest, whose estimate then is that of the matrix alone.
+        # The mean eigenvalue is below the largest, so padding does not change the estimate of the
+        # largest.
         mean = jnp.trace(a, axis1=1, axis2=2) / jnp.maximum(size, 1).astype(wide)
         filling = jnp.where(inside, 0, jnp.where(mean > 0, mean, 1)[:, None])
         a = a + filling[:, :, None] * jnp.eye(n, dtype=wide)[None]
@@ -153,7 +155,7 @@ def inverse_root(
 
 
 def check_misfit(method: Method | None) -> None:
-    """Raises for a method of whose roots `misfit` tells nothing."""
+    """Raises for a method with roots that `misfit` cannot judge."""
     if isinstance(method, PseudoInverse):
         raise ValueError(
             "refresh.need is not for PseudoInverse, whose roots leave directions out, and so fit no "
@@ -198,7 +200,7 @@ def misfit(
 
 
 def _materialized(x: jax.Array) -> jax.Array:
-    """`x`, out of reach of fusion: XLA for CPU (JAX 0.10) makes one kernel of a chain of products and a
-    maximum, four times slower than the two; it drops an optimization barrier before it does."""
+    """`x`, protected from fusion: XLA for CPU (JAX 0.10) fuses a chain of products and a maximum into
+    one kernel, four times slower than the two; it drops optimization barriers before it does."""
     numbers = jnp.finfo(x.dtype)
     return jax.lax.reduce_precision(x, numbers.nexp, numbers.nmant)

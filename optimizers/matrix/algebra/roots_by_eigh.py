@@ -12,7 +12,7 @@ from .root_parts import Found, identity, multiply
 
 @dataclasses.dataclass(frozen=True)
 class Eigh:
-    r"""By eigendecomposition, :math:`V \Lambda^{-q/p} V^\top`; no eigenvalue is taken below the ridge.
+    r"""By eigendecomposition, :math:`V \Lambda^{-q/p} V^\top`; eigenvalues are raised to the ridge.
 
     Example:
       >>> import ravine
@@ -25,7 +25,7 @@ class Eigh:
         values, vectors = _eigh(matrices_KxNxN)
         lift = ridge * jnp.maximum(values[:, -1:], 0) + jnp.reshape(absolute, (-1, 1))
         ridged = matrices_KxNxN + lift[:, :, None] * identity(matrices_KxNxN)
-        # A value that the ridge does not lift above zero gives NaN, and the root is refused.
+        # A value that is not positive even with the ridge gives NaN, and the root is refused.
         values = values + lift
         root = _recompose(vectors, values ** (-1 / p))
         return Found(root, ridged, identity(root), values[:, -1] / values[:, 0])
@@ -38,7 +38,8 @@ class PseudoInverse:
     Attributes:
       rtol: eigenvalues up to ``rtol * largest`` are left out; ``None`` takes n times the rounding unit.
 
-    Source: Anil, 2026, facebookresearch/optimizers #265: it decides the quality of one-sided Shampoo.
+    Source: Anil, 2026, facebookresearch/optimizers #265: it determines the quality of one-sided
+    Shampoo.
     """
 
     rtol: float | None = None

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from .root_parts import Found, condition, identity, largest_eigenvalue, multiply, power, ridged
 
 MARGIN = 1.1
-"""An estimate of the largest eigenvalue times this is above it."""
+"""The estimate of the largest eigenvalue times this is an upper bound."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,12 +19,12 @@ class CoupledNewton:
 
     .. math:: M' = (1 + 1/p) I - M/p, \qquad X \leftarrow X M', \qquad M \leftarrow M'^p M
 
-    Matrices that have converged, or that would become worse, are left alone while others go on.
+    Matrices that have converged, or that would become worse, are not changed while others continue.
 
     Attributes:
-      tolerance: stops where no element of M - I is larger.
-      max_iterations: at most.
-      error_ratio: stops where the error grows by this factor, and keeps the step before.
+      tolerance: stop when no element of M - I is larger.
+      max_iterations: the largest number of iterations.
+      error_ratio: stop when the error grows by this factor, and keep the previous iterate.
 
     Source: Guo and Higham, 2006; google-research/precondition, ``distributed_shampoo.py``.
     """
@@ -72,13 +72,13 @@ class CoupledNewtonSchulz:
     .. math:: Z \leftarrow \beta Z + \alpha (ZY) Z, \qquad Y \leftarrow \beta Y + \alpha Y (ZY)
 
     from :math:`Y_0 = A, Z_0 = I`, with the cubic polynomials that bring the root of every eigenvalue in
-    [lower, 1] as near to one as any can (`cubic_steps`). Matrix products only, and nothing that depends
-    on values: the method for accelerators. Ten steps reach condition numbers up to about 1e5 with a
-    residual of a few hundredths, and 1e6 with one of a few tenths: give singular matrices a ridge of
-    1e-4.
+    [lower, 1] as near to one as any can (`cubic_steps`). It takes matrix products only, and no
+    conditions on values: the method for accelerators. Ten steps reach condition numbers up to about 1e5
+    with a residual of a few hundredths, and 1e6 with one of a few tenths: give singular matrices a
+    ridge of 1e-4.
 
     Attributes:
-      steps: products are 3 a step.
+      steps: number of steps, with three products each.
       lower: the smallest eigenvalue, relative to the largest, that must come near one.
 
     Source: the coefficients are those of CANS, Grishina et al., 2025, https://arxiv.org/abs/2506.10935.
@@ -92,11 +92,11 @@ class CoupledNewtonSchulz:
             raise ValueError(f"steps must be at least 1 and lower in (0, 1), got {self}.")
 
     def check_root(self, p: int) -> None:
-        """Raises for roots that it does not find."""
+        """Raises for exponents that it does not support."""
         if p not in (2, 4):
             raise ValueError(
                 f"CoupledNewtonSchulz finds multiples of the exponents -1/2 and -1/4, not of -1/{p}; "
-                "take Eigh or CoupledNewton."
+                "use Eigh or CoupledNewton."
             )
 
     def __call__(self, matrices_KxNxN: jax.Array, p: int, ridge: Any, absolute: Any) -> Found:
@@ -110,8 +110,8 @@ class CoupledNewtonSchulz:
 
     def _pair(self, a: jax.Array, lower: float) -> tuple[jax.Array, jax.Array]:
         """The root and the inverse root."""
-        # The estimate is at most a few percent too small; a norm that bounds the largest eigenvalue for
-        # sure, as the row sums', may be tenfold too large, which costs steps.
+        # The estimate is at most a few percent too small; a norm that is certain to bound the largest
+        # eigenvalue, such as that of the row sums, may be ten times too large, which costs steps.
         bound = MARGIN * largest_eigenvalue(a)[:, None, None]
         identity = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype)[None], a.shape)
 
@@ -124,7 +124,7 @@ class CoupledNewtonSchulz:
             )
             return (y, z), None
 
-        # A loop: written out, compiling takes ten times as long, and running as long as this.
+        # A loop: unrolled, it takes ten times longer to compile, and runs no faster.
         steps = jnp.asarray(cubic_steps(math.sqrt(lower / MARGIN), self.steps), a.dtype)
         (y, z), _ = jax.lax.scan(step, (a / bound, identity), steps)
         return y * jnp.sqrt(bound), z / jnp.sqrt(bound)
@@ -133,8 +133,8 @@ class CoupledNewtonSchulz:
 def cubic_steps(lower: float, steps: int) -> list[tuple[float, float]]:
     r"""Coefficients :math:`(\beta, \alpha)` of the best :math:`\beta x + \alpha x^3` for every step.
 
-    On :math:`[a, b]` the cubic that is nearest to one touches :math:`1 - \epsilon` at both ends and
-    :math:`1 + \epsilon` between; with :math:`e = (a^2 + ab + b^2)/3` that is
+    On :math:`[a, b]` the cubic closest to one touches :math:`1 - \epsilon` at both ends and
+    :math:`1 + \epsilon` in between; with :math:`e = (a^2 + ab + b^2)/3` that is
     :math:`\alpha = -2 / (2 e^{3/2} + a(3e - a^2))` and :math:`\beta = -3 e \alpha`. The next step works
     on :math:`[1 - \epsilon, 1 + \epsilon]`.
 

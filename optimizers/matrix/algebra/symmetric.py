@@ -1,18 +1,18 @@
 r"""Products that are known to be symmetric, computed at less than full cost.
 
 :math:`XX^\top`, and the product of two polynomials of one symmetric matrix, equal their transposes, so
-what is below the diagonal need not be multiplied out twice. The upper half of the rows is one product;
-of the lower half only the diagonal block is left, which can be halved again: the cost falls from 1 to
-3/4, 11/16, ... towards 2/3. XLA has no such product of its own; these pieces are plain matrix products
-on every device, long in two of their three sides.
+the part below the diagonal need not be computed twice. The upper half of the rows is one product; in
+the lower half only the diagonal block remains, which can be halved again: the cost falls from 1 to 3/4,
+11/16, ... towards 2/3. XLA has no such product of its own; these pieces are plain matrix products on
+every device, long in two of their three sides.
 """
 
 import jax
 import jax.numpy as jnp
 
 SMALLEST_STRIP = 2**19
-"""Rows times inner size of a strip worth a product of its own. On CPU, one halving saves a sixth of
-512 rows with 2048 inside, but nothing of 512 with 512 inside, where it would cost compile time."""
+"""Rows times inner size of a strip worth a separate product. On CPU, one halving saves a sixth for 512
+rows with inner size 2048, but nothing with inner size 512, where it would cost compile time."""
 
 
 def halvings(rows: int, inner: int, most: int = 2) -> int:
@@ -47,13 +47,13 @@ def symmetric_product(
     *,
     precision: jax.lax.PrecisionLike,
 ) -> jax.Array:
-    """`left @ right`, where the caller knows the result to be symmetric.
+    """`left @ right`, for results known to be symmetric.
 
     Args:
       left_KxMxN: a batch of matrices.
-      right_KxNxM: another, such that every product equals its transpose.
-      depth: halvings; ``None`` takes `halvings` of the shape.
-      precision: of the products; they accumulate, and the result comes, in float32 at least.
+      right_KxNxM: another batch, such that every product equals its transpose.
+      depth: number of halvings; ``None`` takes `halvings` for the shape.
+      precision: precision of the products; accumulation and result are in float32 at least.
 
     Returns:
       `[K, M, M]`.

@@ -1,1 +1,1 @@
-"""Many matrices, few kernels: joined, worked on in chunks, refreshed."""
+"""Many matrices, few kernels: joined, processed in chunks, refreshed."""

@@ -1,8 +1,8 @@
-"""Many matrices, few kernels: matrices of one shape are worked on as one batch.
+"""Many matrices, few kernels: matrices of one shape are processed as one batch.
 
-A kernel per leaf makes compile time grow with the number of leaves, and leaves a device idle where
-matrices are small. Here all pieces are turned to the wide form (rows <= columns), those of one shape
-are joined, and the joint batch is cut where its temporary memory would pass a bound.
+With one kernel per leaf, compile time grows with the number of leaves, and small matrices leave a
+device idle. Here all pieces are brought into the wide form (rows <= columns), pieces of one shape are
+joined, and the joint batch is cut where its temporary memory would exceed a bound.
 """
 
 import functools
@@ -19,8 +19,8 @@ from ..mesh.placement import Names
 from ..mesh.traffic import OnShards, cheapest
 
 MAX_ELEMENTS = {"cpu": 2**21}
-"""Elements worked on at once, by platform; `MAX_ELEMENTS_ELSEWHERE` on all others. A CPU gains nothing
-from more than what its caches hold, and pays for every fresh page of temporary memory."""
+"""Elements processed at once, by platform; `MAX_ELEMENTS_ELSEWHERE` on all others. A CPU gains nothing
+from more than its caches hold, and pays for every new page of temporary memory."""
 MAX_ELEMENTS_ELSEWHERE = 2**25
 
 Pieces = Sequence[jax.Array]  # of [L, M, N], the shapes may differ
@@ -36,18 +36,17 @@ def map_matrices(
 ) -> list[jax.Array]:
     """Applies `function` to all matrices, those of equal shape together.
 
-    The function must commute with transposition, as orthogonalization does: tall matrices are handed
-    to it transposed. This is the one place through which every batch of whole matrices passes. On a
-    mesh, each matrix is worked on by one device, see `whole_matrices`, or its columns stay where they
-    are, see `cheapest`.
+    The function must commute with transposition, as orthogonalization does: tall matrices are passed to
+    it transposed. Every batch of whole matrices goes through this function. On a mesh, each matrix is
+    processed by one device, see `whole_matrices`, or its columns stay where they are, see `cheapest`.
 
     Args:
       function: maps a batch `[K, m, n]`, m <= n, to one of the same shape, matrix by matrix.
       pieces: batches `[L, M, N]`.
-      max_elements: bound on the elements worked on at once, and so on temporary memory; at least
-        one matrix is taken. ``None`` takes 2**21 on CPU and 2**25 (128 MB in float32) elsewhere.
+      max_elements: bound on the elements processed at once, and so on temporary memory; at least one
+        matrix is processed. ``None`` takes 2**21 on CPU and 2**25 (128 MB in float32) elsewhere.
       names: inside `per_shard`, for each piece the mesh axes that cut its batch, rows and columns.
-      sizes: likewise, of all mesh axes.
+      sizes: inside `per_shard`, the sizes of all mesh axes.
 
     Returns:
       The results, in the order and shapes of the pieces.
@@ -70,7 +69,7 @@ def map_matrices(
     groups: dict[Any, list[tuple[int, bool]]] = {}
     for index, (piece, (batch, *sides)) in enumerate(zip(pieces, cuts, strict=True)):
         whole = [(n * parts(names), names) for n, names in zip(piece.shape[1:], sides, strict=True)]
-        # Of square matrices the cut decides, so that those cut by rows join those cut by columns.
+        # For square matrices the cut decides, so that those cut by rows join those cut by columns.
         is_wide = whole[0] <= whole[1]
         key = (batch, *sorted(whole), str(piece.dtype))
         groups.setdefault(key, []).append((index, is_wide))
@@ -106,7 +105,7 @@ def largest_chunk(
     max_elements: int | None = None,
     elsewhere: int = MAX_ELEMENTS_ELSEWHERE,
 ) -> int:
-    """How many matrices of a shape are worked on at once; bound as for `map_matrices`."""
+    """How many matrices of a shape are processed at once; bound as for `map_matrices`."""
     if max_elements is None:
         max_elements = MAX_ELEMENTS.get(platform(), elsewhere)
     if max_elements < 1:
@@ -115,13 +114,13 @@ def largest_chunk(
 
 
 def in_chunks(function: Callable[..., Any], batch: Any, most: int, beside: Any = None) -> Any:
-    """`function` on `most` members of a batch at a time, each result written where they were.
+    """`function` on `most` members of a batch at a time, with results written in place.
 
     Args:
       function: maps a part of the batch to one of the same shapes.
       batch: a tree of arrays with the batch as first axis.
-      most: members worked on at once.
-      beside: a second argument, a tree too, cut like the batch but only read.
+      most: members processed at once.
+      beside: a second argument, also a tree, cut like the batch but only read.
     """
     count = jax.tree.leaves(batch)[0].shape[0]
 
@@ -135,7 +134,7 @@ def in_chunks(function: Callable[..., Any], batch: Any, most: int, beside: Any =
 
     if count <= most:
         return applied(batch, 0, count)
-    # Chunks of one size are one program; a remainder would be compiled as a second one.
+    # Chunks of one size share one program; a remainder would be compiled as a second one.
     size = max(divisor for divisor in range(1, most + 1) if count % divisor == 0)
     if 2 * size < most:
         size = most
@@ -154,11 +153,11 @@ def in_chunks(function: Callable[..., Any], batch: Any, most: int, beside: Any =
 
 
 def joined(function: Callable[..., Any], *parts: Sequence[Any]) -> list[Any]:
-    """`function` of several batches as one, its result cut up again.
+    """`function` of several batches joined into one, with the result split again.
 
     Args:
-      function: of trees of arrays `[K, ...]`, member by member.
-      parts: an argument each, as a list of such trees of equal structure.
+      function: acts on trees of arrays `[K, ...]`, member by member.
+      parts: for each argument, a list of such trees of equal structure.
 
     Example:
       >>> import jax.numpy as jnp
@@ -185,11 +184,11 @@ def _join(parts: Sequence[jax.Array]) -> jax.Array:
 def _unjoin(
     batches: Sequence[jax.Array], lengths: Sequence[int], *, hidden: bool = True
 ) -> list[list[jax.Array]]:
-    """Of every batch its parts, of `lengths` along its first axis.
+    """Every batch split into parts of `lengths` along its first axis.
 
-    XLA compiles a kernel for every slice at another constant place, 12 ms each on CPU, but equal
-    kernels only once; so where there are many, `hidden` makes the places values that it cannot know
-    beforehand.
+    XLA compiles a kernel for every slice at a different constant offset, 12 ms each on CPU, but equal
+    kernels only once; so for many slices, `hidden` makes the offsets values that are unknown at compile
+    time.
     """
     if len(lengths) == 1:
         return [[batch] for batch in batches]
@@ -208,15 +207,15 @@ def _unjoin(
 
 
 def _unknown_to_the_compiler(values: Sequence[int], seen_at_runtime: jax.Array) -> list[jax.Array]:
-    """The same values, as results of a loop that runs once, which the compiler cannot foresee."""
+    """The same values, as results of a loop that runs once, which the compiler cannot predict."""
     first = jnp.abs(seen_at_runtime[(0,) * seen_at_runtime.ndim]).astype(jnp.float32)
-    # A sum of 0 for NaN and every finite or infinite number, but not so that XLA would simplify it.
+    # A sum of 0 for NaN and every finite or infinite number, in a form that XLA does not simplify.
     one = 1 + (jax.lax.population_count(jax.lax.bitcast_convert_type(first, jnp.int32)) >> 6)
 
     def body(carry: tuple[jax.Array, list[jax.Array]]) -> tuple[jax.Array, list[jax.Array]]:
         count, before = carry
         return count + 1, [value ^ 1 for value in before]
 
-    # Exclusive or, because counters that are increased alike would be merged into one.
+    # Exclusive or, because counters with equal increments would be merged into one.
     start = (jnp.int32(0), [jnp.int32(value ^ 1) for value in values])
     return jax.lax.while_loop(lambda carry: carry[0] < one, body, start)[1]

@@ -1,7 +1,7 @@
-"""Which matrices need a refresh, and how these alone get one.
+"""Which matrices need a refresh, and how only these are refreshed.
 
-How badly a root or a basis fits its statistics costs a few products to find out, where a new one costs
-tens of them. So of those that are due by the clock, the ones that still fit may be left alone.
+A few products measure how badly a root or a basis fits its statistics; a new one costs tens of them. So
+of the matrices that are due by the clock, those that still fit may be skipped.
 """
 
 import dataclasses
@@ -18,31 +18,32 @@ from .once import once
 from .together import Unit, worked_on
 
 AT_ONCE = {"cpu": 1}
-"""How many matrices are refreshed at once, by platform; `AT_ONCE_ELSEWHERE` on all others. On CPU LAPACK
-takes them one by one anyway; elsewhere they share kernels, at the price of some that need nothing."""
+"""How many matrices are refreshed at once, by platform; `AT_ONCE_ELSEWHERE` on all others. On CPU,
+LAPACK processes them one by one anyway; elsewhere they share kernels, at the price of a few needless
+refreshes."""
 AT_ONCE_ELSEWHERE = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """What decides whether a matrix is refreshed."""
+    """The criterion that decides whether a matrix is refreshed."""
 
     misfit: Callable[[Hashable, Any, Any], jax.Array]
-    """Of a kind, carries and sources: one number for each member of the batch."""
+    """From a kind, carries and sources to one number for each member of the batch."""
     above: float
-    """Those that are larger are in need."""
+    """Members with a larger misfit need a refresh."""
     most: float = 1.0
-    """At most this share of the matrices of a shape is refreshed, rounded up, the worst first."""
+    """At most this share of the matrices of a shape is refreshed, rounded up, worst first."""
     bounded: jax.Array | bool = True
-    """Whether that holds already."""
+    """Whether that bound applies yet."""
 
 
 def in_need(
     units: Sequence[Unit], carries: Sequence[Any], need: Need, max_elements: int | None
 ) -> list[jax.Array]:
-    """Of like units with these carries, which members are to be refreshed: flags `[B]`.
+    """Which members of like units with these carries are to be refreshed: flags `[B]`.
 
-    A misfit that is not finite is in need, but behind all others: there may be no cure.
+    A non-finite misfit needs a refresh too, but after all others: a refresh may not help.
     """
     asked = [
         unit._replace(
@@ -57,7 +58,7 @@ def in_need(
     found = jnp.concatenate(worked_on(asked, ask, max_elements))
     wanted = ~(found <= need.above)
     worst_first = jnp.argsort(jnp.where(jnp.isfinite(found) & wanted, -found, jnp.inf))
-    # Of equals those in need first, which are among the infinite ones if they are not finite.
+    # Among equals, those in need come first; non-finite ones count as infinite.
     worst_first = worst_first[jnp.argsort(~wanted[worst_first])]
     rank = jnp.argsort(worst_first)
     most = math.ceil(round(need.most * found.size, 6))

@@ -1,4 +1,4 @@
-"""Something that is done on some steps only, in place."""
+"""Work that is done on some steps only, in place."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 
 def once(due: jax.Array, body: Callable[[Any], Any], carry: Any) -> tuple[jax.Array, Any]:
-    """``body(carry)`` if `due`, else `carry`, without a copy of it; and False, when that is done.
+    """``body(carry)`` if `due`, otherwise `carry`, without copying it.
 
     Example:
       >>> import jax.numpy as jnp
@@ -22,5 +22,5 @@ def once(due: jax.Array, body: Callable[[Any], Any], carry: Any) -> tuple[jax.Ar
 
 
 def if_due(due: jax.Array | None, body: Callable[[Any], Any], carry: Any) -> Any:
-    """``body(carry)``; if there is a flag, only where it is set, and else `carry`."""
+    """``body(carry)``, or `carry` if there is a flag that is not set."""
     return body(carry) if due is None else once(due, body, carry)[1]

@@ -1,10 +1,10 @@
-"""When costly quantities are recomputed, and how that is done in place.
+"""When expensive quantities are recomputed, and how that is done in place.
 
 Roots and eigenbases are refreshed every T steps: all on one step, or *staggered*, a T-th of them on
-every step, so that all steps take the same time. Both are the same program: matrices are dealt to
-phases, those of scanned layers layer by layer, and a phase is a loop that runs once or not at all. A
-loop, because XLA updates what it carries in place, where a conditional would copy every buffer on the
-steps on which nothing happens.
+every step, so that all steps take the same time. Both are the same program: matrices are assigned to
+phases, those of scanned layers layer by layer, and a phase is a loop that runs once or not at all. It
+is a loop because XLA updates its carry in place; a conditional would copy every buffer on the steps on
+which nothing happens.
 """
 
 import functools
@@ -26,27 +26,27 @@ from .together import Unit, row_major, worked_on
 
 @options("refresh")
 class Refresh:
-    r"""When roots and bases are found again; steps are counted from one.
+    r"""When roots and bases are recomputed; steps are counted from one.
 
     Attributes:
       every: the period T.
       start: the first step that uses the results, at least T (so that staggered ones are complete);
-        ``None`` takes T, and infinity never starts.
-      staggered: spread over the period.
-      statistics_every: statistics learn from the gradients of the first step and of every k-th, k at
-        most T, at the decay rate :math:`\beta^k`: so their mean reaches as many steps back. A sum
-        (Shampoo's ``b2=1``) counts such a gradient k times.
-      need: if given, a block that is due is refreshed only if what was found no longer fits its
-        statistics: if the misfit is larger than this. Of a basis it is the part of
-        :math:`Q^\top L Q` off the diagonal, :math:`\lVert\cdot\rVert_F`, of the whole; of a root the
-        largest element of :math:`L X^p - I`. Take a short period with it.
-      most: with `need`, at most this share of the blocks of a shape is refreshed in one step, the worst
-        first; of each device's blocks on a mesh, of each phase's if staggered. Not before the start,
-        so that no block starts without.
+        ``None`` takes T; with infinity they are never used.
+      staggered: spread the work over the period.
+      statistics_every: the gradients of the first step and of every k-th step update the statistics, k
+        at most T, with the decay rate :math:`\beta^k`, so that their mean covers the same number of
+        steps. A sum (Shampoo's ``b2=1``) counts such a gradient k times.
+      need: if given, a block that is due is refreshed only if its root or basis no longer fits its
+        statistics: if the misfit is larger than this. For a basis it is the fraction of
+        :math:`Q^\top L Q` off the diagonal, in :math:`\lVert\cdot\rVert_F`; for a root, the largest
+        element of :math:`L X^p - I`. Combine it with a short period.
+      most: with `need`, at most this share of the blocks of a shape is refreshed in one step, worst
+        first; on a mesh, of each device's blocks, and if staggered, of each phase's. It does not apply
+        before the start, so that no block starts without a root or basis.
 
     Raises:
-      ValueError: for a period below one, a start before the first refresh, statistics that learn more
-        rarely than something is found from them, or a bound on needs that nobody asks for.
+      ValueError: for a period below one, a start before the first refresh, statistics that are updated
+        more rarely than they are used, or `most` without `need`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -95,12 +95,12 @@ class Refresh:
 
     @property
     def phases(self) -> int:
-        """On how many steps of a period something is refreshed."""
+        """The number of steps of a period on which anything is refreshed."""
         return self.every if self.staggered and self.every > 1 else 1
 
     @property
     def words(self) -> str:
-        """For explanations: what else than the default happens, after a comma."""
+        """For explanations: what differs from the defaults, after a comma."""
         k, share = self.statistics_every, "" if self.most == 1 else f", at most {self.most:.3g}"
         statistics = "" if k == 1 else f", statistics every {k}"
         return statistics + (
@@ -108,7 +108,7 @@ class Refresh:
         )
 
     def check_at_once(self, name: str) -> None:
-        """Raises for a start, where results are used as soon as there are any."""
+        """Raises for a start if results are used as soon as there are any."""
         if self.start is not None:
             raise ValueError(
                 f"refresh.start is not for {name}, whose bases are found on the first step and used "
@@ -118,31 +118,32 @@ class Refresh:
     def by_need(
         self, step: jax.Array, misfit: Callable[[Hashable, Any, Any], jax.Array]
     ) -> Need | None:
-        """What of that which is due is refreshed; None for all of it."""
+        """The need that selects which due blocks are refreshed; None for all."""
         if self.need is None:
             return None
         return Need(misfit, self.need, self.most, bounded=step > self.first)
 
     def learning(self, step: jax.Array) -> jax.Array | None:
-        """Whether statistics learn from this step's gradient, None where they always do.
+        """Whether this step's gradient updates the statistics, None for always.
 
-        On the first step, and then so that a refresh at the end of a period knows its last gradient.
+        True on the first step, and then such that a refresh at the end of a period includes its last
+        gradient.
         """
         k = self.statistics_every
         return None if k == 1 else (step == 1) | (step % k == 0)
 
     def learned(self, step: jax.Array) -> jax.Array:
-        """How many gradients statistics have in them, by `learning`."""
+        """How many gradients are in the statistics, by `learning`."""
         k = self.statistics_every
         return step if k == 1 else step // k + 1
 
     def learning_from_first(self, step: jax.Array) -> jax.Array | None:
-        """As `learning`, where the first step sets all, and periods are counted from it (`follows`)."""
+        """Like `learning`, if the first step sets everything and periods count from it (`follows`)."""
         k = self.statistics_every
         return None if k == 1 else (step - 1) % k == 0
 
     def decay(self, b2: Any) -> Any:
-        """A decay rate a step, as one for every gradient that statistics learn from."""
+        """A decay rate per step, converted to one per gradient that updates the statistics."""
         return b2 if self.statistics_every == 1 else b2**self.statistics_every
 
     def started(self, step: jax.Array) -> jax.Array:
@@ -150,7 +151,7 @@ class Refresh:
         return step >= self.first if math.isfinite(self.first) else jnp.zeros([], bool)
 
     def follows(self, step: jax.Array, phase: Any) -> jax.Array:
-        """Whether a phase is refreshed at this step, where the first step has set all of them."""
+        """Whether a phase is refreshed at this step, if the first step has set all phases."""
         return (step > 1) & ((step - 1 + phase) % self.every == 0)
 
     def due(self, step: jax.Array, phase: Any) -> jax.Array:
@@ -174,18 +175,18 @@ def refreshed(
     max_elements: int | None = None,
     need: Need | None = None,
 ) -> list[Any]:
-    """The units' carries, those that are due replaced by ``function(kind, carry, source)``.
+    """The units' carries, with due ones replaced by ``function(kind, carry, source)``.
 
-    Units stay whole, or whole layers of those that have some, so that what is refreshed when does not
+    Units are refreshed as a whole, or layer by layer if they have layers, so that the timing does not
     depend on how a mesh cuts them. The function gets arrays with one batch axis.
 
     Args:
-      units: what there is.
-      function: of joined carries and sources, to such carries.
-      phases: among how many the units, or their layers, are dealt.
-      due: whether a phase is refreshed now; of an array of phases, which.
-      max_elements: bound on the elements worked on at once, see `largest_chunk`.
-      need: of those that are due, only the ones that need it.
+      units: all units.
+      function: maps joined carries and sources to new carries.
+      phases: the number of phases that units, or their layers, are assigned to.
+      due: whether a phase is refreshed now; for an array of phases, an array of flags.
+      max_elements: bound on the elements processed at once, see `largest_chunk`.
+      need: refresh only those due ones that need it.
     """
     given, units = units, [unit.flat for unit in units]
     carries = [unit.carry for unit in units]
@@ -213,8 +214,8 @@ def refreshed(
             max_elements=max_elements,
             need=need,
         )
-        # One group after the other, as XLA would run side by side what does not depend on each other,
-        # and LAPACK's threads do not bear it (jax #39292).
+        # One group after the other, since XLA would run independent groups in parallel, and LAPACK's
+        # threads then deadlock (jax #39292).
         busy, found = once(due(phase) & ~busy, refresh, [carries[at] for at in members])
         for at, carry in zip(members, found, strict=True):
             carries[at] = carry
@@ -244,7 +245,7 @@ def _layer_by_layer(
     busy: jax.Array,
     work: Callable[[Sequence[Unit], Sequence[Any]], list[Any]],
 ) -> tuple[jax.Array, Any]:
-    """A unit's carry, those of its layers that are due `[layers]` replaced in place, one by one."""
+    """A unit's carry, with the layers that are due `[layers]` replaced in place, one by one."""
     count = unit.blocks
     first = jax.lax.axis_index(unit.layer_names) * count if unit.layer_names else 0
     ours = part_of(jnp.broadcast_to(due, unit.layers), first, count)
@@ -268,7 +269,7 @@ def _layer_by_layer(
 
 
 def phases_of(costs: Sequence[float], phases: int) -> list[int]:
-    """A phase for every unit that stays whole, the largest units first to where there is least.
+    """A phase for every unit that stays whole, largest units first, each to the emptiest phase.
 
     Example:
       >>> from ravine.optimizers.matrix.batch.refresh import phases_of

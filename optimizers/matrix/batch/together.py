@@ -1,8 +1,8 @@
-"""Blocks of different leaves, worked on together: few programs, whatever the number of leaves.
+"""Blocks of different leaves, processed together: few programs for any number of leaves.
 
-What is done with blocks of one shape is compiled once for all leaves that have such blocks, and runs on
-slices of all of them at once, in a loop that writes every result where its operand was. So neither the
-time to compile nor temporary memory grows with the model.
+Work on blocks of one shape is compiled once for all leaves that have such blocks, and runs on slices of
+all of them, in a loop that writes every result over its operand. So neither compile time nor temporary
+memory grows with the model.
 """
 
 import functools
@@ -19,31 +19,31 @@ from ..mesh.placement import Names
 from .batches import in_chunks, joined, largest_chunk, part_of
 
 ELEMENTS = 2**23
-"""Elements worked on at once, 32 MB in float32: of roots and bases, whose work takes ten copies of
-that, everywhere but on CPU."""
+"""Elements processed at once, 32 MB in float32; for roots and bases, which need ten times that as
+temporary memory, on all platforms except CPU."""
 
 
 class Unit(NamedTuple):
-    """Stacks of one leaf's blocks, or of their factors, on which the same is done."""
+    """Stacks of one leaf's blocks, or of their factors, which are all processed the same way."""
 
     kind: Hashable
-    """Units of one kind, with arrays of the same shapes, are worked on together."""
+    """Units of one kind, with arrays of the same shapes, are processed together."""
     source: Any
     """A tree of arrays `[B, ...]`, read only."""
     carry: Any
-    """A tree of arrays `[B, ...]`: what is replaced."""
+    """A tree of arrays `[B, ...]` that are replaced."""
     shards: int = 1
-    """How many devices have as many of the leaf's matrices each."""
+    """How many devices share the leaf's matrices equally."""
     is_whole: bool = False
-    """Not to be cut into slices, as where devices exchange sums: no collective in a loop."""
+    """Do not cut into slices, for example where devices exchange sums: no collective in a loop."""
     growth: int = 1
-    """By how much arrays grow when they are worked on, if they are kept packed."""
+    """The growth of arrays while they are processed, if they are stored packed."""
     batch_axes: int = 1
-    """How many first axes count blocks, as `[*batch, *counts]`; what works on them sees one."""
+    """How many leading axes index blocks, as `[*batch, *counts]`; functions receive one."""
     layers: int = 1
-    """How long the first of these is on all devices together, if it is one of the leaf's batch axes."""
+    """The length of the first of these over all devices, if it is one of the leaf's batch axes."""
     layer_names: Names = ()
-    """The mesh axes that cut it."""
+    """The mesh axes that cut that axis."""
 
     @property
     def flat(self) -> "Unit":
@@ -66,27 +66,27 @@ class Unit(NamedTuple):
 
     @property
     def cost(self) -> float:
-        """Proportional to the work on all the leaf's matrices, however they are sharded."""
+        """Proportional to the work on all the leaf's matrices, independent of sharding."""
         work = [x.size * math.prod(x.shape[1:]) ** 0.5 for x in jax.tree.leaves(self.source)]
         return self.shards * sum(work)
 
     @property
     def likeness(self) -> Hashable:
-        """What units must share to be worked on as one batch."""
+        """Properties that units must share to be processed as one batch."""
         arrays, structure = jax.tree.flatten((self.source, self.carry))
         shapes = tuple((x.shape[1:], str(x.dtype)) for x in arrays)
         return self.kind, self.is_whole, structure, shapes
 
     @property
     def elements(self) -> int:
-        """How many go with one block."""
+        """How many elements belong to one block."""
         trees = (jax.tree.leaves(tree) for tree in (self.source, self.carry))
         most = max(sum(math.prod(x.shape[1:]) for x in arrays) for arrays in trees)
         return max(1, most * self.growth)
 
     @property
     def blocks(self) -> int:
-        """How many blocks, none where nothing is to be replaced."""
+        """The number of blocks; zero if nothing is to be replaced."""
         return next((x.shape[0] for x in jax.tree.leaves(self.carry)), 0)
 
 
@@ -97,14 +97,13 @@ def together(
 ) -> list[Any]:
     """The units' carries, replaced by ``function(kind, carry, source)``, of arrays with one batch axis.
 
-    Units of few blocks are joined as they are, those of many slice by slice; a unit that does neither,
-    because it is large and cannot be sliced as finely as its group, is worked on alone, as joining
-    would make a second copy of it.
+    Units with few blocks are joined whole, those with many slice by slice. A large unit that cannot be
+    sliced as finely as its group is processed alone, since joining would make a second copy of it.
 
     Args:
-      units: what there is.
-      function: of joined carries and sources, to such carries.
-      max_elements: bound on the elements worked on at once; ``None`` takes `ELEMENTS`.
+      units: all units.
+      function: maps joined carries and sources to new carries.
+      max_elements: bound on the elements processed at once; ``None`` takes `ELEMENTS`.
     """
     max_elements = ELEMENTS if max_elements is None else max_elements
     given, units = units, [unit.flat for unit in units]
@@ -124,7 +123,7 @@ def together(
 def _batches(
     members: Sequence[int], units: Sequence[Unit], max_elements: int | None
 ) -> list[list[int]]:
-    """Which of some like units are joined."""
+    """Which of these like units are joined."""
     slices = _slices([units[at] for at in members], _most(units[members[0]], max_elements))
     joined = not units[members[0]].is_whole
     many = [at for at in members if joined and units[at].blocks >= slices]
@@ -135,7 +134,7 @@ def _batches(
 
 
 def _most(unit: Unit, max_elements: int | None) -> int:
-    """How many blocks are worked on at once."""
+    """How many blocks are processed at once."""
     return sys.maxsize if unit.is_whole else largest_chunk((unit.elements,), max_elements, ELEMENTS)
 
 
@@ -149,15 +148,15 @@ def worked_on(
     max_elements: int | None,
     carries: Sequence[Any] | None = None,
 ) -> list[Any]:
-    """The carries of like units, replaced as one batch, or slice by slice of all of them.
+    """The carries of like units, replaced as one batch, or slice by slice across all of them.
 
-    Slices are joined and written back where they were, so that no second copy of the whole is made.
+    Slices are joined and written back in place, so that no second copy of the whole is made.
 
     Args:
-      units: of one likeness.
+      units: like units.
       function: as for `together`.
-      max_elements: likewise.
-      carries: instead of the units' own, of the same shapes.
+      max_elements: as for `together`.
+      carries: used instead of the units' own; of the same shapes.
     """
     carries = [unit.carry for unit in units] if carries is None else carries
     sources, counts = [unit.source for unit in units], [unit.blocks for unit in units]
@@ -165,7 +164,7 @@ def worked_on(
     most = _most(units[0], max_elements)
     slices = max(1, min(_slices(units, most), *counts))
     lengths = [-(-count // slices) for count in counts]
-    # A second size of chunk would be a second program: rather take somewhat more at once.
+    # A second size of chunk would be a second program: process somewhat more at once instead.
     size = sum(lengths) if slices > 1 and sum(lengths) <= 2 * most else most
 
     def batch(carries: Sequence[Any], sources: Sequence[Any]) -> list[Any]:
@@ -205,10 +204,10 @@ def worked_on(
 
 
 def row_major(x: jax.Array) -> jax.Array:
-    """The array laid out as it was given.
+    """The array in the layout in which it was given.
 
-    Otherwise XLA for TPU gives the whole of what a loop carries the layout that is best for the products
-    in it, and makes a copy of the state at the beginning and at the end.
+    Otherwise XLA for TPU gives a loop's whole carry the layout that is best for the products in the
+    loop, and copies the state at the beginning and at the end.
     """
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
@@ -216,7 +215,7 @@ def row_major(x: jax.Array) -> jax.Array:
 def _written(
     whole: jax.Array, new: jax.Array, old: jax.Array, start: Any, first: Any, slices: int
 ) -> jax.Array:
-    """`whole` with `new` from `start` on, but for what comes before `first` and is done already."""
+    """`whole` with `new` from `start` on, except before `first`, where the work is already done."""
     length = new.shape[0]
     if whole.shape[0] != slices * length:
         fresh = start + jnp.arange(length) >= first

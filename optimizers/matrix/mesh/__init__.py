@@ -1,1 +1,1 @@
-"""Where matrices lie on a mesh, and how they move."""
+"""Where matrices are placed on a mesh, and how they move."""

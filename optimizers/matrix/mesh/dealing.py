@@ -1,7 +1,7 @@
-"""Dealing matrices to devices that each have a tile of all of them, and back.
+"""Dealing matrices to devices that each hold a tile of every matrix, and back.
 
-With an even deal every device gets as many matrices as any other, and what is missing to that is sent as
-zeros: of 240 matrices on 512 chips more than half. A ragged deal sends nothing but tiles of matrices.
+In an even deal every device gets the same number of matrices, and missing ones are sent as zeros: more
+than half for 240 matrices on 512 chips. A ragged deal sends only tiles of actual matrices.
 """
 
 import dataclasses
@@ -13,13 +13,13 @@ from ....core.platform import device_kind
 from .placement import Names
 
 NATIVE = ("TPU v4", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU7x")
-"""Kinds of devices for which `jax.lax.ragged_all_to_all` compiles, on whole pods. XLA for CPU has none,
-and that for v5e ("TPU v5 lite") refuses it on 16 x 16 chips."""
+"""Kinds of devices for which `jax.lax.ragged_all_to_all` compiles, on whole pods. XLA for CPU has no
+such operation, and XLA for v5e ("TPU v5 lite") refuses it on 16 x 16 chips."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Deal:
-    """Of `matrices` to the `devices` of the mesh axes `names`."""
+    """A deal of `matrices` to the `devices` of the mesh axes `names`."""
 
     matrices: int
     devices: int
@@ -28,7 +28,7 @@ class Deal:
 
     @property
     def most(self) -> int:
-        """How many a device gets at most."""
+        """The largest number of matrices that a device gets."""
         return -(-self.matrices // self.devices)
 
     def out(self, tiles_KxMxN: jax.Array) -> jax.Array:
@@ -59,7 +59,7 @@ class Deal:
         return ragged_all_to_all(tiles, space, own, mine, first, counts, self.names, self.most)
 
     def _shares(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """By device its first matrix and how many; and, as often as there are devices, how many here."""
+        """The first matrix and the count of each device; and this device's count, once per device."""
         each, more = divmod(self.matrices, self.devices)
         ranks = jnp.arange(self.devices, dtype=jnp.int32)
         counts = each + (ranks < more).astype(jnp.int32)
@@ -75,8 +75,8 @@ def is_native() -> bool:
 
 def _even(tiles: jax.Array, names: Names) -> jax.Array:
     """The i-th part of the first axis to device i, from every device."""
-    # Without the barrier XLA for CPU (JAX 0.10) knows that padding is zero, gives it another layout
-    # than the tiles beside it, and refuses its own program.
+    # Without the barrier XLA for CPU (JAX 0.10) infers that padding is zero, gives it a different
+    # layout than the neighbouring tiles, and refuses its own program.
     return jax.lax.all_to_all(jax.lax.optimization_barrier(tiles), names, 0, 0, tiled=True)
 
 
@@ -90,7 +90,7 @@ def ragged_all_to_all(
     names: Names,
     longest: int,
 ) -> jax.Array:
-    """`jax.lax.ragged_all_to_all`, or where there is none the same of slices padded to the `longest`."""
+    """`jax.lax.ragged_all_to_all`, or, where it is missing, the same with padding to the `longest`."""
     if is_native():
         return jax.lax.ragged_all_to_all(
             operand,

@@ -1,7 +1,7 @@
-"""Distribution: one `jax.shard_map` an update, in which every device works on the blocks it holds.
+"""Distribution: one `jax.shard_map` per update, in which every device works on the blocks it holds.
 
-Inside, types no longer say how anything is cut; each leaf's `Placement` does. The few ways in which
-devices exchange anything are the functions of this file, and each is the identity where nothing is cut.
+Inside, types no longer say how arrays are cut; each leaf's `Placement` does. The functions of this file
+are the only communication between devices, and each is the identity where nothing is cut.
 """
 
 import math
@@ -19,21 +19,21 @@ from .placement import Names, Placement, explicit_sizes, mesh_of, names_of, spec
 
 
 class Cut(Protocol):
-    """How a leaf is cut into what is worked on."""
+    """How a leaf is cut into the parts that are processed."""
 
     def local(self) -> Self:
-        """The same for the part of the leaf that one device has."""
+        """The same for the part of the leaf on one device."""
         ...
 
 
 def per_shard(
     body: Callable[[Any, Any, Sequence[Any]], tuple[Any, Any]], init: Callable[[Any], Any]
 ) -> Callable[[Any, Any, Sequence[Cut]], tuple[Any, Any]]:
-    """`body` on every device's part of its arguments, where their types say that they are cut.
+    """`body` on every device's part of its arguments, if their types say that they are cut.
 
     Args:
-      body: of (updates, state, cuts of all leaves), to updates and state sharded as they came.
-      init: from a tree like the updates to a state that is sharded as the state shall be.
+      body: maps (updates, state, cuts of all leaves) to updates and state with unchanged shardings.
+      init: maps a tree like the updates to a state with the shardings that the state should have.
     """
 
     def update(updates: Any, state: Any, cuts: Sequence[Cut]) -> tuple[Any, Any]:
@@ -49,20 +49,20 @@ def per_shard(
 
 
 def _on_shards(local: Callable[..., Any], taken: Any, made: Any, mesh: Any) -> Callable[..., Any]:
-    """`local` of shards, cut as arguments and results are said to be; `jax.vmap` may map it."""
+    """`local` on shards, with arguments and results cut as specified; `jax.vmap` may map it."""
     mapped = explicit_mapped_axes()
 
     def on_shards(*arguments: Any) -> Any:
         names = set(explicit_sizes(mesh)) | spmd_mapped_axes()
-        # Loops start from constants, which would have to be declared as varying one by one.
+        # Loops start from constants, which would all have to be declared as varying, one by one.
         return jax.shard_map(
             local, mesh=mesh, in_specs=taken, out_specs=made, axis_names=names, check_vma=False
         )(*arguments)
 
     if not mapped:
         return on_shards
-    # JAX would leave a mapped `Explicit` axis `Explicit` inside, where every reshape then has to name
-    # shardings; here each device maps over what it has of it.
+    # JAX would leave a mapped `Explicit` axis `Explicit` inside, where every reshape would have to name
+    # shardings; here each device maps over its own part.
     with_rule = jax.custom_batching.custom_vmap(on_shards)
 
     @with_rule.def_vmap
@@ -82,7 +82,7 @@ def _on_shards(local: Callable[..., Any], taken: Any, made: Any, mesh: Any) -> C
 
 
 def move_in(x: jax.Array, placement: Placement) -> jax.Array:
-    """A leaf's part in the step, as the part that is worked on."""
+    """A leaf's part in the step, moved to where it is processed."""
     for name, source, target in placement.moves:
         x = _moved(x, name, source, target, placement)
     return x
@@ -115,12 +115,12 @@ def whole_matrices(
     *,
     ragged: bool = False,
 ) -> jax.Array:
-    """`function` of matrices whose rows and columns are cut by mesh axes, each on one device, whole.
+    """`function` of matrices with rows and columns cut by mesh axes, each whole on one device.
 
-    Every device gives away its tiles of all matrices but its share, and gets all tiles of its share: one
-    `all_to_all`, and one back, of a batch padded with zeros to a multiple of the devices, or if `ragged`
-    of the matrices alone. Mesh axes that cut neither rows nor columns, and on which the batch is the
-    same, share it first.
+    Every device sends its tiles of all matrices outside its share, and receives all tiles of its share:
+    one `all_to_all`, and one back, with a batch padded with zeros to a multiple of the devices, or, if
+    `ragged`, with the matrices alone. Mesh axes that cut neither rows nor columns, and on which the
+    batch is replicated, share it first.
     """
     count = batch_KxMxN.shape[0]
     joined = (*rows, *columns)

@@ -1,8 +1,8 @@
-"""`Explicit` axes where a mesh has `Auto` ones.
+"""`Explicit` axes in place of a mesh's `Auto` ones.
 
-Optimizers of matrices read off types how a leaf is cut, and types name `Explicit` axes only. So all axes
-of a mesh are `Explicit` while such an optimizer works. Those that were `Auto` are taken to cut no leaf,
-unless `on_mesh` was told otherwise, and share the work as all axes do that a leaf does not use.
+Matrix optimizers read from types how a leaf is cut, and types name `Explicit` axes only. So all axes of
+a mesh are `Explicit` while such an optimizer runs. Axes that were `Auto` are assumed to cut no leaf,
+unless `on_mesh` specifies otherwise, and they share the work like all axes that a leaf does not use.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from .placement import axes_of_type, mesh_of, names_of, spec
 def explicitly(
     mesh: AbstractMesh, function: Callable[..., Any], specs: Any, *arguments: Any
 ) -> Any:
-    """`function` of arguments cut as the specifications say, all `Auto` axes being `Explicit` for it."""
-    # As leaves: trees of Flax are no trees of specifications.
+    """`function` of arguments cut as the specifications say, with all `Auto` axes made `Explicit`."""
+    # As leaves, since Flax trees are not trees of specifications.
     leaves, structure = jax.tree.flatten(arguments)
     of_leaves = lambda *leaves: function(*jax.tree.unflatten(structure, leaves))
     in_sharding = tuple(jax.tree.leaves(specs))
@@ -36,7 +36,7 @@ def auto_axes(mesh: Any) -> tuple[str, ...]:
 
 
 def with_explicit_axes(mesh: AbstractMesh) -> AbstractMesh:
-    """The mesh with `Explicit` axes in the place of `Auto` ones."""
+    """The mesh with `Explicit` axes in place of `Auto` ones."""
     return mesh.update_axis_types(dict.fromkeys(auto_axes(mesh), AxisType.Explicit))
 
 
@@ -78,11 +78,11 @@ def specs_of(tree: Any) -> Any:
 
 
 def specs_after(function: Callable[[Any], Any], argument: Any) -> Any:
-    """How what a function returns is cut; nothing is computed."""
+    """How the results of a function are cut; nothing is computed."""
     found = []
 
     def traced(argument: Any) -> Any:
-        # Here, as `jax.eval_shape` forgets types on a mesh with axes of several kinds (JAX 0.10).
+        # Here, since `jax.eval_shape` drops types on a mesh with axes of several kinds (JAX 0.10).
         made = function(argument)
         found.append(specs_of(made))
         return made

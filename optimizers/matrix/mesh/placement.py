@@ -1,10 +1,10 @@
-"""Placement: which mesh axes cut a leaf while its matrices are worked on, and how it gets there.
+"""Placement: which mesh axes cut a leaf while its matrices are processed, and how it gets there.
 
 A mesh axis that cuts a leaf between blocks stays where it is: every device has whole blocks, and
 nothing is communicated. One that would cut through a block is moved to an axis of the leaf that it can
-cut between blocks, by one `all_to_all`, or is gathered where there is none. Mesh axes that the leaf
-does not use get a share of the blocks too. What is left over repeats the work. All of it depends on
-shapes and names only.
+cut between blocks, by one `all_to_all`, or, if there is no such axis, is gathered. Mesh axes that the
+leaf does not use get a share of the blocks too. Remaining mesh axes repeat the work. All of this
+depends on shapes and names only.
 """
 
 import dataclasses
@@ -20,11 +20,11 @@ from jax.sharding import AxisType, PartitionSpec
 from ....core.mapped import mapped_axes
 
 Names = tuple[str, ...]
-"""Mesh axes that cut one axis of an array, the slowest first."""
+"""Mesh axes that cut one axis of an array, slowest first."""
 
 
 class Move(NamedTuple):
-    """One mesh axis, from the axis of the leaf that it cuts to the one that it shall cut."""
+    """One mesh axis, from the axis of the leaf that it cuts to the one that it should cut."""
 
     name: str
     source: int | None
@@ -33,18 +33,18 @@ class Move(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where a leaf is worked on; made by `place`."""
+    """Where a leaf is processed; made by `place`."""
 
     outside: tuple[Names, ...]
-    """By axis of the leaf: what cuts it in the step."""
+    """By axis of the leaf: the mesh axes that cut it in the step."""
     inside: tuple[Names, ...]
-    """By axis of the leaf: what cuts it while its blocks are worked on."""
+    """By axis of the leaf: the mesh axes that cut it while its blocks are processed."""
     moves: tuple[Move, ...]
     """From outside to inside, in this order."""
     summed: Names
     """Mesh axes that cut through blocks, along axes over which only sums are needed."""
     sizes: Mapping[str, int]
-    """Of the mesh's axes."""
+    """The sizes of the mesh's axes."""
 
     @property
     def repeated(self) -> int:
@@ -58,12 +58,12 @@ class Placement:
         return math.prod(self.sizes[name] for name in names)
 
     def parts(self, names: Names) -> int:
-        """Into how many parts mesh axes cut together."""
+        """The number of parts into which these mesh axes cut together."""
         return math.prod(self.sizes[name] for name in names)
 
 
 WHOLE = Placement((), (), (), (), {})
-"""Of a leaf that is whole where it is worked on."""
+"""The placement of a leaf that is processed whole."""
 
 
 def place(
@@ -75,10 +75,10 @@ def place(
     """The placement of a leaf.
 
     Args:
-      outside: by axis of the leaf, the mesh axes that cut it.
-      cuts: by axis of the leaf, the number of equal parts between which it may be cut; one for never.
-      sizes: of the mesh's axes, by name.
-      sums: axes of the leaf that may be cut anywhere, because only sums over them are needed.
+      outside: by axis of the leaf, the mesh axes that cut it outside.
+      cuts: by axis of the leaf, the number of equal parts between which it may be cut; one for none.
+      sizes: sizes of the mesh's axes, by name.
+      sums: axes of the leaf that may be cut anywhere, since only sums over them are needed.
 
     Example:
       >>> from ravine.optimizers.matrix.mesh.placement import place
@@ -97,7 +97,7 @@ def place(
             kept -= 1
         inside.append(tuple(names[:kept]))
         left.append(1 if axis in sums else cut // math.prod(sizes[n] for n in names[:kept]))
-        # What cuts fastest is joined first.
+        # The fastest axes are joined first.
         free += [(name, axis) for name in reversed(names[kept:])]
     used = {name for names in outside for name in names}
     free += [(name, None) for name in sizes if name not in used]
@@ -122,7 +122,7 @@ def place(
 def names_of(x: Any) -> tuple[Names, ...]:
     """By axis of an array, the mesh axes that cut it according to its type.
 
-    Only axes of an `Explicit` mesh are in types; of an `Auto` one the compiler decides.
+    Types contain only axes of an `Explicit` mesh; under an `Auto` mesh the compiler decides.
     """
     mesh = mesh_of(x)
     spec = () if mesh is None else _sharding(x).spec
@@ -133,7 +133,7 @@ def names_of(x: Any) -> tuple[Names, ...]:
 
 
 def spec(names: Sequence[Names]) -> PartitionSpec:
-    """The specification that says the same; see `names_of`."""
+    """The equivalent specification; see `names_of`."""
     entries = [None if not axis else axis[0] if len(axis) == 1 else axis for axis in names]
     return PartitionSpec(*entries)
 
@@ -145,18 +145,18 @@ def mesh_of(x: Any) -> Any:
 
 
 def explicit_sizes(mesh: Any) -> dict[str, int]:
-    """Name to size, of the mesh's `Explicit` axes but those that `jax.vmap` maps over."""
+    """Sizes by name of the mesh's `Explicit` axes, except those that `jax.vmap` maps over."""
     return {name: mesh.shape[name] for name in axes_of_type(mesh, AxisType.Explicit)}
 
 
 def axes_of_type(mesh: Any, wanted: AxisType) -> list[str]:
-    """The names of the mesh's axes of a type, but for those that `jax.vmap` maps over."""
+    """The names of the mesh's axes of a type, except those that `jax.vmap` maps over."""
     kinds, mapped = zip(mesh.axis_names, mesh.axis_types, strict=True), mapped_axes()
     return [name for name, kind in kinds if kind == wanted and name not in mapped]
 
 
 def _sharding(x: Any) -> Any:
-    """Of the value where there is one, with its devices; of the type otherwise."""
+    """That of the value if there is one, with its devices; otherwise that of the type."""
     if isinstance(x, jax.ShapeDtypeStruct) or not isinstance(x, Tracer):
         return getattr(x, "sharding", None)
     return jax.typeof(x).sharding

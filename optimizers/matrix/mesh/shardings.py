@@ -1,9 +1,9 @@
-"""Optimizers on a mesh: where their state is, and how they are told where parameters are.
+"""Optimizers on a mesh: where their state is placed, and how to specify where parameters are.
 
 Under an `Explicit` mesh, the default of ``jax.make_mesh``, types say how arrays are sharded, and every
-optimizer of Ravine reads them. Under an `Auto` mesh nothing says so while a program is traced, and
-`on_mesh` does. `state_shardings` tells where the state of any transformation will be, and `split_state`
-spreads the state of an element-wise one over the devices that would hold copies of it.
+optimizer of Ravine reads them. Under an `Auto` mesh traced types do not, and `on_mesh` supplies the
+shardings. `state_shardings` gives the shardings of the state of any transformation, and `split_state`
+spreads the state of an element-wise one over the devices that would otherwise hold copies of it.
 """
 
 from collections.abc import Callable
@@ -25,19 +25,20 @@ from .placement import explicit_sizes, mesh_of, names_of, place
 def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> Any:
     """The shardings of a transformation's state, for parameters sharded as these; nothing is computed.
 
-    ``tx.init`` is traced on a twin of the mesh whose axes are all `Explicit`, and the shardings are read
-    off the types of what comes out.
+    ``tx.init`` is traced on a copy of the mesh with all axes `Explicit`, and the shardings are read
+    from the types of the result.
 
     Args:
-      tx: any Optax transformation, ours or not.
-      params: a tree of arrays, or of `jax.ShapeDtypeStruct`, with a `NamedSharding` each.
+      tx: any Optax transformation, Ravine's or not.
+      params: a tree of arrays or `jax.ShapeDtypeStruct`, each with a `NamedSharding`.
 
     Returns:
-      A tree like the state, of `NamedSharding`: what ``jax.jit(tx.init, out_shardings=...)`` and a
-      checkpoint that is restored take.
+      A tree of `NamedSharding` like the state, for ``jax.jit(tx.init, out_shardings=...)`` and for
+      restoring a checkpoint.
 
     Raises:
-      ValueError: for a parameter without a `NamedSharding`, or an axis of it that does not divide.
+      ValueError: for a parameter without a `NamedSharding`, or with an axis that its mesh axes do not
+        divide.
 
     Example:
       >>> import jax, jax.numpy as jnp, ravine
@@ -50,7 +51,7 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> A
     shardings = jax.tree_util.tree_map_with_path(_sharding_of, params)
     leaves = jax.tree.leaves(shardings)
     if not leaves:
-        raise ValueError("state_shardings needs parameters, and this tree has no leaf.")
+        raise ValueError("state_shardings needs parameters, but this tree has no leaf.")
     mesh = leaves[0].mesh
     check_specs(params, jax.tree.map(lambda s: s.spec, shardings), mesh)
     twin = with_explicit_axes(mesh.abstract_mesh)
@@ -68,23 +69,24 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> A
 def on_mesh(
     tx: optax.GradientTransformation, param_specs: Any, mesh: Any = None
 ) -> optax.GradientTransformationExtraArgs:
-    """The transformation with parameters sharded as said, under a mesh with `Auto` axes, all or some.
+    """The transformation for parameters with these shardings, under a mesh with some or all axes
+    `Auto`.
 
-    Inside, axes are `Explicit`; results are as the mesh has them, and so are parameters for
-    ``curvature=``. Under an `Explicit` mesh it changes nothing.
+    Inside, all axes are `Explicit`; results, and parameters for ``curvature=``, have the axes of the
+    actual mesh. Under an `Explicit` mesh it changes nothing.
 
     Args:
-      tx: any transformation that works under an `Explicit` mesh, as all of Ravine's do.
-      param_specs: how parameters are sharded: a tree like them of `PartitionSpec` or `NamedSharding`, or
-        the parameters themselves, if they are on a mesh; only their shardings are kept. With Flax,
-        ``nnx.state(model, nnx.Param)``, or ``nnx.get_partition_spec`` of it. Parameters are found by
-        their paths, so that ``optax.masked`` may leave some out.
-      mesh: the mesh; by default that of ``jax.set_mesh``, else that of the parameters' shardings.
+      tx: any transformation that works under an `Explicit` mesh; all of Ravine's do.
+      param_specs: how parameters are sharded: a tree like them of `PartitionSpec` or `NamedSharding`,
+        or the parameters themselves, if they are on a mesh; only their shardings are kept. With Flax,
+        ``nnx.state(model, nnx.Param)`` or its ``nnx.get_partition_spec``. Parameters are matched by
+        path, so that ``optax.masked`` may leave some out.
+      mesh: the mesh; by default that of ``jax.set_mesh``, or else that of the parameters' shardings.
 
     Raises:
-      ValueError: for parameters none of which is on a mesh; at `init` or the update: without a mesh, for
-        a parameter that has no specification, or for a specification that names axes the mesh does not
-        have, or that does not divide the parameter.
+      ValueError: if no parameter is on a mesh; at `init` or the update: without a mesh, for a parameter
+        without a specification, or for a specification that names axes the mesh does not have, or that
+        does not divide the parameter.
 
     Example:
       >>> import jax, jax.numpy as jnp, ravine
@@ -141,7 +143,7 @@ def on_mesh(
             specs,
         )
         state_specs = jax.tree.map(lambda s: s.spec, state_shardings(tx, structs))
-        # Functions, as Sophia's curvature, are no arguments of a traced function.
+        # Functions, such as Sophia's curvature, cannot be arguments of a traced function.
         functions = {name: value for name, value in extra.items() if callable(value)}
         if "curvature" in functions:
             functions["curvature"] = _with_auto_axes(functions["curvature"], auto_axes(found))
@@ -161,7 +163,7 @@ def on_mesh(
 
 
 def _known_specs(params: Any) -> tuple[dict[str, PartitionSpec], Any]:
-    """Specifications by the parameters' paths, and the mesh if their shardings tell it."""
+    """Specifications by the parameters' paths, and the mesh if their shardings have one."""
     known, mesh = {}, None
     for path, x in jax.tree_util.tree_leaves_with_path(params):
         sharding = (
@@ -183,12 +185,12 @@ def _known_specs(params: Any) -> tuple[dict[str, PartitionSpec], Any]:
 def split_state(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     r"""An element-wise optimizer whose state is spread over all devices (ZeRO, stage 1).
 
-    Every mesh axis that does not shard a parameter shards its state, where it divides one of its axes:
-    each device updates its part, and the updates are gathered, so that they and the parameters stay
-    sharded as they were. Moments of data-parallel parameters take 1/devices of the memory.
+    Every mesh axis that does not shard a parameter shards its state, if it divides one of its axes:
+    each device updates its part, and the updates are gathered, so that the shardings of updates and
+    parameters do not change. Moments of data-parallel parameters take 1/devices of the memory.
 
     Args:
-      tx: works element by element, as `ravine.adamw` and all first-order optimizers do. Shampoo,
+      tx: an element-wise optimizer, such as `ravine.adamw` and all first-order optimizers. Shampoo,
         SOAP and Muon share their work among devices without it.
 
     Source: Rajbhandari et al., 2020, https://arxiv.org/abs/1910.02054.
@@ -243,10 +245,10 @@ def check_specs(params: Any, specs: Any, mesh: Any) -> None:
 
 
 def _with_auto_axes(function: Callable[..., Any], axes: tuple[str, ...]) -> Callable[..., Any]:
-    """A function from a tree to one like it, with these axes `Auto` though those of the tree are not.
+    """A function from a tree to one like it, with these axes `Auto` instead of `Explicit`.
 
-    An optimizer works with the latter, and hands its curvature parameters of that kind; the model, under
-    an `Auto` mesh, wants the former.
+    An optimizer runs with `Explicit` axes, and calls its curvature with such parameters; the model,
+    under an `Auto` mesh, needs `Auto` ones.
     """
 
     def call(tree: Any, *arguments: Any) -> Any:

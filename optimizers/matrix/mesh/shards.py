@@ -13,13 +13,13 @@ Explicit = jax.sharding.AxisType.Explicit
 
 
 def reshape(x: Any, shape: Sequence[int], names: Sequence[Names] | None = None) -> Any:
-    """``x.reshape(shape)``, cut by mesh axes as it was.
+    """``x.reshape(shape)``, still cut by the same mesh axes.
 
     Args:
       x: a NumPy or JAX array.
-      shape: of the result.
+      shape: the shape of the result.
       names: by axis of the result, the mesh axes that cut it; by default those that cut the first axis
-        still do, and no other axis may be cut.
+        still cut it, and no other axis may be cut.
 
     Example:
       >>> import jax.numpy as jnp
@@ -41,7 +41,7 @@ def reshape(x: Any, shape: Sequence[int], names: Sequence[Names] | None = None) 
 
 
 def _has_mesh(x: Any) -> bool:
-    """Whether the type may say that the array is cut: nowhere inside `jax.shard_map`."""
+    """Whether the type may say that the array is cut: never inside `jax.shard_map`."""
     return not isinstance(x, np.ndarray) and Explicit in jax.typeof(x).sharding.mesh.axis_types
 
 

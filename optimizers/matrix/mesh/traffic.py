@@ -1,12 +1,12 @@
-"""What it costs to orthogonalize matrices that a mesh cuts, and the way that costs least.
+"""The cost of orthogonalizing matrices that a mesh cuts, and the cheapest way to do it.
 
 *whole*
-    every matrix is brought to one device, and back; where their number does not divide by that of the
-    devices, as many are exchanged as if it did;
+    every matrix is brought to one device, and back; their number is padded to a multiple of the device
+    count;
 *ragged*
-    the same without those that are not there, by another collective;
+    the same without padding, by another collective;
 *gram*
-    some mesh axes go on cutting the long side of the matrices, and the sums over it, their Gram
+    some mesh axes keep cutting the long side of the matrices, and the sums over it, their Gram
     matrices, are added up over those axes: better for few and long matrices.
 """
 
@@ -23,13 +23,13 @@ from .placement import Names
 Distribution = Literal["auto", "whole", "ragged", "gram"]
 DISTRIBUTIONS = get_args(Distribution)
 RAGGED_OVERHEAD = 1.1
-"""How much more a byte costs in a ragged exchange, by assumption: that the usual collective is preferred
-where it sends little more."""
+"""How much more a byte is assumed to cost in a ragged exchange, so that the usual collective is
+preferred where it sends little more."""
 
 
 @runtime_checkable
 class OnShards(Protocol):
-    """A method that also works where mesh axes cut the long side of the matrices."""
+    """A method that also works if mesh axes cut the long side of the matrices."""
 
     distribution: Distribution
 
@@ -38,7 +38,7 @@ class OnShards(Protocol):
         ...
 
     def __call__(self, matrices_KxMxN: jax.Array, summed: Names = ()) -> jax.Array:
-        """The result for parts of the columns, the other parts being along `summed`."""
+        """The result for one part of the columns, with the other parts along the mesh axes `summed`."""
         ...
 
 
@@ -53,27 +53,27 @@ def bytes_sent(
     *,
     ragged: bool = False,
 ) -> float:
-    r"""Bytes that a device sends on average, to have `count` matrices `[rows, columns]` worked on.
+    r"""Bytes that a device sends on average to process `count` matrices `[rows, columns]`.
 
-    With e devices among which whole matrices (or their shards) are dealt, k of them to each, and c
-    that go on cutting their columns,
+    With e devices to which whole matrices (or their shards) are dealt, k to each, and c devices that
+    keep cutting their columns,
 
     .. math:: 2 k \frac{mn}{c} \Bigl(1 - \frac1e\Bigr) s
         + \text{sums} \cdot 2 \Bigl(1 - \frac1c\Bigr) k m^2 \cdot 4,
         \qquad k = \lceil \text{count} / e \rceil
 
-    the exchange in and out, and the sums of Gram matrices in float32. A ragged exchange is of
-    :math:`\text{count} / e` matrices.
+    the exchange in and out, plus the sums of Gram matrices in float32. In a ragged exchange k is
+    :math:`\text{count} / e`.
 
     Args:
-      count: matrices.
+      count: the number of matrices.
       rows: m, at most `columns`.
       columns: n.
-      exchanging: e.
-      cutting: c.
-      sums: Gram matrices that are needed of every matrix.
-      itemsize: s, bytes of an element.
-      ragged: whether only matrices that there are are exchanged.
+      exchanging: e, devices that exchange whole matrices.
+      cutting: c, devices that keep cutting columns.
+      sums: the number of Gram matrices needed for every matrix.
+      itemsize: s, bytes per element.
+      ragged: whether the exchange has no padding.
 
     Example:
       >>> from ravine.optimizers.matrix.mesh.traffic import bytes_sent
@@ -89,12 +89,12 @@ def bytes_sent(
 
 
 class Way(NamedTuple):
-    """How matrices are worked on."""
+    """How matrices are processed."""
 
     kept: Names = ()
-    """Mesh axes that go on cutting columns; none for whole matrices."""
+    """Mesh axes that keep cutting columns; none for whole matrices."""
     ragged: bool = False
-    """Whether the others exchange only matrices that there are."""
+    """Whether the others exchange matrices without padding."""
 
 
 def cheapest(
@@ -104,14 +104,14 @@ def cheapest(
     columns: Names,
     sizes: Mapping[str, int],
 ) -> Way:
-    """The way that sends the fewest bytes, of those that the method allows.
+    """The way that sends the fewest bytes, among those that the method allows.
 
     Args:
-      method: what is done with the matrices; whole ones, unless it is `OnShards`.
+      method: the function of the matrices; it needs whole ones, unless it is `OnShards`.
       batch: this device's tiles `[K, m, n]`.
       rows: mesh axes that cut rows.
-      columns: those that cut columns.
-      sizes: of mesh axes.
+      columns: mesh axes that cut columns.
+      sizes: sizes of mesh axes.
     """
     wanted = method.distribution if isinstance(method, OnShards) else "auto"
     parts = lambda names: math.prod(sizes[name] for name in names)

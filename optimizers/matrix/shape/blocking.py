@@ -1,4 +1,4 @@
-"""Blocking: how a leaf is cut into blocks that Kronecker factors belong to, on a mesh or not."""
+"""Blocking: how a leaf is cut into blocks with Kronecker factors, with or without a mesh."""
 
 import dataclasses
 import functools
@@ -26,36 +26,36 @@ class Blocking:
     grids: tuple[BlockGrid, ...]
     """One for each tensor of the leaf."""
     factored: tuple[tuple[bool, ...], ...]
-    """Of each tensor, which axes have a factor."""
+    """For each tensor, which axes have a factor."""
     placement: Placement = WHOLE
-    """On the mesh that the leaf is sharded over."""
+    """The placement on the mesh that the leaf is sharded over."""
     is_local: bool = False
-    """Whether all this is about the part of the leaf that one device has."""
+    """Whether this describes only the part of the leaf on one device."""
 
     @property
     def summed(self) -> Names:
-        """Mesh axes over which a block's sums are to be added up."""
+        """Mesh axes over which a block's sums must be added up."""
         return self.placement.summed if self.is_local else ()
 
     @property
     def leaf_names(self) -> Names:
-        """Mesh axes over which a leaf's sums are to be added up."""
+        """Mesh axes over which a leaf's sums must be added up."""
         outside = self.placement.outside if self.is_local else ()
         return tuple(name for names in outside for name in names)
 
     @property
     def shards(self) -> int:
-        """How many devices share the blocks of the leaf, each with those that this describes."""
+        """How many devices share the blocks of the leaf; this describes the blocks of one."""
         return self.placement.shards if self.is_local else 1
 
     @functools.cached_property
     def batches(self) -> tuple[tuple[int, ...], ...]:
-        """By tensor, the first axes of what is kept for it: the leaf's batch axes, or (1,)."""
+        """By tensor, the leading axes of its state: the leaf's batch axes, or (1,)."""
         return ((1,),) if self.layout is None else self.layout.batches
 
     @property
     def layers(self) -> tuple[int, Names]:
-        """How long the leaf's first batch axis is on all devices, one without, and what cuts it."""
+        """The length of the leaf's first batch axis over all devices, or one; and what cuts it."""
         if not self._batch_axes:
             return 1, ()
         cut = self.placement.inside if self.is_local else ()
@@ -148,7 +148,7 @@ class Blocking:
 
 
 def _shrunk(grid: BlockGrid, axis: int, parts: int, has_factor: bool) -> BlockGrid:
-    """The grid of one of so many parts."""
+    """The grid of one of this many parts."""
 
     def divided(values: tuple[int, ...], by: int) -> tuple[int, ...]:
         return tuple(v // by if at == axis else v for at, v in enumerate(values))
@@ -171,10 +171,10 @@ def blockings_of(
     """The blocking of every leaf, in the order of the leaves.
 
     Args:
-      tree: of arrays or their shapes.
-      axes: rows and columns of leaves, or None for tensors of the leaves' own order.
-      blocks: how they are cut, and which axes get a factor.
-      vectors: whether tensors of one axis get a factor.
+      tree: a tree of arrays or their shapes.
+      axes: rows and columns of leaves, or None for tensors with the axes of the leaves.
+      blocks: how tensors are cut, and which axes get a factor.
+      vectors: whether tensors with one axis get a factor.
       sums: whether devices may share the axes of a block that have no factor.
     """
 
@@ -201,7 +201,7 @@ def blockings_of(
 
 
 def blocks_in_words(blockings: Sequence[Blocking]) -> list[str]:
-    """Of every leaf its blocks, and the sizes of their factors."""
+    """A text for every leaf: its blocks, and the sizes of their factors."""
 
     def words(batch: tuple[int, ...], grid: BlockGrid, marks: tuple[bool, ...]) -> str:
         sizes = "x".join(map(str, grid.sizes)) or "1"

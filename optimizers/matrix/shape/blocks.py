@@ -1,8 +1,8 @@
-"""Blocks: a batch of tensors as a grid of smaller ones, each with Kronecker factors of its own.
+"""Blocks: a batch of tensors as a grid of smaller ones, each with its own Kronecker factors.
 
-A factor of an axis of size n takes n^2 memory and n^3 arithmetic, so long axes are cut. The grid
-stands in front, `[L, N1, ..., Nk, b1, ..., bk]`: blocks are a batch whatever the order k, and a mesh
-axis that shards an axis of the tensor shards the grid's. All of it depends on shapes only.
+A factor of an axis of size n takes n^2 memory and n^3 arithmetic, so long axes are cut. The grid comes
+first, `[L, N1, ..., Nk, b1, ..., bk]`: blocks are a batch for any order k, and a mesh axis that shards
+an axis of the tensor shards that axis of the grid. All of this depends on shapes only.
 """
 
 import dataclasses
@@ -19,24 +19,24 @@ from ..mesh.shards import reshape
 
 Sides = Literal["both", "rows", "columns", "smaller"]
 UNCUT_BOUND = 10_000
-"""Of axes that are not cut: the official SOAP's ``max_precond_dim``."""
+"""The longest axis with a factor if axes are not cut: the official SOAP's ``max_precond_dim``."""
 
 
 @options("blocks")
 class Blocks:
     """How parameters are cut into blocks, and which axes of these have a Kronecker factor.
 
-    An axis has none, and is not cut, where it is longer than `bound`, where it counts the words of an
-    embedding or a head and is longer than `vocabulary`, or where `sides` leaves it out;
+    An axis has no factor, and is not cut, if it is longer than `bound`, if it is the vocabulary of an
+    embedding or a head and longer than `vocabulary`, or if `sides` leaves it out;
     :func:`ravine.explain` shows which.
 
     Attributes:
       size: bound on the size of factors; longer axes are cut into blocks of equal size. ``None`` does
-        not cut. 512 is ours; Google's and Meta's default is 1024.
-      bound: axes longer than this have no factor. ``None``: any length, if axes are cut, and otherwise
+        not cut. 512 is our choice; Google's and Meta's default is 1024.
+      bound: axes longer than this have no factor. ``None`` is any length if axes are cut, and otherwise
         10,000, the official SOAP's.
       vocabulary: the same for the rows of parameters with the role ``embedding`` and the columns of
-        those with the role ``head``; ``None`` for any length. 8192 is ours.
+        parameters with the role ``head``; ``None`` for any length. 8192 is our choice.
       sides: of matrices and tensors, the axes with a factor: ``"both"`` (all), ``"rows"``,
         ``"columns"`` or the ``"smaller"``.
 
@@ -63,7 +63,7 @@ class Blocks:
             check_amount(1, **value)
 
     def factored(self, shape: tuple[int, ...], vocabulary: int | None = None) -> tuple[bool, ...]:
-        """Which axes of a tensor have a factor; `vocabulary` is the one that counts words."""
+        """Which axes of a tensor have a factor; `vocabulary` is the axis of the vocabulary."""
         bound = UNCUT_BOUND if self.size is None else math.inf
         bounds = [bound if self.bound is None else self.bound] * len(shape)
         if vocabulary is not None and self.vocabulary is not None:
@@ -95,7 +95,7 @@ class BlockGrid:
         return 1.0 - math.prod(self.sides) / padded if padded else 0.0
 
     def inside(self, axis: int, length: int) -> np.ndarray | None:
-        """`[L, *counts]`: how much of an axis of each block is no padding; None if all is."""
+        """`[L, *counts]`: how much of an axis of each block is not padding; None for all of it."""
         count, size, side = self.counts[axis], self.sizes[axis], self.sides[axis]
         if count * size == side:
             return None
@@ -105,7 +105,7 @@ class BlockGrid:
         return np.broadcast_to(cells, (length, *self.counts))
 
     def to_blocks(self, tensors: Any) -> Any:
-        """Blocks `[L, *counts, *sizes]` of tensors `[L, *sides]`, zeros where they reach beyond."""
+        """Blocks `[L, *counts, *sizes]` of tensors `[L, *sides]`, padded with zeros."""
         length, *sides = tensors.shape
         if tuple(sides) != self.sides:
             raise ValueError(f"expected tensors [L, {self.sides}], got {tensors.shape}.")
@@ -120,7 +120,7 @@ class BlockGrid:
         return split.transpose(0, *grid, *inside)
 
     def from_blocks(self, blocks: Any) -> Any:
-        """The tensors `[L, *sides]` of blocks, their padding cut off."""
+        """The tensors `[L, *sides]` of blocks, without padding."""
         length, *shape = blocks.shape
         if tuple(shape) != self.counts + self.sizes:
             raise ValueError(
@@ -136,12 +136,12 @@ class BlockGrid:
 def block_grid(
     sides: Sequence[int], block: int | None = None, whole: Collection[int] = ()
 ) -> BlockGrid:
-    """The grid of balanced blocks: as few as the bound allows, then as small as these can be.
+    """The grid of balanced blocks: as few as the bound allows, and then as small as possible.
 
     Args:
       sides: the tensors' shape, without their batch axis.
       block: bound on the sides of a block; None for one block.
-      whole: axes that are not cut, because they get no factor.
+      whole: axes that are not cut, since they get no factor.
 
     Raises:
       ValueError: if `block` is less than one.

@@ -1,8 +1,8 @@
 """Layout: a parameter as a batch of matrices, and a matrix as a grid of blocks.
 
-Attention kernels are `[in, heads, head width]`, scanned ones have their layers anywhere, some kernels
-are several matrices in one. `MatrixAxes` says what is what; a `Layout` maps a leaf to matrices
-`[L, M, N]` and back, exactly. All of it depends on shapes only.
+Attention kernels are `[in, heads, head width]`, scanned ones may have their layer axis anywhere, and
+some kernels are several matrices in one. `MatrixAxes` says which axes are which; a `Layout` maps a leaf
+to matrices `[L, M, N]` and back, exactly. All of this depends on shapes only.
 """
 
 import dataclasses
@@ -33,15 +33,15 @@ class MatrixAxes:
     rows: tuple[int, ...]
     """Axes of the inputs (fan-in), flattened in this order; negative ones count from the end."""
     columns: tuple[int, ...]
-    """Axes of the outputs (fan-out), likewise."""
+    """Axes of the outputs (fan-out), in the same way."""
     row_parts: int | tuple[int, ...] = 1
-    """A number splits the flattened rows into so many equal parts, each a matrix of its own that
-    joins the batch; a tuple of sizes splits them into pieces of unequal shape."""
+    """A number splits the flattened rows into that many equal parts, each a separate matrix of the
+    batch; a tuple of sizes splits them into pieces of unequal shape."""
     column_parts: int | tuple[int, ...] = 1
     """The same for columns."""
     vocabulary: Literal["rows", "columns"] | None = dataclasses.field(default=None, repr=False)
-    """The side that counts words, if one does: of embeddings the rows, of heads the columns, which
-    :func:`by_role` fills in."""
+    """The side that indexes the vocabulary, if there is one: the rows of embeddings, the columns of
+    heads; :func:`by_role` fills it in."""
 
 
 DEFAULT = MatrixAxes((-2,), (-1,))
@@ -52,8 +52,9 @@ DEFAULT = MatrixAxes((-2,), (-1,))
 class Layout:
     """A leaf as matrices `[L, M, N]`, and back; made by `layout`.
 
-    The batch runs over the batch axes in the leaf's order, then row parts, then column parts, the
-    last fastest. Pieces of unequal size: all columns of the first rows, then of the next.
+    The batch runs over the batch axes in the leaf's order, then row parts, then column parts, the last
+    fastest. Pieces of unequal size are ordered by rows: all columns of the first rows, then of the
+    next.
     """
 
     shape: tuple[int, ...]
@@ -73,7 +74,7 @@ class Layout:
 
     @functools.cached_property
     def batches(self) -> tuple[tuple[int, ...], ...]:
-        """L of each piece as axes: the leaf's batch axes, the last with parts of sides; (1,) if none."""
+        """L of each piece as axes: the leaf's batch axes, the last times the parts; (1,) if none."""
         axes = [self.shape[axis] for axis in self.batch_axes] or [1]
         return tuple(
             (*axes[:-1], axes[-1] * p * q)
@@ -81,9 +82,10 @@ class Layout:
         )
 
     def cuts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """By axis of the leaf, into how many parts shards may cut it; and axes they may cut anywhere.
+        """By axis of the leaf, the number of parts into which shards may cut it; and axes to cut
+        anywhere.
 
-        They may cut the batch between matrices, and the slowest axis of rows and columns that are one
+        Shards may cut the batch between matrices, and the slowest axis of rows and columns in one
         piece.
         """
         cuts = tuple(n if axis in self.batch_axes else 1 for axis, n in enumerate(self.shape))
@@ -97,7 +99,7 @@ class Layout:
             raise ValueError(f"expected an array of shape {self.shape}, got {leaf.shape}.")
         rows, columns = (sum(n for n, _ in side) for side in (self.row_pieces, self.column_pieces))
         leaf, names = self._divisible(leaf)
-        # JAX leaves out a transposition or a reshape that changes nothing.
+        # JAX omits a transposition or a reshape that changes nothing.
         flat = reshape(leaf.transpose(self._order), (self._batch, rows, columns), names)
         return tuple(
             _fold(block, p, q)
@@ -106,7 +108,7 @@ class Layout:
         )
 
     def from_matrices(self, pieces: Sequence[Any]) -> Any:
-        """The leaf whose pieces these are: the exact inverse of `to_matrices`."""
+        """The leaf of these pieces: the exact inverse of `to_matrices`."""
         if (got := tuple(piece.shape for piece in pieces)) != self.pieces:
             raise ValueError(f"expected pieces of shapes {self.pieces}, got {got}.")
         remaining = iter(pieces)
@@ -123,7 +125,7 @@ class Layout:
         return ordered.transpose([self._order.index(axis) for axis in range(len(self.shape))])
 
     def shrunk(self, parts: Sequence[int]) -> "Layout":
-        """Of one of so many equal parts along every axis, sides cut only where in one piece."""
+        """The layout of one of this many equal parts per axis; only sides in one piece are cut."""
 
         def side(
             axes: tuple[int, ...], pieces: tuple[tuple[int, int], ...]
@@ -139,9 +141,10 @@ class Layout:
         )
 
     def _divisible(self, leaf: Any) -> tuple[Any, tuple[Names, ...]]:
-        """The leaf, gathered along axes that shards cannot cut once it is matrices, and what cuts these.
+        """The leaf, gathered along axes that shards cannot cut in matrix form, and what cuts the
+        matrices.
 
-        They can cut the slowest axis of the batch, and of rows and columns that are one piece.
+        Shards can cut the slowest axis of the batch, and of rows and columns in one piece.
         """
         names, kept, sides = names_of(leaf), [()] * leaf.ndim, []
         pieces = (((1, 1),), self.row_pieces, self.column_pieces)
@@ -171,7 +174,7 @@ def layout(shape: Sequence[int], axes: MatrixAxes = DEFAULT, name: str = "") -> 
     """The layout of a leaf of this shape.
 
     Args:
-      shape: the leaf's.
+      shape: the shape of the leaf.
       axes: which axes are rows and columns.
       name: the leaf's path, for messages.
 
@@ -192,7 +195,7 @@ def layout(shape: Sequence[int], axes: MatrixAxes = DEFAULT, name: str = "") -> 
     ndim, leaf = len(shape), f"the parameter {name!r} of shape {shape}"
     if ndim < 2:
         raise ValueError(
-            f"{leaf} has fewer than two axes, so it is no matrix; give it another role."
+            f"{leaf} has fewer than two axes, so it is not a matrix; give it another role."
         )
     if not axes.rows or not axes.columns:
         raise ValueError(f"{leaf}: rows and columns need at least one axis each, got {axes}.")

@@ -43,10 +43,10 @@ class Matrices:
     layout: Layout
     placement: Placement = WHOLE
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    """Of the mesh's axes, by name."""
+    """The sizes of the mesh's axes, by name."""
 
     def local(self) -> "Matrices":
-        """The same for the part of the leaf that one device has."""
+        """The same for the part of the leaf on one device."""
         if not self.placement.inside:
             return self
         parts = [self.placement.parts(names) for names in self.placement.inside]
@@ -54,18 +54,18 @@ class Matrices:
 
     @property
     def names(self) -> tuple[Names, Names, Names]:
-        """Mesh axes that cut the batch, rows and columns of the matrices that a device has."""
+        """Mesh axes that cut the batch, rows and columns of a device's matrices."""
         inside = self.placement.inside
         if not inside:
             return (), (), ()
         batch = {name for axis in self.layout.batch_axes for name in inside[axis]}
         rows, columns = self.layout.row_axes[0], self.layout.column_axes[0]
-        # Matrices that the same mesh axes deal to devices are joined, in whatever order these stand.
+        # Matrices dealt by the same mesh axes are joined, in whatever order the axes come.
         dealing = tuple(name for name in self.sizes if name in batch)
         return dealing, inside[rows], inside[columns]
 
     def opened(self, leaf: jax.Array) -> tuple[jax.Array, ...]:
-        """The batches `[L, M, N]` that a device has of a leaf."""
+        """A device's batches `[L, M, N]` of a leaf."""
         return self.layout.to_matrices(move_in(leaf, self.placement))
 
     def closed(self, pieces: Sequence[jax.Array]) -> jax.Array:
@@ -101,7 +101,7 @@ def joined(pieces: Sequence[Sequence[jax.Array]], like: Any, layouts: Sequence[L
 
 
 def map_pieces(function: Callable[..., jax.Array], layouts: Sequence[Layout], *trees: Any) -> Any:
-    """Applies `function` to the pieces of the trees' leaves, and joins what it returns."""
+    """Applies `function` to the pieces of the trees' leaves, and joins the results."""
     split_trees = [split(tree, layouts) for tree in trees]
     done = [
         [function(*arguments) for arguments in zip(*leaf, strict=True)]
@@ -116,12 +116,12 @@ def frobenius(x_LxMxN: jax.Array) -> jax.Array:
 
 
 def safe_divide(x: jax.Array, by: jax.Array) -> jax.Array:
-    """`x / by`, and `x` where `by` is zero: what has no size is left as it is."""
+    """`x / by`, and `x` where `by` is zero: matrices of size zero are not changed."""
     return x / jnp.where(by == 0, 1, by)
 
 
 def no_state(axes: Axes) -> Callable[[optax.Params], optax.EmptyState]:
-    """The `init` of what keeps no state but refuses leaves that are not matrices."""
+    """An `init` without state that refuses leaves that are not matrices."""
 
     def init(params: optax.Params) -> optax.EmptyState:
         layouts_of(params, axes)
