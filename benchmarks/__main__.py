@@ -1,11 +1,11 @@
-"""python benchmarks COMMAND [FLAGS]: every question a command; most write their own part of the page."""
+"""python benchmarks COMMAND [FLAGS]: one command per question; most write their part of the page."""
 
 import runpy
 import sys
 from pathlib import Path
 
 COMMANDS = {
-    "first_order": "update and compile time of SGD, Adam and their kin against Optax's",
+    "first_order": "update and compile time of SGD, Adam and similar ones against Optax's",
     "muon": "update, compile time and temporary memory of Muon against Optax's",
     "shampoo": "compile time and steps of Shampoo and SOAP against Meta's, PyTorch's and Google's",
     "peers": "updates of AdamW, Muon, SOAP and Shampoo against PyTorch's and Optax's",

@@ -2,8 +2,9 @@
 
 python -m ravine.benchmarks.compile_time [--leaves 8 32 128] [--side 64] [--only shampoo soap]
 
-CPU time, not the clock's, as it is less moved by what else the machine does. An update's CPU time and a
-checksum of the results stand beside it: what compiles faster must not run slower or find anything else.
+It measures CPU time instead of wall-clock time, since other load on the machine affects it less. The
+CPU time of an update and a checksum of the results are printed too: faster compilation must not slow
+down the update or change its results.
 """
 
 import argparse
@@ -25,7 +26,7 @@ OPTIMIZERS = {
 
 @functools.cache
 def gradients(leaves: int, side: int) -> dict[str, jax.Array]:
-    """Equal leaves, of numbers that are not."""
+    """Leaves of equal shapes, with different numbers."""
     rng = np.random.default_rng(0)
     return {
         f"{at:03}": jnp.asarray(rng.normal(size=(side, side)), jnp.float32) for at in range(leaves)
@@ -33,7 +34,7 @@ def gradients(leaves: int, side: int) -> dict[str, jax.Array]:
 
 
 def measured(name: str, leaves: int, side: int, steps: int) -> tuple[float, float, float]:
-    """CPU-seconds to compile, CPU-milliseconds of an update, checksum."""
+    """CPU-seconds to compile, CPU-milliseconds per update, checksum."""
     tx, grads = OPTIMIZERS[name](), gradients(leaves, side)
     state = jax.jit(tx.init)(grads)
     jax.block_until_ready(state)
@@ -57,7 +58,7 @@ def main() -> None:
     asked = parser.parse_args()
     jax.config.update("jax_enable_compilation_cache", False)
     for name in asked.only:
-        measured(name, 1, 8, 1)  # what is done once only
+        measured(name, 1, 8, 1)  # work that is done only once
         for leaves in asked.leaves:
             compiled, update, total = measured(name, leaves, asked.side, asked.steps)
             print(

@@ -3,9 +3,10 @@
     python benchmarks/first_order.py                 # about nine minutes on 2 cores
     python benchmarks/first_order.py --only adamw    # one pair, only printed
 
-Two trees in float32: a GPT of 19.9 M parameters in 37 leaves, and as many in 300 leaves of six shapes.
-Buffers are donated as a train step has them. Both are called in turn, A B A B; the table gives medians
-and the median of the ratios of neighbours. Compile time is lowering and compilation without any cache.
+There are two trees in float32: a GPT of 19.9 M parameters in 37 leaves, and the same number in 300
+leaves of six shapes. Buffers are donated as in a train step. Both optimizers are called in turn, A B A
+B; the table gives medians, and the median of the ratios of neighbouring calls. Compile time is lowering
+and compilation without any cache.
 """
 
 import argparse
@@ -83,7 +84,7 @@ def accumulation(repeats: int) -> tuple[float, float, float]:
 
 
 def paired(pair: tuple, tree: dict, repeats: int, compiles: int) -> dict[str, tuple]:
-    """Median of ours, of theirs, and of the ratio, for compilation and step."""
+    """Medians of our times, their times and the ratios, for compilation and step."""
     contenders = [Contender(make(), tree) for make in pair]
     compile_times = []
     for at in range(compiles):  # each is first in turn

@@ -1,12 +1,13 @@
-"""A fast subset of the benchmarks: ratios against committed bounds, so that no change loses them unseen.
+"""A fast subset of the benchmarks: ratios against committed bounds, so that no regression goes
+unnoticed.
 
-    python benchmarks guard              # about a minute; status 1 where a bound is passed
-    python benchmarks guard --record WHY # writes what was measured into the history of guard.json
+    python benchmarks guard              # about a minute; status 1 if a bound is exceeded
+    python benchmarks guard --record WHY # writes the measurements into the history of guard.json
 
-Everything is a ratio of two things of one process, in turn: processor time, as it is less moved by what
-else a machine does, or memory that XLA's analysis tells without running anything. A bound is what was
-measured when it was set, times 2 for processor time, of which a busy machine alone makes 1.4, and times
-1.1 for memory.
+Everything is a ratio of two measurements in one process, taken in turn: processor time, since other
+load on the machine affects it less, or memory from XLA's analysis, without running anything. A bound is
+the value measured when it was set, times 2 for processor time (a busy machine alone accounts for 1.4),
+and times 1.1 for memory.
 """
 
 import argparse
@@ -88,7 +89,7 @@ def loss_memory() -> float:
 
 
 def measured() -> dict[str, tuple[str, float]]:
-    """What each is made of, and its value."""
+    """For each name, the quantity behind the ratio, and its value."""
     rules = [(".*", "matrix", IN_OUT)]
     adamw = against(ravine.adamw(1e-3), optax.adamw(1e-3), 40, 256)
     muon = against(ravine.muon(0.02, rules=rules), optax.contrib.muon(0.02), 40, 128)

@@ -3,9 +3,9 @@
     python benchmarks hard              # some minutes
     python benchmarks hard --no-write   # only print
 
-Every optimizer has the same nine learning rates, 1e-4 to 1, each falling linearly to zero, and the same
-1,000 steps; it passes if one of them comes below the bound. Parameters are one matrix of 8 by 8, so that
-all optimizers can take part. No weight decay.
+Every optimizer gets the same nine learning rates, 1e-4 to 1, each decaying linearly to zero, and the
+same 1,000 steps; it passes if one of them ends below the bound. The only parameter is a matrix of 8 by
+8, so that all optimizers can take part. There is no weight decay.
 """
 
 import argparse
@@ -27,7 +27,7 @@ SHAPE = (8, 8)
 
 
 class Problem(NamedTuple):
-    """Loss, where it starts, how its gradient is seen, and the loss that counts as solved."""
+    """A loss, its starting point, the noise of its gradient, and the loss that counts as solved."""
 
     loss: Callable[[jax.Array], jax.Array]
     start: jax.Array
@@ -36,7 +36,7 @@ class Problem(NamedTuple):
 
 
 def _rotated(condition: float) -> Callable[[jax.Array], jax.Array]:
-    """A quadratic of 64 numbers that no pair of factors of the matrix describes."""
+    """A quadratic in 64 numbers that no pair of Kronecker factors describes."""
     rng = np.random.default_rng(0)
     basis = np.linalg.qr(rng.normal(size=(64, 64)))[0]
     hessian = jnp.asarray((basis * np.geomspace(1 / condition, 1, 64)) @ basis.T, jnp.float32)
@@ -85,7 +85,7 @@ THEIRS = {
 
 
 def builders() -> dict[str, Callable[[Any], optax.GradientTransformation]]:
-    """Ours by their registered names, and Optax's."""
+    """Our optimizers by their registered names, and Optax's."""
 
     def ours(name: str) -> Callable[[Any], optax.GradientTransformation]:
         build = getattr(ravine, name)
@@ -104,7 +104,7 @@ def builders() -> dict[str, Callable[[Any], optax.GradientTransformation]]:
 
 
 def best(build: Callable[[Any], optax.GradientTransformation], problem: Problem) -> float:
-    """The lowest last loss over the learning rates; of averages of iterates, theirs."""
+    """The lowest final loss over the learning rates; for averaging optimizers, at the average."""
 
     def run(rate: jax.Array) -> jax.Array:
         tx = build(lambda count: rate * (1 - count / STEPS))

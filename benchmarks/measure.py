@@ -1,4 +1,4 @@
-"""What the benchmarks share: an optimizer that is compiled and stepped, and the page of tables."""
+"""Shared by the benchmarks: an optimizer that is compiled and stepped, and the page of tables."""
 
 import datetime
 import platform
@@ -15,9 +15,9 @@ PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 
 
 class Contender:
-    """One optimizer on one tree: compiled once more at every `compile`, stepped by `step`.
+    """One optimizer on one tree: `compile` compiles it again, `step` runs one step.
 
-    Both return seconds, of `clock`.
+    Both return seconds, measured by `clock`.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Contender:
 
     @property
     def bytes(self) -> tuple[int, int]:
-        """Of the state, and of the parameters."""
+        """Bytes of the state, and of the parameters."""
         state, params = (
             sum(x.nbytes for x in jax.tree.leaves(tree)) for tree in (self._state, self._params)
         )
@@ -106,7 +106,7 @@ def heading(command: str) -> list[str]:
 
 
 def write(mark: str, lines: list[str]) -> None:
-    """Puts lines between the marks ``<!-- mark -->`` and ``<!-- /mark -->`` of docs/benchmarks.md."""
+    """Writes lines between the marks ``<!-- mark -->`` and ``<!-- /mark -->`` of docs/benchmarks.md."""
     start, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
     before, rest = PAGE.read_text(encoding="utf-8").split(start)
     _, after = rest.split(end)

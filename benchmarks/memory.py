@@ -11,7 +11,7 @@ from ravine.training.shapes.presets import PRESETS
 PAGE = Path(__file__).parents[1] / "docs" / "memory.md"
 MODELS = ("gpt2", "llama2-7b")
 B = jnp.bfloat16
-# What saves memory, one option after the other.
+# Options that save memory, one after the other.
 SAVING = {
     "`sgd(0.1, momentum=0.9)`": ravine.sgd(0.1, momentum=0.9),
     "`sgd(0.1, momentum=0.9, mu_dtype=bfloat16)`": ravine.sgd(0.1, momentum=0.9, mu_dtype=B),
@@ -37,7 +37,7 @@ SAVING = {
 
 
 def bytes_per_parameter(tx, model: str) -> float:
-    """Of the state of float32 parameters in the shapes of a published model."""
+    """For the state of float32 parameters in the shapes of a published model."""
     params = PRESETS[model].parameters(jnp.float32)
     state = jax.eval_shape(tx.init, params)
     size = lambda x: math.prod(x.shape) * x.dtype.itemsize
@@ -62,7 +62,7 @@ def section(name: str) -> str:
 
 
 def written(text: str) -> str:
-    """The page with its tables made again."""
+    """The page with its tables regenerated."""
     for name in ("defaults", "saving"):
         first, rest = text.split(f"<!-- {name} -->\n")
         last = rest.split(f"<!-- /{name} -->")[1]

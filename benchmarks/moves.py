@@ -1,11 +1,11 @@
 """How often a traced update moves between files, and how many lines of the package are documentation.
 
     python benchmarks moves            # ten seconds; printed only
-    python benchmarks moves --calls    # and from where to where
+    python benchmarks moves --calls    # also list caller and callee
 
-A move is a call of one of Ravine's functions from another file of Ravine's; "in turn" counts calls whose
-file is not that of the call before, returns included, so. One leaf of 64 x 64, unsharded, traced twice,
-the second time counted.
+A move is a call of one of Ravine's functions from another file of Ravine's; "in turn" counts calls and
+returns that are in a different file than the one before. The tree is one leaf of 64 x 64, unsharded; it
+is traced twice, and the second time counts.
 """
 
 import argparse
@@ -25,7 +25,7 @@ NAMES = ("shampoo", "soap", "kl_shampoo", "muon", "adamw")
 
 
 def moves(name: str) -> tuple[collections.Counter, int]:
-    """Moves of an update by caller and callee, and calls whose file is not that of the one before."""
+    """Moves of an update by caller and callee, and calls in a different file than the one before."""
     params = {"kernel": jnp.ones((64, 64))}
     options = {} if name == "adamw" else {"rules": [("", "matrix")]}
     tx = getattr(ravine, name)(1e-3, **options)
@@ -64,7 +64,7 @@ def lines(folder: Path) -> dict[str, int]:
         total = text.count("\n")
         documented = set()
         for node in ast.walk(ast.parse(text)):
-            # Docstrings, those of fields included.
+            # Docstrings, including those of fields.
             if (
                 isinstance(node, ast.Expr)
                 and isinstance(node.value, ast.Constant)

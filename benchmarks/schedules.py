@@ -2,7 +2,8 @@
 
     python benchmarks/schedules.py                      # seconds
 
-Both are called in turn and the fastest of each counts: what another process disturbs is slower.
+Both are called in turn, and the fastest call of each counts, since interference by other processes only
+slows calls down.
 """
 
 import time

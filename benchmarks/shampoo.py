@@ -3,11 +3,11 @@
     OPENBLAS_NUM_THREADS=1 python benchmarks/shampoo.py --torch PYTHON --meta CHECKOUT --soap soap.py \\
         --google PYTHON
 
-The peers run by interpreters of their own environments, one process after the other (`peers/` says what
-each needs); a peer whose option is missing is left out. The tree is the GPT of 19.9 M parameters in 37
-leaves; float32; blocks of 512, roots every 10 steps, Adam graft; SOAP unblocked, bases every 10. Times
-are of complete periods, with preconditioning from the first step measured on. With more threads OpenBLAS
-takes longer for one matrix of 512 on two cores, and spins afterwards.
+The peers run with the interpreters of their own environments, one process after the other (`peers/`
+says what each needs); a peer without its option is left out. The tree is the GPT of 19.9 M parameters
+in 37 leaves; float32; blocks of 512, roots every 10 steps, Adam graft; SOAP unblocked, bases every 10.
+Times cover complete periods, with preconditioning from the first measured step on. With more threads on
+two cores, OpenBLAS takes longer for one matrix of 512, and spins afterwards.
 """
 
 import argparse
@@ -38,7 +38,7 @@ OURS = {
 
 
 def measure(tx: optax.GradientTransformation, steps: int) -> dict:
-    """What the peers' scripts print: seconds to compile and of every step, and bytes."""
+    """The output of the peers' scripts: seconds to compile and per step, and bytes."""
     contender = Contender(tx, gpt_tree())
     compile_seconds = contender.compile()
     seconds = [contender.step() for _ in range(steps)]

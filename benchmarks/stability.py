@@ -1,10 +1,10 @@
-"""What stability costs: the fused loss against the logits held, monitors and guards in a train step.
+"""What stability costs: the fused loss against full logits, monitors and guards in a train step.
 
     python benchmarks/stability.py                      # about ten minutes on 2 cores
     python benchmarks/stability.py --only fused         # one part
 
-Everything is paired: both are called in turn, A B A B, and the ratios are medians of those of
-neighbours. Memory is XLA's own account of a compiled program's temporaries.
+Everything is paired: both are called in turn, A B A B, and the ratios are medians over neighbouring
+calls. Memory is XLA's own figure for a compiled program's temporaries.
 """
 
 import argparse
@@ -27,7 +27,7 @@ OPTIONS = {"z_loss": 1e-4}
 
 
 def alternate(functions: list, repeats: int) -> list[list[float]]:
-    """Seconds of each function, called in turn, the first round left out."""
+    """Seconds of each function, called in turn, without the first round."""
     times = []
     for _ in range(repeats + 1):
         row = []
@@ -47,7 +47,7 @@ def report(name: str, times: list[list[float]]) -> None:
 
 
 def fused(repeats: int, width: int) -> None:
-    """Loss and both gradients at 8 x 1024 tokens x 50257: temporaries and time."""
+    """Loss and both gradients for 8 x 1024 tokens x 50257: temporaries and time."""
     keys = jax.random.split(jax.random.key(0), 3)
     hidden = jax.random.normal(keys[0], (*TOKENS, width))
     unembedding = jax.random.normal(keys[1], (width, VOCABULARY)) * width**-0.5
@@ -74,7 +74,7 @@ def fused(repeats: int, width: int) -> None:
 
 
 def monitors(repeats: int) -> None:
-    """Ten train steps of the race's model, all monitors sampled once in them."""
+    """Ten train steps of the race's model, in which all monitors sample once."""
     config = ModelConfig()
     graphdef, params = init_params(config, 0)
     batch = jax.random.randint(jax.random.key(0), (16, config.context + 1), 0, config.vocabulary)
@@ -95,7 +95,7 @@ def monitors(repeats: int) -> None:
 
 
 def guards(repeats: int) -> None:
-    """AdamW on 19.9 M parameters with the guard around it, and without; buffers donated."""
+    """AdamW on 19.9 M parameters with and without the guard around it; buffers are donated."""
     plain = ravine.adamw(1e-3, weight_decay=0.1)
     for name, guard in (
         ("finite_gate", stability.finite_gate(plain)),
@@ -114,7 +114,7 @@ def guards(repeats: int) -> None:
 
 
 class GuardedContender(Contender):
-    """The same step, its condition around update and addition."""
+    """The same step, with the condition around update and addition."""
 
     def __init__(self, tx, tree):
         super().__init__(tx, tree)

@@ -5,9 +5,9 @@
         optax==0.2.3 flax==0.8.5 "numpy<2" "scipy<1.14" "ml_dtypes<0.5"
     google/bin/python benchmarks/peers/google_shampoo.py
 
-These versions worked on Python 3.11.7, with numpy 1.26.4. Step 0 refreshes the preconditioners and
-is the warm-up; then steps 10, 20, … refresh. Grafting is RMSPROP, the nearest to Adam it has;
-the rest is the library's default, but JAX's too: without x64 its roots are taken in float32.
+These versions worked on Python 3.11.7, with numpy 1.26.4. Step 0 refreshes the preconditioners and is
+the warm-up; then steps 10, 20, … refresh. Grafting is RMSPROP, the closest option to Adam; the rest are
+the defaults of the library and of JAX, so that without x64 roots are computed in float32.
 """
 
 import argparse

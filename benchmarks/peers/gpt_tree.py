@@ -1,6 +1,6 @@
 """The tree all benchmarks share and one set of gradients for it, with numpy alone.
 
-The peers' scripts run in environments that hold their own library and numpy, and no ravine.
+The peers' scripts run in environments with their own library and numpy, but without ravine.
 """
 
 import numpy as np
@@ -18,11 +18,11 @@ def gpt_tree(width: int = 512, layers: int = 6) -> dict[str, np.ndarray]:
 
 
 def gradients(tree: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Normal of deviation 0.02, the same at every step."""
+    """Normal numbers with standard deviation 0.02, the same at every step."""
     return fill({name: array.shape for name, array in tree.items()}, seed=1)
 
 
 def fill(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, np.ndarray]:
-    """Normal arrays of deviation 0.02."""
+    """Normal arrays with standard deviation 0.02."""
     rng = np.random.default_rng(seed)
     return {k: (0.02 * rng.standard_normal(s)).astype(np.float32) for k, s in shapes.items()}

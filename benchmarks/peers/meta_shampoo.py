@@ -5,10 +5,10 @@
     torch/bin/pip install torch==2.13.0 numpy
     torch/bin/python benchmarks/peers/meta_shampoo.py --checkout optimizers
 
-Worked with torch 2.13.0 for CPUs on Python 3.11.7 (its metadata ask for 3.12) and commit
+Worked with torch 2.13.0 for CPUs on Python 3.11.7 (its metadata requires 3.12) and commit
 f60660661194 of the repository. One device, eager mode, inverse roots by `eigh`: the defaults.
-Steps 10, 20, … take inverse roots. Steps 1 to 9 only graft, at half a later step's cost: with
-`--warmup 10` none of them is timed, with the peers' warm-up of one step, the default, eight are.
+Steps 10, 20, … compute inverse roots. Steps 1 to 9 only graft, at half the cost of a later step: with
+`--warmup 10` none of them is timed; with the peers' warm-up of one step, the default, eight are.
 """
 
 import argparse

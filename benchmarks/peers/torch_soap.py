@@ -6,8 +6,9 @@
     torch/bin/python benchmarks/peers/torch_soap.py --soap SOAP/soap.py
 
 Worked with torch 2.13.0 for CPUs on Python 3.11.7 and commit a1e553530fde of the repository. Call 0
-makes the first eigenbases, leaves the parameters, and is the warm-up; then calls 10, 20, … refresh.
-The frequency apart, all is the default: dimensions to 10000 are preconditioned whole, in no blocks.
+computes the first eigenbases, does not move the parameters, and is the warm-up; then calls 10, 20, …
+refresh. Apart from the frequency, everything is the default: dimensions up to 10000 are preconditioned
+whole, without blocks.
 """
 
 import argparse
