@@ -18,9 +18,9 @@ COMMANDS = {
     "stability": "losses, guards and attention devices",
     "schedules": "what evaluating a schedule costs in a step (printed only)",
     "hard": "problems on which optimizers fail: pass or fail, ours and Optax's",
-    "guard": "a fast subset, its ratios against the bounds of guard.json; status 1 where one is passed",
+    "guard": "a fast subset, its ratios against the bounds of guard.json; status 1 if one is exceeded",
 }
-FILES = {"peers": "against"}  # where a command's name is that of a folder
+FILES = {"peers": "against"}  # where a command has the name of a folder
 HERE = Path(__file__).parent
 
 

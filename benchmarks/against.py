@@ -1,14 +1,14 @@
 """Updates of AdamW, Muon, SOAP and Shampoo against PyTorch's and Optax's, for docs/benchmarks.md.
 
-    OPENBLAS_NUM_THREADS=1 python benchmarks peers      # some minutes, the first time installation too
-    python benchmarks peers --peers FOLDER              # where the peers' environment is, or is made
-    python benchmarks peers --without-torch --width 32  # Optax's only, small: a trial
+    OPENBLAS_NUM_THREADS=1 python benchmarks peers      # some minutes, plus installation the first time
+    python benchmarks peers --peers FOLDER              # where the peers' environment is or will be
+    python benchmarks peers --without-torch --width 32  # only Optax's, small: a trial
 
-The tree is the GPT of 19.9 M parameters in 37 leaves, float32, every leaf a matrix. Ours and Optax's are
-jitted, buffers donated; PyTorch's run eagerly in a process of their own, with as many threads as there
-are processors. A turn is a few steps, whose mean counts: for SOAP and Shampoo a whole period with its
-refresh. Turns alternate, A B A B; the table has medians, the least and the most in parentheses, and the
-ratio of neighbours likewise.
+The tree is the GPT of 19.9 M parameters in 37 leaves, float32, every leaf a matrix. Ours and Optax's
+are jitted, with donated buffers; PyTorch's run eagerly in a separate process, with one thread per
+processor. A turn is the mean over a few steps; for SOAP and Shampoo, over a whole period with its
+refresh. Turns alternate, A B A B; the table has medians, with the smallest and largest in parentheses,
+and the same for the ratio of neighbouring turns.
 """
 
 import argparse
@@ -32,17 +32,17 @@ Build = Callable[[], optax.GradientTransformation]
 
 
 class Pair(NamedTuple):
-    """Ours and theirs; of PyTorch's only the name is here."""
+    """Ours and theirs; PyTorch's only by name."""
 
     name: str
     ours: Build
     other: str
     theirs: Build | None
     steps: int
-    """Per turn."""
+    """Steps per turn."""
     turns: int
     bar: float | None
-    """Of the ratio, where an issue has set one."""
+    """The bar for the ratio, if an issue has set one."""
 
 
 def adamw() -> optax.GradientTransformation:

@@ -3,10 +3,10 @@
     python benchmarks growth                              # some minutes
     python benchmarks growth --only adamw --parameters 1 4 --leaves 8 32 --no-write
 
-Parameters grow in 16 leaves [512, n]; leaves grow at 2^21 parameters, in leaves [64, n], Shampoo and
-SOAP with blocks of 64. The slope is that of a straight line through the logarithms: 1 is in
-proportion, 0 is constant. An update is the mean of a few steps, for Shampoo and SOAP of a period of ten
-with its refresh; compilation is timed without a cache.
+The number of parameters grows in 16 leaves [512, n]; the number of leaves grows at 2^21 parameters, in
+leaves [64, n], with blocks of 64 for Shampoo and SOAP. The slope is that of a straight line through the
+logarithms: 1 is proportional, 0 is constant. An update is the mean over a few steps, for Shampoo and
+SOAP over a period of ten with its refresh; compilation is timed without a cache.
 """
 
 import argparse
@@ -33,7 +33,7 @@ BY_PARAMETERS = ("adamw", "muon")
 
 
 def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """Of the straight line through the logarithms.
+    """The slope of the straight line through the logarithms.
 
     >>> round(slope([1, 2, 4], [3, 12, 48]), 6)
     2.0
@@ -77,7 +77,7 @@ def main() -> None:
         "|---|---|---|---|---|",
     ]
     for name in asked.only or OPTIMIZERS:
-        measured(name, 1, (64, 64))  # what is done once only
+        measured(name, 1, (64, 64))  # work that is done only once
         found = []
         if asked.parameters and name in BY_PARAMETERS:
             trees = [(16, (512, millions * 2**20 // (16 * 512))) for millions in asked.parameters]

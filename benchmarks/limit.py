@@ -1,14 +1,14 @@
-"""How near AdamW and Muon come to what the machine can do; writes its part of docs/benchmarks.md.
+"""How close AdamW and Muon come to the limits of the machine; writes its part of docs/benchmarks.md.
 
     python benchmarks limit                               # two minutes
     python benchmarks limit --width 32 --megabytes 1      # a trial; writes nothing
 
-The limits are measured here: bytes per second of a copy between two buffers, and of an addition in
-place, of which the faster counts; and operations per second of float32 products of square matrices, the
-fastest of the sides. AdamW has to move 28 bytes per float32 parameter: gradient, parameter and two
-moments are read, all but the gradient are written. Muon's operations are those of five Newton–Schulz
-steps in their plain form on matrices [m, n], m ≤ n: 4 m² n + 2 m³ each. Ours multiplies less than that
-where the Gram form does, which the planner's counter tells; both shares stand in the table.
+The limits are measured here: bytes per second of a copy between two buffers and of an addition in
+place, whichever is faster; and operations per second of float32 products of square matrices, at the
+fastest size. AdamW has to move 28 bytes per float32 parameter: gradient, parameter and two moments are
+read, all but the gradient are written. Muon's operations are those of five Newton–Schulz steps in their
+plain form on matrices [m, n], m ≤ n: 4 m² n + 2 m³ each. Ours needs fewer in the Gram form, as the
+planner's counter shows; the table has both shares.
 """
 
 import argparse
@@ -32,7 +32,7 @@ RULES = ((".*", "matrix", IN_OUT),)
 
 
 def newton_schulz_flop(shape: tuple[int, ...]) -> float:
-    """Of one matrix, by formula.
+    """Operations for one matrix, by formula.
 
     >>> newton_schulz_flop((2, 3)) == 5 * (4 * 4 * 3 + 2 * 8)
     True
@@ -81,7 +81,7 @@ def products(sides: list[int], repeats: int) -> dict[int, list[float]]:
 
 
 def steps(tx: optax.GradientTransformation, tree: dict, repeats: int) -> list[float]:
-    """Seconds of updates, the first left out."""
+    """Seconds of updates, without the first."""
     contender = Contender(tx, tree)
     contender.compile()
     contender.step()
@@ -89,7 +89,7 @@ def steps(tx: optax.GradientTransformation, tree: dict, repeats: int) -> list[fl
 
 
 def counted_flop(tx: optax.GradientTransformation, tree: dict) -> float:
-    """Of an update, by the planner's counter."""
+    """Operations of an update, by the planner's counter."""
     grads = jax.tree.map(jnp.asarray, tree)
     traced = jax.jit(tx.update).trace(grads, jax.eval_shape(tx.init, grads), grads)
     return arithmetic(traced, devices=1).always

@@ -1,14 +1,14 @@
 """A train step of the trainer's model with AdamW against the same in PyTorch, for docs/benchmarks.md.
 
-    python benchmarks train_step                  # two minutes, the first time installation too
-    python benchmarks train_step --peers FOLDER   # where the peers' environment is, or is made
-    python benchmarks train_step --without-torch --turns 1 --steps 1  # ours only: a trial
+    python benchmarks train_step                  # two minutes, plus installation the first time
+    python benchmarks train_step --peers FOLDER   # where the peers' environment is or will be
+    python benchmarks train_step --without-torch --turns 1 --steps 1  # only ours: a trial
 
-Both start from the same weights and see the same batches; the losses of the first step must agree. Ours
-is the trainer's step as it compiles it: clipping, AdamW as tuned, the metrics of a step. PyTorch's
-(`peers/torch_model.py`) clips, has the fused AdamW at a constant rate, and runs eagerly, then under
-`torch.compile`. A turn is some steps, dispatched one after the other and waited for at the end. Turns
-alternate, A B A B; the table has medians, and the least and the most in parentheses.
+Both start from the same weights and get the same batches; the losses of the first step must agree. Ours
+is the step that the trainer compiles: clipping, AdamW as tuned, the metrics of a step. PyTorch's
+(`peers/torch_model.py`) clips, uses the fused AdamW at a constant rate, and runs eagerly, then under
+`torch.compile`. A turn is a few steps, dispatched one after the other with one wait at the end. Turns
+alternate, A B A B; the table has medians, with the smallest and largest in parentheses.
 """
 
 import argparse
@@ -38,7 +38,7 @@ MODELS = {"the race's": RunConfig().model, "`ModelConfig()`": ModelConfig()}
 
 
 class Ours:
-    """The trainer's step on one device, batches cycled."""
+    """The trainer's step on one device, cycling through the batches."""
 
     def __init__(self, model: ModelConfig):
         self.run = ADAMW.adapted(RunConfig(model=model))
@@ -57,7 +57,7 @@ class Ours:
         self._at = 0
 
     def weights(self) -> dict[str, np.ndarray]:
-        """By path, as they are now."""
+        """The current values, by path."""
         flat = traverse_util.flatten_dict(self._state.params, sep="/")
         return {name: np.array(value) for name, value in flat.items()}
 
@@ -69,7 +69,7 @@ class Ours:
         return metrics
 
     def mean(self, steps: int) -> float:
-        """Seconds per step, of so many."""
+        """Seconds per step, over this many steps."""
         started = time.perf_counter()
         for _ in range(steps):
             metrics = self.step()
@@ -78,7 +78,7 @@ class Ours:
 
 
 def asked_of(peer: Peer, ours: Ours, file: Path, compiled: bool) -> float:
-    """Has the peer build the model from a file; the loss of its first step."""
+    """Makes the peer build the model from a file; returns the loss of its first step."""
     run, config = ours.run, ADAMW.optimizer
     return peer.ask(
         "training",
@@ -100,7 +100,7 @@ def asked_of(peer: Peer, ours: Ours, file: Path, compiled: bool) -> float:
 
 
 def rows(name: str, model: ModelConfig, peer: Peer | None, turns: int, steps: int) -> list[str]:
-    """Lines of the table, one for each way of PyTorch's."""
+    """Lines of the table, one for each way of running PyTorch."""
     ours = Ours(model)
     weights = ours.weights()
     size = sum(x.size for x in weights.values()) / 1e6

@@ -1,4 +1,4 @@
-"""The environment in which the peers run: pinned, and made by the benchmark that needs it."""
+"""The environment in which the peers run: pinned, and created by the benchmark that needs it."""
 
 import subprocess
 import sys
@@ -9,10 +9,10 @@ FOLDER = Path(__file__).parents[2] / ".cache" / "peers"
 
 
 def interpreter(folder: Path) -> str:
-    """The Python of the environment in `folder`, which is made, once, where it is missing.
+    """The Python of the environment in `folder`, which is created if it is missing.
 
-    The library's own environment is left as it is. Where pip would take PyTorch for a GPU, which works
-    as well and is large, tell pip's configuration of an index with PyTorch for CPUs.
+    The library's own environment is not changed. If pip would install PyTorch for a GPU, which also
+    works but is large, configure pip with an index that has PyTorch for CPUs.
     """
     place = folder / "torch"
     python, stamp = place / "bin" / "python", place / "pins.txt"

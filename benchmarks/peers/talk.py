@@ -12,7 +12,7 @@ class Peer:
 
     def __init__(self, python: str, threads: int):
         script = Path(__file__).with_name("torch_side.py")
-        # The peer is to have the threads it would have by itself, and none of our modules.
+        # The peer should have its usual threads, and none of our modules.
         environment = {
             k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "OPENBLAS_NUM_THREADS")
         }
@@ -28,7 +28,7 @@ class Peer:
         """The answer.
 
         Raises:
-          RuntimeError: if the process ended instead; what it said of the reason is on stderr.
+          RuntimeError: if the process ended instead; its error is on stderr.
         """
         assert self._process.stdin
         assert self._process.stdout

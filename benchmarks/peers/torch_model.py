@@ -1,7 +1,7 @@
-"""The trainer's model in PyTorch, as one writes it there, with the weights of ours.
+"""The trainer's model in idiomatic PyTorch, with the weights of ours.
 
-Query, key and value are one product, and so are gate and up; attention is PyTorch's own kernel, AdamW
-the fused one. Rotary angles are computed once. Needs PyTorch and numpy, no ravine.
+Query, key and value are one product, and so are gate and up; attention is PyTorch's own kernel, and
+AdamW the fused one. Rotary angles are computed once. It needs PyTorch and numpy, but not ravine.
 """
 
 import time
@@ -15,7 +15,7 @@ EPS = 1e-6
 
 
 def linear(kernel: np.ndarray) -> nn.Linear:
-    """Of a kernel `[in, out]`."""
+    """A linear layer from a kernel `[in, out]`."""
     module = nn.Linear(*kernel.shape, bias=False)
     with torch.no_grad():
         module.weight.copy_(torch.from_numpy(np.ascontiguousarray(kernel.T)))
@@ -23,7 +23,7 @@ def linear(kernel: np.ndarray) -> nn.Linear:
 
 
 def norm(scale: np.ndarray) -> nn.RMSNorm:
-    """With a learned scale."""
+    """RMS norm with a learned scale."""
     module = nn.RMSNorm(scale.shape[0], eps=EPS)
     with torch.no_grad():
         module.weight.copy_(torch.from_numpy(scale.copy()))
@@ -31,7 +31,7 @@ def norm(scale: np.ndarray) -> nn.RMSNorm:
 
 
 class Block(nn.Module):
-    """Attention and SwiGLU, each normalised before and added to the stream."""
+    """Attention and SwiGLU, each with a norm in front and added to the residual stream."""
 
     def __init__(self, weights: dict[str, np.ndarray], heads: int):
         super().__init__()
@@ -93,7 +93,7 @@ class Transformer(nn.Module):
 
 
 class Training:
-    """Steps of the model with clipping and AdamW, whose matrices alone decay."""
+    """Steps of the model with clipping and AdamW, which decays only matrices."""
 
     def __init__(self, file: str, compiled: bool, model: dict, optimizer: dict, clip_norm: float):
         with np.load(file) as held:
@@ -127,7 +127,7 @@ class Training:
         return float(self.step())
 
     def mean(self, steps: int) -> float:
-        """Seconds per step, of so many."""
+        """Seconds per step, over this many steps."""
         started = time.perf_counter()
         for _ in range(steps):
             self.step()

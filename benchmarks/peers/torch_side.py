@@ -1,7 +1,7 @@
 """PyTorch's side of `python benchmarks peers` and `train_step`: answers lines of JSON on stdin.
 
-It runs in the environment that `environment.py` makes, without ravine. One thing is held at a time: an
-optimizer on the tree of 37 leaves, or a model in training.
+It runs in the environment that `environment.py` creates, without ravine. It holds one thing at a time:
+an optimizer on the tree of 37 leaves, or a model in training.
 """
 
 import argparse
@@ -30,13 +30,13 @@ OPTIMIZERS = {
         block_size=512,
         start_preconditioning_step=1,
         preconditioning_compute_steps=10,
-        graft_type=LayerWiseGrafting.RMSPROP,  # the nearest to Adam it has
+        graft_type=LayerWiseGrafting.RMSPROP,  # the closest option to Adam
     ),
 }
 
 
 class Stepped:
-    """An optimizer on the tree, its gradients always the same."""
+    """An optimizer on the tree, always with the same gradients."""
 
     def __init__(self, name: str, width: int, layers: int):
         tree = gpt_tree(width, layers)
@@ -46,7 +46,7 @@ class Stepped:
         self._optimizer = OPTIMIZERS[name](params)
 
     def mean(self, steps: int) -> float:
-        """Seconds per step, of so many."""
+        """Seconds per step, over this many steps."""
         started = time.perf_counter()
         for _ in range(steps):
             self._optimizer.step()
@@ -57,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     torch.set_num_threads(parser.parse_args().threads)
-    answers, sys.stdout = sys.stdout, sys.stderr  # whatever else prints does not answer
+    answers, sys.stdout = sys.stdout, sys.stderr  # so that other prints are not taken for answers
     held = None
     for line in sys.stdin:
         given = json.loads(line)
