@@ -33,13 +33,16 @@ def records(folder):
     return [{k: v for k, v in record.items() if k != "seconds"} for record in found]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command", [*sorted(set(COMMANDS) - {"study"}), "study decay", "study width"]
+)
 def test_what_is_printed_is_read_back(command, tmp_path, capsys):
     words = ["--steps", "7", "--set", "muon.b1=0.9"] if command == "race" else []
-    assert main([command, *words, "--print-config"]) == 0
+    assert main([*command.split(), *words, "--print-config"]) == 0
     first = capsys.readouterr().out
     (tmp_path / "config.json").write_text(first)
-    assert main([command, "--config", str(tmp_path / "config.json"), "--print-config"]) == 0
+    config = ["--config", str(tmp_path / "config.json")]
+    assert main([*command.split(), *config, "--print-config"]) == 0
     assert capsys.readouterr().out == first
 
 

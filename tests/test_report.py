@@ -121,7 +121,7 @@ def test_many_lines_are_told_apart_by_dashes_too():
         ([], "No optimizer has come to its end."),
         ([outcome("sgd", 1.0, status="diverged")], "No optimizer has come to its end."),
         ([outcome("muon", 1.4)], "muon ends lowest, at 1.41 nats per token."),
-        (race(), "one seed does not tell"),
+        (race(), "one seed does not show"),
         (race(seeds=3), "over 3 seeds. It passes adamw's last loss after"),
         (
             [outcome("adamw", 1.4), outcome("sgd", 1.6)],

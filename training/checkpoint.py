@@ -166,6 +166,7 @@ class Checkpoints:
                 refused[older] = complaint
         self._warn(refused, step)
         self._set_aside(refused)
+        _ = self._orbax  # it removes what a kill has left half written
         return self._read(self._folder(step), state, batches, rollback)
 
     def check_origin(self, only: Collection[str] | None = None) -> None:
