@@ -74,8 +74,8 @@ PAIRS = (
     Pair("adamw", adamw, "torch.optim.AdamW", None, 10, 21, None),
     Pair("muon", muon, "optax.contrib.muon", _optax_muon, 1, 7, 0.40),
     Pair("muon", muon, "torch.optim.Muon", None, 1, 7, None),
-    Pair("soap", soap, "pytorch_optimizer.SOAP", None, 10, 3, 0.7),
-    Pair("shampoo", shampoo, "pytorch_optimizer.ScalableShampoo", None, 10, 3, None),
+    Pair("soap", soap, "pytorch_optimizer.SOAP", None, 10, 2, 0.7),
+    Pair("shampoo", shampoo, "pytorch_optimizer.ScalableShampoo", None, 10, 2, None),
 )
 
 
@@ -129,10 +129,10 @@ def main() -> None:
             continue
         lines.append(row(pair, peer, asked.width, asked.layers, asked.turns))
         print(lines[-1], flush=True)
+        if writes:
+            write("peers", lines)
     if peer:
         peer.close()
-    if writes:
-        write("peers", lines)
 
 
 if __name__ == "__main__":

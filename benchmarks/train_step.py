@@ -17,6 +17,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from ravine.training.sharding import batch_sharding, build_mesh
 from ravine.training.step import init_sharded, make_train_step, place
 
 BAR = 0.9
+WAYS = ["eager", "compiled"]
 MODELS = {"the race's": RunConfig().model, "`ModelConfig()`": ModelConfig()}
 (ADAMW,) = line_up("adamw")
 
@@ -99,7 +101,9 @@ def asked_of(peer: Peer, ours: Ours, file: Path, compiled: bool) -> float:
     )
 
 
-def rows(name: str, model: ModelConfig, peer: Peer | None, turns: int, steps: int) -> list[str]:
+def rows(
+    name: str, model: ModelConfig, peer: Peer | None, ways: list[str], turns: int, steps: int
+) -> Iterator[str]:
     """Lines of the table, one for each way of running PyTorch."""
     ours = Ours(model)
     weights = ours.weights()
@@ -111,24 +115,23 @@ def rows(name: str, model: ModelConfig, peer: Peer | None, turns: int, steps: in
         ours.mean(steps)
         if peer is None:
             times = [1e3 * ours.mean(steps) for _ in range(turns)]
-            return [f"| {name}, {size:.2f} M | none | {spread(times)} | | | | {turns} × {steps} |"]
-        return [
-            _row(name, size, peer, ours, file, loss, way, turns, steps) for way in (False, True)
-        ]
+            yield f"| {name}, {size:.2f} M | none | {spread(times)} | | | | {turns} × {steps} |"
+            return
+        for way in ways:
+            yield _row(f"{name}, {size:.2f} M", peer, ours, file, loss, way, turns, steps)
 
 
 def _row(
     name: str,
-    size: float,
     peer: Peer,
     ours: Ours,
     file: Path,
     loss: float,
-    compiled: bool,
+    way: str,
     turns: int,
     steps: int,
 ) -> str:
-    other = asked_of(peer, ours, file, compiled)
+    other = asked_of(peer, ours, file, way == "compiled")
     if abs(other - loss) > 1e-3 * loss:
         raise RuntimeError(f"the models differ: losses of the first step {loss} and {other}.")
     theirs: Any = lambda: peer.ask("mean", steps=steps)
@@ -136,9 +139,8 @@ def _row(
     times = in_turn(lambda: ours.mean(steps), theirs, turns)
     mine, others = ([1e3 * x for x in side] for side in zip(*times, strict=True))
     ratios = [a / b for a, b in times]
-    way = "`torch.compile`" if compiled else "eager"
     return (
-        f"| {name}, {size:.2f} M | {way} | {spread(mine)} | {spread(others)} | {spread(ratios)} "
+        f"| {name} | {way} | {spread(mine)} | {spread(others)} | {spread(ratios)} "
         f"| {verdict(statistics.median(ratios), BAR)} | {turns} × {steps} |"
     )
 
@@ -150,6 +152,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--steps", type=int, default=20, help="per turn")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="of PyTorch")
     parser.add_argument("--layers", type=int, help="another depth; writes nothing")
     parser.add_argument("--no-write", action="store_true")
     asked = parser.parse_args()
@@ -164,9 +167,9 @@ def main() -> None:
     for name, model in MODELS.items():
         if asked.layers:
             model = dataclasses.replace(model, layers=asked.layers)
-        found = rows(name, model, peer, asked.turns, asked.steps)
-        lines += found
-        print("\n".join(found), flush=True)
+        for row in rows(name, model, peer, asked.ways, asked.turns, asked.steps):
+            lines.append(row)
+            print(row, flush=True)
     if peer:
         peer.close()
     if not (asked.no_write or asked.without_torch or asked.layers):

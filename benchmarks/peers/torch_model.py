@@ -124,7 +124,7 @@ class Training:
 
     def first(self) -> float:
         """The loss of the first step."""
-        return float(self.step())
+        return self.step().item()
 
     def mean(self, steps: int) -> float:
         """Seconds per step, over this many steps."""
