@@ -170,10 +170,10 @@ def main() -> None:
         for row in rows(name, model, peer, asked.ways, asked.turns, asked.steps):
             lines.append(row)
             print(row, flush=True)
+            if not (asked.no_write or asked.without_torch or asked.layers):
+                write("train_step", lines)
     if peer:
         peer.close()
-    if not (asked.no_write or asked.without_torch or asked.layers):
-        write("train_step", lines)
 
 
 if __name__ == "__main__":
