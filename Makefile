@@ -26,11 +26,11 @@ test: $(STAMP)
 
 notebooks: $(STAMP)
 	@echo "==> notebooks: each runs from top to bottom and shows what is committed"
-	XLA_FLAGS= $(PYTEST) -n 2 -m "notebooks and not slow" tests/test_notebooks.py
+	$(PYTEST) -n 2 -m "notebooks and not slow" tests/test_notebooks.py
 
 processes: $(STAMP)
 	@echo "==> processes: several processes, and several cores, have the losses of one"
-	$(PYTEST) -m "processes and not slow" tests/test_processes.py tests/test_threads.py
+	$(PYTEST) -n 2 -m "processes and not slow" tests/test_processes.py tests/test_threads.py
 
 test-slow: $(STAMP)
 	@echo "==> test-slow: the long sweeps, compiled as for users"

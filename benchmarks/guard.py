@@ -7,7 +7,8 @@ unnoticed.
 Everything is a ratio of two measurements in one process, taken in turn: processor time, since other
 load on the machine affects it less, or memory from XLA's analysis, without running anything. A bound is
 the value measured when it was set, times 2 for processor time (a busy machine alone accounts for 1.4),
-and times 1.1 for memory.
+and times 1.1 for memory. What exceeds its bound is measured once more, and fails if it does so again: a
+step of a few milliseconds was once seen at 1.8 times its ratio.
 """
 
 import argparse
@@ -118,8 +119,20 @@ def main() -> None:
     why = parser.parse_args().record
     jax.config.update("jax_enable_compilation_cache", False)
     rows = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
+    passed = report(rows, measured(), why)
+    if passed and not why:
+        print("again, as something else may have run beside it:", flush=True)
+        passed = [name for name in report(rows, measured(), None) if name in passed]
+    if why:
+        FILE.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    if passed:
+        sys.exit(f"past the bound of {FILE.name}: {'; '.join(passed)}.")
+
+
+def report(rows: dict[str, Any], found: dict[str, tuple[str, float]], why: str | None) -> list[str]:
+    """The names of those past their bounds; with a reason, sets new ones in `rows`."""
     passed = []
-    for name, (kind, value) in measured().items():
+    for name, (kind, value) in found.items():
         if why:
             bound = round(value * MARGIN[kind], 3)
             entry = {"date": str(datetime.date.today()), "measured": round(value, 3)}
@@ -131,10 +144,7 @@ def main() -> None:
         print(f"{name:<50} {value:7.3f}   bound {bound:.3f}", flush=True)
         if not value <= bound:
             passed.append(name)
-    if why:
-        FILE.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    if passed:
-        sys.exit(f"past the bound of {FILE.name}: {'; '.join(passed)}.")
+    return passed
 
 
 if __name__ == "__main__":

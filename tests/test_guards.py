@@ -11,6 +11,8 @@ import ravine
 from orbax.checkpoint import v1 as ocp
 from ravine.stability import finite_gate, guarded_step, skip_step
 
+from .tolerances import HALF, double, furthest
+
 STEPS = 30
 WARMUP, PATIENCE, WINDOW = 4, 12, 16
 
@@ -332,7 +334,8 @@ def test_a_missing_loss_is_refused():
 
 
 @pytest.mark.parametrize("kind", ["finite", "plain", ROBUST])
-def test_a_guarded_step_is_update_and_addition_bit_by_bit(kind):
+def test_a_guarded_step_is_update_and_addition(kind):
+    """In float64, as two programs may round otherwise; what is skipped leaves the very bits."""
     tx, faults = guard(kind), series()
     faults["loss"][9] = np.nan
     faults["grads"]["matrix"][11, 0, 0] = np.inf
@@ -343,10 +346,17 @@ def test_a_guarded_step_is_update_and_addition_bit_by_bit(kind):
         done = guarded_step(tx, batch["grads"], state, weights, loss=batch["loss"])
         return (done.params, done.state), (done.params, done.state)
 
-    found = jax.jit(lambda batches: jax.lax.scan(step, start(kind), batches)[1])(faults)
-    expected = runner(kind)(faults)
-    assert bits(found) == bits(expected)
-    assert int(found[1].skipped[-1]) == (2 if kind == "finite" else 5)
+    with jax.enable_x64(True):
+        first = double(params())
+        first = first, tx.init(first)
+        over = lambda step: jax.jit(lambda batches: jax.lax.scan(step, first, batches)[1])
+        batches = jax.tree.map(np.float64, faults)
+        weights, state = found = jax.device_get(over(step)(batches))
+        assert furthest(found, over(functools.partial(one_step, tx))(batches)) <= HALF
+    (skipped,) = np.nonzero(np.diff(state.skipped, prepend=0))
+    assert len(skipped) == (2 if kind == "finite" else 5)
+    for index in skipped:
+        assert bits(at(weights, index)) == bits(at(weights, index - 1))
 
 
 def test_only_guards_make_guarded_steps():

@@ -433,7 +433,7 @@ def test_irrational_exponent(exponent):
 
 @pytest.mark.parametrize("exponent", [-1 / 3, -1, -1 / 8, -2 / 3])
 def test_newton_schulz_names_what_it_can_do(exponent):
-    with pytest.raises(ValueError, match=r"-1/2 and -1/4, not .*; take Eigh"):
+    with pytest.raises(ValueError, match=r"-1/2 and -1/4, not .*; use Eigh"):
         inverse_root(jnp.eye(2)[None], exponent, CoupledNewtonSchulz())
 
 

@@ -643,7 +643,7 @@ def test_padding_is_no_eigenvalue():
 def test_roots_that_a_method_does_not_find_are_refused_at_init():
     tx = ravine.scale_by_shampoo(roots=ravine.Roots(method=CoupledNewtonSchulz()))
     tx.init({"matrix": jnp.ones((2, 3))})
-    with pytest.raises(ValueError, match=r"parameter cube has 3 axes .* -1/6; take Eigh"):
+    with pytest.raises(ValueError, match=r"parameter cube has 3 axes .* -1/6; use Eigh"):
         tx.init({"cube": jnp.ones((2, 3, 4))})
     halves = ravine.Roots(method=CoupledNewtonSchulz(), exponent=-0.5)
     ravine.scale_by_shampoo(roots=halves).init(jnp.ones((2, 3, 4)))

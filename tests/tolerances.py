@@ -31,9 +31,12 @@ def furthest(found: Any, expected: Any) -> float:
     worst = 0.0
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        difference, scale = (np.max(np.abs(x), initial=0) for x in (a - b, b))
-        worst = max(worst, difference / (scale or 1.0))
-    return worst
+        with np.errstate(invalid="ignore"):  # infinity less infinity
+            difference = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0, np.abs(a - b))
+        scale = np.max(np.abs(b), initial=0, where=np.isfinite(b))
+        # Of NumPy, whose maximum of a number and NaN is NaN: what is NaN in one of them is far off.
+        worst = np.maximum(worst, np.max(difference, initial=0) / (scale or 1.0))
+    return float(worst)
 
 
 def without_residuals(tree: Any) -> Any:
