@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from ravine.training.cli import main
 from ravine.training.studies.decay import DecayStudyConfig, largest_rise
-from ravine.training.studies.optimum import optimum
-from ravine.training.studies.width import Late, WidthStudyConfig, search
+from ravine.training.studies.optimum import Late, optimum, search
+from ravine.training.studies.width_config import WidthStudyConfig
 
 SMALL = """--steps 12 --batch-size 4 --eval-batches 1 --width 16 --layers 1 --heads 1 --unroll 1
 --context 16"""

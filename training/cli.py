@@ -101,7 +101,8 @@ def _run(command: str, words: list[str]) -> int:
         from .run.outcome import RunFailed
         from .shapes.table import PresetsConfig, show_presets
         from .studies.decay import DecayStudyConfig, study_decay
-        from .studies.width import WidthStudyConfig, study_width
+        from .studies.width import study_width
+        from .studies.width_config import WidthStudyConfig
         from .width.command import CoordinateConfig, coordinate_check
     except ValueError as error:
         return _refuse(str(error))

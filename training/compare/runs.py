@@ -2,9 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
-import json
-import math
 import sys
 from pathlib import Path
 from typing import Any, Self
@@ -15,9 +12,8 @@ from ..config import RunConfig
 from ..data.bpe import corpus_of
 from ..identity import to_json
 from ..run import interrupts
-from ..run.files import Lines
-from ..run.meta import provenance
 from .entrants import Entrant
+from .kept import Kept, digest
 from .space import Point
 from .trial import Trials
 
@@ -38,19 +34,16 @@ class Runs:
         self._corpus = corpus_of(run).for_races()
         model = dataclasses.replace(run.model, vocabulary=self._corpus.vocabulary)
         self._run, self._console = dataclasses.replace(run, model=model), console
-        out.parent.mkdir(parents=True, exist_ok=True)
-        self._known = _read(out)
         fields = to_json(dataclasses.replace(self._run, data=()))
-        self._task = _digest([fields, self._corpus.fingerprint])
+        self._task = digest([fields, self._corpus.fingerprint])
         words = " ".join(sys.argv[1:])
-        self._source = {**provenance(), "text": self._corpus.description, "command": words}
-        self._lines = Lines(out)
+        self._kept = Kept(out, text=self._corpus.description, command=words)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._lines.close()
+        self._kept.__exit__()
 
     def loss(self, entrant: Entrant, repeat: int, steps: int) -> float:
         """Of an entrant, with the seed so far behind the first; infinite if it diverged."""
@@ -61,35 +54,17 @@ class Runs:
             entrant.weight_decay,
             entrant.warmup,
         ]
-        key = (self._task, entrant.name, repeat, steps, _digest(told))
-        if key not in self._known:
+        key = (self._task, entrant.name, repeat, steps, digest(told))
+        if key not in self._kept:
             warmup = 0.1 if entrant.warmup is None else entrant.warmup
             point = Point(entrant.learning_rate, entrant.weight_decay, warmup, entrant.optimizer)
-            loss = self._known[key] = self._trials(repeat).loss(point, steps)
-            self._lines.write({"key": key, "heldout_loss": loss, **self._source})
+            loss = self._trials(repeat).loss(point, steps)
+            self._kept.add(key, loss)
             what = f"{entrant.name:<12} rate {entrant.learning_rate:<8.3g}"
             self._console.print(f"{what} {steps:>6} steps: {loss:.4f} nats")
-        return self._known[key]
+        return self._kept[key]
 
     @functools.cache  # noqa: B019 - as long-lived as its command
     def _trials(self, repeat: int) -> Trials:
         seeded = dataclasses.replace(self._run, seed=self._run.seed + repeat)
         return Trials(seeded, self._corpus)
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
-
-
-def _read(file: Path) -> dict[tuple[Any, ...], float]:
-    known = {}
-    for number, line in enumerate(file.read_text().splitlines() if file.exists() else [], 1):
-        try:
-            row = json.loads(line)
-            loss = row["heldout_loss"]
-            known[tuple(row["key"])] = math.inf if loss is None else loss
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(
-                f"{file} is damaged in line {number}; remove that line, and its run is made again."
-            ) from None
-    return known

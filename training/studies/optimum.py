@@ -1,13 +1,54 @@
-"""The best of a few learning rates, between those that were tried: a parabola, and its uncertainty."""
+"""The best learning rate: which ones are tried, and a parabola through them with its uncertainty."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 NEAR = 2.0
 """Rates within this factor of the best one tried belong to the parabola: five, root 2 apart."""
+REACH = 6
+"""Doublings that a search goes up or down at most."""
+
+
+class Late(Exception):
+    """A loss that would have to be measured, after the time for that is over."""
+
+
+def search(
+    measure: Callable[[float], list[float]], found: dict[float, list[float]], start: float
+) -> None:
+    """Factors of 2 from the start until worse ones are on both sides, then root 2 beside the best.
+
+    Args:
+      measure: from a factor to the losses of the seeds.
+      found: where they go.
+      start: the first factor, a power of root 2.
+    """
+    mean = lambda half: float(np.mean(found[2 ** (half / 2)]))
+
+    def tried(half: int) -> bool:
+        if 2 ** (half / 2) not in found:
+            found[2 ** (half / 2)] = measure(2 ** (half / 2))
+        return True
+
+    best = round(2 * math.log2(start))
+    try:
+        tried(best)
+        for step in (2, -2):
+            for _ in range(REACH):
+                if not (tried(best + step) and mean(best + step) < mean(best)):
+                    break
+                best += step
+        for step in (1, -1):
+            if tried(best + step) and mean(best + step) < mean(best):
+                best += step
+                break
+        for half in (best - 2, best - 1, best + 1, best + 2):
+            tried(half)
+    except Late:
+        pass
 
 
 class Optimum(NamedTuple):
