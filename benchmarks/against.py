@@ -13,7 +13,6 @@ and the same for the ratio of neighbouring turns.
 
 import argparse
 import os
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +20,7 @@ from typing import NamedTuple
 import jax
 import optax
 import ravine
-from measure import Contender, heading, in_turn, spread, verdict, write
+from measure import Contender, compared, heading, in_turn, write
 from peers.environment import FOLDER, interpreter
 from peers.gpt_tree import gpt_tree
 from peers.talk import Peer
@@ -95,13 +94,7 @@ def row(pair: Pair, peer: Peer | None, width: int, layers: int, turns: int) -> s
     for warm in (ours.mean, mean):
         warm(1)
     times = in_turn(lambda: ours.mean(pair.steps), lambda: mean(pair.steps), turns or pair.turns)
-    mine, others = ([1e3 * x for x in side] for side in zip(*times, strict=True))
-    ratios = [a / b for a, b in times]
-    bar = verdict(statistics.median(ratios), pair.bar)
-    return (
-        f"| {pair.name} | `{pair.other}` | {spread(mine)} | {spread(others)} | {spread(ratios)} "
-        f"| {bar} | {len(times)} × {pair.steps} |"
-    )
+    return f"| {pair.name} | `{pair.other}` | {compared(times, pair.bar, pair.steps)}"
 
 
 def main() -> None:

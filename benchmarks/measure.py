@@ -96,6 +96,14 @@ def verdict(ratio: float, bar: float | None) -> str:
     return f"{bar:g}, met" if ratio <= bar else f"{bar:g}, **missed**"
 
 
+def compared(times: Sequence[tuple[float, float]], bar: float | None, steps: int) -> str:
+    """The end of a line of a table: milliseconds of both, their ratio, the bar, and turns of steps."""
+    sides = ([1e3 * x for x in side] for side in zip(*times, strict=True))
+    ratios = [ours / theirs for ours, theirs in times]
+    cells = [*map(spread, sides), spread(ratios), verdict(statistics.median(ratios), bar)]
+    return "| ".join(f"{cell} " for cell in [*cells, f"{len(times)} × {steps}"]) + "|"
+
+
 def heading(command: str) -> list[str]:
     """Where and when a table was measured."""
     return [

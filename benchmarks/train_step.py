@@ -14,7 +14,6 @@ alternate, A B A B; the table has medians, with the smallest and largest in pare
 import argparse
 import dataclasses
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import traverse_util
-from measure import heading, in_turn, spread, verdict, write
+from measure import compared, heading, in_turn, spread, write
 from peers.environment import FOLDER, interpreter
 from peers.talk import Peer
 from ravine.training.compare.entrants import line_up
@@ -137,12 +136,7 @@ def _row(
     theirs: Any = lambda: peer.ask("mean", steps=steps)
     theirs()
     times = in_turn(lambda: ours.mean(steps), theirs, turns)
-    mine, others = ([1e3 * x for x in side] for side in zip(*times, strict=True))
-    ratios = [a / b for a, b in times]
-    return (
-        f"| {name} | {way} | {spread(mine)} | {spread(others)} | {spread(ratios)} "
-        f"| {verdict(statistics.median(ratios), BAR)} | {turns} × {steps} |"
-    )
+    return f"| {name} | {way} | {compared(times, BAR, steps)}"
 
 
 def main() -> None:
