@@ -41,7 +41,7 @@ class Pair(NamedTuple):
     """Steps per turn."""
     turns: int
     bar: float | None
-    """The bar for the ratio, if an issue has set one."""
+    """The bar for the ratio, if one was set."""
 
 
 def adamw() -> optax.GradientTransformation:

@@ -76,7 +76,7 @@ def guarded_step(
 ) -> GuardedStep:
     """`tx.update` and ``optax.apply_updates`` in one, under one condition.
 
-    Parameters and state are those of the two calls. On AdamW the transformation takes 2 to 3 times the
+    Parameters and state are those of the two calls. On AdamW the transformation takes 1.5 to 3 times the
     time of the optimizer alone, this one 1.15 times (docs/log.md, 2026-11-28): use it where a train
     step is written by hand, as `ravine.training.step.make_train_step` does.
 

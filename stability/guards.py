@@ -44,8 +44,8 @@ def finite_gate(tx: optax.GradientTransformation) -> Guarded:
     ``optax.apply_if_finite`` gives up after a number of bad steps in a row and makes the next bad one;
     this never does, so check ``in_a_row`` in the training loop.
 
-    As a transformation this makes AdamW take 2.5 to 3 times as long; :func:`guarded_step` makes the same
-    step in 1.15 times AdamW's time (docs/log.md, 2026-11-28).
+    As a transformation this makes AdamW take 1.5 to 3 times as long; :func:`guarded_step` makes the same
+    step in 1.15 times AdamW's time (docs/log.md, 2026-11-28 and 29).
 
     Args:
       tx: the optimizer.
@@ -119,8 +119,8 @@ def skip_step(
 
     The update takes ``loss=``, which is handed on to `tx` with all other extra arguments.
 
-    As a transformation this makes AdamW take 2.5 to 3 times as long; :func:`guarded_step` makes the same
-    step in 1.15 times AdamW's time (docs/log.md, 2026-11-28).
+    As a transformation this makes AdamW take 1.5 to 3 times as long; :func:`guarded_step` makes the same
+    step in 1.15 times AdamW's time (docs/log.md, 2026-11-28 and 29).
 
     Args:
       tx: the optimizer; wrap the whole chain.

@@ -95,3 +95,16 @@ def test_links_between_files_lead_somewhere(name):
             assert target.exists(), f"{page.name}: {link}"
             if anchor and target.suffix == ".md":
                 assert anchor in anchors(target.read_text()), f"{page.name}: {link}"
+
+
+def rows_of_tables(text):
+    """Lines that begin a row, outside code."""
+    outside = re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE)
+    return [line.strip() for line in outside.splitlines() if line.lstrip().startswith("|")]
+
+
+def test_rows_of_tables_are_one_line_each():
+    root = DOCS.parent
+    for page in [*root.glob("*.md"), *DOCS.rglob("*.md"), *root.glob("tests/*.md")]:
+        for row in rows_of_tables(page.read_text()):
+            assert row.endswith("|"), f"{page.name}: {row}"
