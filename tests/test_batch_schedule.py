@@ -129,6 +129,20 @@ def test_seesaw_has_the_rates_of_its_rule_and_a_bound():
     np.testing.assert_allclose(bound, (1 - offsets / 8 / 64) * 2, rtol=1e-5)
 
 
+def test_a_seesaw_has_the_sizes_and_rates_of_one_schedule():
+    seesaw = BatchSchedule("seesaw")
+    for name in ("cosine", "wsd", "one_cycle"):
+        run = RunConfig(steps=300, schedule=name, batches=seesaw, **SIZES)
+        for peak in (0.02, 7e-4):
+            counts = np.arange(run.batch_sizes.boundaries[0] - 1, run.updates)
+            sizes = np.array([run.size_at(at) for at in counts])
+            rates = np.asarray(run.learning_rate(peak)(jnp.asarray(counts)))
+            np.testing.assert_allclose(rates, peak * np.sqrt(8 / sizes), rtol=1e-5)
+    run = RunConfig(steps=60, schedule="power_law", batches=seesaw, **SIZES)
+    with pytest.raises(ValueError, match="proportional to its peak, which power_law is not"):
+        run.learning_rate(0.02)
+
+
 def test_micro_batches_never_grow():
     run = RunConfig(batches=RAMP, micro_batches=2, **SIZES)
     assert [run.micro_batches_of(size, 1) for size in (2, 4, 8, 16, 6)] == [1, 1, 2, 4, 2]
@@ -151,6 +165,10 @@ RAMPED = ["--batch-schedule", "ramp", "--ramp-examples", "6"]
             "increment 3 must divide",
         ),
         (["--batch-schedule", "seesaw", "--read-threads", "1"], "read_threads do nothing"),
+        (
+            ["--batch-schedule", "seesaw", "--schedule", "power_law", "--steps", "60"],
+            "power_law is not; take another schedule",
+        ),
         (
             [*RAMPED, "--ramp-start", "1", "--ramp-increment", "3", "--mesh", "data=2,tensor=4"],
             "batch of 1 does not divide by the 2 part",

@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from .. import schedules
@@ -235,9 +237,24 @@ class RunConfig:
         )
 
     def learning_rate(self, peak: float, rule: Rule = "sqrt") -> optax.Schedule:
-        """The schedule with the given peak, by the rule that an optimizer has for other batches."""
+        """The schedule with the given peak, by the rule that an optimizer has for other batches.
+
+        Raises:
+          ValueError: for a Seesaw of a schedule whose shape depends on its peak.
+        """
         reference = self._reference(peak)
-        return self.batches.rates(self.batch_size, self.horizon, reference, rule)
+        if self.batches.batch_schedule != "seesaw":
+            return self.batches.rates(self.batch_size, self.horizon, reference, rule)
+        # Its batches are cut where the schedule of peak 1 falls, and so its rates are too.
+        unit, counts = self._reference(1.0), jnp.arange(self.horizon)
+        found, expected = (np.asarray(values(counts)) for values in (reference, unit))
+        if not np.allclose(found, peak * expected, rtol=1e-4, atol=1e-6 * peak):
+            raise ValueError(
+                f"a Seesaw needs a schedule that is proportional to its peak, which {self.schedule} is "
+                "not; take another schedule, or a ramp."
+            )
+        rates = self.batches.rates(self.batch_size, self.horizon, unit, rule)
+        return schedules.product(rates, schedules.constant(peak))
 
     def _reference(self, peak: float) -> optax.Schedule:
         return schedules.for_run(
