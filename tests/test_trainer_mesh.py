@@ -203,6 +203,10 @@ def test_rows_follow_the_mesh():
             "'layers/attention/key/kernel' of shape (1, 12, 12): axis 2 of 12 does not divide by the 8",
         ),
         (["--mesh", "data"], "give every mesh axis one size"),
+        (
+            ["--mesh", "data=2,context=4", "--context", "6"],
+            "context 6 does not divide by the 4 devices of the mesh axis context",
+        ),
         (["--coordinator", "here"], "coordinator must be host:port"),
         (["--coordinator", "a:1", "--processes", "2"], "process_id must lie in [0, 2), got -1"),
         (["--process-id", "1"], "need --coordinator"),

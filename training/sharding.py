@@ -157,6 +157,20 @@ def batch_sharding(mesh: Mesh, batch_size: int, leading: int = 0) -> NamedShardi
     return NamedSharding(mesh, PartitionSpec(*[None] * leading, rows))
 
 
+def check_context(context: int, mesh: Mesh) -> None:
+    """Refuses sequences that the mesh cannot cut evenly.
+
+    Raises:
+      ValueError: for a mesh axis `context` whose size does not divide the tokens of a sequence.
+    """
+    parts = mesh.shape.get("context", 1)
+    if context % parts:
+        raise ValueError(
+            f"context {context} does not divide by the {parts} devices of the mesh axis context; make "
+            f"it a multiple of {parts}."
+        )
+
+
 def local_shards(sharding: NamedSharding, batch_size: int) -> tuple[tuple[int, ...], int]:
     """Which shards of a batch the devices of this process hold, and how many there are in all."""
     size = sharding.shard_shape((batch_size,))[0]

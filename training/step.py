@@ -28,7 +28,7 @@ from .dropout import dropout_key
 from .gradients import micro_batch_value_and_grad, sampled_value_and_grad
 from .loss import fused_loss
 from .model import ModelConfig, Transformer
-from .sharding import parameter_shardings
+from .sharding import check_context, parameter_shardings
 
 Batch = Any  # int32 [B, T + 1]: inputs are [:, :-1], targets [:, 1:]
 
@@ -84,8 +84,9 @@ def place(
     """The optimizer for a model on a mesh, and the shardings of its state; nothing is computed.
 
     Raises:
-      ValueError: for parameters that the mesh does not divide, and what `tx.init` refuses.
+      ValueError: for parameters or sequences that the mesh does not divide, and what `tx.init` refuses.
     """
+    check_context(config.context, mesh)
     shapes = jax.eval_shape(lambda: _params(config, jax.random.key(0)))
     shardings = parameter_shardings(shapes, mesh)
     params = jax.tree.map(
