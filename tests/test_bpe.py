@@ -1,12 +1,12 @@
 """Text in tokens of byte-pair encoding: nothing lost, and losses that bytes can be compared with."""
 
-import importlib
 import json
 import math
 import sys
 
 import numpy as np
 import pytest
+import tokenizers
 from ravine.training.config import RunConfig
 from ravine.training.data.bpe import corpus_of
 from ravine.training.data.corpus import load_corpus
@@ -17,11 +17,10 @@ from .short_race import race
 
 @pytest.fixture
 def asked(text):
-    pytest.importorskip("tokenizers")
     return lambda **options: RunConfig(data=(text,), **options)
 
 
-def test_the_text_comes_back_and_its_ratio_is_counted(asked, text, tmp_path):
+def test_the_text_comes_back_and_its_ratio_is_counted(asked, text):
     bytes_of, corpus = load_corpus((text,)), corpus_of(asked(bpe=300))
     assert corpus.vocabulary == 320
     assert corpus.train.dtype == np.uint16
@@ -31,7 +30,7 @@ def test_the_text_comes_back_and_its_ratio_is_counted(asked, text, tmp_path):
     assert corpus.bytes_per_token > 1.5
     assert f"{corpus.bytes_per_token:.2f} bytes per token" in corpus.description
     assert text_of(corpus.train[:3], corpus) == repr(corpus.decode(corpus.train[:3]))
-    # The same merges again, and a file of them, are the same text; others are another.
+    # The same merges again are the same text; others are another.
     again, other = corpus_of(asked(bpe=300)), corpus_of(asked(bpe=290))
     np.testing.assert_array_equal(again.train, corpus.train)
     assert again.fingerprint == corpus.fingerprint
@@ -39,7 +38,6 @@ def test_the_text_comes_back_and_its_ratio_is_counted(asked, text, tmp_path):
 
 
 def test_a_file_of_merges_is_read(asked, tmp_path):
-    tokenizers = importlib.import_module("tokenizers")
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"line": 0, "?": 1}, unk_token="?"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     made.save(str(tmp_path / "words.json"))

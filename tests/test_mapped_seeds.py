@@ -31,6 +31,8 @@ CASES = [
     for name in (f"{label}-{kind.name}",)
 ]
 
+assert {case.id for case in CASES} >= set(SHORT)
+
 
 def seeds(seed):
     rng = np.random.default_rng(seed)

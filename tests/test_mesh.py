@@ -61,6 +61,13 @@ OPTIMIZERS = {
         ravine.keep_parameter_norm(),
     ),
     "split-adamw": lambda: ravine.split_state(ravine.adamw(0.1)),
+    "options": lambda: ravine.shampoo(
+        0.1,
+        blocks=ravine.Blocks(size=4, bound=8),
+        factors=ravine.Factors(statistics="kl"),
+        graft=ravine.Grafting(per="parameter"),
+        **{**SHAMPOO, "refresh": ravine.Refresh(every=2, staggered=True)},
+    ),
 }
 MESHES = {
     "fsdp": ({"x": 8}, {"a": P("x"), "b": P("x"), "stack": P(None, "x"), "tall": P("x")}),
@@ -106,11 +113,14 @@ WAYS = (
     "soap",
     "kl_shampoo",
     "muon",
+    "normuon",
     "hyperball",
     "split-adamw",
+    "options",
 )
 KINDS = ("shampoo", "muon")
 SOME = ("shampoo", "soap", "muon", "split-adamw")
+assert set(OPTIMIZERS) >= {*WAYS, *KINDS, *SOME}
 
 
 def cases(names, layout, kind, short):

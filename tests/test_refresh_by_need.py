@@ -14,7 +14,8 @@ from ravine.optimizers.matrix.batch.by_need import Need
 from ravine.optimizers.matrix.batch.refresh import Refresh, refreshed
 from ravine.optimizers.matrix.batch.together import Unit
 
-from .preconditioned import assert_trees_close, factors, refreshed_roots, run, single
+from .preconditioned import factors, refreshed_roots, run, single
+from .tolerances import HALF, double, furthest
 
 BLOCKS = ravine.Blocks(size=8)
 
@@ -73,12 +74,13 @@ MAKERS = {
     "name", ["shampoo", "soap", pytest.param("kl_shampoo", marks=pytest.mark.slow)]
 )
 def test_between_the_clock_and_never(name):
-    gradients, make = drifting(6), MAKERS[name]
-    updates = lambda **options: run(make(refresh=Refresh(**options)), gradients)[0]
-    clock, always = updates(every=2), updates(every=2, need=1e-9)
-    assert_trees_close(always, clock, 1e-4)
-    if name != "shampoo":  # its roots start from the identity, which fits very badly
-        assert_trees_close(updates(every=2, need=10.0), updates(every=100), 1e-4)
+    with jax.enable_x64(True):
+        gradients, make = double(drifting(6)), MAKERS[name]
+        updates = lambda **options: run(make(refresh=Refresh(**options)), gradients)[0]
+        clock, always = updates(every=2), updates(every=2, need=1e-9)
+        assert furthest(always, clock) <= HALF
+        if name != "shampoo":  # its roots start from the identity, which fits very badly
+            assert furthest(updates(every=2, need=10.0), updates(every=100)) <= HALF
 
 
 def test_soap_turns_only_bases_that_do_not_fit():
@@ -118,7 +120,8 @@ def test_all_roots_fit_that_are_not_refused():
 def test_no_more_than_the_bound_once_it_has_started(staggered):
     refresh = Refresh(every=2, need=1e-6, most=0.25, staggered=staggered)
     _, states = run(MAKERS["shampoo"](b2=0.8, roots={"ridge": 1e-3}, refresh=refresh), drifting(8))
-    assert sum(refreshed_roots(*states[0:3:2])) + sum(refreshed_roots(states[0], states[1])) >= 8
+    # At the start more than the bound, that is all in need: of all roots, or of the phase that is due.
+    assert sum(refreshed_roots(states[0], states[1])) > (2 if staggered else 4)
     for at, (before, after) in enumerate(itertools.pairwise(states), 2):
         if at > 2:
             assert sum(refreshed_roots(before, after)) <= 4

@@ -7,9 +7,16 @@ import pytest
 import ravine
 from ravine.training.plan.flops import arithmetic
 
-from .preconditioned import assert_trees_close, run, single
+from .preconditioned import run
+from .tolerances import HALF, furthest, without_residuals
 
 COUNT = 9
+
+
+@pytest.fixture(autouse=True)
+def in_float64():
+    with jax.enable_x64(True):
+        yield
 
 
 def correlated(count=COUNT, seed=0, shape=(8, 6)):
@@ -20,7 +27,7 @@ def correlated(count=COUNT, seed=0, shape=(8, 6)):
     found = [fresh[0]]
     for new in fresh[1:]:
         found.append(0.8 * found[-1] + 0.6 * new)
-    return [single(gradient) for gradient in found]
+    return [jnp.asarray(gradient) for gradient in found]
 
 
 def mean(gradients, b2, every):
@@ -44,7 +51,7 @@ def test_shampoo_learns_from_the_first_gradient_and_every_kth(every, b2):
         seen = [g for t, g in enumerate(gradients[:at], 1) if t == 1 or t % every == 0]
         expected = mean(seen, b2, every)
         found = state.factors[0][0].statistics.squeeze()
-        np.testing.assert_allclose(found, expected, atol=1e-5 * np.max(expected))
+        assert furthest(found, expected) <= HALF
 
 
 @pytest.mark.parametrize("every", [1, 3])
@@ -55,7 +62,7 @@ def test_soap_learns_likewise_from_the_first_step_on(every):
     for at, state in enumerate(states):
         expected = mean(gradients[: at + 1 : every], 0.9, every)
         found = state.bases[0][0].statistics.squeeze()
-        np.testing.assert_allclose(found, expected, atol=1e-5 * np.max(expected))
+        assert furthest(found, expected) <= HALF
 
 
 def test_soap_keeps_its_moments_every_step():
@@ -67,7 +74,7 @@ def test_soap_keeps_its_moments_every_step():
         ]
         for k in (1, 20)
     ]
-    assert_trees_close(*found, 1e-4)
+    assert furthest(*found) <= HALF
 
 
 def test_kl_shampoo_learns_from_the_first_gradient_and_every_kth():
@@ -79,7 +86,7 @@ def test_kl_shampoo_learns_from_the_first_gradient_and_every_kth():
     once = ravine.scale_by_kl_shampoo(b2=0.9**3, refresh=ravine.Refresh(every=1))
     _, states = run(once, gradients)
     for a, b in zip(thrice[::3], states, strict=True):
-        assert_trees_close(a.factors, b.factors, 1e-5)
+        assert furthest(*map(without_residuals, (a.factors, b.factors))) <= HALF
 
 
 @pytest.mark.parametrize("staggered", [False, True])
@@ -91,7 +98,7 @@ def test_the_start_is_corrected_exactly(staggered):
         refresh = ravine.Refresh(every=3, staggered=staggered, statistics_every=k)
         tx = ravine.scale_by_shampoo(b2=0.9, refresh=refresh, roots={"ridge": 1e-2})
         roots.append([factor.root for factor in run(tx, gradients)[1][2].factors[0]])
-    assert_trees_close(*roots, 1e-4)
+    assert furthest(*roots) <= HALF
 
 
 @pytest.mark.parametrize("name", ["shampoo", "soap", "kl_shampoo", "soap_muon"])

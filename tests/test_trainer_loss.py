@@ -85,11 +85,14 @@ def compiled(fused_loss, monkeypatch):
     return [c for c in collectives(text) if c.sent], 4 * 16 * 16384 // 2
 
 
+def large_sums(found, whole):
+    return [c for c in found if c.kind in ("all-reduce", "reduce-scatter") and c.bytes >= whole / 4]
+
+
 def test_the_gradient_of_the_head_is_summed_once_and_not_in_every_chunk(monkeypatch):
     found, whole = compiled(loss_module.fused_loss, monkeypatch)
     assert max((c.bytes for c in found if c.in_loop), default=0) < whole / 16
-    sums = [c for c in found if c.kind in ("all-reduce", "reduce-scatter") and c.bytes >= whole / 4]
-    assert [c.times for c in sums] == [1, 1]  # of the embedding, which is as large, and of the head
+    assert [c.times for c in large_sums(found, whole)] == [1, 1]  # the embedding's, and the head's
     assert (
         max(c.bytes for c in found) < 1.01 * whole
     )  # the logits of a device's rows are 4 times that
@@ -99,6 +102,7 @@ def test_the_gradient_of_the_head_is_summed_once_and_not_in_every_chunk(monkeypa
 
     found, whole = compiled(left_alone, monkeypatch)
     assert max(c.bytes for c in found if c.in_loop) >= whole / 4  # what the wrapper is for
+    assert [c.times for c in large_sums(found, whole) if not c.in_loop] == [1]  # the embedding's
 
 
 @pytest.mark.parametrize(

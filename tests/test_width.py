@@ -153,7 +153,7 @@ def text():
 def slopes(name, learning_rate, sizes):
     """The power of the size in every activation's change, without the rule and with it.
 
-    Sizes are widths, or pairs of a width and a number of layers.
+    Sizes are widths or numbers of layers, with what `changes` takes for each.
     """
     config = ravine.OptimizerConfig(name, dict(OWN.get(name, ())))
     found = {False: {}, True: {}}
@@ -167,14 +167,23 @@ def slopes(name, learning_rate, sizes):
     ]
 
 
+# Rules are half powers of the width, so what is nearer to zero than to the next one is by the rule.
+QUARTER = 1 / 4
+# By how many powers of the width a matrix's rate falls.
+POWERS = {"adamw": 1, "muon": 1 / 2, "soap": 1 / 2, "shampoo": 1}
+
+
 @pytest.mark.parametrize(
     "name",
     ["adamw", "muon", *(pytest.param(n, marks=pytest.mark.slow) for n in ("shampoo", "soap"))],
 )
 def test_activations_change_as_much_at_every_width(name):
     without, ruled = slopes(name, 1e-3, {width: {"width": width} for width in WIDTHS})
+    assert abs(without[UPDATES] - ruled[UPDATES] - POWERS[name]) < QUARTER
     for activation in ("layer 1", "logits", UPDATES):
-        assert abs(ruled[activation]) < 0.8 * abs(without[activation]), activation
+        if name != "shampoo":  # at widths so small it is overcorrected (docs/width.md)
+            assert abs(ruled[activation]) < QUARTER, activation
+        assert abs(ruled[activation]) < abs(without[activation]), activation
 
 
 @pytest.mark.parametrize(
@@ -184,9 +193,9 @@ def test_activations_change_as_much_at_every_width(name):
 def test_activations_change_as_much_at_every_depth(name, learning_rate):
     depths = {layers: {"width": 16, "layers": layers} for layers in (1, 4)}
     without, ruled = slopes(name, learning_rate, depths)
-    assert without["layer 1"] > 0.4  # where the base model's one layer ends
-    assert abs(ruled["layer 1"]) < 0.7 * without["layer 1"]
-    assert abs(ruled[UPDATES]) < 0.1
+    assert without["layer 1"] > QUARTER  # where the base model's one layer ends
+    assert abs(ruled["layer 1"]) < QUARTER
+    assert abs(ruled[UPDATES]) < QUARTER
 
 
 def test_branches_are_scaled_for_their_number_and_the_base_model_is_what_it_was():

@@ -31,6 +31,7 @@ def furthest(found: Any, expected: Any) -> float:
     worst = 0.0
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert a.shape == b.shape
         with np.errstate(invalid="ignore"):  # infinity less infinity
             difference = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0, np.abs(a - b))
         scale = np.max(np.abs(b), initial=0, where=np.isfinite(b))
