@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import ravine
+from jax.sharding import PartitionSpec as P
 from ravine.optimizers.matrix.algebra.eigenbasis import off_diagonal
 from ravine.optimizers.matrix.algebra.roots import PseudoInverse, misfit
 from ravine.optimizers.matrix.batch.by_need import Need
 from ravine.optimizers.matrix.batch.refresh import Refresh, refreshed
 from ravine.optimizers.matrix.batch.together import Unit
+from ravine.optimizers.roles import IN_OUT
 
 from .preconditioned import factors, refreshed_roots, run, single
 from .tolerances import HALF, double, furthest
@@ -125,6 +127,33 @@ def test_no_more_than_the_bound_once_it_has_started(staggered):
     for at, (before, after) in enumerate(itertools.pairwise(states), 2):
         if at > 2:
             assert sum(refreshed_roots(before, after)) <= 4
+
+
+def test_devices_agree_on_what_they_repeat():
+    """A leaf that both devices have whole is not ranked against one that they share."""
+    rng = np.random.default_rng(0)
+    specs, shapes = {"whole": P(), "shared": P("x")}, {"whole": (4, 4), "shared": (2, 4, 4)}
+    tx = ravine.scale_by_shampoo(
+        b2=0.9,
+        refresh=Refresh(every=1, need=1e-3, most=0.25),
+        blocks=ravine.Blocks(size=4),
+        axes=lambda path: IN_OUT,
+    )
+    with jax.set_mesh(jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])):
+        put = lambda tree: {name: jax.device_put(x, specs[name]) for name, x in tree.items()}
+        drawn = lambda: {name: single(rng.normal(size=shape)) for name, shape in shapes.items()}
+        state = jax.jit(tx.init)(put(drawn()))
+        _, state = jax.jit(tx.update)(put(drawn()), state)
+        before = state.factors["whole"][0]
+        grads = drawn()
+        # What the first device has of the shared leaf fits worst; what the second has, best.
+        grads["shared"] *= single([100.0, 0.0])[:, None, None]
+        _, state = jax.jit(tx.update)(put(grads), state)
+    roots = [factor.root for factor in state.factors["whole"][0]]
+    for root in roots:
+        first, second = (np.asarray(shard.data) for shard in root.addressable_shards)
+        np.testing.assert_array_equal(first, second)
+    assert sum(bool(np.any(b.root != r)) for b, r in zip(before, roots, strict=True)) == 1
 
 
 @pytest.mark.parametrize(

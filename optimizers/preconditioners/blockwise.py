@@ -79,7 +79,15 @@ class Tensor:
     ) -> Unit:
         """A unit of arrays `[*batch, *counts, ...]`."""
         return Unit(
-            kind, source, carry, self.shards, is_whole, growth, len(self.counts), *self.layers
+            kind,
+            source,
+            carry,
+            self.shards,
+            is_whole,
+            growth,
+            len(self.counts),
+            *self.layers,
+            self.blocking.cut,
         )
 
 

@@ -5,6 +5,7 @@ of the matrices that are due by the clock, those that still fit may be skipped.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -33,7 +34,8 @@ class Need:
     above: float
     """Members with a larger misfit need a refresh."""
     most: float = 1.0
-    """At most this share of the matrices of a shape is refreshed, rounded up, worst first."""
+    """At most this share of the matrices of a shape, cut by the same mesh axes, is refreshed, rounded
+    up, worst first."""
     bounded: jax.Array | bool = True
     """Whether that bound applies yet."""
 
@@ -43,7 +45,9 @@ def in_need(
 ) -> list[jax.Array]:
     """Which members of like units with these carries are to be refreshed: flags `[B]`.
 
-    A non-finite misfit needs a refresh too, but after all others: a refresh may not help.
+    A non-finite misfit needs a refresh too, but after all others: a refresh may not help. Only units
+    that the same mesh axes cut are ranked against each other: devices that repeat a unit would otherwise
+    rank it against different others, and their copies would drift apart.
     """
     asked = [
         unit._replace(
@@ -55,16 +59,24 @@ def in_need(
     def ask(kind: Any, old: jax.Array, source: Any) -> jax.Array:
         return need.misfit(kind, *source).astype(old.dtype)
 
-    found = jnp.concatenate(worked_on(asked, ask, max_elements))
+    found = worked_on(asked, ask, max_elements)
+    flags = list(found)
+    for cut in {unit.cut: None for unit in units}:
+        members = [at for at, unit in enumerate(units) if unit.cut == cut]
+        chosen = _worst(jnp.concatenate([found[at] for at in members]), need)
+        ends = itertools.accumulate(units[at].blocks for at in members)
+        for at, end in zip(members, ends, strict=True):
+            flags[at] = chosen[end - units[at].blocks : end]
+    return flags
+
+
+def _worst(found: jax.Array, need: Need) -> jax.Array:
+    """Which of these misfits are in need, at most `need.most` of them."""
     wanted = ~(found <= need.above)
-    worst_first = jnp.argsort(jnp.where(jnp.isfinite(found) & wanted, -found, jnp.inf))
-    # Among equals, those in need come first; non-finite ones count as infinite.
-    worst_first = worst_first[jnp.argsort(~wanted[worst_first])]
-    rank = jnp.argsort(worst_first)
+    key = jnp.where(wanted, jnp.where(jnp.isfinite(found), -found, 0), jnp.inf)
+    rank = jnp.argsort(jnp.argsort(key))
     most = math.ceil(round(need.most * found.size, 6))
-    flags = wanted & (~jnp.asarray(need.bounded) | (rank < most))
-    starts = [sum(unit.blocks for unit in units[:at]) for at in range(len(units))]
-    return [flags[start : start + unit.blocks] for start, unit in zip(starts, units, strict=True)]
+    return wanted & (~jnp.asarray(need.bounded) | (rank < most))
 
 
 def only_those(

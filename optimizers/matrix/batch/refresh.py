@@ -41,8 +41,9 @@ class Refresh:
         :math:`Q^\top L Q` off the diagonal, in :math:`\lVert\cdot\rVert_F`; for a root, the largest
         element of :math:`L X^p - I`. Combine it with a short period.
       most: with `need`, at most this share of the blocks of a shape is refreshed in one step, worst
-        first; on a mesh, of each device's blocks, and if staggered, of each phase's. It does not apply
-        before the start, so that no block starts without a root or basis.
+        first; on a mesh, of each device's blocks, apart by the mesh axes that cut their leaf; and if
+        staggered, of each phase's. It does not apply before the start, so that no block starts without
+        a root or basis.
 
     Raises:
       ValueError: for a period below one, a start before the first refresh, statistics that are updated

@@ -44,6 +44,8 @@ class Unit(NamedTuple):
     """The length of the first of these over all devices, if it is one of the leaf's batch axes."""
     layer_names: Names = ()
     """The mesh axes that cut that axis."""
+    cut: frozenset[str] = frozenset()
+    """The mesh axes along which devices have different blocks; along all others they repeat them."""
 
     @property
     def flat(self) -> "Unit":

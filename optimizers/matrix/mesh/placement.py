@@ -52,10 +52,14 @@ class Placement:
         return math.prod(self.sizes[move.name] for move in self.moves if move.target is None)
 
     @property
+    def cut(self) -> frozenset[str]:
+        """The mesh axes along which devices have different blocks."""
+        return frozenset(name for axis in self.inside for name in axis) - frozenset(self.summed)
+
+    @property
     def shards(self) -> int:
         """How many devices share the leaf's blocks."""
-        names = [name for axis in self.inside for name in axis if name not in self.summed]
-        return math.prod(self.sizes[name] for name in names)
+        return math.prod(self.sizes[name] for name in self.cut)
 
     def parts(self, names: Names) -> int:
         """The number of parts into which these mesh axes cut together."""

@@ -48,6 +48,11 @@ class Blocking:
         """How many devices share the blocks of the leaf; this describes the blocks of one."""
         return self.placement.shards if self.is_local else 1
 
+    @property
+    def cut(self) -> frozenset[str]:
+        """Mesh axes along which devices have different blocks of the leaf."""
+        return self.placement.cut if self.is_local else frozenset()
+
     @functools.cached_property
     def batches(self) -> tuple[tuple[int, ...], ...]:
         """By tensor, the leading axes of its state: the leaf's batch axes, or (1,)."""
