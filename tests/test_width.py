@@ -209,4 +209,6 @@ def test_branches_are_scaled_for_their_number_and_the_base_model_is_what_it_was(
         ModelConfig(branch_scale=0.0)
     with pytest.raises(ValueError, match="depths must be two or more that rise"):
         CoordinateConfig(depths=(4, 2))
+    with pytest.raises(ValueError, match="widths or depths are compared, not both"):
+        CoordinateConfig(depths=(2, 4), widths=(16, 32))
     assert CoordinateConfig(depths=(2, 4)).sizes == (2, 4)

@@ -1,15 +1,20 @@
 """Whole runs whose losses are kept in a file: what was measured once is read, not run again."""
 
+import contextlib
 import dataclasses
 import functools
+import math
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console
 
 from ..config import RunConfig
 from ..data.bpe import corpus_of
+from ..data.corpus import Corpus
 from ..identity import to_json
 from ..run import interrupts
 from .entrants import Entrant
@@ -18,53 +23,84 @@ from .space import Point
 from .trial import Trials
 
 
+class Late(Exception):
+    """A run would have to be made, after the time for that is over."""
+
+
 class Runs:
-    """Held-out losses at the end of schedules, on the text for races; a context.
+    """Held-out losses at the end of schedules.
 
     Args:
-      run: model, text, batch and first seed.
-      out: strict JSON lines, a run each; a damaged line is refused by its number.
+      run: model, batch and first seed.
+      corpus: the text.
+      kept: where losses are kept.
       console: told of every run made.
-
-    Raises:
-      ValueError: for a text or a file of runs that cannot be used.
+      trials: makes the trials of a run and a corpus.
+      decides: JSON values that decide an entrant's runs besides its own, in their keys.
+      until: the time, as ``time.monotonic()``, after which no run begins.
     """
 
-    def __init__(self, run: RunConfig, out: Path, console: Console):
-        self._corpus = corpus_of(run).for_races()
-        model = dataclasses.replace(run.model, vocabulary=self._corpus.vocabulary)
-        self._run, self._console = dataclasses.replace(run, model=model), console
+    def __init__(
+        self,
+        run: RunConfig,
+        corpus: Corpus,
+        kept: Kept,
+        console: Console,
+        *,
+        trials: Callable[[RunConfig, Corpus], Trials] = Trials,
+        decides: Callable[[Entrant], list[Any]] = lambda entrant: [],
+        until: float = math.inf,
+    ):
+        model = dataclasses.replace(run.model, vocabulary=corpus.vocabulary)
+        self._run, self._corpus = dataclasses.replace(run, model=model), corpus
+        self._kept, self._console, self._until = kept, console, until
+        self._make, self._decides = trials, decides
         fields = to_json(dataclasses.replace(self._run, data=()))
-        self._task = digest([fields, self._corpus.fingerprint])
-        words = " ".join(sys.argv[1:])
-        self._kept = Kept(out, text=self._corpus.description, command=words)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._kept.__exit__()
+        self._task = digest([fields, corpus.fingerprint])
 
     def loss(self, entrant: Entrant, repeat: int, steps: int) -> float:
-        """Of an entrant, with the seed so far behind the first; infinite if it diverged."""
+        """Of an entrant, with the seed so far behind the first; infinite if it diverged.
+
+        Raises:
+          Late: if it would have to be made after the time for that.
+        """
         interrupts.check()
         told = [
             entrant.optimizer.to_json(),
             entrant.learning_rate,
             entrant.weight_decay,
             entrant.warmup,
+            *self._decides(entrant),
         ]
         key = (self._task, entrant.name, repeat, steps, digest(told))
         if key not in self._kept:
+            if time.monotonic() > self._until:
+                raise Late
             warmup = 0.1 if entrant.warmup is None else entrant.warmup
             point = Point(entrant.learning_rate, entrant.weight_decay, warmup, entrant.optimizer)
             loss = self._trials(repeat).loss(point, steps)
-            self._kept.add(key, loss)
-            what = f"{entrant.name:<12} rate {entrant.learning_rate:<8.3g}"
-            self._console.print(f"{what} {steps:>6} steps: {loss:.4f} nats")
+            width = self._run.model.width
+            row = {"optimizer": entrant.name, "width": width, "steps": steps}
+            row |= {"learning_rate": entrant.learning_rate, "seed": self._run.seed + repeat}
+            self._kept.add(key, loss, **row)
+            what = f"{entrant.name:<12} {width:>4} wide, rate {entrant.learning_rate:<8.3g}"
+            self._console.print(f"{what} {steps:>6} steps: {loss:.4f} nats", highlight=False)
         return self._kept[key]
 
     @functools.cache  # noqa: B019 - as long-lived as its command
     def _trials(self, repeat: int) -> Trials:
-        seeded = dataclasses.replace(self._run, seed=self._run.seed + repeat)
-        return Trials(seeded, self._corpus)
+        return self._make(
+            dataclasses.replace(self._run, seed=self._run.seed + repeat), self._corpus
+        )
+
+
+@contextlib.contextmanager
+def kept_losses(run: RunConfig, out: Path) -> Iterator[tuple[Corpus, Kept]]:
+    """The text for races, and the losses in a file.
+
+    Raises:
+      ValueError: for a text or a file that cannot be used.
+    """
+    corpus = corpus_of(run).for_races()
+    with Kept(out, text=corpus.description, command=" ".join(sys.argv[1:])) as kept:
+        yield corpus, kept

@@ -13,7 +13,8 @@ from rich.table import Table
 
 from ..config import RunConfig
 from .entrants import line_up
-from .runs import Runs
+from .runs import Runs, kept_losses
+from .trial import check_used
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,7 @@ class SensitivityConfig:
             raise ValueError(
                 f"seeds and length must be at least 1, got {self.seeds}, {self.length}."
             )
+        check_used(self.run)
         line_up(self.optimizers)
 
 
@@ -57,7 +59,8 @@ def sensitivity(config: SensitivityConfig, console: Console) -> None:
       ValueError: for a configuration, a text or a file of runs that cannot be used.
     """
     found: dict[str, dict[float, float]] = {}
-    with Runs(config.run, config.out, console) as runs:
+    with kept_losses(config.run, config.out) as (corpus, kept):
+        runs = Runs(config.run, corpus, kept, console)
         for entrant in line_up(config.optimizers):
             for factor in sorted(config.factors):
                 tried = dataclasses.replace(entrant, learning_rate=factor * entrant.learning_rate)

@@ -15,8 +15,9 @@ from scipy.optimize import least_squares
 
 from ..config import RunConfig
 from .entrants import line_up
-from .runs import Runs
+from .runs import Runs, kept_losses
 from .summary import REFERENCE
+from .trial import check_used
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,7 @@ class SpeedupConfig:
             raise ValueError(
                 f"seeds and length must be at least 1, got {self.seeds}, {self.length}."
             )
+        check_used(self.run)
         line_up(f"{REFERENCE},{self.optimizers}")
 
 
@@ -132,7 +134,8 @@ def speedup(config: SpeedupConfig, console: Console) -> None:
       ValueError: for a configuration, a text or a file of runs that cannot be used.
     """
     ends: dict[str, dict[int, list[float]]] = {}
-    with Runs(config.run, config.out, console) as runs:
+    with kept_losses(config.run, config.out) as (corpus, kept):
+        runs = Runs(config.run, corpus, kept, console)
         for entrant in line_up(f"{REFERENCE},{config.optimizers}"):
             lengths = config.horizons if entrant.name == REFERENCE else (config.length,)
             ends[entrant.name] = {

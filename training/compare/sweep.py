@@ -24,7 +24,7 @@ from ..run import interrupts
 from ..run.files import Lines, write_json
 from ..run.meta import provenance
 from .space import Point, points
-from .trial import Trials
+from .trial import Trials, check_used
 
 HERE = Path(__file__).parent
 TRIALS, TUNED = HERE / "trials.jsonl", HERE / "tuned.json"
@@ -62,6 +62,7 @@ class SweepConfig:
             raise ValueError(f"trials must be at least 1, got {self.trials}.")
         if not self.rungs or min(self.rungs) < 1 or list(self.rungs) != sorted(set(self.rungs)):
             raise ValueError(f"rungs must be rising numbers of steps, got {list(self.rungs)}.")
+        check_used(self.run)
         self.line_up()
 
     def line_up(self) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """A trial: one short training run whose hyperparameters are arguments of a program compiled once."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -13,7 +14,6 @@ import optax
 from ...optimizers.registry import OptimizerConfig
 from ...optimizers.roles import mask_by_role
 from ...stability import clip_by_global_norm
-from ..batch_schedule import CONSTANT
 from ..config import RunConfig
 from ..data.batches import heldout_batches, train_batches
 from ..data.corpus import Corpus
@@ -38,8 +38,6 @@ class Trials:
     """
 
     def __init__(self, run: RunConfig, corpus: Corpus):
-        if run.batches != CONSTANT:
-            raise ValueError("only a race has batch schedules; leave --batch-schedule out.")
         self._run, self._corpus = run, corpus
         self._graphdef, self._start = init_params(run.model, run.seed)
         sizes: Any = {"batch_size": run.batch_size, "context": run.model.context}
@@ -93,6 +91,31 @@ class Trials:
             return make_train_step(self._graphdef, tx, attention_logits=False)(state, batch)
 
         return jax.jit(init), jax.jit(step, donate_argnums=0)
+
+
+USED = {"model", "batch_size", "seed", "clip_norm", "eval_batches", "data"}
+USED |= {"bpe", "tokenizer", "bytes_per_token"}
+"""The settings of a run that trials use."""
+
+
+def check_used(run: RunConfig) -> None:
+    """Refuses settings of a race that trials would ignore.
+
+    Raises:
+      ValueError: for any that is not at its default, by their flags.
+    """
+    plain = RunConfig()
+    ignored = [
+        "--" + field.name.replace("_", "-")
+        for field in dataclasses.fields(run)
+        if field.name not in USED
+        and "free" not in field.metadata
+        and getattr(run, field.name) != getattr(plain, field.name)
+    ]
+    if ignored:
+        raise ValueError(
+            f"only a race uses {', '.join(ignored)}; leave out what this command would ignore."
+        )
 
 
 def _split(optimizer: OptimizerConfig) -> tuple[dict[str, Any], OptimizerConfig]:

@@ -1,19 +1,18 @@
 """The best learning rate: which ones are tried, and a parabola through them with its uncertainty."""
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from ..compare.runs import Late
+
 NEAR = 2.0
 """Rates within this factor of the best one tried belong to the parabola: five, root 2 apart."""
 REACH = 6
 """Doublings that a search goes up or down at most."""
-
-
-class Late(Exception):
-    """A loss that would have to be measured, after the time for that is over."""
 
 
 def search(
@@ -26,29 +25,27 @@ def search(
       found: where they go.
       start: the first factor, a power of root 2.
     """
-    mean = lambda half: float(np.mean(found[2 ** (half / 2)]))
 
-    def tried(half: int) -> bool:
-        if 2 ** (half / 2) not in found:
-            found[2 ** (half / 2)] = measure(2 ** (half / 2))
-        return True
+    def mean(half: int) -> float:
+        factor = 2 ** (half / 2)
+        if factor not in found:
+            found[factor] = measure(factor)
+        return float(np.mean(found[factor]))
 
     best = round(2 * math.log2(start))
-    try:
-        tried(best)
+    with contextlib.suppress(Late):
+        mean(best)
         for step in (2, -2):
             for _ in range(REACH):
-                if not (tried(best + step) and mean(best + step) < mean(best)):
+                if not mean(best + step) < mean(best):
                     break
                 best += step
         for step in (1, -1):
-            if tried(best + step) and mean(best + step) < mean(best):
+            if mean(best + step) < mean(best):
                 best += step
                 break
         for half in (best - 2, best - 1, best + 1, best + 2):
-            tried(half)
-    except Late:
-        pass
+            mean(half)
 
 
 class Optimum(NamedTuple):
@@ -58,10 +55,14 @@ class Optimum(NamedTuple):
     """Of the rate."""
     error: float
     """Standard error of it, infinite where it cannot be told."""
+    free: int
+    """Degrees of freedom of that error."""
     loss: float
     """There, by the parabola."""
     inside: bool
     """Whether worse rates were tried on both sides; if not, the best one is an end of the search."""
+    lowest: bool = False
+    """Whether it is the lower end."""
 
 
 def optimum(losses: Mapping[float, Sequence[float]]) -> Optimum:
@@ -88,7 +89,7 @@ def optimum(losses: Mapping[float, Sequence[float]]) -> Optimum:
         for rate, mean in means.items()
         if math.isfinite(mean) and 1 / NEAR <= rate / best * (1 + 1e-9) <= NEAR * (1 + 2e-9)
     ]
-    end = Optimum(math.log2(best), math.inf, means[best], inside)
+    end = Optimum(math.log2(best), math.inf, 0, means[best], inside, best == min(means))
     if not inside or len(near) < 3:
         return end._replace(inside=False)
     logs = np.log2(near)
@@ -96,13 +97,15 @@ def optimum(losses: Mapping[float, Sequence[float]]) -> Optimum:
     if found is None:
         return end
     at, error, loss = found
+    free = len(near) - 3
     seeds = min(len(losses[rate]) for rate in near)
     each = [_vertex(logs, np.array([losses[rate][seed] for rate in near])) for seed in range(seeds)]
     own = [vertex[0] for vertex in each if vertex is not None]
     if len(own) > 1:
         scatter = float(np.std(own, ddof=1)) / math.sqrt(len(own))
-        error = scatter if math.isinf(error) else max(error, scatter)
-    return Optimum(at, error, loss, inside)
+        if math.isinf(error) or scatter > error:
+            error, free = scatter, len(own) - 1
+    return Optimum(at, error, free, loss, inside)
 
 
 def _vertex(logs: np.ndarray, values: np.ndarray) -> tuple[float, float, float] | None:

@@ -22,8 +22,10 @@ import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from scipy import stats
 
 from ..compare.entrants import line_up
+from ..compare.runs import kept_losses
 from ..identity import to_json
 from ..run.files import write_json
 from .optimum import Optimum, optimum, search
@@ -36,9 +38,6 @@ Key = tuple[str, bool, int]
 Found = dict[Key, dict[float, list[float]]]
 """Losses by factor of the tuned rate, one per seed."""
 
-Z = 1.645
-"""Standard errors on either side of an interval of 90 %."""
-
 
 def study_width(config: WidthStudyConfig, console: Console) -> dict[Key, Optimum]:
     """Makes the runs that are missing, prints the table, and writes the numbers and the figure.
@@ -48,7 +47,8 @@ def study_width(config: WidthStudyConfig, console: Console) -> dict[Key, Optimum
     """
     found: Found = {}
     entrants = line_up(config.optimizers)
-    with WidthRuns(config, console) as runs:
+    with kept_losses(config.run, config.out / "runs.jsonl") as (corpus, kept):
+        runs = WidthRuns(config, corpus, kept, console)
         for ruled in (True, False) if config.control else (True,):
             for width in config.widths:
                 for entrant in entrants:
@@ -73,18 +73,21 @@ def study_width(config: WidthStudyConfig, console: Console) -> dict[Key, Optimum
 
 
 def moved(best: Mapping[Key, Optimum], name: str, ruled: bool) -> tuple[float, float]:
-    """By what power of two the best rate moves from the first width to the last, and its error."""
+    """By what power of two the best rate moves from the first width to the last, and half of the
+    interval of 90 %: Student's, with the fewer degrees of freedom of the two ends."""
     mine = sorted(key for key in best if key[:2] == (name, ruled))
     first, last = best[mine[0]], best[mine[-1]]
-    return last.log2 - first.log2, math.hypot(first.error, last.error)
+    free = min(first.free, last.free)
+    spread = stats.t.ppf(0.95, free) if free else math.inf
+    return last.log2 - first.log2, float(spread) * math.hypot(first.error, last.error)
 
 
 def _table(
     config: WidthStudyConfig, rates: Mapping[str, float], best: Mapping[Key, Optimum]
 ) -> Table:
     caption = (
-        "best learning rates of the base model by a parabola, with standard errors in percent; >: the "
-        "best one tried is an end of the search. Moved: from the first width to the last, with an "
+        "best learning rates of the base model by a parabola, with standard errors in percent; < or >: "
+        "the best one tried is an end of the search. Moved: from the first width to the last, with an "
         "interval of 90 %"
     )
     table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
@@ -102,10 +105,10 @@ def _table(
                 best.get((name, ruled, width)) for width in (config.widths[0], config.widths[-1])
             ]
             if all(end is not None and end.inside for end in ends):
-                by, error = moved(best, name, ruled)
-                low, high = by - Z * error, by + Z * error
-                row.append(f"x {2**by:.2f} ({2**low:.2f} to {2**high:.2f})")
-                sure = "yes" if max(-low, high) < 0.5 else "probably"
+                by, half = moved(best, name, ruled)
+                told = f" ({2 ** (by - half):.2f} to {2 ** (by + half):.2f})"
+                row.append(f"x {2**by:.2f}{told if math.isfinite(half) else ''}")
+                sure = "yes" if abs(by) + half < 0.5 else "probably"
                 row.append(sure if abs(by) < 0.5 else "no")
             table.add_row(*row)
     return table
@@ -116,7 +119,7 @@ def _cell(rate: float, at: Optimum | None) -> str:
         return "-"
     told = f"{rate * 2**at.log2:.3g}"
     if not at.inside:
-        return f"> {told}"
+        return f"{'<' if at.lowest else '>'} {told}"
     return told if math.isinf(at.error) else f"{told} ± {100 * (2**at.error - 1):.0f}"
 
 

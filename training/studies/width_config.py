@@ -7,6 +7,7 @@ from pathlib import Path
 from ...optimizers.links.growth import Rank
 from ...optimizers.width import width_rule
 from ..compare.entrants import line_up
+from ..compare.trial import check_used
 from ..config import RunConfig
 from ..width.coordinates import at_width
 
@@ -49,6 +50,7 @@ class WidthStudyConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not (math.isfinite(self.minutes) and self.minutes >= 0):
             raise ValueError(f"minutes must be finite and not negative, got {self.minutes}.")
+        check_used(self.run)
         base = at_width(self.run.model, self.widths[0])
         for width in self.widths:
             at_width(base, width)

@@ -61,6 +61,8 @@ class CoordinateConfig:
     """The base model; its width is the first of the widths."""
 
     def __post_init__(self) -> None:
+        if self.depths and self.widths != CoordinateConfig.widths:
+            raise ValueError("widths or depths are compared, not both; leave one of them out.")
         if self.depths:
             self._check_depths()
         elif len(self.widths) < 2 or list(self.widths) != sorted(set(self.widths)):
