@@ -13,6 +13,7 @@ from ravine.training import train as loop
 from ravine.training.batch_schedule import BatchSchedule
 from ravine.training.compare.entrants import line_up
 from ravine.training.config import RunConfig
+from ravine.training.cost import Cost
 from ravine.training.data.batches import load_corpus, train_batches, train_rows
 from ravine.training.data.taking import OfManySizes, OfOneSize
 from ravine.training.model import ModelConfig
@@ -31,7 +32,7 @@ def corpus(text):
 
 
 def train(corpus, folder, monkeypatch, stop=None, **options):
-    """Records without seconds, of a run that may be stopped after a step."""
+    """The outcome and records without seconds, of a run that may be stopped after a step."""
     run = RunConfig(**SIZES | options)
     (entrant,) = line_up("adamw")
     folder.mkdir(exist_ok=True)
@@ -47,11 +48,11 @@ def train(corpus, folder, monkeypatch, stop=None, **options):
     except KeyboardInterrupt:
         assert stop is not None
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+    return outcome, [{k: v for k, v in record.items() if k != "seconds"} for record in records]
 
 
 def test_a_ramp_that_is_interrupted_is_the_one_that_is_not(corpus, tmp_path, monkeypatch):
-    sizes, make = [], programs.make_train_step
+    sizes, costs, make, cost_of = [], [], programs.make_train_step, loop.cost_of
 
     def counted(graphdef, tx, micro_batches, **options):
         step = make(graphdef, tx, micro_batches, **options)
@@ -62,16 +63,26 @@ def test_a_ramp_that_is_interrupted_is_the_one_that_is_not(corpus, tmp_path, mon
 
         return counting
 
+    def priced(*args):
+        costs.append(cost_of(*args))
+        return costs[-1]
+
     monkeypatch.setattr(programs, "make_train_step", counted)
+    monkeypatch.setattr(loop, "cost_of", priced)
     options = {"steps": 4, "batches": RAMP, "checkpoint_every": 1, "log_every": 1}
     # 32 examples: 2 + 2 + 4 of the ramp, then three batches of 8.
     run = RunConfig(**SIZES | options)
     assert [run.size_at(at) for at in range(run.updates)] == [2, 2, 4, 8, 8, 8]
-    whole = train(corpus, tmp_path / "whole", monkeypatch, **options)
+    outcome, whole = train(corpus, tmp_path / "whole", monkeypatch, **options)
     assert sizes == [2, 4, 8]
     assert [record["step"] for record in whole] == [0, 1, 2, 3, 4, 5, 6]
     train(corpus, tmp_path / "cut", monkeypatch, stop=3, **options)
-    assert train(corpus, tmp_path / "cut", monkeypatch, **options) == whole
+    assert train(corpus, tmp_path / "cut", monkeypatch, **options)[1] == whole
+    # The cost is that of the largest batch, and tokens are counted in this run's batches.
+    first, last = costs[0], Cost(**outcome.cost)
+    grown = (last.step_flop - last.optimizer_flop) / (first.step_flop - first.optimizer_flop)
+    assert grown == pytest.approx(8 / 2, rel=0.1)
+    assert outcome.batch_sizes == run.batch_sizes
 
 
 def test_the_data_are_those_of_a_constant_batch_in_other_pieces(corpus):

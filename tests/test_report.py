@@ -1,6 +1,7 @@
 """The page of a race: what it says, what it draws, and that it needs nothing else."""
 
 import argparse
+import dataclasses
 import json
 import math
 import re
@@ -9,9 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import vl_convert
+from ravine.schedules import BatchSizes
+from ravine.training.batch_schedule import BatchSchedule
 from ravine.training.compare.charts import POINTS, SOLID, specification
+from ravine.training.compare.hardware import hardware_rows
 from ravine.training.compare.report import VEGA_LITE, headline, write_report
 from ravine.training.config import RunConfig
+from ravine.training.cost import Cost
 from ravine.training.data.corpus import load_corpus
 from ravine.training.run.outcome import Outcome
 
@@ -57,6 +62,7 @@ def test_the_page_loads_nothing_and_is_read_without_scripts(page):
     given = scripts.partition(">")[2].partition("</script>")[0]
     assert json.loads(given)["concat"]
     assert '<html lang="en">' in page
+    assert "1,000 parameters, 300 steps of 1,024 tokens each." in page
     assert head.count('scope="col"') == head.count('<button type="button">') > 10
 
 
@@ -73,6 +79,27 @@ def test_the_charts_are_drawn_whatever_they_are_drawn_against(seeds, along):
     for color in ("#000000", "#0072B2", "#E69F00"):
         assert f'stroke="{color}"' in svg
     assert "NaN" not in svg
+
+
+def test_growing_batches_are_counted_as_each_optimizer_has_them(tmp_path):
+    """Of 100 updates of 16 sequences of 64 tokens, and 200 of 32; Muon's grow at the 200th."""
+    run = dataclasses.replace(RUN, batches=BatchSchedule("seesaw"))
+    outcomes = [outcome("adamw", 1.5), outcome("muon", 1.4)]
+    for made, boundary in zip(outcomes, (100, 200), strict=True):
+        made.batch_sizes = BatchSizes((16, 32), (boundary,))
+        made.cost = dataclasses.asdict(Cost(2.0, 1.0, 0.0, 1, 1))
+    chart = next(
+        chart
+        for chart in specification(outcomes, run)["concat"]
+        if chart["title"]["text"] == "held-out loss"
+    )
+    last = {p["optimizer"]: p["tokens"] for p in chart["data"]["values"] if p["steps"] == 300}
+    assert last == {"adamw": (1600 + 6400) * 64, "muon": (3200 + 3200) * 64}
+    speeds = [row[1] for row in hardware_rows(outcomes, run, "cpu")]
+    assert speeds == [f"{tokens / 29.9:,.0f}" for tokens in last.values()]
+    corpus = load_corpus((Path(argparse.__file__),))
+    page = write_report(tmp_path, outcomes, run, corpus).read_text()
+    assert "the data of 300 steps of 1,024 tokens each, in batches that grow." in page
 
 
 def test_curves_have_few_points_and_a_band_over_seeds():

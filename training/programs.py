@@ -15,13 +15,13 @@ from ..stability import FiniteGateState, SkipStepState, monitored, noise_scale
 from .config import RunConfig
 from .step import TrainState, make_train_step
 
-HELD = (
-    2  # programs at a time: a return goes back to the size before, a ramp of sixty to none further
-)
+HELD = 2
+"""Programs at a time: the size in use and the one before it, to which a roll-back may return."""
 
 
 class Programs:
-    """``state, metrics, sampled = programs.of(size, state)(state, batch)``.
+    """``traced, program = programs.of(size, state)``, and then
+    ``state, metrics, sampled = program(state, batch)``, which donates `state`.
 
     Args:
       run: which steps.
@@ -45,16 +45,12 @@ class Programs:
         self._compiled: dict[int, tuple[Any, Any]] = {}
         self.seconds = 0.0  # of tracing and compiling
 
-    def of(self, size: int, state: TrainState) -> Any:
-        """The program for batches of this size; `state` is donated when it is called."""
-        return self.traced(size, state)[1]
-
     def has(self, size: int) -> bool:
         """Whether this one need not be compiled."""
         return size in self._compiled
 
-    def traced(self, size: int, state: TrainState) -> tuple[Any, Any]:
-        """The trace of the program, and the program."""
+    def of(self, size: int, state: TrainState) -> tuple[Any, Any]:
+        """The trace of the program for batches of this size, and the program."""
         if size not in self._compiled:
             started = time.perf_counter()
             shape = (size, self._run.model.context + 1)

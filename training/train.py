@@ -31,7 +31,7 @@ from .run.past import identity_of, past_of, rates_of
 from .run.profile import Profile
 from .samples import samples
 from .sharding import batch_sharding, build_mesh, local_shards
-from .step import init_sharded, place
+from .step import TrainState, init_sharded, place
 from .update_time import optimizer_milliseconds
 
 
@@ -138,10 +138,18 @@ def _train(
             on_record(entry)
 
         # A program for each size of batch, compiled when its time comes; now the first.
-        programs = Programs(run, graphdef, tx, shardings, rows)
-        traced, compiled = programs.traced(run.size_at(done), state)
-        outcome.cost = dataclasses.asdict(cost_of(run.model, tx, state, traced, compiled))
-        outcome.compile_seconds = programs.seconds
+        programs, largest = Programs(run, graphdef, tx, shardings, rows), 0
+
+        def program_of(size: int, state: TrainState) -> Any:
+            nonlocal largest
+            traced, compiled = programs.of(size, state)
+            outcome.compile_seconds = programs.seconds
+            if size > largest:  # what a step costs at most
+                cost = cost_of(run.model, tx, state, traced, compiled)
+                outcome.cost, largest = dataclasses.asdict(cost), size
+            return compiled
+
+        program_of(run.size_at(done), state)
         interrupts.check()
 
         metrics = Metrics(clock)
@@ -152,8 +160,7 @@ def _train(
             size = run.size_at(done)
             if not programs.has(size):
                 clock.stop()
-            program = programs.of(size, state)
-            outcome.compile_seconds = programs.seconds
+            program = program_of(size, state)
             profile.before(done, state)
             clock.start()
             shape = (size, run.model.context + 1)

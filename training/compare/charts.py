@@ -239,13 +239,10 @@ def _speedups(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
 
 def _points(outcomes: Sequence[Outcome], name: str, run: RunConfig) -> list[dict[str, Any]]:
     """Every optimizer's curve of one measurement, the seeds put together step by step."""
-    examples, points = run.batch_sizes.data_offset, []
+    points = []
     for optimizer in dict.fromkeys(outcome.name for outcome in outcomes):
-        curves = [
-            curve
-            for outcome in outcomes
-            if outcome.name == optimizer and (curve := _curve(outcome, name))
-        ]
+        seeds = [outcome for outcome in outcomes if outcome.name == optimizer]
+        curves = [curve for outcome in seeds if (curve := _curve(outcome, name))]
         if not curves:
             continue
         length = min(map(len, curves))
@@ -256,7 +253,7 @@ def _points(outcomes: Sequence[Outcome], name: str, run: RunConfig) -> list[dict
             point = {
                 "optimizer": optimizer,
                 "steps": step,
-                "tokens": float(examples(int(step)) * run.model.context),
+                "tokens": float(seeds[0].tokens(step, run)),
                 "seconds": round(seconds, 2),
                 "value": _short(values[:, part].mean()),
                 "smooth": _short(smooth[:, part].mean()),

@@ -32,7 +32,8 @@ def hardware_rows(
     """A row per optimizer, of its first seed, in the order given; headings are the keys of `COLUMNS`.
 
     Tokens per second are those of the median step of all seeds, with the model's FLOP utilization where
-    the device's peak is known. "Lowest loss" is when no other optimizer had reached a lower held-out
+    the device's peak is known. Where batches grow, they are those of the first seed's whole run, without
+    utilization, and operations and memory are those of the largest batch so far. "Lowest loss" is when no other optimizer had reached a lower held-out
     loss: together these spans are the Pareto front of loss against time.
     """
     device_kind = device_kind or jax.devices()[0].device_kind
@@ -46,8 +47,7 @@ def hardware_rows(
         used = cost.utilization(seconds, device_kind, run.model.dtype)
         if run.batches != CONSTANT:  # a median step is no measure of steps that grow
             last = first[name].steps[-1]
-            examples = run.batch_sizes.data_offset(int(last["step"]) + 1)
-            speed = f"{examples * run.model.context / last['seconds']:,.0f}"
+            speed = f"{first[name].tokens(last['step'] + 1, run) / last['seconds']:,.0f}"
             used = None
         rows.append(
             [

@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 import vl_convert
 
+from ..batch_schedule import CONSTANT
 from ..colours import colour
 from ..config import RunConfig
 from ..data.corpus import Corpus
@@ -108,8 +109,7 @@ def _render(
         names=names,
         headline=headline(outcomes),
         parameters=f"{order[0].parameters:,}" if order else "-",
-        steps=run.steps,
-        tokens=f"{run.batch_size * run.model.context:,}",
+        data=_data(run),
         text=corpus.description,
         columns=summary_columns(outcomes),
         rows=rows(summary_rows(outcomes)),
@@ -131,6 +131,12 @@ def _render(
         optimizers={name: json.dumps(given) for name, given in optimizers.items()},
         configuration={**dataclasses.asdict(run), "text fingerprint": corpus.fingerprint},
     )
+
+
+def _data(run: RunConfig) -> str:
+    """How much every run sees."""
+    tokens = f"{run.steps} steps of {run.batch_size * run.model.context:,} tokens each"
+    return tokens if run.batches == CONSTANT else f"the data of {tokens}, in batches that grow"
 
 
 @functools.cache

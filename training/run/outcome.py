@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any, Literal
 
+from ...schedules import BatchSizes
 from ..config import RunConfig
 from .files import read_json, write_json
 from .records import audited, read_records, up_to, warn
@@ -36,6 +37,7 @@ class Outcome:
     hyperparameters: dict[str, Any] = dataclasses.field(default_factory=dict)
     cost: dict[str, float] = dataclasses.field(default_factory=dict)  # fields of `Cost`
     samples: list[str] = dataclasses.field(default_factory=list)
+    batch_sizes: BatchSizes | None = None  # of this run, with its own warm-up; known once it begins
 
     @property
     def step_milliseconds(self) -> float:
@@ -70,11 +72,14 @@ class Outcome:
             before = after
         return None
 
+    def tokens(self, updates: float, run: RunConfig) -> int:
+        """Tokens seen in so many updates; a run that has not begun has the batches of `run`."""
+        sizes = self.batch_sizes or run.batch_sizes
+        return sizes.data_offset(int(updates)) * run.model.context
+
     def save(self, folder: Path) -> None:
         """Writes ``outcome.json``: all but the records, which ``metrics.jsonl`` holds."""
-        summary = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        del summary["steps"], summary["evaluations"], summary["samples"]
-        write_json(folder / "outcome.json", summary)
+        write_json(folder / "outcome.json", {name: getattr(self, name) for name in _saved()})
 
     def load(self, folder: Path, run: RunConfig) -> bool:
         """Reads back what `save` wrote; false if the run in `folder` never came to its end.
@@ -91,8 +96,7 @@ class Outcome:
             return False
         fix = "remove it, and the run goes on from its newest checkpoint or starts again"
         summary = read_json(file, fix)
-        names = {f.name for f in dataclasses.fields(self)} - {"steps", "evaluations", "samples"}
-        if set(summary) != names or (
+        if set(summary) != set(_saved()) or (
             summary["name"] != self.name or summary["repeat"] != self.repeat
         ):
             raise ValueError(f"{file} is damaged (not an outcome of {self.name}); {fix}.")
@@ -102,6 +106,7 @@ class Outcome:
             return False  # it goes on: the race became longer
         for name, value in summary.items():
             setattr(self, name, math.nan if value is None else value)
+        self.batch_sizes = run.batch_sizes
         entries = read_records(metrics_file)
         until = run.updates if self.status == "finished" else 0
         entries, complaints = audited(entries, run, until, periods_in(folder))
@@ -114,6 +119,7 @@ class Outcome:
 
         Records that are lost or doubled are warned of.
         """
+        self.batch_sizes = run.batch_sizes
         if step == 0 or not metrics_file.exists():
             entries, complaints = [], ["all records are lost"] if step else []
         else:
@@ -131,6 +137,12 @@ class Outcome:
         """Takes records in, training's and evaluations'."""
         for entry in entries:
             (self.evaluations if "heldout_loss" in entry else self.steps).append(entry)
+
+
+def _saved() -> list[str]:
+    """The fields of ``outcome.json``."""
+    elsewhere = {"steps", "evaluations", "samples", "batch_sizes"}
+    return [f.name for f in dataclasses.fields(Outcome) if f.name not in elsewhere]
 
 
 def periods_in(folder: Path) -> list[tuple[int, int]]:
