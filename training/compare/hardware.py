@@ -33,8 +33,9 @@ def hardware_rows(
 
     Tokens per second are those of the median step of all seeds, with the model's FLOP utilization where
     the device's peak is known. Where batches grow, they are those of the first seed's whole run, without
-    utilization, and operations and memory are those of the largest batch so far. "Lowest loss" is when no other optimizer had reached a lower held-out
-    loss: together these spans are the Pareto front of loss against time.
+    utilization, and operations and memory are those of its largest batch. "Lowest loss" is when no other
+    optimizer had reached a lower held-out loss: together these spans are the Pareto front of loss
+    against time.
     """
     device_kind = device_kind or jax.devices()[0].device_kind
     first = {o.name: o for o in reversed(outcomes) if o.steps and o.cost}
