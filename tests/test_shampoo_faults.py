@@ -108,6 +108,21 @@ def test_spoiled_statistics_fall_back_to_the_graft_and_recover(patience):
     assert not np.array_equal(update[BLOCK], plain[7][BLOCK])
 
 
+def test_spoiled_statistics_need_a_refresh():
+    """Otherwise nobody would hear of them: every block that still fits keeps its root."""
+    gradient = normal((8, 8))
+    refresh = ravine.Refresh(every=1, need=1e3)
+    tx = ravine.scale_by_shampoo(blocks=ravine.Blocks(size=4), refresh=refresh)
+    step = jax.jit(tx.update)
+    _, state = step(gradient, tx.init(gradient))
+    assert not np.any([factor.refused for factor in factors(state)])
+    for count in (1, 2):
+        _, state = step(gradient, spoil(state))
+        ((refused,),) = ravine.root_failures({"factors": {"kernel": state.factors}}).values()
+        assert (refused.axis, refused.block) == (0, AT)
+        assert refused.refused == refused.failures == count
+
+
 @pytest.mark.parametrize("statistics", ["gram", "kl"])
 @pytest.mark.parametrize("graft", ["none", "sgd", "adagrad", "rmsprop", "adam", "sign"])
 def test_zero_gradients_then_normal_ones(graft, statistics):

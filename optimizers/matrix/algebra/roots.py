@@ -174,7 +174,7 @@ def misfit(
 ) -> jax.Array:
     r"""`[K]`: the largest element of :math:`(A + \rho I)^q X^p - I`, for a root X of an earlier A.
 
-    Arguments as for `inverse_root`; of a zero matrix it is zero.
+    Arguments as for `inverse_root`; of a zero matrix it is zero, and where anything is not finite, NaN.
 
     Example:
       >>> import jax.numpy as jnp
@@ -196,7 +196,8 @@ def misfit(
     lifted = ridged(a / scale, ridge, absolute_ridge / scale)
     product = _materialized(multiply(power(lifted, q), power(x * scale ** (q / p), p)))
     off = jnp.where(both, jnp.abs(product - identity(product)), 0)
-    return jnp.where(largest > 0, jnp.max(off, axis=(1, 2), initial=0), 0)
+    # Not `largest > 0`: statistics with NaN on the diagonal would fit.
+    return jnp.where(jnp.any(a != 0, axis=(1, 2)), jnp.max(off, axis=(1, 2), initial=0), 0)
 
 
 def _materialized(x: jax.Array) -> jax.Array:
