@@ -108,5 +108,5 @@ def guarded_step(
         return optax.apply_updates(params, updates), inner, norm
 
     keep = lambda: (params, advance(state.inner), jnp.zeros([], jnp.float32))
-    params, inner, norm = jax.lax.cond(made, make, keep)
+    params, inner, norm = cond(made, make, keep)
     return GuardedStep(params, finish(inner), norm)

@@ -66,3 +66,25 @@ def test_seeds_on_a_mesh(build, kind):
     )
     # Devices 0 and 1 have the first seed.
     assert all(set(c.group) <= {0, 1} for c in exchanged)
+
+
+def test_a_guarded_step_of_seeds_on_a_mesh():
+    tx = gated()
+
+    @jax.jit
+    @jax.vmap
+    def step(params, grads):
+        return ravine.stability.guarded_step(tx, grads, tx.init(params), params)
+
+    mesh = jax.make_mesh((2, 2), ("seed", "x"))
+    with jax.enable_x64(True):
+        params, grads = seeds(0), seeds(1)
+        grads["kernel"] = grads["kernel"].at[1, 2, 3].set(jnp.nan)
+        expected = step(params, grads)
+        with jax.set_mesh(mesh):
+            sharding = NamedSharding(mesh, P("seed", "x"))
+            found = step(*(jax.device_put(x, sharding) for x in (params, grads)))
+        assert furthest(found, expected) <= HALF
+    assert found.params["kernel"].sharding.spec[:2] == ("seed", "x")
+    np.testing.assert_array_equal(np.asarray(found.params["kernel"])[1], params["kernel"][1])
+    np.testing.assert_array_equal(found.state.skipped, [0, 1])
