@@ -20,6 +20,7 @@ import numpy as np
 from jax import lax
 
 LARGEST = np.finfo(np.float32).max
+LARGEST_DIVISOR = 2**29
 
 
 def rounded(x: jax.Array) -> jax.Array:
@@ -80,3 +81,25 @@ def select(count: jax.Array, boundaries: Sequence[int], table: Sequence[Any], dt
     for boundary, entry in zip(boundaries, table[1:], strict=True):
         value = jnp.where(count >= boundary, jnp.asarray(entry, dtype), value)
     return value
+
+
+def multiplied_and_divided(
+    x: jax.Array, y: jax.Array, plus: jax.Array, by: int
+) -> tuple[jax.Array, jax.Array]:
+    """Quotient and remainder of ``x * y + plus`` by a number, where int32 has no room for the product.
+
+    Long multiplication and division at once, from the first digits of `x` on: with digits of k bits and
+    :math:`b \\le 2^{30 - k}`, no intermediate result exceeds :math:`2^{k + 1} (b - 1) < 2^{31}`.
+
+    Args:
+      x: int32, not negative.
+      y, plus: int32, at least 0 and below `by`.
+      by: b, from 1 to `LARGEST_DIVISOR`.
+    """
+    bits = 30 - (by - 1).bit_length()
+    quotient = rest = jnp.zeros_like(x)
+    for place in reversed(range(0, 31, bits)):
+        digit = (x >> place) & (2**bits - 1)
+        product = (rest << bits) + digit * y + (plus if place == 0 else 0)
+        quotient, rest = (quotient << bits) + product // by, product % by
+    return quotient, rest

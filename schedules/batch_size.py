@@ -8,12 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from ..core.arguments import checked
 from ..core.checks import LARGEST_COUNT, check_amount, check_ratio, check_whole
-from ._arithmetic import rounded, select, times
+from ._arithmetic import LARGEST_DIVISOR, multiplied_and_divided, rounded, select, times
 from ._checks import check_boundaries, check_length
 from ._schedule import Schedule, as_count, boundaries_of, evaluate, values_of, words_of
 from .operators import join
@@ -84,19 +83,57 @@ class BatchSizes:
         past = -(-(examples - starts[phase]) // self.sizes[phase])
         return (0, *self.boundaries)[phase] + past
 
-    def ticks_at(self, count: Any) -> jax.Array:
-        """Ticks before the update at `count`, int32."""
-        count = as_count(count)
-        starts = [start // self.tick for start in self._starts()]
-        if starts[-1] > np.iinfo(np.int32).max:
+    def batches_at(self, count: Any, batch_size: int) -> tuple[jax.Array, jax.Array, int]:
+        """The data before the update at `count`, in batches of a constant size, in int32 throughout.
+
+        Args:
+          count: updates made.
+          batch_size: examples per constant batch.
+
+        Returns:
+          The whole batches, the parts of a batch left over, and how many of these make a batch. Where
+          there are more than int32 counts, 2**31 - 2 and 0.
+
+        Raises:
+          ValueError: for a batch of more parts than the arithmetic is exact for, or growing batches that
+            see more than int32 counts before the last of them.
+        """
+        check_whole(1, batch_size=batch_size)
+        part = math.gcd(self.tick, batch_size)
+        per_batch = batch_size // part
+        if per_batch > LARGEST_DIVISOR:
             raise ValueError(
-                f"the ramp of batch sizes covers {starts[-1]} ticks of {self.tick} examples, more "
-                "than int32 counts; choose sizes with a larger common divisor."
+                f"batch_size {batch_size} and the batch sizes {self.sizes} have no common divisor above "
+                f"{part}, and parts of a batch are counted up to {LARGEST_DIVISOR}; choose sizes with a "
+                "larger one."
             )
-        since = count - select(count, self.boundaries, (0, *self.boundaries), count.dtype)
-        speeds = [size // self.tick for size in self.sizes]
-        start = select(count, self.boundaries, starts, count.dtype)
-        return start + since * select(count, self.boundaries, speeds, count.dtype)
+        starts = [divmod(start // part, per_batch) for start in self._starts()]
+        if starts[-1][0] >= LARGEST_COUNT:
+            raise ValueError(
+                f"the batch sizes grow over {self._starts()[-1]} examples, which is {starts[-1][0]} "
+                f"times {batch_size}, more than int32 counts; let them grow earlier, or count in larger "
+                "batches."
+            )
+        count = as_count(count)
+        beyond = min(self.count_at((LARGEST_COUNT - 1) * batch_size), LARGEST_COUNT)
+        inside = jnp.minimum(count, beyond - 1).astype(jnp.int32)
+        of_phase = lambda table: select(inside, self.boundaries, table, jnp.int32)
+        since = inside - of_phase((0, *self.boundaries))
+        speeds = [divmod(size // part, per_batch) for size in self.sizes]
+        carried, rest = multiplied_and_divided(
+            since,
+            of_phase([fraction for _, fraction in speeds]),
+            of_phase([rest for _, rest in starts]),
+            per_batch,
+        )
+        whole = of_phase([whole for whole, _ in starts])
+        whole += since * of_phase([each for each, _ in speeds]) + carried
+        is_beyond = count >= beyond
+        return (
+            jnp.where(is_beyond, LARGEST_COUNT - 1, whole),
+            jnp.where(is_beyond, 0, rest),
+            per_batch,
+        )
 
 
 def _of_stages(sizes: Sequence[int], starts: Sequence[int]) -> BatchSizes:
@@ -162,16 +199,22 @@ def batch_ramp(start: int, end: int, increment: int, examples: int) -> BatchSize
 
 
 @checked
-def follow_data(schedule: optax.Schedule, batch: BatchSizes) -> Schedule:
+def follow_data(
+    schedule: optax.Schedule, batch: BatchSizes, batch_size: int | None = None
+) -> Schedule:
     """A schedule whose clock is the data: a larger batch moves it faster.
 
+    Between two of its counts, the schedule is interpolated linearly.
+
     Args:
-      schedule: counted in ticks of `batch`, ``batch.tick`` examples each; :class:`Run` gives
-        durations in ticks.
+      schedule: counted in updates of a constant batch.
       batch: the batch sizes.
+      batch_size: the size of the constant batch; by default ``batch.tick`` examples, the unit in which
+        ``Run.ticks`` gives durations.
 
     Raises:
-      ValueError: when the ramp of batch sizes is too long for int32.
+      ValueError: when batch sizes grow for more data than int32 counts, or have no common divisor that
+        makes the interpolation exact.
 
     Example:
       >>> import ravine
@@ -180,30 +223,21 @@ def follow_data(schedule: optax.Schedule, batch: BatchSizes) -> Schedule:
       >>> [float(schedule(count)) for count in (0, 4, 5, 6)]
       [1.0, 0.5, 0.25, 0.0]
     """
-    batch.ticks_at(0)
-    marks = {batch.count_at(mark * batch.tick) for mark in boundaries_of(schedule)}
-    return Schedule(
-        lambda count: evaluate(schedule, batch.ticks_at(count)),
-        f"{words_of(schedule)}, by data seen",
-        tuple(sorted({0, *marks})),
-    )
-
-
-def by_data(schedule: optax.Schedule, batch: BatchSizes, batch_size: int) -> Schedule:
-    """A schedule counted in updates of a constant batch, at the data that growing ones have seen.
-
-    Between two of its counts it is interpolated. `batch_size` is a multiple of ``batch.tick``.
-    """
-    per_update = batch_size // batch.tick
+    size = batch.tick if batch_size is None else batch_size
+    batch.batches_at(0, size)
 
     def function(count: jax.Array) -> jax.Array:
-        ticks = batch.ticks_at(count)
-        at, part = ticks // per_update, ticks % per_update
-        before, after = evaluate(schedule, at), evaluate(schedule, at + 1)
-        share = times(part.astype(jnp.float32), 1 / per_update)
-        return jnp.where(part == 0, before, before + rounded((after - before) * share))
+        at, rest, per_batch = batch.batches_at(count, size)
+        before = evaluate(schedule, at)
+        if per_batch == 1:
+            return before
+        share = times(rest.astype(jnp.float32), 1 / per_batch)
+        between = before + rounded((evaluate(schedule, at + 1) - before) * share)
+        return jnp.where(rest == 0, before, between)
 
-    return Schedule(function, f"{words_of(schedule)}, by data seen", (0, *batch.boundaries))
+    marks = {batch.count_at(mark * size) for mark in boundaries_of(schedule)}
+    words = f"{words_of(schedule)}, by data seen"
+    return Schedule(function, words, tuple(sorted({0, *batch.boundaries, *marks})))
 
 
 @checked
@@ -278,7 +312,8 @@ def seesaw(
     if bounded:
         last = batch.boundaries[-1] if batch.boundaries else top
         grown = math.sqrt(batch.sizes[-1] / batch_size)
-        rest = by_data(schedule, batch, batch_size)
-        tail = Schedule(lambda count: times(rest(count + last), grown), words_of(schedule))
+        rest = follow_data(schedule, batch, batch_size)
+        later = tuple(mark - last for mark in rest.boundaries if mark >= last)
+        tail = Schedule(lambda count: times(rest(count + last), grown), rest.words, later)
         rate = join([rate, tail], [last]) if last else tail
     return dataclasses.replace(rate, words=f"Seesaw of {words_of(schedule)}"), batch

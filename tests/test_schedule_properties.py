@@ -89,8 +89,10 @@ def test_batch_sizes_count_every_example(sizes, gaps):
         assert batch.data_offset(count) == seen[count]
         assert batch.count_at(int(seen[count])) == count
         assert batch.count_at(int(seen[count]) + 1) == count + 1
-    ticks = np.asarray(batch.ticks_at(jnp.arange(1024)))
-    np.testing.assert_array_equal(ticks * batch.tick, seen[:-1])
+    for size in (batch.tick, 7):
+        whole, rest, per_batch = batch.batches_at(jnp.arange(1024), size)
+        parts = np.asarray(whole) * per_batch + np.asarray(rest)
+        np.testing.assert_array_equal(parts * size, seen[:-1] * per_batch)
 
 
 @FEW

@@ -53,7 +53,7 @@ def test_a_schedule_in_tokens_follows_a_growing_batch():
     x = np.minimum(np.array(seen) / 360, 1)
     expected = 0.1 + 0.45 * (1 + np.cos(np.pi * x))
     np.testing.assert_allclose(followed(jnp.arange(50)), expected, rtol=1e-6)
-    assert followed.boundaries == (0, run.steps)
+    assert followed.boundaries == (0, 10, 20, run.steps)
     np.testing.assert_array_equal(jax.jit(followed)(COUNTS), followed(COUNTS))
     # With a constant batch it is the same schedule.
     same = s.follow_data(s.cosine(1.0, 100), BatchSizes((16,)))
@@ -99,6 +99,33 @@ def test_seesaw_spends_the_same_data_in_fewer_updates():
     ratio = float(halved(doubled.boundaries[0])) / float(halved(doubled.boundaries[0] - 1))
     np.testing.assert_allclose(ratio, math.sqrt(0.5), rtol=1e-6)
     np.testing.assert_allclose(halved(jnp.arange(9)), (np.arange(9) + 1) / 10, rtol=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [4096, 500_000, 50])
+def test_data_beyond_int32_is_counted_exactly(batch_size):
+    batch = BatchSizes((batch_size, batch_size + 1001, 7 * batch_size + 3), (7, 10**6))
+    counts = [0, 7, 8, 999_999, 10**6, 10**6 + 1, 2 * 10**6 + 12_345, 3 * 10**8, 5 * 10**8]
+    whole, rest, per_batch = batch.batches_at(jnp.array(counts), batch_size)
+    found = list(zip(whole.tolist(), rest.tolist(), strict=True))
+    exact = [divmod(batch.data_offset(count), batch_size) for count in counts]
+    assert per_batch == batch_size
+    assert found[:-1] == exact[:-1]
+    # 5e8 updates are too many reference updates for int32: the schedule stays at its last count.
+    assert exact[-1][0] >= 2**31 - 1
+    assert found[-1] == (2**31 - 2, 0)
+
+
+def test_a_bounded_seesaw_of_many_examples_falls_to_the_end():
+    reference, steps = s.cosine(1.0, 10**6), 10**6
+    rate, batch = s.seesaw(reference, steps, 4096, 0.7, largest=8000)
+    at = np.arange(batch.boundaries[-1] + 1, batch.count_at(steps * 4096), 10_000)
+    seen = [batch.data_offset(int(count)) / 4096 for count in at]
+    expected = (
+        0.5 * (1 + np.cos(np.pi * np.array(seen) / steps)) * math.sqrt(batch.sizes[-1] / 4096)
+    )
+    # A count is rounded to a whole one and its share to float32: 1e-6 of the reference each.
+    np.testing.assert_allclose(rate(jnp.asarray(at)), expected, atol=5e-6)
+    assert rate.boundaries[-1] == batch.count_at(steps * 4096)
 
 
 def test_half_lives():
@@ -255,6 +282,9 @@ REFUSED = {
     "increment 3 must divide": lambda: s.batch_ramp(4, 8, 3, 100),
     "more than int32 counts": lambda: s.follow_data(
         s.constant(1.0), BatchSizes((2**20, 2**20 + 1), (10**6,))
+    ),
+    "are counted up to 536870912": lambda: s.follow_data(
+        s.constant(1.0), BatchSizes((2**30, 2**30 + 1), (10,)), 2**30
     ),
     "factor must lie between 0 and 1": lambda: s.seesaw(s.constant(1.0), 10, 1, 1.0),
     "half_life must be positive": lambda: s.decay_rate(0),

@@ -10,7 +10,6 @@ import optax
 
 from .. import schedules
 from ..schedules import BatchSizes
-from ..schedules.batch_size import by_data
 from ..schedules.scaling import scale_learning_rate
 
 Rule = Literal["linear", "sqrt"]
@@ -85,7 +84,7 @@ class BatchSchedule:
             return reference
         if self.batch_schedule == "ramp":
             sizes = self.sizes(batch_size, steps, reference)
-            unscaled: optax.Schedule = by_data(reference, sizes, batch_size)
+            unscaled: optax.Schedule = schedules.follow_data(reference, sizes, batch_size)
             scale = lambda ratio: scale_learning_rate(1.0, ratio, rule)
         else:
             unscaled, sizes = self._seesaw(batch_size, steps, reference)
