@@ -1,4 +1,6 @@
-"""A race of six steps of a tiny model, from the command line."""
+"""A race of six steps of a tiny model, from the command line, and what a run has written."""
+
+import json
 
 from ravine.training.cli import main
 
@@ -9,3 +11,14 @@ SHORT = ["--steps", "6", "--eval-every", "3", "--eval-batches", "2", *SMALL]
 def race(*words, text, out):
     """Its exit status."""
     return main(["race", *SHORT, "--data", text, "--out", str(out), *words])
+
+
+def records(run):
+    """What is in the folder of a run, without what depends on the clock. Strict JSON, or an error."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    found = [json.loads(line, parse_constant=refuse) for line in lines]
+    return [{name: x for name, x in record.items() if name != "seconds"} for record in found]

@@ -15,7 +15,7 @@ from ravine.training.compare.entrants import line_up
 from ravine.training.config import RunConfig
 from ravine.training.data.corpus import load_corpus
 from ravine.training.identity import to_json
-from ravine.training.metrics import Clock, Metrics
+from ravine.training.metrics import Clock, Metrics, Rates
 from ravine.training.model import ModelConfig
 from ravine.training.run.outcome import Outcome
 from ravine.training.step import init_params, init_state, make_loss, make_train_step
@@ -119,3 +119,16 @@ def test_options_that_came_later_leave_committed_trials_known():
     assert digest[:12] == "75bc7342eddd"
     assert to_json(RunConfig(log_every=7)) == told
     assert to_json(RunConfig(micro_batches=2)) == told | {"micro_batches": 2}
+
+
+def test_learning_rates_are_asked_for_a_block_at_a_time():
+    asked = []
+
+    def schedule(count):
+        asked.append(count.shape[0])
+        return 1e-3 * count.astype("float32")
+
+    rates = Rates(schedule, 2**31 - 1)
+    steps = [0, 1, 4095, 4096, 7, 2**31 - 2]
+    np.testing.assert_allclose([rates[step] for step in steps], 1e-3 * np.array(steps), rtol=1e-6)
+    assert asked == [4096, 4096, 4096, 4095]
