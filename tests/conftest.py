@@ -74,6 +74,14 @@ def text(tmp_path_factory):
     return str(path)
 
 
+@pytest.fixture(scope="session")
+def corpus(text):
+    """The short text, as bytes."""
+    from ravine.training.data.corpus import load_corpus
+
+    return load_corpus((text,))
+
+
 @pytest.fixture
 def getkey():
     """A function that returns a fresh random key at each call, the same sequence in every run."""

@@ -13,12 +13,19 @@ def race(*words, text, out):
     return main(["race", *SHORT, "--data", text, "--out", str(out), *words])
 
 
-def records(run):
-    """What is in the folder of a run, without what depends on the clock. Strict JSON, or an error."""
+def timed_records(run):
+    """What is in the folder of a run. Strict JSON, or an error."""
 
     def refuse(constant):
-        raise AssertionError(f"{constant} is no JSON")
+        raise AssertionError(f"{constant} is not JSON")
 
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    found = [json.loads(line, parse_constant=refuse) for line in lines]
-    return [{name: x for name, x in record.items() if name != "seconds"} for record in found]
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def records(run):
+    """What is in the folder of a run, without what depends on the clock."""
+    return [
+        {name: x for name, x in record.items() if name != "seconds"}
+        for record in timed_records(run)
+    ]

@@ -17,16 +17,10 @@ from ravine.training.cli import main
 from ravine.training.run import interrupts
 from ravine.training.run.folder import claimed
 
-SMALL = ["--width", "16", "--layers", "1", "--heads", "2", "--context", "16", "--batch-size", "4"]
+from .short_race import SMALL, records
+
 WORDS = ["--eval-every", "500", "--eval-batches", "2", *SMALL]
 LIMIT = 240  # seconds that a process may take on a busy machine
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"line {i * i} of a text that says little. " for i in range(400)))
-    return path
 
 
 def command(text, out, *words, optimizers="sgd,soap", steps=3000):
@@ -156,14 +150,7 @@ def test_a_killed_race_is_resumed_bitwise_and_a_live_one_is_left_alone(text, tmp
     assert finished(command(text, out, "--checkpoint-every", "20", "--resume", **words))[0] == 0
     assert finished(command(text, whole, "--checkpoint-every", "20", **words))[0] == 0
     for name in ("sgd", "lion"):
-        found, expected = (
-            [
-                {k: v for k, v in json.loads(line).items() if k != "seconds"}
-                for line in (where / name / "metrics.jsonl").read_text().splitlines()
-            ]
-            for where in (out, whole)
-        )
-        assert found == expected
+        assert records(out / name) == records(whole / name)
 
 
 mounts = pytest.mark.skipif(

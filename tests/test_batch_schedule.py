@@ -1,8 +1,6 @@
 """Batches that grow: the same data in other pieces, rates by rule, exact after an interruption."""
 
 import itertools
-import json
-import math
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,25 +12,22 @@ from ravine.training.batch_schedule import BatchSchedule
 from ravine.training.compare.entrants import line_up
 from ravine.training.config import RunConfig
 from ravine.training.cost import Cost
-from ravine.training.data.batches import load_corpus, train_batches, train_rows
+from ravine.training.data.batches import train_batches, train_rows
 from ravine.training.data.taking import OfManySizes, OfOneSize
 from ravine.training.model import ModelConfig
 from ravine.training.run.outcome import Outcome
 
-from .short_race import race
+from .short_race import race, records
+
+pytestmark = pytest.mark.usefixtures("untimed")
 
 MODEL = ModelConfig(width=16, layers=1, heads=2, context=16)
 RAMP = BatchSchedule("ramp", ramp_start=2, ramp_examples=8)
 SIZES = {"model": MODEL, "batch_size": 8, "eval_batches": 1, "eval_every": 100}
 
 
-@pytest.fixture
-def corpus(text):
-    return load_corpus((text,))
-
-
-def train(corpus, folder, monkeypatch, stop=None, **options):
-    """The outcome and records without seconds, of a run that may be stopped after a step."""
+def train(corpus, folder, stop=None, **options):
+    """The outcome and records of a run that may be stopped after a step."""
     run = RunConfig(**SIZES | options)
     (entrant,) = line_up("adamw")
     folder.mkdir(exist_ok=True)
@@ -42,13 +37,11 @@ def train(corpus, folder, monkeypatch, stop=None, **options):
         if record["step"] == stop:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "optimizer_milliseconds", lambda *args: math.nan)
     try:
         loop.train(run, entrant.build(run), corpus, outcome, folder, on_record)
     except KeyboardInterrupt:
         assert stop is not None
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return outcome, [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+    return outcome, records(folder)
 
 
 def test_a_ramp_that_is_interrupted_is_the_one_that_is_not(corpus, tmp_path, monkeypatch):
@@ -73,11 +66,11 @@ def test_a_ramp_that_is_interrupted_is_the_one_that_is_not(corpus, tmp_path, mon
     # 32 examples: 2 + 2 + 4 of the ramp, then three batches of 8.
     run = RunConfig(**SIZES | options)
     assert [run.size_at(at) for at in range(run.updates)] == [2, 2, 4, 8, 8, 8]
-    outcome, whole = train(corpus, tmp_path / "whole", monkeypatch, **options)
+    outcome, whole = train(corpus, tmp_path / "whole", **options)
     assert sizes == [2, 4, 8]
     assert [record["step"] for record in whole] == [0, 1, 2, 3, 4, 5, 6]
-    train(corpus, tmp_path / "cut", monkeypatch, stop=3, **options)
-    assert train(corpus, tmp_path / "cut", monkeypatch, **options)[1] == whole
+    train(corpus, tmp_path / "cut", stop=3, **options)
+    assert train(corpus, tmp_path / "cut", **options)[1] == whole
     # The cost is that of the largest batch, and tokens are counted in this run's batches.
     first, last = costs[0], Cost(**outcome.cost)
     grown = (last.step_flop - last.optimizer_flop) / (first.step_flop - first.optimizer_flop)

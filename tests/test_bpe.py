@@ -1,6 +1,5 @@
 """Text in tokens of byte-pair encoding: nothing lost, and losses that bytes can be compared with."""
 
-import json
 import math
 import sys
 
@@ -12,7 +11,7 @@ from ravine.training.data.bpe import corpus_of
 from ravine.training.data.corpus import load_corpus
 from ravine.training.samples import text_of
 
-from .short_race import race
+from .short_race import race, records
 
 
 @pytest.fixture
@@ -64,8 +63,7 @@ def test_a_declared_ratio_makes_bits_per_byte_of_a_bin(tmp_path):
 def test_a_race_reports_both_units(asked, text, tmp_path, untimed):
     out = tmp_path / "race"
     assert race("--optimizers", "sgd", "--bpe", "300", "--samples", "1", text=text, out=out) == 0
-    lines = (out / "sgd" / "metrics.jsonl").read_text().splitlines()
-    (*_, last) = [r for r in map(json.loads, lines) if "heldout_loss" in r]
+    (*_, last) = [r for r in records(out / "sgd") if "heldout_loss" in r]
     ratio = corpus_of(asked(bpe=300)).bytes_per_token
     expected = last["heldout_loss"] / math.log(2) / ratio
     assert last["heldout_bits_per_byte"] == pytest.approx(expected)

@@ -13,7 +13,7 @@ import optax
 import pytest
 import ravine
 from ravine.training.average import averaged, with_ema
-from ravine.training.cli import COMMANDS, main
+from ravine.training.cli import COMMANDS, STUDIES, main
 from ravine.training.compare.entrants import line_up
 from ravine.training.compare.race_config import RaceConfig
 from ravine.training.config import RunConfig
@@ -23,18 +23,13 @@ from ravine.training.run import profile
 from ravine.training.samples import continued
 from ravine.training.step import init_params
 
-from .short_race import race
+from .short_race import race, records
 
 pytestmark = pytest.mark.usefixtures("untimed")
 
 
-def records(folder):
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in found]
-
-
 @pytest.mark.parametrize(
-    "command", [*sorted(set(COMMANDS) - {"study"}), "study decay", "study width"]
+    "command", [*sorted(set(COMMANDS) - {"study"}), *(f"study {name}" for name in STUDIES)]
 )
 def test_what_is_printed_is_read_back(command, tmp_path, capsys):
     words = ["--steps", "7", "--set", "muon.b1=0.9"] if command == "race" else []

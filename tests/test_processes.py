@@ -19,6 +19,7 @@ from ravine.training import train as loop
 from ravine.training.cli import main
 
 from .run_rounding import furthest_loss, rounding
+from .short_race import records
 
 WORDS = ["race", "--width", "16", "--layers", "2", "--heads", "2", "--context", "8"]
 WORDS += ["--batch-size", "8", "--steps", "8", "--eval-every", "4", "--eval-batches", "2"]
@@ -29,10 +30,8 @@ LIMIT = 600  # seconds that a launch may take, however busy the machine
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"line {i * i} of a text that says little. " for i in range(400)))
-    return [*WORDS, "--data", str(path)]
+def words(text):
+    return [*WORDS, "--data", text]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +43,7 @@ def assert_close_to_one_process(words, tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(loop, "optimizer_milliseconds", lambda *args: math.nan)
             assert main([*words, *MESH, "--out", str(out)]) == 0
-        return records(out)
+        return records(out / "muon")
 
     expected = run()
     tolerance = rounding(run, expected)
@@ -53,13 +52,6 @@ def assert_close_to_one_process(words, tmp_path_factory):
         assert furthest_loss(found, expected) <= tolerance
 
     return check
-
-
-def records(out):
-    """What a run wrote, without what depends on the clock."""
-    lines = (out / "muon" / "metrics.jsonl").read_text().splitlines()
-    found = [json.loads(line) for line in lines]
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in found]
 
 
 def free_port(wanted):
@@ -140,7 +132,7 @@ def test_processes_have_the_losses_of_one(count, words, assert_close_to_one_proc
     words = [*words, *MESH, "--out", str(out)]
     with launched(words, count, 8 // count, tmp_path, tmp_path / "cache") as started:
         finish(started, tmp_path)
-    assert_close_to_one_process(records(out))
+    assert_close_to_one_process(records(out / "muon"))
     # One writes and prints, and checkpoints are everyone's.
     assert sorted(path.name for path in out.iterdir()) == [
         "muon",
@@ -183,7 +175,7 @@ def test_after_a_kill_the_rest_is_bitwise_that_of_an_uninterrupted_run(
         kill_at(step, started, out, tmp_path)
     with launched([*words, "--resume"], count, size, tmp_path, cache) as started:
         finish(started, tmp_path)
-    assert records(out) == records(whole)
+    assert records(out / "muon") == records(whole / "muon")
 
 
 @pytest.mark.slow
@@ -223,7 +215,7 @@ def test_killed_again_and_again_on_other_meshes(words, assert_close_to_one_proce
         resume = ["--resume"]
     with launched([*words, *resume, *MESH, "--out", str(out)], 2, 4, tmp_path, cache) as started:
         finish(started, tmp_path)
-    assert_close_to_one_process(records(out))
+    assert_close_to_one_process(records(out / "muon"))
 
 
 @pytest.mark.slow

@@ -14,12 +14,9 @@ from ravine.training.config import RunConfig
 from ravine.training.run.outcome import Outcome
 
 from .short_race import race
+from .short_race import timed_records as records
 
 pytestmark = pytest.mark.usefixtures("untimed")
-
-
-def records(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_race_leaves_metrics_meta_and_a_self_contained_report(tmp_path, text, capsys):

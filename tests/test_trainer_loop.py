@@ -13,12 +13,13 @@ from ravine.training import train as loop
 from ravine.training.compare import sweep
 from ravine.training.compare.entrants import line_up
 from ravine.training.config import RunConfig
-from ravine.training.data.corpus import load_corpus
 from ravine.training.identity import to_json
 from ravine.training.metrics import Clock, Metrics, Rates
 from ravine.training.model import ModelConfig
 from ravine.training.run.outcome import Outcome
 from ravine.training.step import init_params, init_state, make_loss, make_train_step
+
+from .short_race import records
 
 pytestmark = pytest.mark.usefixtures("untimed")
 
@@ -26,22 +27,13 @@ MODEL = ModelConfig(width=16, layers=2, heads=2, context=16)
 SMALL = {"model": MODEL, "batch_size": 4, "eval_batches": 1, "eval_every": 4}
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"line {i * i} of a text that says little. " for i in range(400)))
-    return load_corpus((path,))
-
-
 def train(corpus, folder, **options):
-    """Records without their seconds."""
     run = RunConfig(**SMALL | options)
     (entrant,) = line_up("adamw")
     folder.mkdir()
     outcome = Outcome(entrant.name, entrant.learning_rate)
     loop.train(run, entrant.build(run), corpus, outcome, folder)
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+    return records(folder)
 
 
 def test_records_are_the_same_however_many_are_fetched_at_a_time(corpus, tmp_path):

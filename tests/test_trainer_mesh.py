@@ -17,7 +17,6 @@ from ravine.training.cli import main
 from ravine.training.compare import race as race_module
 from ravine.training.compare.entrants import line_up
 from ravine.training.config import RunConfig
-from ravine.training.data.corpus import load_corpus
 from ravine.training.model import ModelConfig
 from ravine.training.plan.collectives import collectives
 from ravine.training.run.outcome import Outcome
@@ -40,7 +39,6 @@ from .run_rounding import furthest_loss, rounding
 
 pytestmark = pytest.mark.usefixtures("untimed")
 
-TEXT = "".join(f"line {i * i} of a text that says little. " for i in range(400))
 MODEL = ModelConfig(width=16, layers=2, heads=2, context=8)
 RUN = RunConfig(steps=8, batch_size=8, eval_every=4, eval_batches=2, model=MODEL)
 MESHES = ("fsdp=8", "data=4,fsdp=2", "data=2,fsdp=2,tensor=2")
@@ -53,13 +51,6 @@ def _count(event, duration, **_):
 
 
 jax.monitoring.register_event_duration_secs_listener(_count)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT)
-    return load_corpus([path])
 
 
 def run(corpus, name, mesh, folder, on_record=lambda record: None, **options):
@@ -217,10 +208,11 @@ def test_rows_follow_the_mesh():
         (["--cpu-devices", "-1"], "cpu_devices must not be negative"),
     ],
 )
-def test_bad_meshes_and_launches_are_one_line_and_leave_nothing(words, expected, tmp_path, capsys):
-    (tmp_path / "text.txt").write_text(TEXT)
+def test_bad_meshes_and_launches_are_one_line_and_leave_nothing(
+    words, expected, text, tmp_path, capsys
+):
     small = ["--width", "16", "--layers", "1", "--heads", "2", "--context", "8"]
-    shared = [*small, "--batch-size", "4", "--data", str(tmp_path / "text.txt")]
+    shared = [*small, "--batch-size", "4", "--data", text]
     assert main(["race", *shared, "--out", str(tmp_path / "out"), *words]) == 2
     complaint = capsys.readouterr().err
     assert expected in complaint
@@ -228,13 +220,12 @@ def test_bad_meshes_and_launches_are_one_line_and_leave_nothing(words, expected,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_resumed_race_may_change_its_mesh(tmp_path, capsys, monkeypatch):
+def test_a_resumed_race_may_change_its_mesh(text, tmp_path, capsys, monkeypatch):
     """Interrupted after its fifth step, it trains the other three on the new mesh."""
-    (tmp_path / "text.txt").write_text(TEXT)
     words = ["race", "--optimizers", "muon", "--steps", "8", "--batch-size", "8"]
     words += ["--eval-every", "4", "--eval-batches", "2", "--out", str(tmp_path / "out")]
     words += ["--width", "16", "--layers", "2", "--heads", "2", "--context", "8"]
-    words += ["--data", str(tmp_path / "text.txt")]
+    words += ["--data", text]
     words += ["--checkpoint-every", "4"]
     train, steps, meshes = race_module.train, [], []
 

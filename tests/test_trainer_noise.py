@@ -1,7 +1,5 @@
 """The noise scale in the trainer: measured at some steps, the same run, and what is refused."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +12,7 @@ from ravine.training.gradients import micro_batch_value_and_grad
 from ravine.training.model import ModelConfig
 from ravine.training.step import init_params, init_state, make_loss, make_train_step
 
-from .short_race import race
+from .short_race import race, records
 
 pytestmark = pytest.mark.usefixtures("untimed")
 
@@ -66,8 +64,7 @@ def test_it_is_in_the_records_of_its_steps_and_changes_nothing(tmp_path, text):
         out = tmp_path / every
         words = ["--optimizers", "adamw", "--noise-scale-every", every]
         assert race(*words, text=text, out=out) == 0
-        lines = (out / "adamw" / "metrics.jsonl").read_text().splitlines()
-        runs.append([json.loads(line) for line in lines])
+        runs.append(records(out / "adamw"))
     for plain, measured in zip(*runs, strict=True):
         key = "loss" if "loss" in plain else "heldout_loss"
         assert measured[key] == pytest.approx(plain[key], rel=1e-4)

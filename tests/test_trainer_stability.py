@@ -15,21 +15,16 @@ from ravine.training import train as loop
 from ravine.training.cli import main
 from ravine.training.compare.entrants import line_up
 from ravine.training.config import RunConfig
-from ravine.training.data.corpus import load_corpus
 from ravine.training.model import ModelConfig
 from ravine.training.run.outcome import Outcome
 from ravine.training.step import init_params, init_state, make_train_step
 
+from .short_race import records
+
 MODEL = ModelConfig(width=16, layers=2, heads=2, kv_heads=1, context=16)
 BAD = 255  # a byte that no text has
 SIZES = {"batch_size": 4, "eval_batches": 1, "eval_every": 4}
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"line {i * i} of a text that says little. " for i in range(400)))
-    return load_corpus((path,))
+untimed = pytest.mark.usefixtures("untimed")
 
 
 class Spoiled:
@@ -72,7 +67,6 @@ def train(monkeypatch, folder, corpus, run, **spoiled):
 
     with monkeypatch.context() as patch:
         patch.setattr(programs, "make_train_step", spoiling)
-        patch.setattr(loop, "optimizer_milliseconds", lambda *args: math.nan)
         patch.setattr(
             loop, "train_batches", lambda *a, **k: Spoiled(make_batches(*a, **k), **spoiled)
         )
@@ -85,6 +79,7 @@ def train(monkeypatch, folder, corpus, run, **spoiled):
 ROLLBACK = "every=2, margin=1, skip_batches=3, window=4"
 
 
+@untimed
 def test_a_run_returns_to_before_a_spike_and_leaves_its_data_out(monkeypatch, tmp_path, corpus):
     run = RunConfig(steps=12, model=MODEL, rollback=ROLLBACK, checkpoint_every=5, **SIZES)
     # Update 6 is not finite: back to the state after 4, and on with batch 9.
@@ -95,8 +90,7 @@ def test_a_run_returns_to_before_a_spike_and_leaves_its_data_out(monkeypatch, tm
     assert found.final_loss == expected.final_loss
     assert [r["step"] for r in found.steps] == [0, 1, 2, 3, 4, 5, *range(4, 12)]
     assert [r.get("returned_to") for r in found.steps[:7]] == [None] * 5 + [4, None]
-    lines = (tmp_path / "found" / "metrics.jsonl").read_text().splitlines()
-    assert sum("returned_to" in json.loads(line) for line in lines) == 1
+    assert sum("returned_to" in record for record in records(tmp_path / "found")) == 1
 
     # Cut off before the spike, it returns as well: the checkpoint holds snapshots and losses. Cut off
     # just after the return, it goes on from there: the checkpoint after 5 is gone, whose data would be
@@ -127,6 +121,7 @@ def train_cut(monkeypatch, folder, corpus, run, cut):
     return train(monkeypatch, folder, corpus, run, bad=(5,))
 
 
+@untimed
 def test_a_run_that_cannot_return_has_diverged(monkeypatch, tmp_path, corpus):
     run = RunConfig(steps=6, model=MODEL, rollback="default", **SIZES)
     with pytest.warns(UserWarning, match="no snapshot 50 updates before update 3"):
@@ -157,7 +152,6 @@ def train_skipping(monkeypatch, folder, corpus, bad):
     with monkeypatch.context() as patch:
         patch.setattr(step_module, "_trained_loss", spoiled)
         patch.setattr(programs, "make_train_step", telling)
-        patch.setattr(loop, "optimizer_milliseconds", lambda *args: math.nan)
         make_batches = loop.train_batches
         patch.setattr(loop, "train_batches", lambda *a, **k: Spoiled(make_batches(*a, **k), bad))
         (entrant,) = line_up("adamw")
@@ -166,6 +160,7 @@ def train_skipping(monkeypatch, folder, corpus, bad):
         return loop.train(run, entrant.build(run), corpus, outcome, folder)
 
 
+@untimed
 def test_the_rate_that_is_logged_was_used_also_after_skipped_steps(monkeypatch, tmp_path, corpus):
     found = train_skipping(monkeypatch, tmp_path / "run", corpus, bad=(1, 2))
     assert found.status == "finished"
@@ -176,6 +171,7 @@ def test_the_rate_that_is_logged_was_used_also_after_skipped_steps(monkeypatch, 
     assert len({record["learning_rate"] for record in made}) == len(made)
 
 
+@untimed
 def test_a_run_whose_steps_are_all_skipped_says_so(monkeypatch, tmp_path, corpus):
     with pytest.warns(UserWarning, match="learned nothing: all 6 steps were skipped"):
         found = train_skipping(monkeypatch, tmp_path / "run", corpus, bad=range(6))
@@ -183,6 +179,7 @@ def test_a_run_whose_steps_are_all_skipped_says_so(monkeypatch, tmp_path, corpus
     assert found.final_loss == math.inf
 
 
+@untimed
 def test_monitors_say_what_goes_on_and_change_nothing(monkeypatch, tmp_path, corpus):
     fields = {"steps": 5, "model": MODEL, "skip_spikes": True, "z_loss": 1e-4, **SIZES}
     plain = train(monkeypatch, tmp_path / "plain", corpus, RunConfig(**fields))
@@ -243,15 +240,13 @@ def test_qk_clip_bends_exactly_the_heads_whose_logits_are_too_large(getkey):
     compare("value", 1.0)
 
 
-def test_words_reach_the_run(tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("line after line of a text that says little. " * 200)
+def test_words_reach_the_run(tmp_path, text):
     words = "--width 16 --layers 1 --heads 2 --context 16 --batch-size 4 --steps 2 --eval-batches 1"
     devices = "--monitor-every 2 --qk-clip 1 --rollback default --skip-spikes --z-loss 1e-4"
     out = tmp_path / "race"
-    files = ["--data", str(text), "--out", str(out)]
+    files = ["--data", text, "--out", str(out)]
     assert main(["race", "--optimizers", "adamw", *words.split(), *devices.split(), *files]) == 0
-    first, second, *_ = map(json.loads, (out / "adamw" / "metrics.jsonl").read_text().splitlines())
+    first, second, *_ = records(out / "adamw")
     assert "entropy" in first
     assert "entropy" not in second
     outcome = json.loads((out / "adamw" / "outcome.json").read_text())
