@@ -234,9 +234,19 @@ def _options(kind: type) -> Kind:
                 raise Refused(str(error)) from None
         if isinstance(value, kind):
             return value
-        raise Refused
+        raise Refused(_as_first_field(kind, value))
 
     return Kind(f"ravine.{kind.__name__}(...)", convert)
+
+
+def _as_first_field(kind: type, value: Any) -> str:
+    """How to give a value that the first field of options can have, as ``graft="sgd"``."""
+    first = next(iter(inspect.signature(kind).parameters))
+    try:
+        kind(**{first: value})
+    except (ValueError, TypeError):
+        return ""
+    return "" if value is None else f"give ravine.{kind.__name__}({first}={shown(value)})."
 
 
 def _none(value: Any) -> None:

@@ -90,6 +90,9 @@ class Grafting:
     b2: float | None = None
     per: Literal["block", "parameter"] = "block"
 
+    def __post_init__(self) -> None:
+        check_decay_rates(**{"graft.b2": self.b2})
+
     def magnitude(self, b2: Any, eps: Any, nu_dtype: Any) -> "Magnitude":
         """The step, given the decay rate `b2` of Shampoo's statistics."""
         return magnitude(self.step, b2 if self.b2 is None else self.b2, eps, nu_dtype)
@@ -129,6 +132,7 @@ def magnitude(name: Graft, b2: float = 0.999, eps: float = 1e-8, nu_dtype: Any =
     """
     if name not in get_args(Graft):
         raise ValueError(f"unknown graft {name!r}; known: {', '.join(get_args(Graft))}.")
+    check_non_negative(eps=eps)
     if name in ("none", "sgd", "sign"):
         sign = name == "sign"
 
@@ -137,7 +141,6 @@ def magnitude(name: Graft, b2: float = 0.999, eps: float = 1e-8, nu_dtype: Any =
             return jax.tree.map(jnp.sign, mean) if sign else mean, nu
 
         return Magnitude(lambda params: optax.EmptyState(), plain)
-    check_non_negative(eps=eps)
     if name != "adagrad":
         try:
             check_decay_rates(**{"graft.b2": b2})

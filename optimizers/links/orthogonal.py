@@ -6,6 +6,7 @@ import jax
 import optax
 
 from ...core.arguments import checked
+from ...core.checks import check_amount, check_known
 from ...core.transformation import transformation
 from ..matrix.algebra.polar import NewtonSchulz
 from ..matrix.batch.batches import map_matrices
@@ -36,7 +37,8 @@ def orthogonalize(
         takes 2**21 on CPU and 2**25 elsewhere.
 
     Raises:
-      ValueError: at `init` or the update for a leaf that is not a matrix, with its path and shape.
+      ValueError: for `max_elements` below one, and at `init` or the update for a leaf that is not a
+        matrix, with its path and shape.
 
     Source: Jordan, 2024, https://kellerjordan.github.io/posts/muon/.
 
@@ -47,6 +49,8 @@ def orthogonalize(
       >>> [round(float(x), 2) for x in jnp.diag(updates)]
       [0.72, 1.12]
     """
+    check_known(max_elements=max_elements)
+    check_amount(1, max_elements=max_elements)
     chosen = NewtonSchulz() if polar is None else polar
 
     def body(

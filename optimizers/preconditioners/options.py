@@ -70,7 +70,7 @@ class Factors:
         factors used at once; ``None`` takes 2**21 on CPU and 2**23 elsewhere.
 
     Raises:
-      ValueError: for values of other kinds.
+      ValueError: for values out of range.
 
     Example:
       >>> import jax.numpy as jnp, ravine
@@ -82,6 +82,11 @@ class Factors:
     root_dtype: Any = None
     packed: bool = False
     max_elements: int | None = None
+
+    def __post_init__(self) -> None:
+        most = {"factors.max_elements": self.max_elements}
+        check_known(**most)
+        check_amount(1, **most)
 
     def check_ridge(self, ridge: Any) -> None:
         """Raises for statistics with rounding errors larger than the ridge."""
