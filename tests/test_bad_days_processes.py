@@ -141,6 +141,7 @@ def test_a_killed_race_is_resumed_bitwise_and_a_live_one_is_left_alone(text, tmp
     words = {"optimizers": "sgd,lion", "steps": 300}
     with started(command(text, out, "--checkpoint-every", "20", **words)) as process:
         wait((out / "lion" / "checkpoints" / "100").exists, process)
+        process.send_signal(signal.SIGSTOP)  # alive, and it ends no sooner than it is killed
         for flag in ("--overwrite", "--resume"):
             assert main(command(text, out, "--checkpoint-every", "20", flag, **words)) == 2
             assert f"in use by process {process.pid} on " in capsys.readouterr().err

@@ -24,13 +24,10 @@ from ravine.optimizers.roles import (
     role_table,
 )
 
+from .decided import shapes
+
 KEY = jax.random.key(0)
 MATRICES = ("matrix", "convolution", "embedding", "head")
-
-
-def shapes(tree):
-    is_shape = lambda leaf: isinstance(leaf, tuple)
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32), tree, is_leaf=is_shape)
 
 
 def decided(params, rules=None):
@@ -354,9 +351,7 @@ def test_layers_of_haiku():
     ids=["w1_b1", "pairs", "gpt", "experts"],
 )
 def test_names_of_plain_jax(params, expected):
-    is_shape = lambda leaf: isinstance(leaf, tuple)
-    tree = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32), params, is_leaf=is_shape)
-    assert decided(tree) == expected
+    assert decided(shapes(params)) == expected
 
 
 def test_hugging_face():
