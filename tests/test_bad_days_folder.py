@@ -151,7 +151,7 @@ FAILED_ALIKE = [
     Fault(
         "tokens cut off", text_changes(lambda path: os.truncate(path, 10)), "tokens.bin has changed"
     ),
-    Fault("tokens lost", text_changes(lambda path: path.unlink()), "tokens.bin is gone"),
+    Fault("tokens lost", text_changes(lambda path: path.unlink()), "tokens.bin disappeared"),
 ]
 
 

@@ -1,5 +1,6 @@
 """Batches that grow: the same data in other pieces, rates by rule, exact after an interruption."""
 
+import dataclasses
 import itertools
 
 import jax.numpy as jnp
@@ -85,6 +86,11 @@ def test_the_data_are_those_of_a_constant_batch_in_other_pieces(corpus):
     many = OfManySizes(each, 4, (0,), 1)
     np.testing.assert_array_equal(np.concatenate([many.take(n) for n in (2, 4, 6, 8)]), expected)
     assert many.get_state() == {"next_example": 20}
+    # Whether the file has changed is asked once per batch.
+    asked, watched = [], dataclasses.replace(corpus)
+    object.__setattr__(watched, "check_unchanged", lambda: asked.append(True))
+    OfManySizes(train_rows(watched, context=16, seed=3), 4, (0, 1), 2).take(8)
+    assert len(asked) == 1
     # Of two shards each has its half of every batch.
     half = OfManySizes(each, 4, (1,), 2)
     np.testing.assert_array_equal(half.take(8), expected[4:8])

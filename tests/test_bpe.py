@@ -1,5 +1,6 @@
 """Text in tokens of byte-pair encoding: nothing lost, and losses that bytes can be compared with."""
 
+import json
 import math
 import sys
 
@@ -51,6 +52,23 @@ def test_a_file_of_merges_is_read(asked, tmp_path):
     corpus = corpus_of(asked(tokenizer=tmp_path / "bpe.json"))
     assert corpus.vocabulary == 320
     assert "bpe.json" in corpus.description
+    # Numbers with holes between them reach beyond their count.
+    merges = json.loads((tmp_path / "bpe.json").read_text())
+    merges["model"]["vocab"]["Ġ"] = 1000
+    (tmp_path / "bpe.json").write_text(json.dumps(merges))
+    corpus = corpus_of(asked(tokenizer=tmp_path / "bpe.json"))
+    assert corpus.train.max() == 1000
+    assert corpus.vocabulary == 1024
+
+
+def test_every_held_out_piece_is_checked_for_loss(tmp_path):
+    """Lower case loses nothing of the training text, nor of the first piece of the held-out one."""
+    made = tokenizers.ByteLevelBPETokenizer(lowercase=True)
+    made.train_from_iterator(["line after line"], vocab_size=260, show_progress=False)
+    made.save(str(tmp_path / "lower.json"))
+    (tmp_path / "text.txt").write_text("line after line\n" * 50_000 + "A last Line.\n")
+    with pytest.raises(ValueError, match=r"lower.json does not give this text back"):
+        corpus_of(RunConfig(data=(tmp_path / "text.txt",), tokenizer=tmp_path / "lower.json"))
 
 
 def test_a_declared_ratio_makes_bits_per_byte_of_a_bin(tmp_path):
@@ -74,6 +92,7 @@ def test_a_race_reports_both_units(asked, text, tmp_path, untimed):
     [
         (["--bpe", "256"], "bpe must be above 256"),
         (["--bpe", "300", "--tokenizer", "x.json"], "give one of them"),
+        (["--bpe", "300", "--vocabulary", "512"], "leave --vocabulary out"),
         (["--bytes-per-token", "4"], "bytes_per_token is known for text"),
         (["--bytes-per-token", "nan"], "must be finite"),
     ],

@@ -89,15 +89,16 @@ def train_batches(
 
 
 def train_rows(corpus: Corpus, *, context: int, seed: int) -> Rows:
-    """The examples that `train_batches` puts into batches, one by one: from a number to its example."""
+    """The examples that `train_batches` puts into batches: from their numbers to them, stacked."""
     _check_positive(context=context)
     ordered = _ordered(corpus, context, seed)
 
-    def row(index: int) -> np.ndarray:
+    def rows(numbers: Sequence[int]) -> np.ndarray:
         corpus.check_unchanged()
-        return ordered[index]  # pyright: ignore[reportReturnType]
+        examples: Any = [ordered[number] for number in numbers]
+        return np.stack(examples)
 
-    return row
+    return rows
 
 
 def _ordered(corpus: Corpus, context: int, seed: int) -> grain.MapDataset:

@@ -6,42 +6,34 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from ..config import RunConfig
 from .corpus import Corpus, load_corpus
 
 _PIECE = 1 << 16  # bytes of text that are encoded as one, up to the end of a line
 _TRAINED_ON = 1 << 24  # bytes of training text, evenly spread, that merges are counted on
 
 
-class Asked(Protocol):
-    """Of a `RunConfig`, what decides its text."""
-
-    @property
-    def data(self) -> tuple[Path, ...]: ...  # noqa: D102
-    @property
-    def tokenizer(self) -> Path | None: ...  # noqa: D102
-    @property
-    def bpe(self) -> int: ...  # noqa: D102
-    @property
-    def bytes_per_token(self) -> float: ...  # noqa: D102
-
-
-def corpus_of(asked: Asked, vocabulary: int | None = None) -> Corpus:
+def corpus_of(asked: RunConfig, vocabulary: int | None = None) -> Corpus:
     """The corpus of a run, tokenized as it asks.
 
     Args:
       asked: its configuration.
-      vocabulary: see `load_corpus`; with a tokenizer it has its own.
+      vocabulary: see `load_corpus`; none with a tokenizer, which has its own.
 
     Raises:
-      ValueError: as `load_corpus`; for a tokenizer that cannot be used, or where the data are tokens
-        already; for a ratio that is declared where it is known.
+      ValueError: as `load_corpus`; for a tokenizer that cannot be used, beside a vocabulary, or where
+        the data are tokens already; for a ratio that is declared where it is known.
     """
     tokenized = bool(asked.bpe or asked.tokenizer)
-    corpus = load_corpus(asked.data, vocabulary=None if tokenized else vocabulary)
+    if tokenized and vocabulary is not None:
+        raise ValueError(
+            f"a tokenizer has its own vocabulary, not {vocabulary}; leave --vocabulary out."
+        )
+    corpus = load_corpus(asked.data, vocabulary=vocabulary)
     of_bytes = corpus.file is None
     if tokenized and not of_bytes:
         raise ValueError(f"{asked.data[0]} holds tokens already; leave --bpe and --tokenizer out.")
@@ -54,20 +46,18 @@ def corpus_of(asked: Asked, vocabulary: int | None = None) -> Corpus:
     return _encoded(corpus, asked) if tokenized else corpus
 
 
-def _encoded(corpus: Corpus, asked: Asked) -> Corpus:
-    os.environ.setdefault(
-        "TOKENIZERS_PARALLELISM", "true"
-    )  # JAX may fork later; be asked, not warned
+def _encoded(corpus: Corpus, asked: RunConfig) -> Corpus:
+    # Else tokenizers warns when a process forks.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     tokenizers = _module()
     if asked.tokenizer is not None:
         tokenizer, name = _read(tokenizers, asked.tokenizer), asked.tokenizer.name
     else:
         tokenizer, name = _trained(tokenizers, corpus.train, asked.bpe), f"BPE of {asked.bpe}"
-    size = tokenizer.get_vocab_size()
+    size = max(tokenizer.get_vocab().values(), default=0) + 1  # there may be holes
     dtype = np.uint16 if size <= 1 << 16 else np.uint32
-    train, heldout = (
-        _tokens(tokenizer, part, dtype, name) for part in (corpus.train, corpus.heldout)
-    )
+    train = _tokens(tokenizer, corpus.train, dtype)
+    heldout = _tokens(tokenizer, corpus.heldout, dtype, lossless=name)
     digest = hashlib.sha256(f"{corpus.fingerprint} {tokenizer.to_str()}".encode())
     ratio = len(corpus.heldout) / max(len(heldout), 1)
     return replace(
@@ -107,16 +97,16 @@ def _trained(tokenizers: Any, text: np.ndarray, size: int) -> Any:
     return tokenizer
 
 
-def _tokens(tokenizer: Any, text: np.ndarray, dtype: Any, name: str) -> np.ndarray:
+def _tokens(tokenizer: Any, text: np.ndarray, dtype: Any, lossless: str = "") -> np.ndarray:
+    """The text in tokens, refused where the tokenizer named in `lossless` loses some of it."""
     pieces = list(_pieces(text))
-    found = tokenizer.encode_batch(pieces, add_special_tokens=False)
-    for piece, encoded in zip(pieces[:1], found, strict=False):
-        if tokenizer.decode(encoded.ids, skip_special_tokens=False) != piece:
-            raise ValueError(
-                f"{name} does not give this text back, so bits per byte would mean nothing; take a "
-                "byte-level tokenizer, or --bpe."
-            )
-    return np.concatenate([np.asarray(encoded.ids, dtype) for encoded in found])
+    found = [x.ids for x in tokenizer.encode_batch(pieces, add_special_tokens=False)]
+    if lossless and tokenizer.decode_batch(found, skip_special_tokens=False) != pieces:
+        raise ValueError(
+            f"{lossless} does not give this text back, so bits per byte would mean nothing; take a "
+            "byte-level tokenizer, or --bpe."
+        )
+    return np.concatenate([np.asarray(ids, dtype) for ids in found])
 
 
 def _pieces(text: np.ndarray) -> Iterator[str]:

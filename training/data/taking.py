@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import grain
 import numpy as np
 
-Rows = Callable[[int], np.ndarray]
+Rows = Callable[[Sequence[int]], np.ndarray]
 
 
 class Batches(Protocol):
@@ -81,7 +81,7 @@ class OfManySizes:
         part = size // self._shard_count
         starts = [self._next + shard * part for shard in self._shards]
         self._next += size
-        return np.stack([self._rows(at) for start in starts for at in range(start, start + part)])
+        return self._rows([at for start in starts for at in range(start, start + part)])
 
     def get_state(self) -> dict[str, Any]:
         """Examples taken."""
