@@ -1,6 +1,6 @@
 """CPU-seconds to trace and compile an update, by the number of equal leaves.
 
-python -m ravine.benchmarks.compile_time [--leaves 8 32 128] [--side 64] [--only shampoo soap]
+    python benchmarks compile_time [--leaves 8 32 128] [--side 64] [--only shampoo soap]
 
 It measures CPU time instead of wall-clock time, since other load on the machine affects it less. The
 CPU time of an update and a checksum of the results are printed too: faster compilation must not slow

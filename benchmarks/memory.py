@@ -1,5 +1,6 @@
 """Writes the tables of docs/memory.md: bytes of optimizer state per parameter, from shapes alone."""
 
+import argparse
 import math
 from pathlib import Path
 
@@ -71,4 +72,5 @@ def written(text: str) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     PAGE.write_text(written(PAGE.read_text()))

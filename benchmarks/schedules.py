@@ -6,6 +6,7 @@ Both are called in turn, and the fastest call of each counts, since interference
 slows calls down.
 """
 
+import argparse
 import time
 
 import jax
@@ -23,6 +24,7 @@ def seconds(function, counts) -> float:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     counts = jnp.arange(COUNTS)
     cosine = jax.jit(optax.cosine_decay_schedule(1e-3, STEPS))
     print(f"JAX {jax.__version__}, {jax.device_count()} {jax.default_backend()} device(s)")

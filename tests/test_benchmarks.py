@@ -1,4 +1,4 @@
-"""The benchmarks run at a tiny size and without peers; no figure is looked at."""
+"""The benchmarks take their flags, and run at a tiny size without peers; no figure is looked at."""
 
 import runpy
 import sys
@@ -8,6 +8,7 @@ import jax
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
+COMMANDS = runpy.run_path(str(FOLDER / "__main__.py"), run_name="benchmarks")["COMMANDS"]
 TINY = {
     "peers": "--without-torch --width 16 --layers 1 --turns 1",
     "train_step": "--without-torch --layers 1 --turns 1 --steps 1",
@@ -33,6 +34,12 @@ def command(monkeypatch):
     for name in set(sys.modules) - before:
         if str(getattr(sys.modules[name], "__file__", "")).startswith(str(FOLDER)):
             del sys.modules[name]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_lists_its_flags(command, capsys, name):
+    assert command(name, "--help") == 0
+    assert "-h, --help" in capsys.readouterr().out
 
 
 @pytest.mark.slow
