@@ -10,7 +10,8 @@ import pytest
 import ravine
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ravine.optimizers.matrix.batch.refresh import Refresh, phases_of, refreshed
+from ravine.optimizers.matrix.batch.phases import phases_of, refreshed
+from ravine.optimizers.matrix.batch.refresh import Refresh
 from ravine.optimizers.matrix.batch.together import Unit
 
 

@@ -11,8 +11,8 @@ import ravine
 from jax.sharding import PartitionSpec as P
 from ravine.optimizers.matrix.algebra.eigenbasis import off_diagonal
 from ravine.optimizers.matrix.algebra.roots import PseudoInverse, misfit
-from ravine.optimizers.matrix.batch.by_need import Need
-from ravine.optimizers.matrix.batch.refresh import Refresh, refreshed
+from ravine.optimizers.matrix.batch.phases import refreshed
+from ravine.optimizers.matrix.batch.refresh import Need, Refresh
 from ravine.optimizers.matrix.batch.together import Unit
 from ravine.optimizers.roles import IN_OUT
 
@@ -63,6 +63,23 @@ def test_the_worst_come_first(most, bounded, expected, max_elements):
     for found, flags in zip(step(jnp.array(True)), expected, strict=True):
         np.testing.assert_array_equal(found, flags)
     assert not any(np.any(x) for x in step(jnp.array(False)))
+
+
+@pytest.mark.parametrize("turn", [0, 1])
+def test_the_worst_of_all_layers_that_are_due(turn):
+    """Of eight layers of two blocks every second one is due, and a quarter of their blocks refreshed."""
+    misfits = np.random.default_rng(0).permutation(16).reshape(8, 2)
+    source = single(misfits)[..., None, None] * jnp.ones((1, 1, 3, 3))
+    need = Need(lambda kind, carry, source: source[:, 0, 0], 1.0, 0.25)
+
+    @jax.jit
+    def step():
+        unit = Unit("a", source, jnp.zeros((8, 2)), batch_axes=2, layers=8)
+        add = lambda kind, carry, source: carry + 1
+        return refreshed([unit], add, 2, lambda phase: phase == turn, None, need)[0]
+
+    due = np.where(np.arange(8)[:, None] % 2 == turn, misfits, 0)
+    np.testing.assert_array_equal(step(), due >= np.sort(due, axis=None)[-2])
 
 
 MAKERS = {

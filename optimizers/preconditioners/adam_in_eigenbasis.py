@@ -13,7 +13,8 @@ from ..matrix.algebra.eigenbasis import eigenbasis, followed, off_diagonal
 from ..matrix.algebra.kronecker import mode_gram, rotate
 from ..matrix.batch.batches import joined
 from ..matrix.batch.once import if_due
-from ..matrix.batch.refresh import Refresh, refreshed
+from ..matrix.batch.phases import refreshed
+from ..matrix.batch.refresh import Refresh
 from ..matrix.batch.together import together
 from ..matrix.mesh.exchange import total
 from .block_state import fields, identities, usable_blocks, with_fields

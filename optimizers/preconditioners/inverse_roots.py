@@ -14,7 +14,8 @@ from ..matrix.algebra.kronecker import mode_gram, rotate
 from ..matrix.algebra.packing import pack, unpack
 from ..matrix.algebra.roots import exponent_fraction, inverse_root, misfit
 from ..matrix.batch.once import if_due
-from ..matrix.batch.refresh import Refresh, refreshed
+from ..matrix.batch.phases import refreshed
+from ..matrix.batch.refresh import Refresh
 from ..matrix.batch.together import together
 from ..matrix.mesh.exchange import total
 from ..matrix.shape.blocking import Blocking

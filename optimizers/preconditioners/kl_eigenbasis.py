@@ -11,7 +11,8 @@ from ...core.arithmetic import cast, is_summable, lerp, wide
 from ..matrix.algebra.eigenbasis import eigenbasis, followed, off_diagonal
 from ..matrix.algebra.kronecker import mode_gram, mode_product, rotate
 from ..matrix.batch.once import if_due
-from ..matrix.batch.refresh import Refresh, refreshed
+from ..matrix.batch.phases import refreshed
+from ..matrix.batch.refresh import Refresh
 from ..matrix.batch.together import together
 from ..matrix.mesh.shards import reshape
 from .block_state import identities, usable_blocks

@@ -4,7 +4,6 @@ A few products measure how badly a root or a basis fits its statistics; a new on
 of the matrices that are due by the clock, those that still fit may be skipped.
 """
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 from ....core.arithmetic import wide_dtype
 from ....core.platform import platform
 from .once import once
+from .refresh import Need
 from .together import Unit, worked_on
 
 AT_ONCE = {"cpu": 1}
@@ -25,58 +25,60 @@ refreshes."""
 AT_ONCE_ELSEWHERE = 8
 
 
-@dataclasses.dataclass(frozen=True)
-class Need:
-    """The criterion that decides whether a matrix is refreshed."""
-
-    misfit: Callable[[Hashable, Any, Any], jax.Array]
-    """From a kind, carries and sources to one number for each member of the batch."""
-    above: float
-    """Members with a larger misfit need a refresh."""
-    most: float = 1.0
-    """At most this share of the matrices of a shape, cut by the same mesh axes, is refreshed, rounded
-    up, worst first."""
-    bounded: jax.Array | bool = True
-    """Whether that bound applies yet."""
-
-
 def in_need(
     units: Sequence[Unit], carries: Sequence[Any], need: Need, max_elements: int | None
 ) -> list[jax.Array]:
     """Which members of like units with these carries are to be refreshed: flags `[B]`.
 
-    A non-finite misfit needs a refresh too, but after all others: a refresh may not help. Only units
-    that the same mesh axes cut are ranked against each other: devices that repeat a unit would otherwise
-    rank it against different others, and their copies would drift apart.
+    Only units that the same mesh axes cut are ranked against each other: devices that repeat a unit
+    would otherwise rank it against different others, and their copies would drift apart.
     """
-    asked = [
-        unit._replace(
-            source=(carry, unit.source), carry=jnp.zeros(unit.blocks, _dtype_of(unit.source))
-        )
-        for unit, carry in zip(units, carries, strict=True)
-    ]
-
-    def ask(kind: Any, old: jax.Array, source: Any) -> jax.Array:
-        return need.misfit(kind, *source).astype(old.dtype)
-
-    found = worked_on(asked, ask, max_elements)
+    found = misfits(units, carries, need, max_elements)
     flags = list(found)
     for cut in {unit.cut: None for unit in units}:
         members = [at for at, unit in enumerate(units) if unit.cut == cut]
-        chosen = _worst(jnp.concatenate([found[at] for at in members]), need)
+        chosen = worst(jnp.concatenate([found[at] for at in members]), need)
         ends = itertools.accumulate(units[at].blocks for at in members)
         for at, end in zip(members, ends, strict=True):
             flags[at] = chosen[end - units[at].blocks : end]
     return flags
 
 
-def _worst(found: jax.Array, need: Need) -> jax.Array:
-    """Which of these misfits are in need, at most `need.most` of them."""
-    wanted = ~(found <= need.above)
+def misfits(
+    units: Sequence[Unit], carries: Sequence[Any], need: Need, max_elements: int | None
+) -> list[jax.Array]:
+    """How badly these carries fit the sources of like units: `[B]` each."""
+    asked = [
+        unit._replace(source=(carry, unit.source), carry=jnp.zeros(unit.blocks, misfit_dtype(unit)))
+        for unit, carry in zip(units, carries, strict=True)
+    ]
+
+    def ask(kind: Any, old: jax.Array, source: Any) -> jax.Array:
+        return need.misfit(kind, *source).astype(old.dtype)
+
+    return worked_on(asked, ask, max_elements)
+
+
+def misfit_dtype(unit: Unit) -> Any:
+    """The dtype of a unit's misfits."""
+    leaves = jax.tree.leaves(unit.source)
+    floats = [x.dtype for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
+    return wide_dtype(floats[0])
+
+
+def worst(found: jax.Array, need: Need, due: jax.Array | None = None) -> jax.Array:
+    """Which of these misfits `[B]`, or of those that are due, are in need and within the bound.
+
+    A non-finite misfit is in need too, but after all others: a refresh may not help.
+    """
+    wanted = ~(found <= need.above) if due is None else due & ~(found <= need.above)
+    if need.most == 1:
+        return wanted
     key = jnp.where(wanted, jnp.where(jnp.isfinite(found), -found, 0), jnp.inf)
     rank = jnp.argsort(jnp.argsort(key))
-    most = math.ceil(round(need.most * found.size, 6))
-    return wanted & (~jnp.asarray(need.bounded) | (rank < most))
+    most = [math.ceil(round(need.most * n, 6)) for n in range(found.size + 1)]
+    bound = most[-1] if due is None else jnp.asarray(most)[jnp.sum(due)]
+    return wanted & (~jnp.asarray(need.bounded) | (rank < bound))
 
 
 def only_those(
@@ -112,8 +114,3 @@ def only_those(
 
 def _where(flags: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
     return jnp.where(flags.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
-
-
-def _dtype_of(tree: Any) -> Any:
-    floats = [x.dtype for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return wide_dtype(floats[0])

@@ -1,15 +1,12 @@
-"""When expensive quantities are recomputed, and how that is done in place.
+"""When expensive quantities are recomputed: the clock, and beside it the need.
 
 Roots and eigenbases are refreshed every T steps: all on one step, or *staggered*, a T-th of them on
-every step, so that all steps take the same time. Both are the same program: matrices are assigned to
-phases, those of scanned layers layer by layer, and a phase is a loop that runs once or not at all. It
-is a loop because XLA updates its carry in place; a conditional would copy every buffer on the steps on
-which nothing happens.
+every step, so that all steps take the same time. How it is done is in `phases`.
 """
 
-import functools
+import dataclasses
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -18,10 +15,21 @@ import jax.numpy as jnp
 from ....core.arguments import MaybeInfinite
 from ....core.checks import check_known, check_positive, check_whole
 from ....core.options import options
-from .batches import part_of
-from .by_need import Need, in_need, only_those
-from .once import once
-from .together import Unit, row_major, worked_on
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """The criterion that decides whether a matrix is refreshed."""
+
+    misfit: Callable[[Hashable, Any, Any], jax.Array]
+    """From a kind, carries and sources to one number for each member of the batch."""
+    above: float
+    """Members with a larger misfit need a refresh."""
+    most: float = 1.0
+    """At most this share of the matrices that are ranked together is refreshed, rounded up, worst
+    first."""
+    bounded: jax.Array | bool = True
+    """Whether that bound applies yet."""
 
 
 @options("refresh")
@@ -42,8 +50,8 @@ class Refresh:
         element of :math:`L X^p - I`. Combine it with a short period.
       most: with `need`, at most this share of the blocks of a shape is refreshed in one step, worst
         first; on a mesh, of each device's blocks, apart by the mesh axes that cut their leaf; and if
-        staggered, of each phase's. It does not apply before the start, so that no block starts without
-        a root or basis.
+        staggered, of each phase's, leaves of scanned layers apart. It does not apply before the start,
+        so that no block starts without a root or basis.
 
     Raises:
       ValueError: for a period below one, a start before the first refresh, statistics that are updated
@@ -166,119 +174,3 @@ class Refresh:
 
 
 REFRESH = Refresh()
-
-
-def refreshed(
-    units: Sequence[Unit],
-    function: Callable[[Hashable, Any, Any], Any],
-    phases: int,
-    due: Callable[[Any], jax.Array],
-    max_elements: int | None = None,
-    need: Need | None = None,
-) -> list[Any]:
-    """The units' carries, with due ones replaced by ``function(kind, carry, source)``.
-
-    Units are refreshed as a whole, or layer by layer if they have layers, so that the timing does not
-    depend on how a mesh cuts them. The function gets arrays with one batch axis.
-
-    Args:
-      units: all units.
-      function: maps joined carries and sources to new carries.
-      phases: the number of phases that units, or their layers, are assigned to.
-      due: whether a phase is refreshed now; for an array of phases, an array of flags.
-      max_elements: bound on the elements processed at once, see `largest_chunk`.
-      need: refresh only those due ones that need it.
-    """
-    given, units = units, [unit.flat for unit in units]
-    carries = [unit.carry for unit in units]
-    parts = [unit.layers if phases > 1 else 1 for unit in given]
-    costs = [unit.cost / n for unit, n in zip(units, parts, strict=True) for _ in range(n)]
-    dealt = iter(phases_of(costs, phases))
-    groups: dict[tuple[int, Hashable], list[int]] = {}
-    busy = jnp.zeros([], bool)
-    for at, count in enumerate(parts):
-        own = [next(dealt) for _ in range(count)]
-        if count == 1:
-            groups.setdefault((own[0], units[at].likeness), []).append(at)
-            continue
-        work = functools.partial(
-            _refreshed, function=function, max_elements=max_elements, need=need
-        )
-        flags = due(jnp.asarray(own, jnp.int32))
-        busy, carry = _layer_by_layer(given[at], flags, busy, work)
-        carries[at] = given[at]._replace(carry=carry).flat.carry
-    for (phase, _), members in groups.items():
-        refresh = functools.partial(
-            _refreshed,
-            [units[at] for at in members],
-            function=function,
-            max_elements=max_elements,
-            need=need,
-        )
-        # One group after the other, since XLA would run independent groups in parallel, and LAPACK's
-        # threads then deadlock (jax #39292).
-        busy, found = once(due(phase) & ~busy, refresh, [carries[at] for at in members])
-        for at, carry in zip(members, found, strict=True):
-            carries[at] = carry
-    return [unit.like(carry) for unit, carry in zip(given, carries, strict=True)]
-
-
-def _refreshed(
-    units: Sequence[Unit],
-    carries: Sequence[Any],
-    *,
-    function: Callable[[Hashable, Any, Any], Any],
-    max_elements: int | None,
-    need: Need | None,
-) -> list[Any]:
-    if need is None or not sum(unit.blocks for unit in units):
-        return worked_on(units, function, max_elements, carries)
-    flags = in_need(units, carries, need, max_elements)
-    flagged = [
-        unit._replace(source=(unit.source, each)) for unit, each in zip(units, flags, strict=True)
-    ]
-    return worked_on(flagged, only_those(function), max_elements, carries)
-
-
-def _layer_by_layer(
-    unit: Unit,
-    due: jax.Array,
-    busy: jax.Array,
-    work: Callable[[Sequence[Unit], Sequence[Any]], list[Any]],
-) -> tuple[jax.Array, Any]:
-    """A unit's carry, with the layers that are due `[layers]` replaced in place, one by one."""
-    count = unit.blocks
-    first = jax.lax.axis_index(unit.layer_names) * count if unit.layer_names else 0
-    ours = part_of(jnp.broadcast_to(due, unit.layers), first, count)
-
-    def one(at: Any, state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-        busy, carry = state
-
-        def refresh(carry: Any) -> Any:
-            layer = lambda tree: jax.tree.map(lambda x: row_major(part_of(x, at, 1)), tree)
-            part = unit._replace(source=layer(unit.source), carry=layer(carry))
-            (new,) = work([part.flat], [part.flat.carry])
-            return jax.tree.map(
-                lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, at, 0),
-                carry,
-                part.like(new),
-            )
-
-        return once(ours[at] & ~busy, refresh, carry)
-
-    return jax.lax.fori_loop(0, count, one, (busy, unit.carry))
-
-
-def phases_of(costs: Sequence[float], phases: int) -> list[int]:
-    """A phase for every unit that stays whole, largest units first, each to the emptiest phase.
-
-    Example:
-      >>> from ravine.optimizers.matrix.batch.refresh import phases_of
-      >>> phases_of([1.0, 3.0, 2.0], 2)
-      [1, 0, 1]
-    """
-    loads, found = [0.0] * phases, [0] * len(costs)
-    for at in sorted(range(len(costs)), key=lambda at: -costs[at]):
-        found[at] = min(range(phases), key=loads.__getitem__)
-        loads[found[at]] += costs[at]
-    return found
