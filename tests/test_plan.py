@@ -121,6 +121,16 @@ def test_a_plan_for_gpus_is_printed(capsys):
     assert "muon: 4 all-to-all sending" in printed
 
 
+def test_a_train_step_assumes_nothing_of_attention(capsys):
+    """Its products are counted with all others, at their rate."""
+    words = ["plan", *GPUS, "--optimizer", "adamw"]
+    assert main(words) == 0
+    assert "and attention at 35%" in " ".join(capsys.readouterr().out.split())
+    assert main([*words, "--train-step"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "products at 80% of the published peak, memory and links" in printed
+
+
 def test_every_registered_optimizer_is_one_of_all():
     assert PlanConfig(compare="all").names == ravine.names()
 

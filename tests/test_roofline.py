@@ -10,7 +10,7 @@ from ravine.training.plan.by_hand import Work
 from ravine.training.plan.chips import CHIPS
 from ravine.training.plan.collectives import Collective, collectives
 from ravine.training.plan.flops import Product, arithmetic
-from ravine.training.plan.model_time import model_seconds
+from ravine.training.plan.model_time import imbalance, model_seconds
 from ravine.training.plan.network import Network
 from ravine.training.plan.roofline import Estimate, passed_over, seconds_of, sent_in
 from ravine.training.shapes.presets import PRESETS
@@ -222,6 +222,12 @@ def test_a_context_axis_by_hand():
     work = Work(LLAMA, {"fsdp": 2, "context": 4}, tokens=2 * 4096)
     assert (work.rows, work.sequences) == (1024, 1)
     assert work.activations()["kept"] == 32 * 1024 * 4096 * 2
+    # At work are also keys and values of the three other parts, and once more for gradients.
+    none = 2 * 1024 * (4 * 4096 + 4 * 4096 + 3 * 11008)
+    others = 2 * 3 * 1024 * (2 * 32 * 128)
+    assert work.activations()["at work"] == 2 * none + 2 * others
+    held = dataclasses.replace(work, remat="none").activations()
+    assert (held["kept"], held["at work"]) == (32 * none, none + 2 * others)
     found = [c for c in work.exchanges() if c.group == (0, 1, 2, 3)]
     gathered = 2 * 4096 * (2 * 32 * 128)  # keys and values of the whole sequence
     kinds = [(c.kind, c.sent, c.times) for c in found]
@@ -231,6 +237,26 @@ def test_a_context_axis_by_hand():
         ("reduce-scatter", 0.75 * gathered, 32),
     ]
     assert kinds[0] == ("all-reduce", 1.5 * (LLAMA.count - 65 * 4096), 1)  # copies' gradients
+
+
+def test_the_last_part_of_a_sequence_has_most_keys():
+    work = Work(LLAMA, {"fsdp": 2, "context": 4}, tokens=2 * 4096)
+    # Of 4096 queries the last 1024 see 3073 to 4096 keys, all of them 1 to 4096: 7/4 of the mean.
+    last, mean = 1024 * (3073 + 4096) / 2, 4096 * 4097 / 2 / 4
+    assert imbalance(work) == pytest.approx(last / mean) == pytest.approx(7 / 4, rel=1e-3)
+    flat = dataclasses.replace(work, sizes={"fsdp": 8})
+    assert imbalance(flat) == 1
+    # Queries times keys, and scores times values, in 32 layers: twice forward, again, and 5 backward.
+    more = 9 * 32 * 32 * 2 * 128 * (last - mean)
+    assert model_seconds(work, H100) - model_seconds(flat, H100) == pytest.approx(more / 989e12)
+    # In a window of 1024 tokens only the first queries see fewer.
+    local = dataclasses.replace(LLAMA, window=1024, local_layers=32)
+    expected = 4 * 1024 * 1024 / (1024 * 1025 / 2 + 3072 * 1024)
+    assert imbalance(dataclasses.replace(work, shape=local)) == pytest.approx(expected)
+    # An encoder sees all from everywhere: of three attentions over 512 tokens one is causal.
+    t5 = dataclasses.replace(work, shape=PRESETS["t5-11b"])
+    causal = 513 / 2 / (513 / 2 + 2 * 512)
+    assert imbalance(t5) == pytest.approx(1 + 3 / 4 * causal, rel=1e-3)
 
 
 def test_exchanges_by_hand():

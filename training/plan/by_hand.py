@@ -12,7 +12,9 @@ kept per layer     full: :math:`n D`, the layer's input. products: also queries,
                    gated feed-forward parts, else 1. none: :math:`n ((2 + m) D + (2 H + 2 G) K / t +
                    (g + 1) F / t)`, m norms per layer; queries, keys, values, the attention's output and
                    every input of a norm, of a product and of an activation function
-at work            one layer's values, as none keeps them, recomputed or not, and once more for gradients
+at work            one layer's values, as none keeps them, recomputed or not, and once more for
+                   gradients; of c parts of a sequence also the others' keys and values and their
+                   gradients, :math:`2 (c - 1) n \cdot 2 G K / t`
 logits             :math:`8 n V / t`; with a fused loss a 64th
 =================  ==================================================================================
 
@@ -100,7 +102,7 @@ class Work:
         logits = 8 * self.rows * self.shape.vocabulary / self.size("tensor")
         found = {
             "kept": kept,
-            "at work": none if self.remat == "none" else 2 * none,
+            "at work": (none if self.remat == "none" else 2 * none) + 2 * self.gathered(),
             "logits": logits / 64 if self.fused_loss else logits,
         }
         first = min(self.size("stage"), self.micro_batches) * kept
@@ -122,6 +124,15 @@ class Work:
             + (2 * inner + 2 * keys + (into + 1) * hidden) / tensor,
         }
         return ELEMENT * self.rows * elements[remat]
+
+    def gathered(self) -> float:
+        """Bytes of one layer's keys and values of the other parts of a sequence."""
+        return (self.size("context") - 1) * self._keys_and_values()
+
+    def _keys_and_values(self) -> float:
+        """Bytes of one micro-batch's in one layer."""
+        elements = 2 * self.shape.kv_heads * self.shape.head_width
+        return ELEMENT * self.rows * elements / self.size("tensor")
 
     def accumulators(self, parameters: int) -> float:
         """Bytes of float32 sums of gradients, beside the gradients of one micro-batch."""
@@ -160,7 +171,7 @@ class Work:
             found.append(self._collective("all-reduce", part, 1, *copies))
         sums = round(layers * (5 if again else 4)) + 2
         found.append(self._collective("all-reduce", stream, sums * count, "tensor"))
-        own = ELEMENT * self.rows * 2 * shape.kv_heads * shape.head_width / self.size("tensor")
+        own = self._keys_and_values()
         whole, times = own * self.size("context"), round(layers) * count
         found += [self._collective("all-gather", whole, times, "context")] * 2
         found.append(self._collective("reduce-scatter", own, times, "context"))

@@ -49,7 +49,7 @@ def compiled_update(
     started = time.perf_counter()
     with jax.set_mesh(mesh):
         state = with_shardings(jax.eval_shape(tx.init, params), state_shardings(tx, params))
-        kept = on_host_where_large(state) if on_host else state
+        kept = kept_on_host(state) if on_host else state
 
         whole = optax.with_extra_args_support(tx)
 
@@ -67,7 +67,7 @@ def compiled_update(
     return Compiled(program, arithmetic(traced, mesh.size), params, state, seconds)
 
 
-def on_host_where_large(state: Any) -> Any:
+def kept_on_host(state: Any) -> Any:
     """Shapes of a state that the host keeps, all but scalars."""
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_hosted(x.sharding, x.ndim)),
@@ -117,7 +117,7 @@ def compiled_train_step(
         metrics = NamedSharding(mesh, PartitionSpec())
         own, kept = make_train_step(model_graph(config), tx, micro_batches, fused=fused), state
         if on_host:
-            kept = state._replace(opt_state=on_host_where_large(state.opt_state))
+            kept = state._replace(opt_state=kept_on_host(state.opt_state))
             shardings = jax.tree.map(lambda x: x.sharding, kept)
 
         def stepped(state: TrainState, batch: Any) -> Any:

@@ -4,7 +4,9 @@ r"""How long the model's part of a step takes a chip, by hand.
 products    operations outside of attention, and again those recomputed, at the share of the peak that
             large products reach
 attention   at the share that its kernel reaches. It multiplies 2 matrices forward and, since scores are
-            not kept, 5 backward, which MFU takes for 4; and 2 more where it is recomputed
+            not kept, 5 backward, which MFU takes for 4; and 2 more where it is recomputed. Of c parts
+            of a causal sequence the last sees :math:`(2 c - 1) / c` times the mean number of keys, and
+            the others wait for it
 passes      everything else is bound by memory. Per token and layer forward,
             :math:`4 m D + (2 (H + G) K + (g + 1) F) / t` elements of two bytes: a norm, fused with the
             sum before it, reads two streams and writes two, positions turn queries and keys, and the
@@ -15,6 +17,8 @@ bubble      :math:`(p - 1) / (m + p - 1)` of the time, of p pipeline stages and 
 
 Letters are those of `ravine.training.plan.by_hand`, m in the third row the norms of a layer.
 """
+
+import dataclasses
 
 from ..pipeline import bubble
 from .by_hand import ELEMENT, Work
@@ -37,10 +41,35 @@ def model_seconds(work: Work, chip: Chip) -> float:
     attention = work.shape.attention_flops() * work.tokens / work.chips
     products = work.operations(recomputed=False) - attention
     again = work.remat == "full"
-    kernel = attention * (3.5 if work.remat == "none" else 4.5) / 3
+    kernel = attention * imbalance(work) * (3.5 if work.remat == "none" else 4.5) / 3
     seconds = products * (4 / 3 if again else 1.0) / (rate * chip.reached)
     seconds += kernel / (rate * chip.attention) + passes(work) / chip.bandwidth
     return seconds / (1 - waiting(work))
+
+
+def imbalance(work: Work) -> float:
+    """Operations of attention on the chip with the end of a sequence, over the mean of all chips.
+
+    Layers that see a window count less, and encoders, whose queries all see as much, not at all.
+
+    Example:
+      >>> from ravine.training.plan.by_hand import Work
+      >>> from ravine.training.plan.model_time import imbalance
+      >>> from ravine.training.shapes.presets import PRESETS
+      >>> work = Work(PRESETS["llama3-8b"], {"context": 8}, tokens=8192)
+      >>> f"{imbalance(work):.3f}", (2 * 8 - 1) / 8
+      ('1.875', 1.875)
+    """
+    shape, parts = work.shape, work.size("context")
+    if parts == 1:
+        return 1.0
+    decoder = dataclasses.replace(shape, encoder_layers=0)
+    before = shape.context - shape.context // parts
+    earlier = decoder.attention_flops(before) * before
+    last = parts * (1 - earlier / (decoder.attention_flops() * shape.context))
+    # With an encoder, operations are per token of both sides.
+    sides = 2 if shape.encoder_layers else 1
+    return 1 + (last - 1) * decoder.attention_flops() / (sides * shape.attention_flops())
 
 
 def waiting(work: Work) -> float:

@@ -1,4 +1,4 @@
-r"""Estimated times of a step: the roofline of what was counted, at the makers' published rates.
+r"""Estimated times of a step: the roofline of what was counted, at the rates that chips reach.
 
 =============  =======================================================================================
 update         parameters, gradients and state are read once, parameters and state written once, and each
@@ -23,11 +23,10 @@ from .flops import Product
 from .network import Network
 
 ASSUMPTIONS = (
-    "Times are estimates: products at {reached:.0%} of the published peak and attention at "
-    "{attention:.0%}, memory and links at their published rates; model {remat}, its communication "
-    "hidden behind its arithmetic where that is longer, the optimizer's not hidden; element-wise work "
-    "fused into one pass over parameters, gradients and state; decompositions at {decompositions:.0%} "
-    "of the float32 rate."
+    "Times are estimates: products at {reached:.0%} of the published peak{attention}, memory and links "
+    "at their published rates; model {remat}, its communication hidden behind its arithmetic where "
+    "that is longer, the optimizer's not hidden; element-wise work fused into one pass over "
+    "parameters, gradients and state; decompositions at {decompositions:.0%} of the float32 rate."
 )
 
 

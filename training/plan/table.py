@@ -50,11 +50,13 @@ def show(made: Shown, plans: list[Plan], console: Console) -> None:
     for found in plans:
         for line in _short(made, found) if config.compare else _lines(made, found):
             console.print(line)
+    # In a train step its products are counted with all others.
+    attention = "" if config.train_step else f" and attention at {chip.attention:.0%}"
     again = {"full": "with layers recomputed", "products": "with products kept", "none": "as it is"}
     console.print(
         ASSUMPTIONS.format(
             reached=chip.reached,
-            attention=chip.attention,
+            attention=attention,
             remat=again[config.remat],
             decompositions=DECOMPOSITIONS,
         )
