@@ -32,18 +32,22 @@ class Permuted:
         return getattr(self.batches, name)
 
 
-def moved(init, seed):
-    """`init_sharded`, each of whose parameters is moved by at most one unit in its last place."""
+def moved(params, rng):
+    """Each parameter moved by at most one unit in its last place."""
+
+    def one(x):
+        factors = 1 + 2 * UNIT * rng.integers(-1, 2, x.shape).astype(np.float32)
+        return jax.device_put(np.asarray(x) * factors.astype(x.dtype), x.sharding)
+
+    return jax.tree.map(one, params)
+
+
+def starting_moved(init, seed):
+    """`init_sharded` with moved parameters."""
 
     def start(*args):
         graphdef, state = init(*args)
-        rng = np.random.default_rng(seed)
-
-        def one(x):
-            factors = 1 + 2 * UNIT * rng.integers(-1, 2, x.shape).astype(np.float32)
-            return jax.device_put(np.asarray(x) * factors.astype(x.dtype), x.sharding)
-
-        return graphdef, state._replace(params=jax.tree.map(one, state.params))
+        return graphdef, state._replace(params=moved(state.params, np.random.default_rng(seed)))
 
     return start
 
@@ -62,6 +66,6 @@ def rounding(run, expected):
             patch.setattr(
                 loop, "train_batches", lambda *a, order=seed, **k: Permuted(batches(*a, **k), order)
             )
-            patch.setattr(loop, "init_sharded", moved(init, seed))
+            patch.setattr(loop, "init_sharded", starting_moved(init, seed))
             worst = max(worst, furthest_loss(run(), expected))
     return max(8 * worst, 16 * UNIT)

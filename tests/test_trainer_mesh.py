@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import ravine
 from jax.sharding import PartitionSpec as P
@@ -35,7 +36,8 @@ from ravine.training.step import (
     place,
 )
 
-from .run_rounding import furthest_loss, rounding
+from .run_rounding import furthest_loss, moved, rounding
+from .tolerances import UNIT, furthest
 
 pytestmark = pytest.mark.usefixtures("untimed")
 
@@ -255,16 +257,21 @@ def test_a_context_axis_changes_neither_loss_nor_gradient(fused):
     graphdef, params = init_params(config, 0)
     loss = jax.value_and_grad(make_loss(graphdef, fused))
     batch = jax.random.randint(jax.random.key(0), (4, 9), 0, 64)
-    alone, gradient = jax.jit(loss)(params, batch)
+    program = jax.jit(loss)
+    alone = program(params, batch)
+    # Eight times what rounding does on one device, and at least 16 units, as in `run_rounding`.
+    bound = 16 * UNIT
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        nearby = program(moved(params, rng), batch[rng.permutation(len(batch))])
+        bound = max(bound, 8 * furthest(nearby, alone))
     mesh = build_mesh("data=2,context=2,tensor=2")
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, parameter_shardings(params, mesh))
         batch = jax.device_put(batch, batch_sharding(mesh, 4))
         compiled = jax.jit(loss).lower(placed, batch).compile()
-        together, same = compiled(placed, batch)
-    assert together == pytest.approx(float(alone), rel=1e-5)
-    for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(same), strict=True):
-        assert jnp.max(jnp.abs(ours - theirs)) <= 1e-4 * jnp.max(jnp.abs(ours)) + 1e-7
+        together = compiled(placed, batch)
+    assert furthest(together, alone) <= bound
     # Keys and values of whole sequences, [B, T, H, K] by rows and tensor, come from both of two devices.
     found = [c for c in collectives(compiled.as_text(), 8) if c.kind == "all-gather" and c.in_loop]
     assert {(c.bytes, c.group) for c in found} == {(2 * 8 * 1 * 8 * 4, (0, 2))}
