@@ -233,7 +233,10 @@ QUERY = HeadWeights("query", 2)
     [
         (lambda: qk_clip(0.0, {"q": QUERY}), "threshold must be positive"),
         (lambda: qk_clip(1.0, {"k": HeadWeights("key", 2)}), "needs weights of queries"),
-        (lambda: qk_clip(1.0, {"q": QUERY, "k": HeadWeights("key", 3)}), "must divide"),
+        (
+            lambda: qk_clip(1.0, {"q": QUERY, "k": HeadWeights("key", 3)}),
+            "3, must divide that of query heads, 2",
+        ),
         (lambda: qk_clip(1.0, {"x": QUERY}).init({"q": jnp.ones((1, 4))}), "no parameter's path"),
         (lambda: qk_clip(1.0, {"q": QUERY}).init({"q": jnp.ones((1, 5))}), r"q has shape \(1, 5\)"),
         (

@@ -58,5 +58,5 @@ def test_bad_input():
         pipelined(lambda w, x: x, mesh)(jnp.zeros(3), jnp.zeros((1, 4)))
     with pytest.raises(ValueError, match="stages must be a whole number of at least 1"):
         bubble(0, 1)
-    with pytest.raises(ValueError, match="1f1b"):
+    with pytest.raises(ValueError, match="unknown order '1f2b'; did you mean 1f1b"):
         timeline(2, 2, "1f2b")

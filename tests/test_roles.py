@@ -295,11 +295,11 @@ def test_names_of_a_linen_box():
         (("embed", "vocab"), "'vocab'.*in none"),
         (("embed", None), "None.*in none"),
         (("embed", "both"), "'both'.*in rows and columns"),
-        (("embed", "mlp", "mlp"), "'mlp'.*once"),
-        (("embed", "layers"), "none in columns"),
-        (("mlp", "layers"), "in rows"),
-        ((), "in rows"),
-        ("embed", "'e'"),
+        (("embed", "mlp", "mlp"), "name 'mlp' .* must occur once .* but is in columns"),
+        (("embed", "layers"), r"no axis of .* or none in columns; name one in each"),
+        (("mlp", "layers"), r"no axis of .* is in rows, or none in columns"),
+        ((), r"no axis of \(\) is in rows"),
+        ("embed", "the axis name 'e' of .* but is in none"),
     ],
 )
 def test_bad_names_are_refused(names, problem):

@@ -440,14 +440,14 @@ def test_newton_schulz_names_what_it_can_do(exponent):
 @pytest.mark.parametrize(
     ("build", "culprit"),
     [
-        (lambda: PseudoInverse(rtol=1.0), "rtol"),
-        (lambda: PseudoInverse(rtol=-1e-3), "rtol"),
-        (lambda: CoupledNewton(tolerance=-1.0), "tolerance"),
-        (lambda: CoupledNewton(max_iterations=0), "max_iterations"),
-        (lambda: CoupledNewton(error_ratio=0.5), "error_ratio"),
-        (lambda: CoupledNewtonSchulz(steps=0), "steps"),
-        (lambda: CoupledNewtonSchulz(lower=0.0), "lower"),
-        (lambda: CoupledNewtonSchulz(lower=1.0), "lower"),
+        (lambda: PseudoInverse(rtol=1.0), r"rtol must lie in \[0, 1\), got 1"),
+        (lambda: PseudoInverse(rtol=-1e-3), r"rtol must lie in \[0, 1\), got -"),
+        (lambda: CoupledNewton(tolerance=-1.0), r"out of range in .*\(tolerance=-1"),
+        (lambda: CoupledNewton(max_iterations=0), "out of range in .*max_iterations=0,"),
+        (lambda: CoupledNewton(error_ratio=0.5), r"out of range in .*error_ratio=0\.5"),
+        (lambda: CoupledNewtonSchulz(steps=0), r"steps must be at least 1 .*steps=0"),
+        (lambda: CoupledNewtonSchulz(lower=0.0), r"lower in \(0, 1\), got .*lower=0\.0"),
+        (lambda: CoupledNewtonSchulz(lower=1.0), r"lower in \(0, 1\), got .*lower=1\.0"),
     ],
 )
 def test_bad_method(build, culprit):

@@ -153,13 +153,28 @@ def test_one_sided_bases_and_blocks():
 @pytest.mark.parametrize(
     ("make", "culprit"),
     [
-        (lambda: ravine.scale_by_soap(refresh=ravine.Refresh(every=0)), "every"),
-        (lambda: ravine.scale_by_soap(blocks=ravine.Blocks(size=0)), "block"),
+        (
+            lambda: ravine.scale_by_soap(refresh=ravine.Refresh(every=0)),
+            r"refresh\.every must be a whole number of",
+        ),
+        (
+            lambda: ravine.scale_by_soap(blocks=ravine.Blocks(size=0)),
+            r"blocks\.size must be a whole number of",
+        ),
         (lambda: ravine.scale_by_soap(refresh=ravine.Refresh(start=20)), "start is not for SOAP"),
-        (lambda: ravine.scale_by_soap(shampoo_b2=1.0), "shampoo_b2"),
-        (lambda: ravine.scale_by_soap(blocks=ravine.Blocks(size=None, sides="left")), "sides"),
-        (lambda: ravine.scale_by_kl_shampoo(initial_eigenvalue=0.0), "initial_eigenvalue"),
-        (lambda: ravine.scale_by_kl_shampoo(blocks=ravine.Blocks(size=None, bound=0)), "bound"),
+        (lambda: ravine.scale_by_soap(shampoo_b2=1.0), r"shampoo_b2 must lie in \[0, 1\), got 1"),
+        (
+            lambda: ravine.scale_by_soap(blocks=ravine.Blocks(size=None, sides="left")),
+            r"blocks\.sides must be one of",
+        ),
+        (
+            lambda: ravine.scale_by_kl_shampoo(initial_eigenvalue=0.0),
+            "initial_eigenvalue must be positive",
+        ),
+        (
+            lambda: ravine.scale_by_kl_shampoo(blocks=ravine.Blocks(size=None, bound=0)),
+            r"blocks\.bound must be a whole",
+        ),
     ],
 )
 def test_bad_input_is_named(make, culprit):

@@ -51,7 +51,7 @@ def test_hutchinson_is_unbiased_and_exact_for_diagonals():
     diagonal = lambda p: jnp.sum(jnp.array([2.0, -3.0]) * jnp.square(p))
     found = ravine.hutchinson(diagonal)(jnp.ones(2), jax.random.key(0))
     np.testing.assert_array_equal(found, [4.0, -6.0])
-    with pytest.raises(ValueError, match="samples"):
+    with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
         ravine.hutchinson(loss, samples=0)
 
 
@@ -182,7 +182,7 @@ def test_faults():
         with pytest.raises(ValueError, match="Sophia needs the parameters"):
             tx.update(params, tx.init(params), curvature=lambda p, key: p)
     for bad in ({"every": 0}, {"start": -1}, {"eps": 0.0}, {"rho": -1.0}):
-        with pytest.raises(ValueError, match=next(iter(bad))):
+        with pytest.raises(ValueError, match=f"^{next(iter(bad))} must be "):
             ravine.scale_by_sophia(**bad)
 
 
