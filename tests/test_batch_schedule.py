@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from ravine.training.data.batches import train_batches, train_rows
 from ravine.training.data.taking import OfManySizes, OfOneSize
 from ravine.training.model import ModelConfig
 from ravine.training.run.outcome import Outcome
+from ravine.training.step import TrainState
 
 from .short_race import race, records
 
@@ -53,6 +55,7 @@ def test_a_ramp_that_is_interrupted_is_the_one_that_is_not(corpus, tmp_path, mon
 
         def counting(state, batch):  # called while it is traced, once per program
             sizes.append(batch.shape[0])
+            events.append("traced")
             return step(state, batch)
 
         return counting
@@ -64,11 +67,17 @@ def test_a_ramp_that_is_interrupted_is_the_one_that_is_not(corpus, tmp_path, mon
     monkeypatch.setattr(programs, "make_train_step", counted)
     monkeypatch.setattr(loop, "cost_of", priced)
     options = {"steps": 4, "batches": RAMP, "checkpoint_every": 1, "log_every": 1}
+    # Time stops for a program once the step before is done.
+    events, stop, wait = [], loop.Clock.stop, jax.block_until_ready
+    monkeypatch.setattr(loop.Clock, "stop", lambda clock: events.append("stopped") or stop(clock))
+    waited = lambda x: (events.append("waited") if isinstance(x, TrainState) else None) or wait(x)
+    monkeypatch.setattr(jax, "block_until_ready", waited)
     # 32 examples: 2 + 2 + 4 of the ramp, then three batches of 8.
     run = RunConfig(**SIZES | options)
     assert [run.size_at(at) for at in range(run.updates)] == [2, 2, 4, 8, 8, 8]
     outcome, whole = train(corpus, tmp_path / "whole", **options)
     assert sizes == [2, 4, 8]
+    assert " ".join(events).count("waited stopped traced") == 2
     assert [record["step"] for record in whole] == [0, 1, 2, 3, 4, 5, 6]
     train(corpus, tmp_path / "cut", stop=3, **options)
     assert train(corpus, tmp_path / "cut", **options)[1] == whole

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def long(text, tmp_path_factory):
     return out
 
 
-def test_a_cooldown_is_the_run_that_was_to_end_there(long, text, tmp_path):
+def test_a_cooldown_is_the_run_that_was_to_end_there(long, text, tmp_path, capsys):
     before, branch, whole = tree(long), tmp_path / "branch", tmp_path / "whole"
     ends = [*COOLDOWN, *OPTIONS, "--steps", "5"]
     assert race(*ends, "--branch-from", f"{long}@3", text=text, out=branch) == 0
@@ -45,8 +46,21 @@ def test_a_cooldown_is_the_run_that_was_to_end_there(long, text, tmp_path):
     assert json.loads((branch / "race.json").read_text())["configuration"]["branch_from"]
     # Resumed, it needs the run no more.
     (branch / "sgd" / "outcome.json").unlink()
-    assert race(*ends, "--branch-from", f"{long}@3", "--resume", text=text, out=branch) == 0
+    again = [*ends, "--branch-from", f"{long}@3", "--resume"]
+    assert race(*again, text=text, out=branch) == 0
     assert records(branch / "sgd") == records(whole / "sgd")
+    # Without a checkpoint of its own it does, and says so before it writes anything.
+    (branch / "sgd" / "outcome.json").unlink()
+    shutil.rmtree(branch / "sgd" / "checkpoints")
+    capsys.readouterr()
+    left, origin = tree(branch), long / "sgd" / "checkpoints" / "3"
+    origin.rename(tmp_path / "3")
+    try:
+        assert race(*again, text=text, out=branch) == 2
+    finally:
+        (tmp_path / "3").rename(origin)
+    assert "the checkpoint of step 3" in capsys.readouterr().err
+    assert tree(branch) == left
 
 
 @pytest.mark.parametrize(

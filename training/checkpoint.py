@@ -80,6 +80,10 @@ class Checkpoints:
         self._background = concurrent.futures.ThreadPoolExecutor(1)  # which starts no thread yet
         self._writing: concurrent.futures.Future[None] | None = None
 
+    def _open(self) -> None:
+        """Removes what a kill has left half written, as Orbax does when it is opened."""
+        _ = self._orbax
+
     @functools.cached_property
     def _orbax(self) -> ocp.training.Checkpointer:
         """Opened once the seals were compared: it reads the metadata of every checkpoint."""
@@ -166,7 +170,7 @@ class Checkpoints:
                 refused[older] = complaint
         self._warn(refused, step)
         self._set_aside(refused)
-        _ = self._orbax  # it removes what a kill has left half written
+        self._open()
         return self._read(self._folder(step), state, batches, rollback)
 
     def check_origin(self, only: Collection[str] | None = None) -> None:
@@ -283,6 +287,11 @@ class Checkpoints:
             for name in {**theirs, **mine}
             if mine.get(name) != theirs.get(name)
         ]
+
+
+def has_checkpoints(folder: Path) -> bool:
+    """Whether there are any in a folder, whole or not."""
+    return bool(_steps_of(folder))
 
 
 def _steps_of(folder: Path) -> list[str]:

@@ -159,6 +159,7 @@ def _train(
             # One step.
             size = run.size_at(done)
             if not programs.has(size):
+                jax.block_until_ready(state)  # the step before is training still
                 clock.stop()
             program = program_of(size, state)
             profile.before(done, state)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ..checkpoint import Origin
+from ..checkpoint import Origin, has_checkpoints
 from ..config import RunConfig
 from ..data.bpe import corpus_of
 from ..data.corpus import Corpus
@@ -102,8 +103,8 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
         out = Path()
         with unanimous():
             origins = origins_of(config, entrants, config.out)
-            if not config.resume:
-                check_origins(origins, entrants, outcomes, run, corpus)
+            needed = origins if not config.resume else _needed(origins, entrants, config.out)
+            check_origins(needed, entrants, outcomes, run, corpus)
         with unanimous():
             if is_first():
                 out = out_folder(config)
@@ -163,6 +164,17 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
                 _tell(console, outcomes, run, out)
         interrupts.check()
     return outcomes
+
+
+def _needed(
+    origins: list[Origin | None], entrants: tuple[Entrant, ...], out: Path | None
+) -> list[Origin | None]:
+    """Of a resumed race the origins of runs that have neither ended nor a checkpoint of their own."""
+    folders = [out / entrant.label for entrant in entrants] if out and is_first() else []
+    begun = [(f / "outcome.json").exists() or has_checkpoints(f / "checkpoints") for f in folders]
+    begun = json.loads(from_first(json.dumps(begun)))
+    pairs = itertools.zip_longest(origins, begun)
+    return [None if has_begun else origin for origin, has_begun in pairs]
 
 
 def _tell(console: Console, outcomes: list[Outcome], run: RunConfig, out: Path) -> None:
