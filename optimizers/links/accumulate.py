@@ -10,6 +10,7 @@ import optax
 from ...core.arguments import checked
 from ...core.arithmetic import cast, cast_like, increment, wide_dtype, wide_zeros_like
 from ...core.transformation import with_extra_args
+from ..matrix.batch.once import once
 
 
 class AccumulateState(NamedTuple):
@@ -93,19 +94,16 @@ def accumulate(
         buffer = jax.tree.map(add, updates, state.buffer)
         emits = waiting >= (every(state.count) if callable(every) else every)
 
-        def run(carry: tuple[jax.Array, Any, Any]) -> tuple[jax.Array, Any, Any]:
-            _, buffer, inner_state = carry
+        def run(carry: tuple[Any, Any]) -> tuple[Any, Any]:
+            buffer, inner_state = carry
             by = jnp.where(total > 0, total, 1)
             mean = jax.tree.map(lambda b: b / cast(by, b.dtype), buffer)
             found, inner_state = inner.update(mean, inner_state, params, **extra)
-            return jnp.zeros_like(emits), cast_like(found, buffer), inner_state
+            return cast_like(found, buffer), inner_state
 
-        # A condition, written as a loop of at most one iteration: XLA updates a loop's state in place,
-        # but copies values that pass through the untaken branch of a conditional. One buffer holds
-        # first the sum and then the update, so that other calls allocate nothing of the parameters'
-        # size.
-        carry = (emits, buffer, state.inner)
-        _, buffer, inner_state = jax.lax.while_loop(lambda carry: carry[0], run, carry)
+        # One buffer holds first the sum and then the update, and changes in place, so that other calls
+        # allocate nothing of the parameters' size.
+        _, (buffer, inner_state) = once(emits, run, (buffer, state.inner))
         emitted = jax.tree.map(lambda b, g: cast(jnp.where(emits, b, 0), g.dtype), buffer, updates)
         return emitted, AccumulateState(
             count=jnp.where(emits, increment(state.count), state.count),

@@ -138,7 +138,10 @@ class Preconditioner:
             for tensor, blocks, each in zip(tensors, gradients, factors, strict=True)
         ]
         learned = functools.partial(
-            self._learned, due=schedule.learning(step), every=schedule.statistics_every
+            self._learned,
+            due=schedule.learning(step),
+            keep=schedule.decay(self.b2),
+            every=schedule.statistics_every,
         )
         found = together(units, learned, self.factors.max_elements)
         return [usable for usable, _ in found], [
@@ -147,22 +150,22 @@ class Preconditioner:
         ]
 
     def _learned(
-        self, kind: Any, carry: Any, beside: Any, *, due: jax.Array | None, every: int
+        self, kind: Any, carry: Any, beside: Any, *, due: jax.Array | None, keep: Any, every: int
     ) -> Any:
         (sizes, axes, summed), (_, kept), (blocks, roots) = kind, carry, beside
         order = len(sizes)
         usable = usable_blocks(wide(blocks), order, summed)
-        seen = jnp.where(usable.reshape(-1, *(1,) * order), wide(blocks), 0)
-        loaded = self._loaded(roots or (), sizes, axes)
 
         def learned(carry: Any) -> Any:
             usable, kept = carry
+            seen = jnp.where(usable.reshape(-1, *(1,) * order), wide(blocks), 0)
+            loaded = self._loaded(roots or (), sizes, axes)
             pairs = []
             for axis, statistics in zip(axes, kept, strict=True):
                 others = [None if at == axis else root for at, root in enumerate(loaded)]
                 gram = total(mode_gram(rotate(seen, others), axis, order), summed)
                 old = self.statistics.load(statistics, sizes[axis])
-                new = _accumulated(gram, old, self.b2, every)
+                new = _accumulated(gram, old, keep, every)
                 # No element of a positive semi-definite matrix is larger than its trace.
                 fits = is_summable(jnp.trace(new, axis1=1, axis2=2))
                 # Statistics corrupted from outside are left to the certificate of their root.
@@ -329,12 +332,12 @@ def _is_number(b2: Any) -> bool:
     return isinstance(b2, (int, float))
 
 
-def _accumulated(new: jax.Array, old: jax.Array, b2: Any, every: int = 1) -> jax.Array:
-    """The moving average, or the sum if b2 is one; one of every few gradients is used."""
-    keep = b2**every if every > 1 else b2
-    if _is_number(b2):
-        return old + every * new if b2 == 1 else lerp(new, old, keep)
-    take = jnp.where(b2 == 1, jnp.full_like(b2, every), 1 - keep)
+def _accumulated(new: jax.Array, old: jax.Array, keep: Any, every: int) -> jax.Array:
+    """The moving average with that decay rate, or the sum if it is one, where `new` counts for `every`
+    gradients."""
+    if _is_number(keep):
+        return old + every * new if keep == 1 else lerp(new, old, keep)
+    take = jnp.where(keep == 1, jnp.full_like(keep, every), 1 - keep)
     return keep.astype(old.dtype) * old + take.astype(old.dtype) * new
 
 

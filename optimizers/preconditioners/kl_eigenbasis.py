@@ -52,8 +52,8 @@ class KLEigenbasis(NamedTuple):
         (order, axes, mu_dtype), (mean, _, kept) = kind, carry
 
         def learned(carry: Any) -> Any:
-            _, kept = carry
-            usable, new = self._learned(blocks, _by_axis(kept, axes, order), is_first)
+            usable, kept = carry
+            usable, new = self._learned(blocks, usable, _by_axis(kept, axes, order), is_first)
             return usable, [
                 KLFactor(
                     jnp.where(usable[:, None, None], new[axis].statistics, old.statistics),
@@ -69,14 +69,15 @@ class KLEigenbasis(NamedTuple):
         mean = jnp.where(is_first, mean, wide(cast(lerp(seen, mean, self.b1), mu_dtype)))
         return _whitened(mean, _by_axis(kept, axes, order), self.eps), usable, new
 
-    def _learned(self, blocks: jax.Array, factors: Any, is_first: jax.Array) -> Any:
+    def _learned(
+        self, blocks: jax.Array, usable: jax.Array, factors: Any, is_first: jax.Array
+    ) -> Any:
         """The factors updated with the gradients of usable blocks, and which blocks are usable.
 
-        Every axis uses the previous values of the others. A block is usable if its squares, also after
-        whitening, can be summed.
+        Every axis uses the previous values of the others. A block is usable if its squares can be summed
+        after whitening too.
         """
         order = len(factors)
-        usable = usable_blocks(wide(blocks), order)
         seen = jnp.where(usable.reshape(-1, *(1,) * order), wide(blocks), 0)
         sizes = blocks.shape[blocks.ndim - order :]
         vectors = [None if f is None else f.vectors for f in factors]

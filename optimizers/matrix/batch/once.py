@@ -17,7 +17,7 @@ def once(due: jax.Array, body: Callable[[Any], Any], carry: Any) -> tuple[jax.Ar
       [2, 1]
     """
     return jax.lax.while_loop(
-        lambda state: state[0], lambda state: (jnp.zeros([], bool), body(state[1])), (due, carry)
+        lambda state: state[0], lambda state: (jnp.zeros_like(due), body(state[1])), (due, carry)
     )
 
 
