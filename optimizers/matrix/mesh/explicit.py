@@ -59,14 +59,8 @@ def on_mixed_meshes(
         mesh = mixed(updates)
         if mesh is None:
             return update(updates, state)
-        twin, specs = with_explicit_axes(mesh), specs_of(updates)
-        structs = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(twin, s)),
-            updates,
-            specs,
-        )
-        with jax.sharding.use_abstract_mesh(twin):
-            state_specs = specs_after(init, structs)
+        specs = specs_of(updates)
+        state_specs = specs_of_state(init, updates, specs, mesh)
         return explicitly(mesh, update, (specs, state_specs), updates, state)
 
     return init_anywhere, update_anywhere
@@ -75,6 +69,21 @@ def on_mixed_meshes(
 def specs_of(tree: Any) -> Any:
     """How the leaves of a tree are cut according to their types."""
     return jax.tree.map(lambda x: spec(names_of(x)), tree)
+
+
+def specs_of_state(init: Callable[[Any], Any], tree: Any, specs: Any, mesh: AbstractMesh) -> Any:
+    """How the state is cut that `init` makes of a tree cut as the specifications say.
+
+    It is traced with all axes `Explicit`; nothing is computed.
+    """
+    twin = with_explicit_axes(mesh)
+    structs = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(twin, s)),
+        tree,
+        specs,
+    )
+    with jax.sharding.use_abstract_mesh(twin):
+        return specs_after(init, structs)
 
 
 def specs_after(function: Callable[[Any], Any], argument: Any) -> Any:

@@ -17,7 +17,7 @@ from ....core.arguments import checked
 from ....core.paths import path_string
 from ....core.transformation import with_extra_args
 from .exchange import resharded, resharded_as
-from .explicit import auto_axes, explicitly, specs_after, with_explicit_axes
+from .explicit import auto_axes, explicitly, specs_of_state
 from .placement import explicit_sizes, mesh_of, names_of, place
 
 
@@ -53,16 +53,10 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> A
     if not leaves:
         raise ValueError("state_shardings needs parameters, but this tree has no leaf.")
     mesh = leaves[0].mesh
-    check_specs(params, jax.tree.map(lambda s: s.spec, shardings), mesh)
-    twin = with_explicit_axes(mesh.abstract_mesh)
-    structs = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(twin, s.spec)),
-        params,
-        shardings,
-    )
-    with jax.sharding.use_abstract_mesh(twin):
-        specs = specs_after(tx.init, structs)
-    return jax.tree.map(lambda s: NamedSharding(mesh, s), specs)
+    specs = jax.tree.map(lambda s: s.spec, shardings)
+    check_specs(params, specs, mesh)
+    state_specs = specs_of_state(tx.init, params, specs, mesh.abstract_mesh)
+    return jax.tree.map(lambda s: NamedSharding(mesh, s), state_specs)
 
 
 @checked
@@ -137,12 +131,7 @@ def on_mesh(
         if passes_through(updates):
             return tx.update(updates, state, params, **extra)
         found, specs = abstract(), known_specs(updates)
-        structs = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(found, s)),
-            updates,
-            specs,
-        )
-        state_specs = jax.tree.map(lambda s: s.spec, state_shardings(tx, structs))
+        state_specs = specs_of_state(tx.init, updates, specs, found)
         # Functions, such as Sophia's curvature, cannot be arguments of a traced function.
         functions = {name: value for name, value in extra.items() if callable(value)}
         if "curvature" in functions:
