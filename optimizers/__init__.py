@@ -20,7 +20,7 @@ from .links.accumulate import AccumulateState, accumulate
 from .links.curvature import gauss_newton_bartlett, hutchinson
 from .links.decay import AddDecayedWeightsState, add_cautious_decay, add_decayed_weights, with_decay
 from .links.fixed_norm import KeepParameterNormState, keep_parameter_norm, scale_by_parameter_norm
-from .links.graft import Grafting, GraftState, graft
+from .links.graft import GraftState, graft
 from .links.learning_rate import ScaleByLearningRateState, scale_by_learning_rate
 from .links.matrix_scale import scale_by_matrix_shape
 from .links.momentum import (
@@ -48,7 +48,7 @@ from .matrix.shape.blocks import Blocks
 from .matrix.shape.layout import MatrixAxes
 from .muon import adamuon, muon, normuon, scale_by_muon
 from .nadam import nadam, nadamw
-from .preconditioners.options import Factors, Roots
+from .preconditioners.options import Factors, Grafting, Roots
 from .preconditioners.root_failures import RefusedRoot, root_failures
 from .registry import OptimizerConfig, names, register
 from .rmsprop import ScaleByRmspropState, rmsprop, scale_by_rmsprop

@@ -20,8 +20,6 @@ from ..core.checks import check_decay_rates, number
 from ..core.paths import path_string
 from .by_role import FALLBACK, Fallback, by_role
 from .links.decay import Mask
-from .links.graft import GRAFTING, Grafting
-from .matrix.algebra.roots import check_misfit
 from .matrix.batch.refresh import REFRESH, Refresh
 from .matrix.shape.blocking import Blocking, blockings_of
 from .matrix.shape.blocks import BLOCKS, Blocks
@@ -29,7 +27,7 @@ from .matrix.shape.matrices import Axes
 from .preconditioners.block_state import factors_like, ones_like_scalars
 from .preconditioners.blockwise import Tensors, blockwise
 from .preconditioners.inverse_roots import Preconditioner, grafted
-from .preconditioners.options import FACTORS, ROOTS, Factors, Roots
+from .preconditioners.options import FACTORS, GRAFTING, ROOTS, Factors, Grafting, Roots
 from .roles import Role, Rules
 
 SHAMPOO_ROLES: tuple[Role, ...] = ("matrix", "convolution", "embedding", "head")
@@ -127,8 +125,7 @@ def scale_by_shampoo(
         check_decay_rates(b2=b2)
     size = graft.magnitude(b2, eps, nu_dtype)
     factors.check_ridge(roots.ridge)
-    if refresh.need is not None:
-        check_misfit(roots.method)
+    roots.check_need(refresh)
     preconditioner = Preconditioner(b2, factors, roots)
     per = "none" if graft.step == "none" else graft.per
 

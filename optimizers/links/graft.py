@@ -22,7 +22,6 @@ import optax
 from ...core.arguments import MaybeInfinite, checked
 from ...core.arithmetic import bias_correction, ema, increment, root, scalar, wide, wide_zeros_like
 from ...core.checks import check_decay_rates, check_non_negative
-from ...core.options import options
 from ...core.transformation import transformation
 from ..matrix.mesh.exchange import largest, total
 from ..matrix.mesh.placement import Names
@@ -66,39 +65,6 @@ def norm_ratio(
     ratio = above / jnp.where(nothing, 1, below) * (over / jnp.where(nothing, 1, under))
     ratio = jnp.where(nothing, 1, ratio)
     return ratio if keep else jnp.squeeze(ratio, axes)
-
-
-@options("graft")
-class Grafting:
-    """Which optimizer's step size Shampoo's direction gets.
-
-    Attributes:
-      step: the optimizer: ``"none"``, ``"sgd"``, ``"adagrad"``, ``"rmsprop"``, ``"adam"``, ``"adamw"``
-        or ``"sign"``, see :func:`ravine.optimizers.links.graft.magnitude`.
-      b2: decay rate of its second moment; ``None`` takes Shampoo's.
-      per: one size for each ``"block"``, or for each ``"parameter"``.
-
-    Raises:
-      ValueError: for values out of range.
-
-    Example:
-      >>> import ravine
-      >>> tx = ravine.shampoo(0.02, graft=ravine.Grafting(step="sgd"))
-    """
-
-    step: Graft = "adam"
-    b2: float | None = None
-    per: Literal["block", "parameter"] = "block"
-
-    def __post_init__(self) -> None:
-        check_decay_rates(**{"graft.b2": self.b2})
-
-    def magnitude(self, b2: Any, eps: Any, nu_dtype: Any) -> "Magnitude":
-        """The step, given the decay rate `b2` of Shampoo's statistics."""
-        return magnitude(self.step, b2 if self.b2 is None else self.b2, eps, nu_dtype)
-
-
-GRAFTING = Grafting()
 
 
 class Magnitude(NamedTuple):

@@ -1,12 +1,20 @@
-"""Options of Shampoo's factors: their statistics, how they are stored, and how roots are computed."""
+"""Shampoo's options: its factors' statistics, how they are stored and rooted, and the graft."""
 
 from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from ...core.checks import check_amount, check_known, check_non_negative, number
+from ...core.checks import (
+    check_amount,
+    check_decay_rates,
+    check_known,
+    check_non_negative,
+    number,
+)
 from ...core.options import options
-from ..matrix.algebra.roots import Method, exponent_fraction
+from ..links.graft import Graft, Magnitude, magnitude
+from ..matrix.algebra.roots import Method, PseudoInverse, exponent_fraction
+from ..matrix.batch.refresh import Refresh
 
 NARROW_RIDGE = 0.03
 """The least ridge of statistics in 16 bits: for gradients with a spectrum i^-1.5, the most negative
@@ -51,6 +59,14 @@ class Roots:
         patience = {"roots.patience": self.patience}
         check_known(**patience)
         check_amount(0, **patience)
+
+    def check_need(self, refresh: Refresh) -> None:
+        """Raises for roots of which `misfit` cannot tell whether they need a refresh."""
+        if refresh.need is not None and isinstance(self.method, PseudoInverse):
+            raise ValueError(
+                "refresh.need is not for PseudoInverse, whose roots leave directions out, and so fit no "
+                "statistics; take Eigh(), or leave need out."
+            )
 
 
 @options("factors")
@@ -102,4 +118,34 @@ class Factors:
             )
 
 
-FACTORS, ROOTS = Factors(), Roots()
+@options("graft")
+class Grafting:
+    """Which optimizer's step size Shampoo's direction gets.
+
+    Attributes:
+      step: the optimizer: ``"none"``, ``"sgd"``, ``"adagrad"``, ``"rmsprop"``, ``"adam"``, ``"adamw"``
+        or ``"sign"``, see :func:`ravine.optimizers.links.graft.magnitude`.
+      b2: decay rate of its second moment; ``None`` takes Shampoo's.
+      per: one size for each ``"block"``, or for each ``"parameter"``.
+
+    Raises:
+      ValueError: for values out of range.
+
+    Example:
+      >>> import ravine
+      >>> tx = ravine.shampoo(0.02, graft=ravine.Grafting(step="sgd"))
+    """
+
+    step: Graft = "adam"
+    b2: float | None = None
+    per: Literal["block", "parameter"] = "block"
+
+    def __post_init__(self) -> None:
+        check_decay_rates(**{"graft.b2": self.b2})
+
+    def magnitude(self, b2: Any, eps: Any, nu_dtype: Any) -> Magnitude:
+        """The step, given the decay rate `b2` of Shampoo's statistics."""
+        return magnitude(self.step, b2 if self.b2 is None else self.b2, eps, nu_dtype)
+
+
+FACTORS, GRAFTING, ROOTS = Factors(), Grafting(), Roots()

@@ -40,7 +40,6 @@ __all__ = [
     "InverseRoot",
     "Method",
     "PseudoInverse",
-    "check_misfit",
     "exponent_fraction",
     "inverse_root",
     "misfit",
@@ -152,15 +151,6 @@ def inverse_root(
         residual = jnp.where(size == 0, 0, residual)
     finite = jnp.all(jnp.isfinite(root), axis=(1, 2)) & jnp.isfinite(residual)
     return InverseRoot(root, jnp.where(finite, residual, jnp.inf), found.condition)
-
-
-def check_misfit(method: Method | None) -> None:
-    """Raises for a method with roots that `misfit` cannot judge."""
-    if isinstance(method, PseudoInverse):
-        raise ValueError(
-            "refresh.need is not for PseudoInverse, whose roots leave directions out, and so fit no "
-            "statistics; take Eigh(), or leave need out."
-        )
 
 
 def misfit(
