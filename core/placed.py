@@ -1,8 +1,8 @@
 """Gradients lie on a mesh as the parameters do.
 
-A gradient that `Explicit` axes cut otherwise is moved at the door, so that neither moments nor factors
-are: the state keeps its shardings from step to step, as `jax.lax.scan` and donated buffers need. Where
-all axes are `Auto`, types do not say how anything is cut, and the compiler moves what it likes
+A gradient that `Explicit` axes cut otherwise is resharded before the update, so that neither moments
+nor factors are: the state keeps its shardings from step to step, as `jax.lax.scan` and donated buffers
+need. Where all axes are `Auto`, types do not say how anything is cut, and the compiler chooses
 (`ravine.on_mesh` tells it).
 """
 

@@ -76,7 +76,8 @@ def scale_by_shampoo(
 
     with the momentum :math:`\hat M` (mean of gradients, corrected for its start) and the step
     :math:`D` of the graft; :math:`u = D` before the start step. For matrices, :math:`P_1 \hat M P_2`
-    with exponents of -1/4. The gradient is part of the statistics that precondition it.
+    with exponents of -1/4. New roots include the gradient of their own step, if it is one of those
+    that update the statistics (``refresh.statistics_every``).
 
     If the squares of a block's gradient cannot be summed in float32 (something is not finite, or the
     norm is above 1.3e19), zeros replace the gradient for that step, and the statistics of the block do

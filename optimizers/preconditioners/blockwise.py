@@ -41,7 +41,7 @@ class Tensor:
 
     @functools.cached_property
     def sizes(self) -> tuple[int, ...]:
-        """The number of axes of a block."""
+        """The lengths of a block's axes."""
         return self.grid.sizes
 
     @functools.cached_property

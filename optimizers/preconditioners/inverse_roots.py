@@ -29,7 +29,7 @@ class Factor(NamedTuple):
 
     statistics: jax.Array  # [..., b, b], or packed: mean (or sum) of Gram matrices
     root: jax.Array  # the same: the last root that passed its certificate, initially the identity
-    residual: jax.Array  # largest element of |A X^p - I| of the last root tried
+    residual: jax.Array  # largest element of |A R^p - I| of the last root tried
     condition: jax.Array  # estimated condition number at that time
     failures: jax.Array  # int32, refused roots since the last good one
     refused: jax.Array  # int32, refused roots so far
@@ -95,7 +95,7 @@ class Preconditioner:
         return Factor(statistics, root, residual, condition, failures, refused)
 
     def exponent_of(self, factors: Sequence[Any]) -> float:
-        """The exponents of a tensor's roots, None for axes without a factor."""
+        """The exponent of a tensor's roots; its factors are None on axes without one."""
         axes = sum(bool(factor) for factor in factors)
         exponent = self.options.exponent
         return -1 / (2 * axes) if exponent is None else exponent

@@ -31,7 +31,7 @@ class Roots:
       ridge: added to all eigenvalues, relative to the largest one. In float32, singular statistics need
         1e-5.
       absolute_ridge: added to the relative one.
-      tolerance: a root X of A is refused if an element of :math:`A X^p - I` is larger.
+      tolerance: a root :math:`R^q` of A is refused if an element of :math:`A R^p - I` is larger.
       patience: after more refused roots in a row than this, a block takes the graft's step until a root
         is good again.
 

@@ -257,7 +257,7 @@ MAXTEXT_RULES: Rules = (
 )
 """Rules for text decoders of MaxText, dense, MLA and mixture of experts (August 2026).
 
-Its scanned layers are at axis 1 (``param_scan_axis``): `[in, layers, heads, head width]`, `[heads,
-layers, head width, out]`, `[in, layers, out]`, experts `[experts, layers, in,
-out]`. Unscanned ones are covered too. ``qkv_proj`` (``fused_qkv``) needs the numbers of heads, and so a
-rule of yours."""
+Its scanned layers are at axis 1 (``param_scan_axis``): `[in, layers, heads, head width]`,
+`[heads, layers, head width, out]`, `[in, layers, out]`, experts `[experts, layers, in, out]`.
+Unscanned ones are covered too. ``qkv_proj`` (``fused_qkv``) needs the numbers of heads, and so a rule of
+yours."""

@@ -50,9 +50,7 @@ class InverseRoot(NamedTuple):
     """Roots and their quality, with one value per matrix."""
 
     root: jax.Array  # [K, n, n]
-    residual: (
-        jax.Array
-    )  # [K]: largest element of |A^q X^p - I|; infinite where anything is not finite
+    residual: jax.Array  # [K]: largest element of |A R^p - I|; infinite where not all is finite
     condition: jax.Array  # [K]: estimate of the condition number, ridge included
 
 

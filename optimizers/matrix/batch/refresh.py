@@ -41,13 +41,15 @@ class Refresh:
       start: the first step that uses the results, at least T (so that staggered ones are complete);
         ``None`` takes T; with infinity they are never used.
       staggered: spread the work over the period.
-      statistics_every: the gradients of the first step and of every k-th step update the statistics, k
-        at most T, with the decay rate :math:`\beta^k`, so that their mean covers the same number of
-        steps. A sum (Shampoo's ``b2=1``) counts such a gradient k times.
+      statistics_every: the gradient of every k-th step updates the statistics, k at most T, with the
+        decay rate :math:`\beta^k`, so that their mean covers the same number of steps. Shampoo takes
+        steps 1, k, 2k and so on; SOAP and KL-Shampoo, which find bases on the first step, 1, k + 1,
+        2k + 1. A sum (Shampoo's ``b2=1``) counts each of these gradients k times, the first too.
       need: if given, a block that is due is refreshed only if its root or basis no longer fits its
         statistics: if the misfit is larger than this. For a basis it is the fraction of
         :math:`Q^\top L Q` off the diagonal, in :math:`\lVert\cdot\rVert_F`; for a root, the largest
-        element of :math:`L X^p - I`. Combine it with a short period.
+        element of :math:`(L + \rho I)^q X^p - I`, where X should be :math:`(L + \rho I)^{-q/p}`. Combine
+        it with a short period.
       most: with `need`, at most this share of the blocks of a shape is refreshed in one step, worst
         first; on a mesh, of each device's blocks, apart by the mesh axes that cut their leaf; and if
         staggered, of each phase's, leaves of scanned layers apart. It does not apply before the start,
@@ -135,8 +137,8 @@ class Refresh:
     def learning(self, step: jax.Array) -> jax.Array | None:
         """Whether this step's gradient updates the statistics, None for always.
 
-        True on the first step, and then such that a refresh at the end of a period includes its last
-        gradient.
+        True on steps 1, k, 2k, so that a refresh at the end of a period includes its last gradient if
+        k divides the period and nothing is staggered.
         """
         k = self.statistics_every
         return None if k == 1 else (step == 1) | (step % k == 0)
