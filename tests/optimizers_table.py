@@ -86,7 +86,9 @@ class Row:
             shapes |= {"stack": (4, 3, 3) if self.survives_nan else (4, 3, 5)}
         shapes |= {"empty": (0, 3)}
         rng = np.random.default_rng(seed)
-        return {k: jnp.asarray(rng.normal(size=shape), dtype) for k, shape in shapes.items()}
+        return {
+            k: jnp.array(np.asarray(rng.normal(size=shape), dtype)) for k, shape in shapes.items()
+        }
 
 
 def matrices(name: str, learning_rate: float, hyperparameters: Any = (), **fields: Any) -> Row:

@@ -9,7 +9,7 @@ import optax
 
 
 def single(x):
-    return jnp.asarray(x, jnp.float32)
+    return jnp.array(np.asarray(x, np.float32))
 
 
 def normal(shape, seed=0, count=None, scale=1.0) -> Any:
@@ -29,8 +29,8 @@ def conditioned(n, seed, low=0.5, high=2.0):
 def run(tx, gradients, params=None):
     """All updates, and the state after each; parameters move if there are any."""
     given = params is not None
-    params = params if given else jax.tree.map(jnp.zeros_like, gradients[0])
-    state, step = tx.init(params), jax.jit(tx.update)
+    params = params if given else jax.tree.map(np.zeros_like, gradients[0])
+    state, step = jax.jit(tx.init)(params), jax.jit(tx.update)
     updates, states = [], []
     for gradient in gradients:
         update, state = step(gradient, state, params)
@@ -48,14 +48,15 @@ def factors(state):
 
 
 def all_finite(tree):
-    return all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(tree))
+    return all(np.all(np.isfinite(x)) for x in jax.tree.leaves(tree))
 
 
 def assert_trees_close(found, expected, tolerance):
     """Relative to each leaf's largest element."""
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        difference = jnp.max(jnp.abs(a - b))
-        assert difference <= tolerance * jnp.max(jnp.abs(b)), float(difference)
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        difference = np.max(np.abs(a - b))
+        assert difference <= tolerance * np.max(np.abs(b)), difference
 
 
 def refreshed_roots(before, after):

@@ -26,6 +26,7 @@ every_family = pytest.mark.parametrize(
 )
 
 
+@jax.jit
 def add(params, updates):
     """`optax.apply_updates` for mixed dtypes: it refuses them under strict promotion."""
     wide = lambda x: x.astype(jnp.float32)
@@ -218,7 +219,7 @@ def test_checkpoint_round_trip(row, tmp_path):
     params = {k: p for k, p in row.tree().items() if p.size}  # Orbax refuses empty arrays
     rng = np.random.default_rng(0)
     state = jax.tree.map(
-        lambda s: jnp.asarray(rng.integers(0, 100, s.shape), s.dtype),
+        lambda s: jnp.array(np.asarray(rng.integers(0, 100, s.shape), s.dtype)),
         jax.eval_shape(row.build(**low).init, params),
     )
     ocp.save(tmp_path / "state", state)
@@ -310,7 +311,7 @@ def test_what_is_not_finite_shows_and_stays_in_its_leaf(row, bad):
     clean = run_plain(row, params, grads, 3)[1]
     poisoned = grads | {"first": grads["first"].at[0, 0].set(bad)}
     updates = run_plain(row, params, poisoned, 3)[1]
-    assert jnp.all(jnp.isfinite(updates["first"])) == row.survives_nan
+    assert np.all(np.isfinite(updates["first"])) == row.survives_nan
     assert_equal(updates | {"first": None}, clean | {"first": None})
 
 
@@ -322,7 +323,7 @@ def test_zero_gradients_give_zero_updates(row):
     grads = jax.tree.map(jnp.zeros_like, params)
     _, updates, state = run_plain(row, params, grads, 3)
     assert_equal(updates, grads)
-    assert all(jnp.all(jnp.isfinite(s)) for s in jax.tree.leaves(state))
+    assert all(np.all(np.isfinite(s)) for s in jax.tree.leaves(state))
 
 
 @every_optimizer
