@@ -22,7 +22,7 @@ B, T, H, K, R, D = 2, 5, 4, 6, 3, 7
 
 
 def normal(rng, *shape):
-    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+    return jnp.array(np.float32(rng.normal(size=shape)))
 
 
 def plain_attention(q, k, v, cap=None):
@@ -127,8 +127,8 @@ GAMMA = np.array([0.25, 1.0, 0.5, 0.0625])
 def clip_weights(params, weights, logits=LOGITS, threshold=100.0):
     tx = optax.chain(ravine.sgd(0.0), qk_clip(threshold, weights))
     zeros = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = tx.update(
-        zeros, tx.init(params), params, max_logits=jnp.asarray(logits, jnp.float32)
+    updates, _ = jax.jit(tx.update)(
+        zeros, tx.init(params), params, max_logits=np.asarray(logits, np.float32)
     )
     return optax.apply_updates(params, updates)
 

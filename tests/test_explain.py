@@ -119,9 +119,9 @@ def test_blocks_whose_roots_were_refused():
             blocks=ravine.Blocks(size=3),
             roots=ravine.Roots(tolerance=tolerance),
         )
-        state = tx.init(params)
+        state, update = jax.jit(tx.init)(params), jax.jit(tx.update)
         for _ in range(2):
-            _, state = tx.update(grads, state, params)
+            _, state = update(grads, state, params)
         refused = ravine.root_failures(state)
         assert sum(map(len, refused.values())) == blocks
         assert all(root.refused == 2 for root in refused.get("kernel", ()))

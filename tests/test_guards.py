@@ -67,7 +67,7 @@ def guard(kind):
 
 
 def start(kind):
-    return params(), guard(kind).init(params())
+    return params(), jax.jit(guard(kind).init)(params())
 
 
 def one_step(tx, carry, batch):

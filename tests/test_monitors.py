@@ -26,7 +26,7 @@ RULES = [("kernel$", "matrix"), ("bias$", "bias")]
 def tree(seed):
     rng = np.random.default_rng(seed)
     shapes = {"layers": {"kernel": (3, 6, 4)}, "kernel": (5, 4), "bias": (7,)}
-    make = lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    make = lambda shape: jnp.array(np.float32(rng.normal(size=shape)))
     return jax.tree.map(make, shapes, is_leaf=lambda x: isinstance(x, tuple))
 
 
@@ -108,7 +108,7 @@ def test_the_structure_is_constant_and_found_in_a_flax_optimizer():
 
 def test_logit_statistics_by_hand():
     rng = np.random.default_rng(0)
-    logits = jnp.asarray(rng.normal(size=(3, 5)), jnp.float32)
+    logits = jnp.array(np.float32(rng.normal(size=(3, 5))))
     where = jnp.array([True, False, True])
     found = logit_statistics(logits.at[1].set(jnp.nan), where)
     kept = np.asarray(logits, np.float64)[[0, 2]]
@@ -145,13 +145,11 @@ def test_unit_norm_stays():
 
 def test_sigma_reparam_is_the_matrix_at_first_and_finds_its_norm():
     rng = np.random.default_rng(0)
-    matrix = jnp.asarray(rng.normal(size=(2, 6, 4)), jnp.float32)
+    matrix = jnp.array(np.float32(rng.normal(size=(2, 6, 4))))
     trained, state = sigma_reparam({"w": matrix})
     weights, state = sigma_weights(trained, state)
     np.testing.assert_allclose(weights["w"], matrix, rtol=1e-4, atol=1e-5)
-    moved = {
-        "w": trained["w"]._replace(matrix=jnp.asarray(rng.normal(size=(2, 6, 4)), jnp.float32))
-    }
+    moved = {"w": trained["w"]._replace(matrix=jnp.array(np.float32(rng.normal(size=(2, 6, 4)))))}
     step = jax.jit(sigma_weights)
     for _ in range(60):
         weights, state = step(moved, state)

@@ -93,10 +93,10 @@ def brute_force():
     rng = np.random.default_rng(1)
     inputs = rng.normal(size=(512, 6)) * np.arange(1, 7) ** -0.5
     x = jnp.asarray(inputs, jnp.float32)
-    y = jnp.asarray(np.sin(inputs @ rng.normal(size=(6, 1))), jnp.float32)
+    y = jnp.array(np.float32(np.sin(inputs @ rng.normal(size=(6, 1)))))
     params = {
-        "up": {"kernel": jnp.asarray(rng.normal(size=(6, 16)) * 0.4, jnp.float32)},
-        "down": {"kernel": jnp.asarray(rng.normal(size=(16, 1)) * 0.4, jnp.float32)},
+        "up": {"kernel": jnp.array(np.float32(rng.normal(size=(6, 16)) * 0.4))},
+        "down": {"kernel": jnp.array(np.float32(rng.normal(size=(16, 1)) * 0.4))},
     }
 
     def loss(params, batch):

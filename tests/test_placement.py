@@ -98,7 +98,7 @@ def test_moving_in_brings_the_right_part_and_moving_out_undoes_it(outside, cuts)
 def test_whole_matrices_are_whole_and_return(count, work, rows, columns, ragged):
     sizes = {"x": 2, "y": 2, "z": 2}
     mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes))
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(count, 8, 12)), jnp.float32)
+    x = jnp.array(np.float32(np.random.default_rng(0).normal(size=(count, 8, 12))))
     shapes = []
 
     def function(batch):

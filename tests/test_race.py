@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ def test_the_schedule_and_its_options_reach_the_run(tmp_path, text):
 @pytest.mark.parametrize("name", schedules.schedule_names())
 def test_every_schedule_is_reached_by_its_name(name):
     config = RunConfig(steps=100, schedule=name, warmup_steps=10)
-    values = config.learning_rate(0.1)(jnp.arange(100))
+    values = jax.jit(config.learning_rate(0.1))(jnp.arange(100))
     assert float(values.max()) == pytest.approx(0.1)
 
 

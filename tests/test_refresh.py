@@ -156,7 +156,7 @@ def test_a_scanned_model_has_flat_steps():
         refresh=Refresh(4, staggered=True), axes=lambda path: ravine.optimizers.roles.IN_OUT
     )
     gradients = [
-        jnp.asarray(rng.normal(size=(4, 6, 6)) * spectrum[:, None] * spectrum, jnp.float32)
+        jnp.array(np.float32(rng.normal(size=(4, 6, 6)) * spectrum[:, None] * spectrum))
         for _ in range(9)
     ]
     state, step = tx.init(jnp.zeros((4, 6, 6))), jax.jit(tx.update)

@@ -28,9 +28,9 @@ def test_one_step_is_adam_in_the_basis():
         rng = np.random.default_rng(0)
         first, second = (rng.normal(size=(5, 5)) for _ in range(2))
         tx = ravine.scale_by_soap(refresh=ravine.Refresh(every=100))
-        state = tx.init(jnp.zeros((5, 5), jnp.float64))
-        _, state = tx.update(jnp.asarray(first), state)
-        update, state = tx.update(jnp.asarray(second), state)
+        state, step = tx.init(jnp.zeros((5, 5), jnp.float64)), jax.jit(tx.update)
+        _, state = step(first, state)
+        update, state = step(second, state)
         assert update.dtype == state.mu[0].dtype == state.bases[0][0].vectors.dtype == jnp.float64
     left, right = (np.linalg.eigh(s)[1] for s in (first @ first.T, first.T @ first))
     rotated = left.T @ second @ right

@@ -15,7 +15,7 @@ import jax, jax.numpy as jnp, numpy as np, optax, ravine
 
 rng = np.random.default_rng(0)
 text = np.frombuffer(open(np.__file__, "rb").read(), np.uint8)
-normal = lambda scale, *shape: jnp.asarray(rng.normal(size=shape) * scale, jnp.float32)
+normal = lambda scale, *shape: jnp.array(np.float32(rng.normal(size=shape) * scale))
 params = {
     "embedding": normal(0.5, 256, 32),
     "up": {"kernel": normal(0.06, 256, 256)},

@@ -13,7 +13,7 @@ def units(counts=COUNTS, *, is_whole=False, growth=1):
     made = []
     for at, count in enumerate(counts):
         rng = np.random.default_rng(at)
-        carry, source = (jnp.asarray(rng.normal(size=(count, 2, 3)), jnp.float32) for _ in range(2))
+        carry, source = (jnp.array(np.float32(rng.normal(size=(count, 2, 3)))) for _ in range(2))
         made.append(Unit("kind", [source], {"x": carry}, is_whole=is_whole, growth=growth))
     return made
 

@@ -22,7 +22,7 @@ HALF = 2.0**-26
 
 def double(tree: Any) -> Any:
     """Leaves in float64, where `jax.enable_x64` holds."""
-    return jax.tree.map(lambda x: x.astype(jnp.float64), tree)
+    return jax.tree.map(lambda x: jnp.array(np.asarray(x, np.float64)), tree)
 
 
 def furthest(found: Any, expected: Any) -> float:
