@@ -64,9 +64,9 @@ def test_equals_one_large_batch_for_an_optimizer_with_state():
     grads = [{"w": jnp.array([1.0, -2.0, 0.5]) * (i + 1)} for i in range(6)]
     tx = ravine.accumulate(ravine.adamw(0.1, weight_decay=0.1), 3)
     state, plain = tx.init(params), ravine.adamw(0.1, weight_decay=0.1)
-    other, plain_state = params, plain.init(params)
+    other, plain_state, update = params, plain.init(params), jax.jit(tx.update)
     for at in range(6):
-        updates, state = tx.update(grads[at], state, params)
+        updates, state = update(grads[at], state, params)
         params = optax.apply_updates(params, updates)
         if at % 3 == 2:
             mean = jax.tree.map(lambda *g: sum(g) / 3, *grads[at - 2 : at + 1])

@@ -38,7 +38,7 @@ LEARNS_FROM_NORMS = [
 def tree(seed=0, dtype=jnp.float32, scale=1.0):
     rng = np.random.default_rng(seed)
     shapes = {"layers": {"kernel": (3, 4, 5), "scale": (3, 4)}, "head": (4, 6), "bias": (6,)}
-    make = lambda shape: jnp.asarray(scale * rng.normal(size=shape), dtype)
+    make = lambda shape: jnp.array((scale * rng.normal(size=shape)).astype(dtype))
     return jax.tree.map(make, shapes, is_leaf=lambda x: isinstance(x, tuple))
 
 

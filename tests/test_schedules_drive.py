@@ -325,7 +325,7 @@ def test_bad_input_is_refused(complaint):
 @pytest.mark.parametrize("name", s.schedule_names())
 def test_every_name_gives_a_schedule_over_a_run(name):
     schedule = s.for_run(name, 2.0, 100, warmup_steps=10, batch_size=16, context=64)
-    values = np.asarray(schedule(jnp.arange(100)))
+    values = np.asarray(jax.jit(schedule)(jnp.arange(100)))
     assert np.isfinite(values).all()
     np.testing.assert_allclose(values.max(), 2.0, rtol=1e-6)
     assert values[0] < 0.5  # every one of them rises first

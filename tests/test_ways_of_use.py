@@ -279,7 +279,7 @@ def test_shampoo_is_differentiated_in_forward_mode():
     ahead, behind = (jax.jit(update)(grads + sign * step * direction) for sign in (1, -1))
     np.testing.assert_allclose(slope, (ahead - behind) / (2 * step), atol=2e-2)
     with pytest.raises(ValueError, match="Reverse-mode differentiation"):
-        jax.grad(lambda g: jnp.sum(update(g)))(grads)
+        jax.jit(jax.grad(lambda g: jnp.sum(update(g))))(grads)
 
 
 # Flax Linen
