@@ -146,7 +146,7 @@ def test_the_command_goes_on_where_it_was_stopped(tmp_path, capsys):
         ("--rate-factors -1", "positive factors"),
         ("--batch-size 6", "must be a multiple of 4"),
         ("--most 0.5", "most must be finite and at least 1"),
-        ("--optimizer adamv", "adamw"),
+        ("--optimizer adamv", "unknown optimizer 'adamv'; did you mean adam"),
     ],
 )
 def test_the_command_refuses(given, named, tmp_path, capsys):

@@ -94,7 +94,7 @@ def test_a_race_reports_both_units(asked, text, tmp_path, untimed):
         (["--bpe", "300", "--tokenizer", "x.json"], "give one of them"),
         (["--bpe", "300", "--vocabulary", "512"], "leave --vocabulary out"),
         (["--bytes-per-token", "4"], "bytes_per_token is known for text"),
-        (["--bytes-per-token", "nan"], "must be finite"),
+        (["--bytes-per-token", "nan"], "bytes_per_token must be finite"),
     ],
 )
 def test_what_cannot_be_is_refused(words, expected, text, tmp_path, capsys):

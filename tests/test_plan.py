@@ -238,7 +238,7 @@ def test_verdicts_name_the_first_change_that_helps(found, tokens, says):
     ("words", "complaint"),
     [
         (["--model", "llama2-71b"], "unknown model 'llama2-71b'"),
-        (["--optimizer", "shampo"], "shampo"),
+        (["--optimizer", "shampo"], "unknown optimizer 'shampo'; did you mean shampoo"),
         (["--mesh", "fsdq=8"], "the mesh has no axis 'fsdq'"),
         (["--mesh", "fsdp=8,fsdp=8"], "give every mesh axis one size"),
         (["--mesh", "fsdp=0"], "give every mesh axis one size"),
@@ -246,22 +246,25 @@ def test_verdicts_name_the_first_change_that_helps(found, tokens, says):
         (["--topology", "h100:16", "--mesh", "fsdp=16"], "needs as many virtual CPU devices"),
         (["--topology", "h100:8", "--mesh", "fsdp=4"], "h100:8 has 8 devices, and the mesh 4"),
         (["--topology", "h100:4", "--mesh", "fsdp=3", "--slices", "2"], "2 slices must divide"),
-        (["--slices", "0"], "slices"),
+        (["--slices", "0"], "slices must be a whole number of at least 1, got 0"),
         ([*GPUS, "--batch", "1000"], "no multiple of 4 sequences of 64; give 1024"),
         (
             ["--topology", "h100:8", "--mesh", "stage=8", "--model", "ravine"],
             "8 stages do not divide 4",
         ),
-        (["--topology", "h100:3", "--mesh", "context=3", "--model", "ravine"], "does not divide"),
+        (
+            ["--topology", "h100:3", "--mesh", "context=3", "--model", "ravine"],
+            "3 does not divide sequences",
+        ),
         ([*GPUS[:4], "--mesh", "stage=2,fsdp=4", "--train-step"], "no pipeline stages"),
         ([*GPUS, "--micro-batches", "3"], "give --batch 768 or a multiple"),
         ([*GPUS, "--train-step", "--layers-only"], "leave out --layers-only"),
         ([*GPUS, "--train-step", "--remat", "products"], "leave out --train-step"),
-        ([*GPUS, "--optimizer", "muon", "--options", '{"roles": []}'], "muon: "),
+        ([*GPUS, "--optimizer", "muon", "--options", '{"roles": []}'], "muon gets no parameter"),
         (["--topology", "v9:2x2"], "unknown topology 'v9:2x2'; known: v4:8x8x8"),
         (["--options", "[1]"], "options must be a JSON object"),
         (["--options", "{"], "options must be a JSON object"),
-        (["--options", json.dumps({"blok": 3})], "blok"),
+        (["--options", json.dumps({"blok": 3})], "no hyperparameter 'blok'; did you mean blocks"),
     ],
 )
 def test_bad_input(words, complaint, capsys):

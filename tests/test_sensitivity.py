@@ -45,11 +45,11 @@ def test_the_command_goes_on_with_what_is_missing(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("given", "named"),
     [
-        ("--factors 1 1", "once each"),
+        ("--factors 1 1", "factors must be positive, once each"),
         ("--factors 0.5 2", "1 among them"),
-        ("--factors 1 -2", "positive"),
+        ("--factors 1 -2", "factors must be positive, once each"),
         ("--seeds 0", "at least 1"),
-        ("--optimizers adamv", "adamw"),
+        ("--optimizers adamv", "unknown optimizer 'adamv'; did you mean adam"),
         ("--steps 300 --z-loss 1e-4", "only a race uses --steps, --z-loss; leave out"),
     ],
 )

@@ -55,7 +55,7 @@ def test_the_command_goes_on_with_what_is_missing(tmp_path, capsys):
     [
         ("--horizons 1 2 3", "four horizons or more"),
         ("--seeds 0", "at least 1"),
-        ("--optimizers adamv", "adamw"),
+        ("--optimizers adamv", "unknown optimizer 'adamv'; did you mean adam"),
         ("--steps 300 --z-loss 1e-4", "only a race uses --steps, --z-loss; leave out"),
     ],
 )

@@ -125,7 +125,7 @@ def test_every_entrant_had_as_many_trials():
     [
         ("--trials 0", "trials must be at least 1"),
         ("--rungs 8 4", "rungs must be rising numbers"),
-        ("--optimizers adamv", "adamw"),
+        ("--optimizers adamv", "unknown optimizer 'adamv'; did you mean adam"),
         ("--steps 300 --z-loss 1e-4", "only a race uses --steps, --z-loss; leave out"),
         ("--optimizers sgd,sgd", "must be named once each"),
     ],

@@ -257,13 +257,13 @@ def test_words_reach_the_run(tmp_path, text):
     ("words", "expected"),
     [
         (["--rollback", "evry=5"], "did you mean every?"),
-        (["--rollback", "every=2.5"], "whole number"),
-        (["--rollback", "every=inf"], "whole number"),
+        (["--rollback", "every=2.5"], "every must be a whole number, got 2.5"),
+        (["--rollback", "every=inf"], "every must be a whole number, got inf"),
         (["--rollback", "deviations=nan"], "deviations must be positive"),
         (["--rollback", "every=soon"], "must be a number"),
         (["--rollback", "limit=0"], "limit must be at least 1"),
         (["--qk-clip", "100", "--qk-norm"], "does nothing under"),
-        (["--monitor-every", "-1"], "monitor_every"),
+        (["--monitor-every", "-1"], "monitor_every must not be negative, got -1"),
     ],
 )
 def test_bad_words_are_refused(words, expected, tmp_path, capsys):
