@@ -109,6 +109,14 @@ def test_a_stopped_sweep_goes_on_with_what_is_missing(tmp_path, capsys):
     assert "is damaged in line 2" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("line", ["{", "3", "null", "[]", "{}"])
+def test_a_line_that_is_not_a_trial_is_refused_by_its_number(line, tmp_path):
+    file = tmp_path / "trials.jsonl"
+    file.write_text(f"{TRIALS.read_text().splitlines()[0]}\n{line}\n")
+    with pytest.raises(ValueError, match="is damaged in line 2; remove that line, and its trial"):
+        read_trials(file)
+
+
 def test_the_races_table_is_what_the_trials_say():
     """Nobody edits it: `python -m ravine sweep --derive` makes it."""
     assert tuned_table() == derived(read_trials(TRIALS))

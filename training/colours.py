@@ -20,6 +20,8 @@ COLOURS = {
     "schedule_free_adamw": "#999933",
 }
 """Colours by the name of the optimizer, as `ravine.names()` has it."""
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's, for whatever else a picture compares, in turn."""
 PICTURES = {
     "figure.dpi": 150,
     "figure.constrained_layout.use": True,

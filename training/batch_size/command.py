@@ -25,7 +25,7 @@ from ..data.corpus import Corpus, load_corpus
 from ..gradients import micro_batch_value_and_grad
 from ..model import ModelConfig
 from ..run import interrupts
-from ..run.files import Lines, write_json
+from ..run.files import Lines, read_lines, write_json
 from ..step import TrainState, init_params, init_state, make_loss, make_train_step, mean_loss
 from .branches import best_steps, check_branches, steps_to
 from .fit import CriticalBatch, fit_critical_batch
@@ -302,23 +302,18 @@ def _identity(config: BatchSizeConfig, corpus: Corpus) -> str:
 
 
 def _kept(file: Path, identity: str) -> dict[tuple[int, float, int], Any]:
-    kept = {}
-    for number, line in enumerate(file.read_text().splitlines() if file.exists() else [], 1):
-        try:
-            row = json.loads(line)
-            key = (row["batch_size"], row["factor"], row["seed"])
-            theirs = row["identity"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(
-                f"{file} is damaged in line {number}; remove that line, and its branch is run again."
-            ) from None
-        if theirs != identity:
-            raise ValueError(
-                f"{file} holds branches of another configuration or text; give another --out."
-            )
-        row["losses"] = [math.inf if loss is None else loss for loss in row["losses"]]
-        kept[key] = row
-    return kept
+    def take(row: dict[str, Any]) -> tuple[tuple[int, float, int], Any]:
+        losses = [math.inf if loss is None else loss for loss in row["losses"]]
+        key = (row["batch_size"], row["factor"], row["seed"])
+        return key, row | {"losses": losses, "identity": row["identity"]}
+
+    fix = "remove that line, and its branch is run again"
+    kept = read_lines(file, take, fix) if file.exists() else []
+    if any(row["identity"] != identity for _, row in kept):
+        raise ValueError(
+            f"{file} holds branches of another configuration or text; give another --out."
+        )
+    return dict(kept)
 
 
 def _table(trainer: Trainer, steps: Any, factors: Any, found: CriticalBatch) -> Table:

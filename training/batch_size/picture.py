@@ -5,7 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ..colours import PALETTE
 from .fit import CriticalBatch
+
+BLUE, RED, GREEN, *_ = PALETTE
 
 
 def draw(
@@ -25,15 +28,15 @@ def draw(
     left, right = figure.subplots(1, 2)
     batches = np.geomspace(min(steps) / 2, max(*steps, found.batch) * 1.5, 200)
     fitted = np.array([found.steps_at(batch) for batch in batches])
-    left.plot(batches, fitted, color="#0072b2", label=r"$S_{min}(1 + B_{crit} / B)$")
-    right.plot(batches * fitted, fitted, color="#0072b2")
+    left.plot(batches, fitted, color=BLUE, label=r"$S_{min}(1 + B_{crit} / B)$")
+    right.plot(batches * fitted, fitted, color=BLUE)
     for index, (batch, runs) in enumerate(steps.items()):
         label = "branches, one per seed" if not index else None
-        left.plot([batch] * len(runs), runs, "o", color="#d55e00", label=label, alpha=0.8)
-        right.plot(batch * np.array(runs), runs, "o", color="#d55e00", alpha=0.8)
-    left.axvline(found.batch, color="#009e73", label=rf"$B_{{crit}}$ = {found.batch:,.0f} tokens")
+        left.plot([batch] * len(runs), runs, "o", color=RED, label=label, alpha=0.8)
+        right.plot(batch * np.array(runs), runs, "o", color=RED, alpha=0.8)
+    left.axvline(found.batch, color=GREEN, label=rf"$B_{{crit}}$ = {found.batch:,.0f} tokens")
     if np.isfinite(found.low):
-        left.axvspan(found.low, found.high, color="#009e73", alpha=0.15, label="90 % interval")
+        left.axvspan(found.low, found.high, color=GREEN, alpha=0.15, label="90 % interval")
     if np.isfinite(noise) and noise > 0:
         left.axvline(noise, color="#666666", ls="--", label=f"noise scale = {noise:,.0f} tokens")
     left.set(xscale="log", yscale="log", xlabel="batch size, tokens", ylabel="steps to the loss")

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any, Self
 
-from ..run.files import Lines
+from ..run.files import Lines, read_lines
 from ..run.meta import provenance
 
 Key = tuple[Any, ...]
@@ -54,14 +54,9 @@ def digest(value: Any) -> str:
 
 
 def _read(file: Path) -> dict[Key, float]:
-    known = {}
-    for number, line in enumerate(file.read_text().splitlines() if file.exists() else [], 1):
-        try:
-            row = json.loads(line)
-            loss = row["heldout_loss"]
-            known[tuple(row["key"])] = math.inf if loss is None else loss
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(
-                f"{file} is damaged in line {number}; remove that line, and its run is made again."
-            ) from None
-    return known
+    def take(row: Any) -> tuple[Key, float]:
+        loss = row["heldout_loss"]
+        return tuple(row["key"]), math.inf if loss is None else loss
+
+    fix = "remove that line, and its run is made again"
+    return dict(read_lines(file, take, fix)) if file.exists() else {}

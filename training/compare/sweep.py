@@ -21,7 +21,7 @@ from ..config import RunConfig
 from ..data.bpe import corpus_of
 from ..identity import to_json
 from ..run import interrupts
-from ..run.files import Lines, write_json
+from ..run.files import Lines, read_lines, write_json
 from ..run.meta import provenance
 from .space import Point, points
 from .trial import Trials, check_used
@@ -136,18 +136,13 @@ def read_trials(file: Path) -> list[dict[str, Any]]:
     Raises:
       ValueError: for a line that is no trial, by its number.
     """
-    rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            if not {"heldout_loss", "learning_rate"} <= row.keys() or not _key(row):
-                raise KeyError
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(
-                f"{file} is damaged in line {number}; remove that line, and its trial is run again."
-            ) from None
-        rows.append(row)
-    return rows
+
+    def take(row: dict[str, Any]) -> dict[str, Any]:
+        if not {"heldout_loss", "learning_rate"} <= row.keys() or not _key(row):
+            raise KeyError
+        return row
+
+    return read_lines(file, take, "remove that line, and its trial is run again")
 
 
 def derived(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -3,9 +3,11 @@
 import contextlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Line = TypeVar("Line")
 
 
 def dumps(value: Any, indent: int | None = None) -> str:
@@ -60,6 +62,27 @@ def read_json(file: Path, fix: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{file} is damaged (not a JSON object); {fix}.")
     return value
+
+
+def read_lines(file: Path, take: Callable[[Any], Line], fix: str) -> list[Line]:
+    """What `take` makes of the JSON values in a file, one per line.
+
+    Args:
+      file: what to read.
+      take: makes something of a line's value; it may raise KeyError, TypeError, ValueError or
+        AttributeError for a value of another form.
+      fix: what to do about a damaged line, the end of the error's sentence.
+
+    Raises:
+      ValueError: for a line that is damaged, by its number.
+    """
+    found = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            found.append(take(json.loads(line)))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{file} is damaged in line {number}; {fix}.") from None
+    return found
 
 
 @contextlib.contextmanager

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..colours import PALETTE
 from .shape import ModelShape
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 FAMILIES = ("gpt", "t5", "llama", "palm", "gemma", "qwen")
 """Those with a colour of their own; the others are black."""
 
@@ -25,7 +25,7 @@ def draw(file: Path, shapes: Mapping[str, ModelShape]) -> None:
         mine = [shape for name, shape in shapes.items() if _family(name) == family]
         if not mine:
             continue
-        style = {"color": COLOURS[index], "s": 18, "alpha": 0.8}
+        style = {"color": PALETTE[index], "s": 18, "alpha": 0.8}
         left.scatter([s.width for s in mine], [s.layers for s in mine], label=family, **style)
         counts = [s.count for s in mine]
         middle.scatter(counts, [s.feed_forward_ratio for s in mine], **style)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+from ..colours import PALETTE
 
 
 def draw(
@@ -32,7 +32,7 @@ def draw(
                     marker="o",
                     ms=3,
                     lw=1.3,
-                    color=COLOURS[index % len(COLOURS)],
+                    color=PALETTE[index % len(PALETTE)],
                     label=activation,
                 )
             axes.set_xscale("log", base=2)
