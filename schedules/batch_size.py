@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -68,6 +69,25 @@ class BatchSizes:
             starts.append(starts[-1] + size * (boundary - before))
             before = boundary
         return starts
+
+    def at(self, count: int) -> int:
+        """The batch size of the update that is made at `count`, a Python integer."""
+        check_whole(0, count=count)
+        return self.sizes[bisect.bisect_right(self.boundaries, count)]
+
+    def phases(self, until: int) -> tuple[tuple[int, int], ...]:
+        """Every batch size with the number of its updates before the count `until`.
+
+        Example:
+          >>> from ravine.schedules import BatchSizes
+          >>> BatchSizes((4, 8, 16), (10, 15)).phases(12)
+          ((4, 10), (8, 2))
+        """
+        check_whole(0, until=until)
+        ends = [min(end, until) for end in (*self.boundaries, until)]
+        counts = [end - start for start, end in itertools.pairwise((0, *ends))]
+        pairs = zip(self.sizes, counts, strict=True)
+        return tuple((size, count) for size, count in pairs if count)
 
     def data_offset(self, count: int) -> int:
         """Examples seen before the update at `count`, a Python integer: where a resumed run reads."""

@@ -74,7 +74,7 @@ def test_a_ramp_that_is_interrupted_is_the_one_that_is_not(corpus, tmp_path, mon
     monkeypatch.setattr(jax, "block_until_ready", waited)
     # 32 examples: 2 + 2 + 4 of the ramp, then three batches of 8.
     run = RunConfig(**SIZES | options)
-    assert [run.size_at(at) for at in range(run.updates)] == [2, 2, 4, 8, 8, 8]
+    assert [run.batch_sizes.at(at) for at in range(run.updates)] == [2, 2, 4, 8, 8, 8]
     outcome, whole = train(corpus, tmp_path / "whole", **options)
     assert sizes == [2, 4, 8]
     assert " ".join(events).count("waited stopped traced") == 2
@@ -121,7 +121,7 @@ def test_rates_follow_the_data_and_the_rule():
     counts = range(run.updates)
     seen = [run.batch_sizes.data_offset(at) / 8 for at in counts]
     at_data = np.interp(seen, np.arange(17), np.asarray(reference(jnp.arange(17))))
-    ratios = np.array([run.size_at(at) / 8 for at in counts])
+    ratios = np.array([run.batch_sizes.at(at) / 8 for at in counts])
     for rule, power in (("sqrt", 0.5), ("linear", 1.0)):
         rates = run.learning_rate(1.0, rule)(jnp.arange(run.updates))
         np.testing.assert_allclose(rates, at_data * ratios**power, rtol=1e-6)
@@ -134,16 +134,18 @@ def test_seesaw_has_the_rates_of_its_rule_and_a_bound():
     assert run.updates < 64
     assert 0 <= run.batch_sizes.data_offset(run.updates) - 64 * 8 < 32
     counts = jnp.arange(run.updates)
-    sizes = np.array([run.size_at(at) for at in range(run.updates)])
+    sizes = np.array([run.batch_sizes.at(at) for at in range(run.updates)])
     free = [at for at in range(run.updates) if sizes[at] < 32]
-    np.testing.assert_allclose(run.learning_rate(1.0)(counts)[0], 1.0)
+    np.testing.assert_allclose(run.learning_rate(1.0, "sqrt")(counts)[0], 1.0)
     np.testing.assert_allclose(
-        np.asarray(run.learning_rate(1.0)(counts))[free], np.sqrt(8 / sizes[free]), rtol=1e-6
+        np.asarray(run.learning_rate(1.0, "sqrt")(counts))[free],
+        np.sqrt(8 / sizes[free]),
+        rtol=1e-6,
     )
     by_line = np.asarray(run.learning_rate(1.0, "linear")(counts))
     np.testing.assert_allclose(by_line[free], 1.0, rtol=1e-6)  # SGD's stay where they are
     # At its bound the batch stays, and the rate falls to the reference's end.
-    bound = np.asarray(run.learning_rate(1.0)(counts))[sizes == 32]
+    bound = np.asarray(run.learning_rate(1.0, "sqrt")(counts))[sizes == 32]
     offsets = np.array([run.batch_sizes.data_offset(at) for at in range(run.updates)])[sizes == 32]
     np.testing.assert_allclose(bound, (1 - offsets / 8 / 64) * 2, rtol=1e-5)
 
@@ -154,12 +156,17 @@ def test_a_seesaw_has_the_sizes_and_rates_of_one_schedule():
         run = RunConfig(steps=300, schedule=name, batches=seesaw, **SIZES)
         for peak in (0.02, 7e-4):
             counts = np.arange(run.batch_sizes.boundaries[0] - 1, run.updates)
-            sizes = np.array([run.size_at(at) for at in counts])
-            rates = np.asarray(run.learning_rate(peak)(jnp.asarray(counts)))
+            sizes = np.array([run.batch_sizes.at(at) for at in counts])
+            rates = np.asarray(run.learning_rate(peak, "sqrt")(jnp.asarray(counts)))
             np.testing.assert_allclose(rates, peak * np.sqrt(8 / sizes), rtol=1e-5)
     run = RunConfig(steps=60, schedule="power_law", batches=seesaw, **SIZES)
     with pytest.raises(ValueError, match="proportional to its peak, which power_law is not"):
-        run.learning_rate(0.02)
+        run.learning_rate(0.02, "sqrt")
+
+
+def test_rates_of_a_batch_schedule_need_a_rule():
+    with pytest.raises(ValueError, match=r"need a rule; give rule_of"):
+        RunConfig(batches=RAMP, **SIZES).learning_rate(1.0)
 
 
 def test_micro_batches_never_grow():

@@ -87,6 +87,9 @@ def test_batch_sizes_count_every_example(sizes, gaps):
     seen = np.concatenate([[0], np.cumsum(each)])
     for count in (0, 1, *bounds, *(b - 1 for b in bounds), 200):
         assert batch.data_offset(count) == seen[count]
+        assert batch.at(count) == each[count]
+        found = [size for size, updates in batch.phases(count) for _ in range(updates)]
+        np.testing.assert_array_equal(found, each[:count])
         assert batch.count_at(int(seen[count])) == count
         assert batch.count_at(int(seen[count]) + 1) == count + 1
     for size in (batch.tick, 7):

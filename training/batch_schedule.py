@@ -4,8 +4,6 @@ import dataclasses
 import math
 from typing import Literal
 
-import jax
-import jax.numpy as jnp
 import optax
 
 from .. import schedules
@@ -13,6 +11,20 @@ from ..schedules import BatchSizes
 from ..schedules.scaling import scale_learning_rate
 
 Rule = Literal["linear", "sqrt"]
+LINEAR = ("sgd", "nesterov")
+"""Optimizers whose step is as long as the gradient; those of all others have a size of their own."""
+
+
+def rule_of(name: str) -> Rule:
+    """How an optimizer's learning rate follows the batch size.
+
+    SGD's is proportional to it (Goyal et al., 2017, https://arxiv.org/abs/1706.02677). Where the step
+    is divided by the size of the gradient, which noise dominates, by its square root (Malladi et al.,
+    2022, https://arxiv.org/abs/2205.10287, for RMSProp and Adam). The same holds, by the same argument,
+    for signs and for matrices that are orthogonalized or whitened: the step's length is fixed, and its
+    share of signal grows as the square root of the batch. `python -m ravine batch-size` measures it.
+    """
+    return "linear" if name in LINEAR else "sqrt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,15 +101,10 @@ class BatchSchedule:
         else:
             unscaled, sizes = self._seesaw(batch_size, steps, reference)
             scale = lambda ratio: scale_learning_rate(1.0, ratio, rule) / math.sqrt(ratio)
-        factors = [scale(size / batch_size) for size in sizes.sizes]
-
-        def rate(count: jax.Array) -> jax.Array:
-            factor = jnp.full_like(count, factors[0], jnp.float32)
-            for boundary, later in zip(sizes.boundaries, factors[1:], strict=True):
-                factor = jnp.where(count >= boundary, jnp.float32(later), factor)
-            return jnp.asarray(unscaled(count)) * factor
-
-        return schedules.Schedule(rate, f"{self.batch_schedule} of batches", (0, *sizes.boundaries))
+        first, *later = (scale(size / batch_size) for size in sizes.sizes)
+        factors = schedules.piecewise(1.0, sizes.boundaries, later, start_ratio=first)
+        rates = schedules.product(unscaled, factors)
+        return dataclasses.replace(rates, words=f"{self.batch_schedule} of batches")
 
     def _seesaw(
         self, batch_size: int, steps: int, reference: optax.Schedule

@@ -188,7 +188,7 @@ class Checkpoints:
         there = is_first() and origin.folder.is_dir()
         complaint = _complaint(origin.folder, only) if there else ""
         if is_first() and not there:
-            found = sorted(map(int, _steps_of(origin.folder.parent)))
+            found = sorted(map(int, steps_of(origin.folder.parent)))
             complaint = f"is not there; those of steps {found} are" if found else "is not there"
         complaint = from_first(complaint)
         if not complaint:
@@ -253,7 +253,7 @@ class Checkpoints:
         """Of the checkpoints that are there, newest first."""
         steps = []
         if is_first():
-            steps = list(map(int, _steps_of(self._path)))
+            steps = list(map(int, steps_of(self._path)))
         return json.loads(from_first(json.dumps(sorted(steps, reverse=True))))
 
     def _warn(self, refused: dict[int, str], step: int) -> None:
@@ -289,12 +289,7 @@ class Checkpoints:
         ]
 
 
-def has_checkpoints(folder: Path) -> bool:
-    """Whether there are any in a folder, whole or not."""
-    return bool(_steps_of(folder))
-
-
-def _steps_of(folder: Path) -> list[str]:
+def steps_of(folder: Path) -> list[str]:
     """The names of checkpoints in a folder."""
     if not folder.is_dir():
         return []

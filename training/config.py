@@ -1,6 +1,5 @@
 """The configuration of a run: typed, frozen, checked before anything is written."""
 
-import bisect
 import dataclasses
 import functools
 import math
@@ -209,17 +208,10 @@ class RunConfig:
         """Updates made in the end; those of the data that `steps` of `batch_size` see."""
         return self.batch_sizes.count_at(self.steps * self.batch_size)
 
-    def size_at(self, step: int) -> int:
-        """Sequences of one update."""
-        sizes = self.batch_sizes
-        return sizes.sizes[bisect.bisect_right(sizes.boundaries, step)]
-
     @property
     def sizes_used(self) -> tuple[int, ...]:
         """The sizes of batches that the run comes to, in their order."""
-        sizes = self.batch_sizes
-        begun = zip((0, *sizes.boundaries), sizes.sizes, strict=True)
-        return tuple(size for start, size in begun if start < self.updates)
+        return tuple(size for size, _ in self.batch_sizes.phases(self.updates))
 
     def micro_batches_of(self, size: int, parts: int) -> int:
         """Micro-batches of a batch of this size, of which none is larger than those of `batch_size`.
@@ -236,13 +228,18 @@ class RunConfig:
             f"{self.micro_batches} micro_batches; change batch_size or its schedule."
         )
 
-    def learning_rate(self, peak: float, rule: Rule = "sqrt") -> optax.Schedule:
+    def learning_rate(self, peak: float, rule: Rule | None = None) -> optax.Schedule:
         """The schedule with the given peak, by the rule that an optimizer has for other batches.
 
         Raises:
-          ValueError: for a Seesaw of a schedule whose shape depends on its peak.
+          ValueError: for a batch schedule without a rule, or a Seesaw of a schedule whose shape depends
+            on its peak.
         """
         reference = self._reference(peak)
+        if self.batches == CONSTANT:
+            return reference
+        if rule is None:
+            raise ValueError("learning rates of a batch schedule need a rule; give rule_of(name).")
         if self.batches.batch_schedule != "seesaw":
             return self.batches.rates(self.batch_size, self.horizon, reference, rule)
         # Its batches are cut where the schedule of peak 1 falls, and so its rates are too.

@@ -149,7 +149,7 @@ def _train(
                 outcome.cost, largest = dataclasses.asdict(cost), size
             return compiled
 
-        program_of(run.size_at(done), state)
+        program_of(run.batch_sizes.at(done), state)
         interrupts.check()
 
         metrics = Metrics(clock)
@@ -157,7 +157,7 @@ def _train(
         stack.callback(profile.close)
         while done < run.updates:
             # One step.
-            size = run.size_at(done)
+            size = run.batch_sizes.at(done)
             if not programs.has(size):
                 jax.block_until_ready(state)  # the step before is training still
                 clock.stop()
@@ -202,7 +202,7 @@ def _train(
             if back:
                 state, done = back.state, back.step
                 for _ in range(back.skip_batches):
-                    batches.take(run.size_at(done))
+                    batches.take(run.batch_sizes.at(done))
                 checkpoints.forget_from(done)
                 if run.checkpoint_every:
                     checkpoints.save(state, batches, rollback)

@@ -1,13 +1,11 @@
 """What to rescale with the batch size: the rule for each optimizer."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 from ...optimizers.registry import OptimizerConfig
 from ...schedules.scaling import scale_beta, scale_eps, scale_learning_rate, scale_weight_decay
-
-LINEAR = ("sgd", "nesterov")
-"""Optimizers whose step is as long as the gradient; those of all others have a size of their own."""
+from ..batch_schedule import rule_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,18 +15,6 @@ class Rescaled:
     optimizer: OptimizerConfig
     learning_rate: float
     weight_decay: float
-
-
-def rule_of(name: str) -> Literal["linear", "sqrt"]:
-    """How an optimizer's learning rate follows the batch size.
-
-    SGD's is proportional to it (Goyal et al., 2017, https://arxiv.org/abs/1706.02677). Where the step
-    is divided by the size of the gradient, which noise dominates, by its square root (Malladi et al.,
-    2022, https://arxiv.org/abs/2205.10287, for RMSProp and Adam). The same holds, by the same argument,
-    for signs and for matrices that are orthogonalized or whitened: the step's length is fixed, and its
-    share of signal grows as the square root of the batch. `python -m ravine batch-size` measures it.
-    """
-    return "linear" if name in LINEAR else "sqrt"
 
 
 def rescaled(
@@ -41,9 +27,10 @@ def rescaled(
 ) -> Rescaled:
     r"""Learning rate, decay rates of the moments, epsilon and weight decay at another batch size.
 
-    With :math:`\kappa` the ratio of batch sizes: the learning rate by :func:`rule_of`; decay rates
-    :math:`\beta^\kappa`, the same half-life in tokens; :math:`\epsilon / \sqrt\kappa`; and the coupled
-    weight decay such that the average over updates reaches back as many tokens as before.
+    With :math:`\kappa` the ratio of batch sizes: the learning rate by its rule,
+    `ravine.training.batch_schedule.rule_of`; decay rates :math:`\beta^\kappa`, the same half-life in
+    tokens; :math:`\epsilon / \sqrt\kappa`; and the coupled weight decay such that the average over
+    updates reaches back as many tokens as before.
 
     Args:
       optimizer: name and hyperparameters; only decay rates and epsilon given there are rescaled,

@@ -13,7 +13,7 @@ from ...optimizers.registry import OptimizerConfig
 from ...optimizers.roles import RAVINE_RULES, mask_by_role
 from ...stability import clip_by_global_norm, qk_clip, skip_step, with_monitors, with_noise_scale
 from ..average import with_ema
-from ..batch_size.rescale import rule_of
+from ..batch_schedule import rule_of
 from ..config import RunConfig, check_learning_rate
 from ..step import MEASURED
 from ..words import parse_numbers

@@ -21,7 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ..checkpoint import Origin, has_checkpoints
+from ..checkpoint import Origin, steps_of
 from ..config import RunConfig
 from ..data.bpe import corpus_of
 from ..data.corpus import Corpus
@@ -171,7 +171,7 @@ def _needed(
 ) -> list[Origin | None]:
     """Of a resumed race the origins of runs that have neither ended nor a checkpoint of their own."""
     folders = [out / entrant.label for entrant in entrants] if out and is_first() else []
-    begun = [(f / "outcome.json").exists() or has_checkpoints(f / "checkpoints") for f in folders]
+    begun = [(f / "outcome.json").exists() or bool(steps_of(f / "checkpoints")) for f in folders]
     begun = json.loads(from_first(json.dumps(begun)))
     pairs = itertools.zip_longest(origins, begun)
     return [None if has_begun else origin for origin, has_begun in pairs]

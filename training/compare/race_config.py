@@ -12,8 +12,7 @@ import optax
 import tyro
 from jax.sharding import Mesh
 
-from ..batch_schedule import CONSTANT
-from ..batch_size.rescale import rule_of
+from ..batch_schedule import CONSTANT, rule_of
 from ..checkpoint import METADATA, Checkpoints, Origin
 from ..config import RunConfig
 from ..config_file import read_config
@@ -184,7 +183,7 @@ def check_past(
     for entrant in entrants:
         then_run, now_run = entrant.adapted(before), entrant.adapted(run)
         past = then_run.updates
-        if any(then_run.size_at(at) != now_run.size_at(at) for at in range(past)):
+        if then_run.batch_sizes.phases(past) != now_run.batch_sizes.phases(past):
             raise ValueError(
                 f"{another} (batch sizes of {entrant.name} would be others); a batch schedule may "
                 "change only what is still to come."

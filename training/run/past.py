@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..batch_size.rescale import rule_of
+from ..batch_schedule import CONSTANT, rule_of
 from ..config import RunConfig
 from ..data.corpus import Corpus
 from ..identity import to_json
@@ -36,7 +36,10 @@ def past_of(run: RunConfig, rates: Rates) -> Callable[[int], dict[str, Any]]:
 
     def past(step: int) -> dict[str, Any]:
         found = {"learning rates before": _digest(rates.before(step))}
-        sizes = np.asarray([run.size_at(at) for at in range(step)], np.int64)
+        if run.batches == CONSTANT:
+            return found
+        phases = np.asarray(run.batch_sizes.phases(step), np.int64).reshape(-1, 2)
+        sizes = np.repeat(*phases.T)
         if (sizes != run.batch_size).any():
             found["batch sizes before"] = _digest(sizes)
         return found
