@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from ...core.arithmetic import bias_correction, is_summable, lerp, wide
 from ..links.graft import norm_ratio
 from ..matrix.algebra.kronecker import mode_gram, rotate
-from ..matrix.algebra.packing import pack, unpack
 from ..matrix.algebra.roots import exponent_fraction, inverse_root, misfit
 from ..matrix.batch.once import if_due
 from ..matrix.batch.phases import refreshed
@@ -22,6 +21,7 @@ from ..matrix.shape.blocking import Blocking
 from .block_state import fields, identities, usable_blocks, with_fields
 from .blockwise import Tensors
 from .options import Factors, Roots
+from .storage import Storage
 
 
 class Factor(NamedTuple):
@@ -40,69 +40,47 @@ TensorFactors = tuple[Factor | None, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Kept:
-    """How symmetric matrices are stored."""
-
-    dtype: Any = None
-    packed: bool = False
-
-    @property
-    def growth(self) -> int:
-        """The growth in memory when a stored matrix is loaded."""
-        return 2 if self.packed else 1
-
-    def keep(self, matrices: jax.Array) -> jax.Array:
-        """Converts matrices to the stored form."""
-        kept = pack(matrices) if self.packed else matrices
-        return kept if self.dtype is None else kept.astype(self.dtype)
-
-    def load(self, kept: jax.Array, size: int) -> jax.Array:
-        """Converts to matrices in at least float32."""
-        return unpack(wide(kept), size) if self.packed else wide(kept)
-
-
-@dataclasses.dataclass(frozen=True)
 class Preconditioner:
     """Statistics and roots of the factors of all leaves."""
 
     b2: Any
-    factors: Factors
-    options: Roots
+    factor_options: Factors
+    root_options: Roots
 
     @property
     def kl(self) -> bool:
         """Whether gradients are preconditioned before they update the factors."""
-        return self.factors.statistics == "kl"
+        return self.factor_options.statistics == "kl"
 
     @property
-    def statistics(self) -> Kept:
-        """How they are kept."""
-        return Kept(self.factors.statistics_dtype, self.factors.packed)
+    def statistics_storage(self) -> Storage:
+        """How statistics are kept."""
+        return Storage(self.factor_options.statistics_dtype, self.factor_options.packed)
 
     @property
-    def roots(self) -> Kept:
-        """How they are kept."""
-        return Kept(self.factors.root_dtype, self.factors.packed)
+    def root_storage(self) -> Storage:
+        """How roots are kept."""
+        return Storage(self.factor_options.root_dtype, self.factor_options.packed)
 
     def factor(self, scalars: jax.Array, size: int) -> Factor:
         """The factor at the start; `scalars` are zeros, one for each block."""
         identity = identities(scalars, size)
         # Every field has its own buffer, since the state is donated.
-        statistics = self.statistics.keep(jnp.zeros_like(identity))
+        statistics = self.statistics_storage.keep(jnp.zeros_like(identity))
         residual, condition = (jnp.zeros_like(scalars) for _ in range(2))
         failures, refused = (jnp.zeros_like(scalars, dtype=jnp.int32) for _ in range(2))
-        root = self.roots.keep(identity)
+        root = self.root_storage.keep(identity)
         return Factor(statistics, root, residual, condition, failures, refused)
 
     def exponent_of(self, factors: Sequence[Any]) -> float:
         """The exponent of a tensor's roots; its factors are None on axes without one."""
         axes = sum(bool(factor) for factor in factors)
-        exponent = self.options.exponent
+        exponent = self.root_options.exponent
         return -1 / (2 * axes) if exponent is None else exponent
 
     def check(self, paths: Sequence[str], blockings: Sequence[Blocking]) -> None:
         """Raises if the method cannot compute the roots that a leaf needs."""
-        check_root = getattr(self.options.method, "check_root", None)
+        check_root = getattr(self.root_options.method, "check_root", None)
         if check_root is None:
             return
         for path, blocking in zip(paths, blockings, strict=True):
@@ -133,7 +111,7 @@ class Preconditioner:
                 (blocks, fields(each, "root") if self.kl else None),
                 (jnp.ones(tensor.counts, bool), fields(each, "statistics")),
                 is_whole=bool(tensor.summed),
-                growth=self.statistics.growth,
+                growth=self.statistics_storage.growth,
             )
             for tensor, blocks, each in zip(tensors, gradients, factors, strict=True)
         ]
@@ -143,7 +121,7 @@ class Preconditioner:
             keep=schedule.decay(self.b2),
             every=schedule.statistics_every,
         )
-        found = together(units, learned, self.factors.max_elements)
+        found = together(units, learned, self.factor_options.max_elements)
         return [usable for usable, _ in found], [
             with_fields(each, statistics=statistics)
             for each, (_, statistics) in zip(factors, found, strict=True)
@@ -164,7 +142,7 @@ class Preconditioner:
             for axis, statistics in zip(axes, kept, strict=True):
                 others = [None if at == axis else root for at, root in enumerate(loaded)]
                 gram = total(mode_gram(rotate(seen, others), axis, order), summed)
-                old = self.statistics.load(statistics, sizes[axis])
+                old = self.statistics_storage.load(statistics, sizes[axis])
                 new = _accumulated(gram, old, keep, every)
                 # No element of a positive semi-definite matrix is larger than its trace.
                 fits = is_summable(jnp.trace(new, axis1=1, axis2=2))
@@ -172,7 +150,7 @@ class Preconditioner:
                 usable &= fits | ~is_summable(jnp.trace(old, axis1=1, axis2=2))
                 pairs.append((new, old))
             return usable, [
-                self.statistics.keep(jnp.where(usable[:, None, None], new, old))
+                self.statistics_storage.keep(jnp.where(usable[:, None, None], new, old))
                 for new, old in pairs
             ]
 
@@ -184,7 +162,7 @@ class Preconditioner:
         """A matrix for each axis, or None for axes without one."""
         loaded: list[jax.Array | None] = [None] * len(sizes)
         for axis, x in zip(axes, kept, strict=False):
-            loaded[axis] = self.roots.load(x, sizes[axis])
+            loaded[axis] = self.root_storage.load(x, sizes[axis])
         return loaded
 
     def refresh(
@@ -200,7 +178,7 @@ class Preconditioner:
                 (self.exponent_of(each), tensor.sizes[axis]),
                 (factor.statistics, tensor.inside(axis)),
                 tuple(factor[1:]),
-                growth=self.statistics.growth,
+                growth=self.statistics_storage.growth,
             )
             for tensor, each in zip(tensors, factors, strict=True)
             for axis, factor in enumerate(each)
@@ -215,7 +193,7 @@ class Preconditioner:
             return self._misfit(kind, source, carry, weight)
 
         due, need = lambda phase: schedule.due(step, phase), schedule.by_need(step, misfits)
-        most = self.factors.max_elements
+        most = self.factor_options.max_elements
         found = iter(refreshed(units, new_roots, schedule.phases, due, most, need))
         return [
             tuple(factor and Factor(factor.statistics, *next(found)) for factor in each)
@@ -223,7 +201,7 @@ class Preconditioner:
         ]
 
     def _refreshed(self, kind: Any, source: Any, carry: Any, weight: Any) -> Any:
-        (exponent, _), (_, inside), options = kind, source, self.options
+        (exponent, _), (_, inside), options = kind, source, self.root_options
         root, residual, condition, failures, refused = carry
         statistics = self._corrected(kind, source, weight)
         found = inverse_root(
@@ -238,7 +216,7 @@ class Preconditioner:
         seen = jnp.any(statistics != 0, axis=(1, 2))
         good, bad = found.residual <= options.tolerance, found.residual > options.tolerance
         good, bad = good & seen, bad & seen
-        new = self.roots.keep(found.root).astype(root.dtype)
+        new = self.root_storage.keep(found.root).astype(root.dtype)
         return (
             jnp.where(jnp.expand_dims(good, tuple(range(1, root.ndim))), new, root),
             jnp.where(seen, found.residual, residual),
@@ -249,17 +227,17 @@ class Preconditioner:
 
     def _corrected(self, kind: Any, source: Any, weight: Any) -> jax.Array:
         """The statistics that roots are computed from."""
-        statistics = self.statistics.load(source[0], kind[1])
+        statistics = self.statistics_storage.load(source[0], kind[1])
         return statistics if weight is None else statistics / weight.astype(statistics.dtype)
 
     def _misfit(self, kind: Any, source: Any, carry: Any, weight: Any) -> jax.Array:
         (exponent, size), (_, inside) = kind, source
         return misfit(
             self._corrected(kind, source, weight),
-            self.roots.load(carry[0], size),
+            self.root_storage.load(carry[0], size),
             exponent,
-            ridge=self.options.ridge,
-            absolute_ridge=self.options.absolute_ridge,
+            ridge=self.root_options.ridge,
+            absolute_ridge=self.root_options.absolute_ridge,
             size=inside,
         )
 
@@ -272,11 +250,14 @@ class Preconditioner:
         """The preconditioned blocks."""
         units = [
             tensor.unit(
-                (tensor.sizes, tensor.axes), fields(each, "root"), blocks, growth=self.roots.growth
+                (tensor.sizes, tensor.axes),
+                fields(each, "root"),
+                blocks,
+                growth=self.root_storage.growth,
             )
             for tensor, blocks, each in zip(tensors, means, factors, strict=True)
         ]
-        return together(units, self._applied, self.factors.max_elements)
+        return together(units, self._applied, self.factor_options.max_elements)
 
     def _applied(self, kind: Any, blocks: jax.Array, roots: Sequence[jax.Array]) -> jax.Array:
         return rotate(blocks, self._loaded(roots, *kind)) if roots else blocks
@@ -286,7 +267,9 @@ class Preconditioner:
         failed = jnp.zeros(blocks.shape[: blocks.ndim - len(factors)], bool)
         for factor in factors:
             failed = (
-                failed if factor is None else failed | (factor.failures > self.options.patience)
+                failed
+                if factor is None
+                else failed | (factor.failures > self.root_options.patience)
             )
         return failed
 
