@@ -194,7 +194,10 @@ def test_parts_names_and_a_figure_on_the_command_line(tmp_path, capsys):
         (["--parameters", "1e6"], "lower vocabulary or devices"),
         (["--parameters", "1e9", "--devices", "0"], "devices must be a whole number"),
         (["--context", "-1"], "ravine: context must be a whole number"),
-        (["gpt2", "--parameters", "1e9"], "names of presets (gpt2) print those; leave them out"),
+        (
+            ["gpt2", "--parameters", "1e9"],
+            "names (gpt2) choose presets to print; leave them out with",
+        ),
         (["--devices", "8"], "devices are those of a suggestion"),
         (["--figure", "a.txt"], "figure a.txt must end in .png, .svg or .pdf"),
     ],

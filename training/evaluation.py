@@ -19,7 +19,7 @@ class Evaluation:
     """``evaluate(state)``: held-out losses by name, of the same text every time.
 
     Args:
-      run: how much text, and of what else besides the parameters.
+      run: how much text, and whether the average is evaluated too.
       corpus: the text.
       graphdef: the model's static half.
       mesh: of the parameters.

@@ -54,7 +54,7 @@ class PresetsConfig:
         suggested = self.parameters is not None or self.tokens is not None
         if self.names and (suggested or self.course_notes):
             raise ValueError(
-                f"names of presets ({', '.join(self.names)}) print those; leave them out beside "
+                f"names ({', '.join(self.names)}) choose presets to print; leave them out with "
                 "--parameters, --tokens or --course-notes."
             )
         if self.figure is not None and (suggested or self.course_notes):
