@@ -1,11 +1,17 @@
 """What the tests of optimizers with Kronecker factors share."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import ravine
+
+# The same options are one transformation, which is compiled once.
+shampoo = functools.cache(ravine.scale_by_shampoo)
+soap = functools.cache(ravine.scale_by_soap)
 
 
 def single(x):

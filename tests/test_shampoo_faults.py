@@ -9,7 +9,15 @@ import optax
 import pytest
 import ravine
 
-from .preconditioned import all_finite, assert_trees_close, factors, normal, refreshed_roots, run
+from .preconditioned import (
+    all_finite,
+    assert_trees_close,
+    factors,
+    normal,
+    refreshed_roots,
+    run,
+    shampoo,
+)
 
 BLOCK = (slice(0, 4), slice(4, 8))  # block (0, 1) of an 8 x 8 leaf
 AT = (0, 0, 1)  # and where its factors are
@@ -32,7 +40,7 @@ def test_gradient_that_is_not_finite_stays_in_its_block(b2, bad):
     spoiled = [*clean[:4], clean[4].at[1, 6].set(bad), *clean[5:]]
     params = jnp.ones((8, 8))
     tx = optax.chain(
-        ravine.scale_by_shampoo(
+        shampoo(
             0.9,
             b2,
             refresh=ravine.Refresh(every=1),
@@ -73,10 +81,8 @@ def spoil(state, value=math.nan):
 def test_spoiled_statistics_fall_back_to_the_graft_and_recover(patience):
     gradients = normal((8, 8), count=9)
     options = {"blocks": ravine.Blocks(size=4), "refresh": ravine.Refresh(every=1)}
-    tx = ravine.scale_by_shampoo(**options, roots=ravine.Roots(patience=patience))
-    plain, _ = run(
-        ravine.scale_by_shampoo(**{**options, "refresh": ravine.Refresh(start=math.inf)}), gradients
-    )
+    tx = shampoo(**options, roots=ravine.Roots(patience=patience))
+    plain, _ = run(shampoo(**{**options, "refresh": ravine.Refresh(start=math.inf)}), gradients)
     healthy, _ = run(tx, gradients)
     step, state = jax.jit(tx.update), tx.init(gradients[0])
     for gradient in gradients[:3]:
@@ -112,7 +118,7 @@ def test_spoiled_statistics_need_a_refresh():
     """Otherwise nobody would hear of them: every block that still fits keeps its root."""
     gradient = normal((8, 8))
     refresh = ravine.Refresh(every=1, need=1e3)
-    tx = ravine.scale_by_shampoo(blocks=ravine.Blocks(size=4), refresh=refresh)
+    tx = shampoo(blocks=ravine.Blocks(size=4), refresh=refresh)
     step = jax.jit(tx.update)
     _, state = step(gradient, tx.init(gradient))
     assert not np.any([factor.refused for factor in factors(state)])
@@ -127,7 +133,7 @@ def test_spoiled_statistics_need_a_refresh():
 @pytest.mark.parametrize("graft", ["none", "sgd", "adagrad", "rmsprop", "adam", "sign"])
 def test_zero_gradients_then_normal_ones(graft, statistics):
     gradients = [jnp.zeros((8, 8))] * 50 + normal((8, 8), count=8)
-    tx = ravine.scale_by_shampoo(
+    tx = shampoo(
         refresh=ravine.Refresh(every=2),
         blocks=ravine.Blocks(size=4),
         graft=ravine.Grafting(step=graft),
@@ -146,7 +152,7 @@ def test_zero_gradients_then_normal_ones(graft, statistics):
 def test_rank_one_gradients_for_ever(graft, statistics):
     vectors = normal((8, 1)), normal((1, 8), 1)
     gradients = [scale * vectors[0] * vectors[1] for scale in np.linspace(0.5, 1.5, 60)]
-    tx = ravine.scale_by_shampoo(
+    tx = shampoo(
         refresh=ravine.Refresh(every=5),
         graft=ravine.Grafting(step=graft),
         factors=ravine.Factors(statistics=statistics),
@@ -163,7 +169,7 @@ def test_rank_one_gradients_for_ever(graft, statistics):
 def test_spike(graft, statistics):
     gradients = normal((8, 8), count=60)
     gradients[20] = 1e6 * gradients[20]
-    tx = ravine.scale_by_shampoo(
+    tx = shampoo(
         refresh=ravine.Refresh(every=1),
         graft=ravine.Grafting(step=graft),
         factors=ravine.Factors(statistics=statistics),
@@ -180,7 +186,7 @@ def test_spike(graft, statistics):
 def test_scale_of_gradients(graft, scale, dtype):
     gradients = [g.astype(dtype) for g in normal((8, 12), count=60, scale=scale)]
     updates, states = run(
-        ravine.scale_by_shampoo(
+        shampoo(
             refresh=ravine.Refresh(every=5),
             blocks=ravine.Blocks(size=6),
             graft=ravine.Grafting(step=graft),
@@ -204,7 +210,7 @@ def test_scale_of_gradients(graft, scale, dtype):
 def test_two_thousand_steps_at_any_scale(scale, dtype):
     """Least squares through a hidden layer, gradients scaled: nothing breaks, nothing stays refused."""
     tx = optax.chain(
-        ravine.scale_by_shampoo(
+        shampoo(
             0.9,
             0.99,
             blocks=ravine.Blocks(size=8),

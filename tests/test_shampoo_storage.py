@@ -1,6 +1,5 @@
 """How Shampoo stores its state: factors packed, in chunks or in bfloat16, with the same updates."""
 
-import functools
 import math
 
 import jax
@@ -15,6 +14,7 @@ from .preconditioned import (
     factors,
     normal,
     run,
+    shampoo,
     single,
 )
 
@@ -23,9 +23,10 @@ from .preconditioned import (
 @pytest.mark.parametrize("max_elements", [16, 100])
 def test_roots_found_and_factors_used_in_chunks(max_elements, storage):
     gradients = [{"a": normal((8, 12), s), "b": normal((4, 4), 50 + s)} for s in range(4)]
-    build = functools.partial(ravine.scale_by_shampoo, refresh={"every": 2}, blocks={"size": 4})
-    found, _ = run(build(factors={"max_elements": max_elements, **storage}), gradients)
-    expected, _ = run(build(factors=storage), gradients)
+    options = {"refresh": ravine.Refresh(every=2), "blocks": ravine.Blocks(size=4)}
+    build = lambda **factors: shampoo(**options, factors=ravine.Factors(**factors))
+    found, _ = run(build(max_elements=max_elements, **storage), gradients)
+    expected, _ = run(build(**storage), gradients)
     assert_trees_close(found, expected, 1e-6)
 
 
@@ -38,7 +39,7 @@ def test_packed_makes_no_difference(shape, tolerance):
     """To rounding; that of a vector's singular statistics is multiplied by the ridge's root, 316."""
     gradients = normal(shape, count=6)
     found, states = run(
-        ravine.scale_by_shampoo(
+        shampoo(
             refresh=ravine.Refresh(every=2),
             blocks=ravine.Blocks(size=6),
             factors=ravine.Factors(packed=True),
@@ -46,7 +47,7 @@ def test_packed_makes_no_difference(shape, tolerance):
         gradients,
     )
     expected, _ = run(
-        ravine.scale_by_shampoo(refresh=ravine.Refresh(every=2), blocks=ravine.Blocks(size=6)),
+        shampoo(refresh=ravine.Refresh(every=2), blocks=ravine.Blocks(size=6)),
         gradients,
     )
     assert_trees_close(found, expected, tolerance)
@@ -58,7 +59,7 @@ def test_packed_makes_no_difference(shape, tolerance):
 def test_dtypes_are_kept(staggered, packed):
     dtypes = {"mu_dtype": jnp.bfloat16, "nu_dtype": jnp.bfloat16}
     gradients = normal((8, 12), count=6)
-    tx = ravine.scale_by_shampoo(
+    tx = shampoo(
         refresh=ravine.Refresh(every=3, staggered=staggered),
         blocks=ravine.Blocks(size=4),
         factors=ravine.Factors(packed=packed, root_dtype=jnp.bfloat16),
@@ -79,9 +80,7 @@ def test_dtypes_are_kept(staggered, packed):
     assert states[-1].mu.dtype == states[-1].nu.dtype == jnp.bfloat16
     assert updates[-1].dtype == jnp.float32
     exact, _ = run(
-        ravine.scale_by_shampoo(
-            refresh=ravine.Refresh(every=3, staggered=staggered), blocks=ravine.Blocks(size=4)
-        ),
+        shampoo(refresh=ravine.Refresh(every=3, staggered=staggered), blocks=ravine.Blocks(size=4)),
         gradients,
     )
     assert_trees_close(updates[-1], exact[-1], 0.1)
@@ -136,7 +135,7 @@ def test_narrow_factors_of_a_power_law(options):
     error = jnp.linalg.norm(found[-1] - expected[-1]) / jnp.linalg.norm(expected[-1])
     assert error < 0.02
     # The graft's own step is another one: what is compared is no fallback.
-    graft, _ = run(ravine.scale_by_shampoo(refresh=ravine.Refresh(start=math.inf)), gradients)
+    graft, _ = run(shampoo(refresh=ravine.Refresh(start=math.inf)), gradients)
     assert jnp.linalg.norm(graft[-1] - expected[-1]) > 0.2 * jnp.linalg.norm(expected[-1])
 
 

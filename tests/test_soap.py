@@ -7,7 +7,7 @@ import optax
 import pytest
 import ravine
 
-from .preconditioned import assert_trees_close, conditioned, normal, run, single
+from .preconditioned import assert_trees_close, conditioned, normal, run, single, soap
 
 
 def test_without_bases_it_is_adam_a_step_late():
@@ -59,7 +59,7 @@ def test_a_new_basis_makes_no_step_larger_than_adams(b1, b2, every, kind):
 
     Whatever the gradients, |m| <= C sqrt(v) in Adam, with C^2 = (1 - b1)^2 / ((1 - b2)(1 - b1^2 / b2)).
     """
-    tx = ravine.scale_by_soap(b1, b2, refresh=ravine.Refresh(every=every))
+    tx = soap(b1, b2, refresh=ravine.Refresh(every=every))
     most = (1 - b1) / np.sqrt((1 - b2) * (1 - b1**2 / b2))
     for k, update in enumerate(run(tx, rare(kind))[0][1:], 1):
         correction = np.sqrt(1 - b2**k) / (1 - b1**k)
