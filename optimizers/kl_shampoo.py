@@ -107,10 +107,11 @@ def scale_by_kl_shampoo(
     Source: Lin et al., 2025, https://arxiv.org/abs/2509.03378; yorkerlin/KL-Methods, ``kl_opt.py``.
 
     Example:
-      >>> import jax.numpy as jnp, ravine
+      >>> import jax, jax.numpy as jnp, ravine
       >>> tx = ravine.scale_by_kl_shampoo()
-      >>> _, state = tx.update(jnp.eye(2), tx.init(jnp.zeros((2, 2))))  # sets the bases only
-      >>> updates, state = tx.update(jnp.eye(2), state)
+      >>> state, update = jax.jit(tx.init)(jnp.zeros((2, 2))), jax.jit(tx.update)
+      >>> _, state = update(jnp.eye(2), state)  # sets the bases only
+      >>> updates, state = update(jnp.eye(2), state)
       >>> updates.round(3)
       Array([[1., 0.],
              [0., 1.]], dtype=float32)
@@ -209,10 +210,11 @@ def kl_shampoo(
     Source: as :func:`scale_by_kl_shampoo`.
 
     Example:
-      >>> import jax.numpy as jnp, ravine
+      >>> import jax, jax.numpy as jnp, ravine
       >>> params = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
       >>> tx = ravine.kl_shampoo(1e-3, refresh=ravine.Refresh(every=5))
-      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> state = jax.jit(tx.init)(params)
+      >>> updates, state = jax.jit(tx.update)(params, state, params)
     """
     direction = functools.partial(
         scale_by_kl_shampoo,

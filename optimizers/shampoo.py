@@ -113,10 +113,11 @@ def scale_by_shampoo(
     https://arxiv.org/abs/2309.06497; facebookresearch/optimizers, ``distributed_shampoo``.
 
     Example:
-      >>> import jax.numpy as jnp, ravine
+      >>> import jax, jax.numpy as jnp, ravine
       >>> options = {"refresh": {"every": 1}, "roots": {"ridge": 0}, "graft": {"step": "none"}}
       >>> tx = ravine.scale_by_shampoo(0.0, 1.0, **options)
-      >>> updates, _ = tx.update(jnp.diag(jnp.array([3.0, 4.0])), tx.init(jnp.zeros((2, 2))))
+      >>> state = jax.jit(tx.init)(jnp.zeros((2, 2)))
+      >>> updates, _ = jax.jit(tx.update)(jnp.diag(jnp.array([3.0, 4.0])), state)
       >>> updates.round(4)  # the first step of Shampoo is the polar factor
       Array([[1., 0.],
              [0., 1.]], dtype=float32)
@@ -239,13 +240,13 @@ def shampoo(
     Source: as :func:`scale_by_shampoo`.
 
     Example:
-      >>> import jax.numpy as jnp, optax, ravine
+      >>> import jax, jax.numpy as jnp, optax, ravine
       >>> params = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
       >>> tx = ravine.shampoo(1e-3, refresh=ravine.Refresh(every=5), weight_decay=0.1)
-      >>> state = tx.init(params)
+      >>> state, update = jax.jit(tx.init)(params), jax.jit(tx.update)
       >>> for _ in range(3):
       ...     grads = params  # of half the sum of squares
-      ...     updates, state = tx.update(grads, state, params)
+      ...     updates, state = update(grads, state, params)
       ...     params = optax.apply_updates(params, updates)
       >>> bool(params["dense"]["kernel"].max() < 1)
       True

@@ -109,11 +109,11 @@ def scale_by_soap(
     Source: Vyas et al., 2024, https://arxiv.org/abs/2409.11321; nikhilvyas/SOAP, ``soap.py``.
 
     Example:
-      >>> import jax.numpy as jnp, ravine
+      >>> import jax, jax.numpy as jnp, ravine
       >>> tx, g = ravine.scale_by_soap(), jnp.diag(jnp.array([3.0, 4.0]))
-      >>> state = tx.init(jnp.zeros((2, 2)))
-      >>> _, state = tx.update(g, state)  # sets the bases only
-      >>> tx.update(g, state)[0].round(3)
+      >>> state, update = jax.jit(tx.init)(jnp.zeros((2, 2))), jax.jit(tx.update)
+      >>> _, state = update(g, state)  # sets the bases only
+      >>> update(g, state)[0].round(3)
       Array([[1., 0.],
              [0., 1.]], dtype=float32)
     """
@@ -222,13 +222,13 @@ def soap(
     Source: as :func:`scale_by_soap`.
 
     Example:
-      >>> import jax.numpy as jnp, optax, ravine
+      >>> import jax, jax.numpy as jnp, optax, ravine
       >>> params = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
       >>> tx = ravine.soap(3e-3, refresh=ravine.Refresh(every=5))
-      >>> state = tx.init(params)
+      >>> state, update = jax.jit(tx.init)(params), jax.jit(tx.update)
       >>> for _ in range(3):
       ...     grads = params  # of half the sum of squares
-      ...     updates, state = tx.update(grads, state, params)
+      ...     updates, state = update(grads, state, params)
       ...     params = optax.apply_updates(params, updates)
       >>> bool(params["dense"]["kernel"].max() < 1)
       True

@@ -33,10 +33,11 @@ def root_failures(opt_state: Any) -> dict[str, list[RefusedRoot]]:
       Paths of parameters and lists of blocks: which, how often, and how far from the certificate.
 
     Example:
-      >>> import jax.numpy as jnp, ravine
+      >>> import jax, jax.numpy as jnp, ravine
       >>> params = {"kernel": jnp.ones((4, 6))}
       >>> tx = ravine.shampoo(1e-3, refresh={"every": 1}, roots={"tolerance": 0})  # none
-      >>> _, state = tx.update(params, tx.init(params), params)
+      >>> state = jax.jit(tx.init)(params)
+      >>> _, state = jax.jit(tx.update)(params, state, params)
       >>> [(r.axis, r.block, r.refused) for r in ravine.root_failures(state)["kernel"]]
       [(0, (0, 0, 0), 1), (1, (0, 0, 0), 1)]
     """
