@@ -146,6 +146,11 @@ def by_role(
     fallback = as_fallback(fallback)
     complete(rules)
     check_roles(f"the roles of {name}", roles)
+    if not roles:
+        raise ValueError(
+            f"{name} has no roles, so no parameter is its own; give one or more, as in "
+            'roles=["matrix"].'
+        )
     link = scale_by_learning_rate(learning_rate)
     direction(DEFAULT_AXES)  # Refuses values out of range here, before there are parameters.
 

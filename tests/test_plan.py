@@ -260,7 +260,10 @@ def test_verdicts_name_the_first_change_that_helps(found, tokens, says):
         ([*GPUS, "--micro-batches", "3"], "give --batch 768 or a multiple"),
         ([*GPUS, "--train-step", "--layers-only"], "leave out --layers-only"),
         ([*GPUS, "--train-step", "--remat", "products"], "leave out --train-step"),
-        ([*GPUS, "--optimizer", "muon", "--options", '{"roles": []}'], "muon gets no parameter"),
+        (
+            [*GPUS, "--optimizer", "muon", "--options", '{"roles": []}'],
+            "muon has no roles, so no parameter",
+        ),
         (["--topology", "v9:2x2"], "unknown topology 'v9:2x2'; known: v4:8x8x8"),
         (["--options", "[1]"], "options must be a JSON object"),
         (["--options", "{"], "options must be a JSON object"),

@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 
-COLOURS = ("#0072b2", "#e69f00", "#d55e00", "#009e73", "#cc79a7")
+from ..colours import PALETTE
+
 LINES = {
-    "with decay": ("#0072b2", "-"),
-    "without": ("#d55e00", "-"),
-    "without, rate matched": ("#009e73", "--"),
-    "with decay, bfloat16": ("#56b4e9", ":"),
-    "without, bfloat16": ("#cc79a7", ":"),
+    "with decay": (PALETTE[0], "-"),
+    "without": (PALETTE[1], "-"),
+    "without, rate matched": (PALETTE[2], "--"),
+    "with decay, bfloat16": (PALETTE[5], ":"),
+    "without, bfloat16": (PALETTE[3], ":"),
 }
 
 
@@ -64,7 +65,7 @@ def draw_width(
     panels = figure.subplots(len(kinds), len(rates), squeeze=False, sharex="col", sharey="col")
     for (name, ruled, width), losses in found.items():
         axes = panels[kinds.index(ruled)][list(rates).index(name)]
-        colour = COLOURS[widths.index(width) % len(COLOURS)]
+        colour = PALETTE[widths.index(width) % len(PALETTE)]
         means = {rates[name] * f: float(np.mean(losses[f])) for f in sorted(losses)}
         means = {rate: loss for rate, loss in means.items() if np.isfinite(loss)}
         axes.plot(
