@@ -76,6 +76,16 @@ def watching() -> Iterator[list[Link]]:
         _links.reset(token)
 
 
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """Nobody sees the links whose `init` is called inside."""
+    token = _links.set(None)
+    try:
+        yield
+    finally:
+        _links.reset(token)
+
+
 def _watched(
     init: Any, update: Any, describe: Describe | None, given: str | None = None
 ) -> Callable[..., Any]:

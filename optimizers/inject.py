@@ -1,5 +1,6 @@
 """Hyperparameters in the state, where a schedule or the user can change them."""
 
+import functools
 import inspect
 import typing
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from typing import Any
 import optax
 
 from ..core.arguments import checked
+from ..core.own_norm import OwnNorm, norms_in, with_norm
 from .links.learning_rate import as_injected
 
 
@@ -52,7 +54,18 @@ def inject_hyperparams(
         return as_injected(builder(*args, **kwargs))
 
     injectable.__signature__ = inspect.signature(builder)  # pyright: ignore[reportFunctionMemberAccess]
-    return optax.inject_hyperparams(injectable, static_args=static | set(static_args))
+    inject = optax.inject_hyperparams(injectable, static_args=static | set(static_args))
+
+    @functools.wraps(inject)
+    def build(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
+        def norms(grads: Any, state: Any) -> dict[str, OwnNorm]:
+            bound = inspect.signature(builder).bind(*args, **kwargs)
+            bound.arguments.update(state.hyperparams)
+            return norms_in(injectable(*bound.args, **bound.kwargs), grads, state.inner_state)
+
+        return with_norm(inject(*args, **kwargs), builder.__name__, norms)
+
+    return build
 
 
 def _takes_float(parameter: inspect.Parameter) -> bool:

@@ -20,6 +20,7 @@ import optax
 from ..core.arguments import checked
 from ..core.arithmetic import cast, ema, increment, wide, wide_zeros_like
 from ..core.checks import check_decay_rates, check_non_negative, check_positive
+from ..core.own_norm import OwnNorm
 from .by_role import FALLBACK, Fallback, by_role
 from .links.decay import Mask, decay_after_first
 from .matrix.batch.refresh import REFRESH, Refresh
@@ -28,7 +29,7 @@ from .matrix.shape.blocks import UNCUT, Blocks
 from .matrix.shape.matrices import Axes
 from .preconditioners.block_state import factors_like
 from .preconditioners.blockwise import Tensors, blockwise
-from .preconditioners.kl_eigenbasis import KLEigenbasis, refreshed_factors, stepped
+from .preconditioners.kl_eigenbasis import KLEigenbasis, norms, refreshed_factors, stepped
 from .roles import Role, Rules
 from .shampoo import SHAMPOO_ROLES
 
@@ -159,7 +160,12 @@ def scale_by_kl_shampoo(
         )
         return moved, ScaleByKLShampooState(count, mu, tensors.to_keep(factors))
 
-    return blockwise("scale_by_kl_shampoo", blockings, init, step, refresh)
+    def norm(
+        updates: optax.Updates, state: ScaleByKLShampooState, tensors: Tensors
+    ) -> list[OwnNorm]:
+        return norms(tensors, tensors.opened(updates), tensors.kept(state.factors), eps)
+
+    return blockwise("scale_by_kl_shampoo", blockings, init, step, norm, refresh)
 
 
 @checked

@@ -26,12 +26,13 @@ import optax
 from ..core.arguments import checked
 from ..core.arithmetic import sign
 from ..core.checks import check_decay_rates
+from ..core.own_norm import NoOwnNorm, OwnNorm, with_norm
 from .by_role import FALLBACK, Fallback, by_role
 from .links.decay import Mask, add_cautious_decay
 from .links.matrix_scale import Scale, scale_by_matrix_shape
 from .links.momentum import scale_by_ema_momentum
 from .links.neuron_norm import renormalize, scale_by_element_rms, scale_by_neuron_rms
-from .links.orthogonal import orthogonalize
+from .links.orthogonal import orthogonalize, polar_norms
 from .matrix.shape.matrices import DEFAULT_AXES, Axes
 from .roles import MATRIX_ROLES, Role, Rules
 
@@ -86,13 +87,23 @@ def scale_by_muon(
       >>> [round(float(x), 2) for x in jnp.diag(updates)]
       [0.72, 1.12]
     """
-    return optax.chain(
+    tx = optax.chain(
         scale_by_ema_momentum(b1, nesterov=nesterov, mu_dtype=mu_dtype),
         pre or optax.identity(),
         orthogonalize(polar, axes=axes, max_elements=max_elements),
         post or optax.identity(),
         scale_by_matrix_shape(scale, axes=axes),
     )
+
+    def norms(grads: optax.Updates, state: Any) -> dict[str, OwnNorm]:
+        if pre is not None or post is not None:
+            raise NoOwnNorm(
+                "Muon with a pre or a post, as NorMuon and AdaMuon have, has no norm of its own: its "
+                "step is no symmetric P times the momentum."
+            )
+        return polar_norms(grads, state[0].mu, axes, max_elements)
+
+    return with_norm(tx, "scale_by_muon", norms)
 
 
 @checked

@@ -17,6 +17,7 @@ import optax
 from ..core.arguments import checked
 from ..core.arithmetic import cast_like, corrected_mean, ema, increment, wide_zeros_like
 from ..core.checks import check_decay_rates, number
+from ..core.own_norm import OwnNorm
 from ..core.paths import path_string
 from .by_role import FALLBACK, Fallback, by_role
 from .links.decay import Mask
@@ -175,7 +176,10 @@ def scale_by_shampoo(
         )
         return cast_like(directions, updates), state
 
-    return blockwise("scale_by_shampoo", blockings, init, step, refresh)
+    def norm(updates: optax.Updates, state: ScaleByShampooState, tensors: Tensors) -> list[OwnNorm]:
+        return preconditioner.norms(tensors, tensors.opened(updates), tensors.kept(state.factors))
+
+    return blockwise("scale_by_shampoo", blockings, init, step, norm, refresh)
 
 
 @checked

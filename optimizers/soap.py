@@ -30,13 +30,21 @@ import optax
 from ..core.arguments import checked
 from ..core.arithmetic import bias_correction, increment
 from ..core.checks import check_decay_rates, check_non_negative
+from ..core.own_norm import OwnNorm
 from .by_role import FALLBACK, Fallback, by_role
 from .links.decay import Mask, decay_after_first
 from .matrix.batch.refresh import REFRESH, Refresh
 from .matrix.shape.blocking import Blocking, blockings_of
 from .matrix.shape.blocks import UNCUT, Blocks
 from .matrix.shape.matrices import Axes
-from .preconditioners.adam_in_eigenbasis import Moments, Step, new_basis, refreshed_bases, stepped
+from .preconditioners.adam_in_eigenbasis import (
+    Moments,
+    Step,
+    new_basis,
+    norms,
+    refreshed_bases,
+    stepped,
+)
 from .preconditioners.block_state import blocks_like, factors_like
 from .preconditioners.blockwise import Tensors, blockwise
 from .roles import Role, Rules
@@ -163,7 +171,11 @@ def scale_by_soap(
         )
         return tensors.closed(directions), state
 
-    return blockwise("scale_by_soap", blockings, init, step, refresh)
+    def norm(updates: optax.Updates, state: ScaleBySoapState, tensors: Tensors) -> list[OwnNorm]:
+        kept = tensors.kept(state.nu), tensors.kept(state.bases)
+        return norms(tensors, tensors.opened(updates), *kept, eps)
+
+    return blockwise("scale_by_soap", blockings, init, step, norm, refresh)
 
 
 @checked

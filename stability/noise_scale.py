@@ -10,12 +10,13 @@ import optax
 from ..core.arguments import checked
 from ..core.arithmetic import lerp, wide
 from ..core.checks import check_ratio
+from ..core.own_norm import OwnNorm
 from ..core.paths import path_string
 from ..core.transformation import states_of, with_extra_args
 from ..core.tree_checks import check_params_given
+from ..optimizers.own_norms import own_norms
 from ..optimizers.roles import Rules, complete, known_roles
 from ._moments import moment_leaves
-from ._own_norms import OwnNorm, own_norms
 
 PRECONDITIONED = "preconditioned/"
 
@@ -42,19 +43,29 @@ class NoiseScaleState(NamedTuple):
     ]  # likewise: of the trace of the covariance of one token's gradient
     inner: Any  # the inner optimizer's
 
+    @property
+    def preconditioned(self) -> bool:
+        """Whether micro-batches are to be measured in the optimizer's own norm too."""
+        return any(name.startswith(PRECONDITIONED) for name in self.squares)
+
 
 @checked
 def squared_norms(
-    grads: optax.Updates, opt_state: Any = None, rules: Rules | None = None
+    grads: optax.Updates,
+    opt_state: Any = None,
+    rules: Rules | None = None,
+    *,
+    tx: optax.GradientTransformation | None = None,
 ) -> dict[str, jax.Array]:
     r"""Squared norms of a gradient by role: what noise scales are made of.
 
-    With the optimizer's state, also ``preconditioned/role``: :math:`\langle g, P g \rangle` in the norm
-    that the optimizer itself has. For a matrix of Shampoo, KL-Shampoo or SOAP that is
-    :math:`\operatorname{tr}(G^\top L^{-1/4} G R^{-1/4})` with the roots it holds, or
-    :math:`1 / \sqrt v` in its eigenbasis; of Muon :math:`\operatorname{tr}(G^\top (M M^\top)^{-1/2} G)`
-    with the momentum, which takes an eigendecomposition of every matrix each time. For every other
-    parameter whose second moment the state holds under the name ``nu``, in the parameter's shape, it is
+    With an optimizer and its state, also ``preconditioned/role``: :math:`\langle g, P g \rangle` in the
+    norm that the optimizer itself has. For a matrix of Shampoo that is
+    :math:`\operatorname{tr}(G^\top L^{-1/4} G R^{-1/4})` with the roots it holds; of SOAP and KL-Shampoo
+    :math:`1 / (\sqrt v + \epsilon)` and :math:`1 / (\sqrt{\lambda_a \lambda_b^\top} + \epsilon)` in
+    their eigenbases; of Muon :math:`\operatorname{tr}(G^\top (M M^\top)^{-1/2} G)` with the momentum,
+    which takes an eigendecomposition of every matrix each time. For every other parameter whose second
+    moment the state holds under the name ``nu``, in the parameter's shape, it is
     :math:`\sum_j p_j g_j^2` with :math:`p_j \propto 1 / \sqrt{v_j}`. The mean eigenvalue of P is 1, over
     all matrices and over all others.
 
@@ -62,9 +73,14 @@ def squared_norms(
       grads: a tree of gradients.
       opt_state: the optimizer's state before the update, for the preconditioned norms.
       rules: role rules, see :func:`ravine.optimizers.roles.assign_roles`.
+      tx: the optimizer that the state is of, whole; its options are part of the norm.
 
     Returns:
       Names to float32 scalars.
+
+    Raises:
+      ValueError: for a state without its optimizer, or one of another; for an optimizer for matrices
+        that has no norm of its own: NorMuon, AdaMuon, SOAP-Muon.
 
     Example:
       >>> import jax.numpy as jnp
@@ -76,7 +92,12 @@ def squared_norms(
     roles = jax.tree.leaves(known_roles(grads, rules))
     paths = jax.tree_util.tree_leaves_with_path(grads)
     moments = {path_string(path): nu for path, nu in moment_leaves(opt_state, "nu")}
-    own = own_norms(grads, roles, opt_state)
+    if (tx is None) != (opt_state is None):
+        raise ValueError(
+            "squared_norms needs tx and opt_state together: a norm takes the state, and the options of "
+            "its optimizer; give both, or none for plain norms."
+        )
+    own = {} if tx is None else own_norms(tx, grads, opt_state)
     found: dict[str, jax.Array] = {}
     sums = {kind: (jnp.zeros([], jnp.float32), 0) for kind in (True, False)}
     preconditioned: list[tuple[str, bool, jax.Array]] = []
@@ -90,6 +111,7 @@ def squared_norms(
             scale = jnp.where(nu > 0, jax.lax.rsqrt(jnp.where(nu > 0, nu, 1)), 0)
             norm = OwnNorm(jnp.sum(scale * square), jnp.sum(scale))
         if norm is not None:
+            norm = OwnNorm(*(x.astype(jnp.float32) for x in norm))
             is_matrix = name in own
             trace, size = sums[is_matrix]
             sums[is_matrix] = trace + norm.trace, size + leaf.size
@@ -129,7 +151,11 @@ def gathered(
 
 @checked
 def with_noise_scale(
-    tx: optax.GradientTransformation, rules: Rules | None = None, *, decay: float = 0.99
+    tx: optax.GradientTransformation,
+    rules: Rules | None = None,
+    *,
+    decay: float = 0.99,
+    preconditioned: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""`tx`, with the gradient noise scale in its state, for :func:`noise_scale` to read.
 
@@ -158,10 +184,12 @@ def with_noise_scale(
       tx: the whole optimizer.
       rules: role rules, the same as for `squared_norms`.
       decay: of the averages over measured steps, in [0, 1).
+      preconditioned: also measure in the optimizer's own norm.
 
     Raises:
       ValueError: for a decay out of range, fewer than two micro-batches, squares of other roles than the
-        model has, or an update without parameters.
+        model has, or an update without parameters; at `init` for an optimizer for matrices that has no
+        norm of its own, unless `preconditioned` is false.
 
     Source: McCandlish et al., 2018, https://arxiv.org/abs/1812.06162, appendix A, for micro-batches of
     any sizes.
@@ -176,7 +204,7 @@ def with_noise_scale(
       >>> tx = with_noise_scale(ravine.sgd(0.1))
       >>> state = tx.init(params)
       >>> loss_and_grads = micro_batch_value_and_grad(
-      ...     loss, 4, tokens=len, measure=lambda g: squared_norms(g, state))
+      ...     loss, 4, tokens=len, measure=lambda g: squared_norms(g, state, tx=tx))
       >>> _, grads, micro = loss_and_grads(params, batch)
       >>> _, state = tx.update(grads, state, params, micro_batches=micro)
       >>> round(float(noise_scale(state)["noise_scale"]), 3)  # (4 / 3) / (4 - 1 / 3)
@@ -188,9 +216,15 @@ def with_noise_scale(
     inner = optax.with_extra_args_support(tx)
     complete(rules)
 
+    def measure(grads: optax.Updates, inner_state: Any) -> dict[str, jax.Array]:
+        if not preconditioned:
+            return squared_norms(grads, rules=rules)
+        return squared_norms(grads, inner_state, rules, tx=inner)
+
     def init(params: optax.Params) -> NoiseScaleState:
         inner_state = inner.init(params)
-        names = squared_norms(params, inner_state, rules) if jax.tree.leaves(params) else {}
+        has_leaves = bool(jax.tree.leaves(params))
+        names = jax.eval_shape(measure, params, inner_state) if has_leaves else {}
         zeros = lambda: {name: jnp.zeros([], jnp.float32) for name in names}
         return NoiseScaleState(zeros(), zeros(), inner_state)
 
@@ -210,7 +244,7 @@ def with_noise_scale(
 
             def taken_in() -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
                 squares, traces = {}, {}
-                for name, square in squared_norms(updates, state.inner, rules).items():
+                for name, square in measure(updates, state.inner).items():
                     found, usable = _estimates(micro, name, square)
                     means = state.squares[name], state.traces[name]
                     squares[name], traces[name] = (
@@ -288,7 +322,8 @@ def _check(micro: MicroBatches, names: Mapping[str, Any]) -> None:
     if set(micro.squares) != set(names):
         raise ValueError(
             f"the micro-batches were measured as {sorted(micro.squares)}, but this model has "
-            f"{sorted(names)}; give squared_norms the same rules, and the optimizer's state."
+            f"{sorted(names)}; give squared_norms the same rules, and, unless preconditioned=False, "
+            "the optimizer and its state."
         )
 
 

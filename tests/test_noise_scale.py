@@ -50,7 +50,7 @@ def measured(sizes, steps, tx, seed=0):
         x = jax.random.normal(key, (sum(sizes), SIZE)) * SPREADS.astype(np.float32)[None]
         parts = jnp.split(x, np.cumsum(sizes)[:-1])
         grads = [jax.grad(of_quadratic)(params, part) for part in parts]
-        squares = [squared_norms(g, state) for g in grads]
+        squares = [squared_norms(g, state, tx=tx) for g in grads]
         weights = jnp.asarray(sizes, jnp.float32)
         micro = MicroBatches(jax.tree.map(lambda *s: jnp.stack(s), *squares), weights)
         total = sum(sizes)
@@ -215,7 +215,7 @@ def test_in_nnx():
         graphdef, params = nnx.split(model, nnx.Param)
         loss = lambda p, b: jnp.mean(nnx.merge(graphdef, p)(b) ** 2)
         opt_state = nnx.as_pure(optimizer.opt_state)
-        measure = lambda grads: squared_norms(grads, opt_state)
+        measure = lambda grads: squared_norms(grads, opt_state, tx=optimizer.tx)
         loss_and_grads = micro_batch_value_and_grad(loss, 4, measure=measure)
         _, grads, micro = loss_and_grads(params, batch)
         optimizer.update(model, grads, micro_batches=micro)
@@ -300,13 +300,14 @@ def test_in_the_norm_of_a_matrix_optimizer(tx, norm, roundings):
             lambda g: g.reshape(4, 8, ROWS, COLUMNS).mean(axis=1), sampled(key, 32)
         )
         squares = [
-            squared_norms(jax.tree.map(lambda g, at=at: g[at], parts), state) for at in range(4)
+            squared_norms(jax.tree.map(lambda g, at=at: g[at], parts), state, tx=tx)
+            for at in range(4)
         ]
         weights = jnp.full(4, 8.0)
         micro = MicroBatches(jax.tree.map(lambda *s: jnp.stack(s), *squares), weights)
         whole = jax.tree.map(lambda g: g.mean(axis=0), parts)
         name = "preconditioned/matrix"
-        return _estimates(micro, name, squared_norms(whole, state)[name])[0]
+        return _estimates(micro, name, squared_norms(whole, state, tx=tx)[name])[0]
 
     square, trace = jax.jit(jax.vmap(estimates))(jax.random.split(jax.random.key(1), 2000))
     p = norm(state)
@@ -315,6 +316,6 @@ def test_in_the_norm_of_a_matrix_optimizer(tx, norm, roundings):
     plain = np.sum(DEVIATIONS**2) / np.sum(MEAN**2)
     assert abs(expected / plain - 1) > 0.25  # it is another number
     trace_of = np.trace(p) / p.shape[0]
-    found = squared_norms(params, state)["preconditioned/matrix"]
+    found = squared_norms(params, state, tx=tx)["preconditioned/matrix"]
     bound = roundings(np.linalg.cond(p)) * UNIT
     assert float(found) == pytest.approx(MEAN.ravel() @ p @ MEAN.ravel() / trace_of, rel=bound)

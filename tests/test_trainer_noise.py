@@ -4,13 +4,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ravine.core.transformation import states_of
 from ravine.optimizers.roles import RAVINE_RULES
-from ravine.stability import noise_scale, squared_norms
+from ravine.stability import NoiseScaleState, noise_scale, squared_norms
 from ravine.training.compare.entrants import line_up
 from ravine.training.config import RunConfig
 from ravine.training.gradients import micro_batch_value_and_grad
 from ravine.training.model import ModelConfig
-from ravine.training.step import init_params, init_state, make_loss, make_train_step
+from ravine.training.step import (
+    abstract_state,
+    init_params,
+    init_state,
+    make_loss,
+    make_train_step,
+)
 
 from .short_race import race, records
 
@@ -56,6 +63,15 @@ def test_estimates_are_those_of_every_micro_batch(micro_batches):
     state, _ = jax.jit(step)(state, jnp.flip(batch))
     after = noise_scale(state.opt_state)
     assert any(float(after[name]) != float(x) for name, x in before.items())
+
+
+@pytest.mark.parametrize(("name", "has_norm"), [("muon", True), ("soap_muon", False)])
+def test_preconditioned_scales_are_those_of_optimizers_with_a_norm(name, has_norm):
+    run = RunConfig(model=MODEL, noise_scale_every=2, skip_spikes=True)
+    (entrant,) = line_up(name)
+    state = abstract_state(MODEL, entrant.build(run), jnp.float32)
+    (noise,) = states_of(NoiseScaleState, state.opt_state)
+    assert noise.preconditioned is has_norm
 
 
 def test_it_is_in_the_records_of_its_steps_and_changes_nothing(tmp_path, text):

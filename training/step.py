@@ -214,11 +214,12 @@ def make_train_step(
         trained = _trained_loss(graphdef, z_loss, sampled, attention_logits, fused, state.step)
         if noise_scale_every:
             (noise,) = states_of(NoiseScaleState, state.opt_state)
+            own = {"opt_state": state.opt_state, "tx": tx} if noise.preconditioned else {}
             loss_and_grads = sampled_value_and_grad(
                 trained,
                 micro_batches,
                 state.step % noise_scale_every == 0,
-                lambda grads: squared_norms(grads, noise.inner, RAVINE_RULES),
+                lambda grads: squared_norms(grads, rules=RAVINE_RULES, **own),
                 lambda batch: float(batch[:, 1:].size),
             )
         else:

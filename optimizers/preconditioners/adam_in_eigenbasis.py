@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ...core.arithmetic import cast, lerp, wide
+from ...core.own_norm import OwnNorm
 from ..matrix.algebra.eigenbasis import eigenbasis, followed, off_diagonal
 from ..matrix.algebra.kronecker import mode_gram, rotate
 from ..matrix.batch.batches import joined
@@ -19,6 +20,7 @@ from ..matrix.batch.together import together
 from ..matrix.mesh.exchange import total
 from .block_state import fields, identities, usable_blocks, with_fields
 from .blockwise import Tensors
+from .own_norm import Insides, forms, in_basis
 
 
 class Basis(NamedTuple):
@@ -108,6 +110,29 @@ def stepped(
             for each, (*_, statistics) in zip(bases, found, strict=True)
         ],
     )
+
+
+def norms(
+    tensors: Tensors,
+    gradients: Sequence[jax.Array],
+    moments: Sequence[jax.Array],
+    bases: Sequence[Bases],
+    eps: Any,
+) -> list[OwnNorm]:
+    """The norms of blocks, by second moments in their bases; directions without any count as zero."""
+
+    def norm(axes: Any, blocks: jax.Array, source: Any, insides: Insides) -> OwnNorm:
+        vectors, nu = source
+        turn: list[jax.Array | None] = [None] * (blocks.ndim - 1)
+        for axis, basis in zip(axes, vectors, strict=True):
+            turn[axis] = basis
+        root = jnp.sqrt(wide(nu))
+        weights = jnp.where(nu > 0, 1 / (root + jnp.asarray(eps, root.dtype)), 0)
+        return in_basis(blocks, turn, weights, insides)
+
+    kinds = [tensor.axes for tensor in tensors]
+    sources = [(fields(each, "vectors"), nu) for each, nu in zip(bases, moments, strict=True)]
+    return forms(tensors, gradients, kinds, sources, norm)
 
 
 def refreshed_bases(

@@ -20,10 +20,12 @@ import jax.numpy as jnp
 import optax
 
 from ...core.leaves import at_leaves, from_leaves
+from ...core.own_norm import OwnNorm, replicated_norms, with_norm
+from ...core.paths import path_string
 from ...core.transformation import transformation
 from ..matrix.batch.refresh import Refresh
 from ..matrix.batch.together import Unit
-from ..matrix.mesh.exchange import per_shard
+from ..matrix.mesh.exchange import per_shard, total
 from ..matrix.mesh.explicit import on_mixed_meshes
 from ..matrix.mesh.placement import Names
 from ..matrix.shape.blocking import Blocking, blocks_in_words
@@ -148,6 +150,7 @@ def blockwise(
     blockings: Callable[[Any], list[Blocking]],
     init: Callable[[optax.Params], Any],
     step: Callable[[optax.Updates, Any, Tensors], tuple[optax.Updates, Any]],
+    norm: Callable[[optax.Updates, Any, Tensors], list[OwnNorm]],
     refresh: Refresh,
 ) -> optax.GradientTransformation:
     """The transformation of a step on blocks.
@@ -157,6 +160,7 @@ def blockwise(
       blockings: gives the blockings of all leaves of a tree.
       init: makes the initial state.
       step: from updates, state and tensors to updates and state; on a mesh, for each device's parts.
+      norm: from the same to the norms of all blocks, see `with_norm`.
       refresh: for the explanation, which lists options that differ from the defaults.
     """
     on_shards = per_shard(
@@ -177,4 +181,33 @@ def blockwise(
             "how": [f"{blocks}{refresh.words}" for blocks in blocks_in_words(blockings(params))]
         }
 
-    return transformation(init_anywhere, update, describe, name)
+    made = transformation(init_anywhere, update, describe, name)
+    return with_norm(made, name, _norms(blockings, init, norm))
+
+
+def _norms(
+    blockings: Callable[[Any], list[Blocking]],
+    init: Callable[[optax.Params], Any],
+    norm: Callable[[optax.Updates, Any, Tensors], list[OwnNorm]],
+) -> Callable[[optax.Updates, Any], dict[str, OwnNorm]]:
+    """The norms of leaves: those of their blocks, added up over all devices."""
+
+    def body(updates: optax.Updates, state: Any, found: Sequence[Blocking]) -> list[OwnNorm]:
+        tensors = Tensors(updates, found)
+        leaves = tensors.by_leaf(norm(updates, state, tensors))
+
+        def summed(blocks: Sequence[jax.Array], cut: Blocking) -> jax.Array:
+            return total(functools.reduce(jnp.add, map(jnp.sum, blocks)), cut.block_names)
+
+        return [
+            OwnNorm(*(summed(blocks, cut) for blocks in zip(*each, strict=True)))
+            for each, cut in zip(leaves, found, strict=True)
+        ]
+
+    on_shards = per_shard(body, init, replicated_norms)
+
+    def norms(updates: optax.Updates, state: Any) -> dict[str, OwnNorm]:
+        paths = [path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(updates)]
+        return dict(zip(paths, on_shards(updates, state, blockings(updates)), strict=True))
+
+    return on_mixed_meshes(init, norms)[1]

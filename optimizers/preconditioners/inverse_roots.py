@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ...core.arithmetic import bias_correction, is_summable, lerp, wide
+from ...core.own_norm import OwnNorm
 from ..links.graft import norm_ratio
 from ..matrix.algebra.kronecker import mode_gram, rotate
 from ..matrix.algebra.roots import exponent_fraction, inverse_root, misfit
@@ -21,6 +22,7 @@ from ..matrix.shape.blocking import Blocking
 from .block_state import fields, identities, usable_blocks, with_fields
 from .blockwise import Tensors
 from .options import Factors, Roots
+from .own_norm import Insides, forms, of_factors
 from .storage import Storage
 
 
@@ -261,6 +263,26 @@ class Preconditioner:
 
     def _applied(self, kind: Any, blocks: jax.Array, roots: Sequence[jax.Array]) -> jax.Array:
         return rotate(blocks, self._loaded(roots, *kind)) if roots else blocks
+
+    def norms(
+        self,
+        tensors: Tensors,
+        gradients: Sequence[jax.Array],
+        factors: Sequence[TensorFactors],
+    ) -> list[OwnNorm]:
+        """The norms of blocks, with the roots there are."""
+        return forms(
+            tensors,
+            gradients,
+            [(tensor.sizes, tensor.axes) for tensor in tensors],
+            [fields(each, "root") for each in factors],
+            self._norm,
+            growth=self.root_storage.growth,
+            max_elements=self.factor_options.max_elements,
+        )
+
+    def _norm(self, kind: Any, blocks: jax.Array, roots: Any, insides: Insides) -> OwnNorm:
+        return of_factors(blocks, self._loaded(roots, *kind), insides)
 
     def distrusted(self, factors: Sequence[Factor | None], blocks: jax.Array) -> jax.Array:
         """Which blocks `[*batch, *counts]` have no trusted root."""

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ...core.arithmetic import cast, is_summable, lerp, wide
+from ...core.own_norm import OwnNorm
 from ..matrix.algebra.eigenbasis import eigenbasis, followed, off_diagonal
 from ..matrix.algebra.kronecker import mode_gram, mode_product, rotate
 from ..matrix.batch.once import if_due
@@ -17,6 +18,7 @@ from ..matrix.batch.together import together
 from ..matrix.mesh.shards import reshape
 from .block_state import identities, usable_blocks
 from .blockwise import Tensors
+from .own_norm import Insides, forms, in_basis
 
 
 class KLFactor(NamedTuple):
@@ -150,8 +152,31 @@ def _outer(vectors: list[jax.Array | None], blocks: jax.Array) -> jax.Array:
 
 def _whitened(mean: jax.Array, factors: Any, eps: Any) -> jax.Array:
     vectors = [None if f is None else f.vectors for f in factors]
-    roots = _outer([None if f is None else jnp.sqrt(f.eigenvalues) for f in factors], mean)
-    return rotate(rotate(mean, vectors, back=True) / (roots + eps), vectors)
+    return rotate(rotate(mean, vectors, back=True) / (_root(factors, mean) + eps), vectors)
+
+
+def _root(factors: Any, blocks: jax.Array) -> jax.Array:
+    """The root of the product of eigenvalues, for every element of blocks in their bases."""
+    return _outer([None if f is None else jnp.sqrt(f.eigenvalues) for f in factors], blocks)
+
+
+def norms(
+    tensors: Tensors,
+    gradients: Sequence[jax.Array],
+    factors: Sequence[KLFactors],
+    eps: Any,
+) -> list[OwnNorm]:
+    """The norms of blocks, by the same product as `_whitened`."""
+
+    def norm(axes: Any, blocks: jax.Array, kept: Any, insides: Insides) -> OwnNorm:
+        factors = _by_axis(kept, axes, blocks.ndim - 1)
+        vectors = [None if f is None else f.vectors for f in factors]
+        weights = jnp.broadcast_to(1 / (_root(factors, blocks) + eps), blocks.shape)
+        return in_basis(blocks, vectors, weights, insides)
+
+    kinds = [tensor.axes for tensor in tensors]
+    kept = [[factor for factor in each if factor is not None] for each in factors]
+    return forms(tensors, gradients, kinds, kept, norm)
 
 
 def refreshed_factors(

@@ -6,16 +6,19 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 
 from ...core.checks import near
+from ...optimizers.own_norms import NoOwnNorm
 from ...optimizers.registry import OptimizerConfig
 from ...optimizers.roles import RAVINE_RULES, mask_by_role
 from ...stability import clip_by_global_norm, qk_clip, skip_step, with_monitors, with_noise_scale
 from ..average import with_ema
 from ..batch_schedule import rule_of
 from ..config import RunConfig, check_learning_rate
-from ..step import MEASURED
+from ..model import ModelConfig
+from ..step import MEASURED, abstract_state
 from ..words import parse_numbers
 
 DECAYED = ("matrix", "embedding", "head")
@@ -74,13 +77,25 @@ class Entrant:
         if run.ema:
             tx = with_ema(tx, run.ema)
         if run.noise_scale_every:
-            tx = with_noise_scale(tx, RAVINE_RULES)
+            tx = _with_noise_scale(tx, run.model)
         if run.skip_spikes:
             tx = skip_step(tx)
         if run.monitor_every:
             every = run.monitor_every
             tx = with_monitors(tx, RAVINE_RULES, every=every, measured=MEASURED)
         return tx
+
+
+def _with_noise_scale(
+    tx: optax.GradientTransformation, model: ModelConfig
+) -> optax.GradientTransformation:
+    """With preconditioned noise scales too, where the optimizer has a norm of its own."""
+    measured = with_noise_scale(tx, RAVINE_RULES)
+    try:
+        abstract_state(model, measured, jnp.float32)
+    except NoOwnNorm:
+        return with_noise_scale(tx, RAVINE_RULES, preconditioned=False)
+    return measured
 
 
 def tuned_table() -> dict[str, Any]:

@@ -27,23 +27,27 @@ class Cut(Protocol):
 
 
 def per_shard(
-    body: Callable[[Any, Any, Sequence[Any]], tuple[Any, Any]], init: Callable[[Any], Any]
-) -> Callable[[Any, Any, Sequence[Cut]], tuple[Any, Any]]:
+    body: Callable[[Any, Any, Sequence[Any]], Any],
+    init: Callable[[Any], Any],
+    made: Callable[[Any], Any] | None = None,
+) -> Callable[[Any, Any, Sequence[Cut]], Any]:
     """`body` on every device's part of its arguments, if their types say that they are cut.
 
     Args:
       body: maps (updates, state, cuts of all leaves) to updates and state with unchanged shardings.
       init: maps a tree like the updates to a state with the shardings that the state should have.
+      made: for other results, maps the updates to how the results are cut.
     """
 
-    def update(updates: Any, state: Any, cuts: Sequence[Cut]) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, cuts: Sequence[Cut]) -> Any:
         meshes = [mesh for x in jax.tree.leaves(updates) if (mesh := mesh_of(x)) is not None]
         if not meshes:
             return body(updates, state, cuts)
         specs = (specs_of(updates), specs_after(init, updates))
         state = jax.tree.map(_resharded, state, specs[1])
         local = lambda updates, state: body(updates, state, [cut.local() for cut in cuts])
-        return _on_shards(local, specs, specs, meshes[0])(updates, state)
+        results = specs if made is None else made(updates)
+        return _on_shards(local, specs, results, meshes[0])(updates, state)
 
     return update
 

@@ -7,12 +7,14 @@ unless `on_mesh` specifies otherwise, and they share the work like all axes that
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from .placement import axes_of_type, mesh_of, names_of, spec
+
+Found = TypeVar("Found")
 
 
 def explicitly(
@@ -41,8 +43,8 @@ def with_explicit_axes(mesh: AbstractMesh) -> AbstractMesh:
 
 
 def on_mixed_meshes(
-    init: Callable[[Any], Any], update: Callable[[Any, Any], tuple[Any, Any]]
-) -> tuple[Callable[[Any], Any], Callable[[Any, Any], tuple[Any, Any]]]:
+    init: Callable[[Any], Any], update: Callable[[Any, Any], Found]
+) -> tuple[Callable[[Any], Any], Callable[[Any, Any], Found]]:
     """The functions of a transformation, also for meshes with `Explicit` and `Auto` axes."""
 
     def mixed(tree: Any) -> AbstractMesh | None:
@@ -55,7 +57,7 @@ def on_mixed_meshes(
             return init(params)
         return explicitly(mesh, init, specs_of(params), params)
 
-    def update_anywhere(updates: Any, state: Any) -> tuple[Any, Any]:
+    def update_anywhere(updates: Any, state: Any) -> Found:
         mesh = mixed(updates)
         if mesh is None:
             return update(updates, state)

@@ -6,6 +6,7 @@ shardings. `state_shardings` gives the shardings of the state of any transformat
 spreads the state of an element-wise one over the devices that would otherwise hold copies of it.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ import optax
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from ....core.arguments import checked
+from ....core.own_norm import OwnNorm, norms_in, with_norm
 from ....core.paths import path_string
 from ....core.transformation import with_extra_args
 from .exchange import resharded, resharded_as
@@ -148,7 +150,16 @@ def on_mesh(
             arrays,
         )
 
-    return with_extra_args(init, update)
+    def norms(grads: optax.Updates, state: Any) -> dict[str, OwnNorm]:
+        if passes_through(grads):
+            return norms_in(tx, grads, state)
+        found, specs = abstract(), known_specs(grads)
+        state_specs = specs_of_state(tx.init, grads, specs, found)
+        return explicitly(
+            found, functools.partial(norms_in, tx), (specs, state_specs), grads, state
+        )
+
+    return with_norm(with_extra_args(init, update), "on_mesh", norms)
 
 
 def _known_specs(params: Any) -> tuple[dict[str, PartitionSpec], Any]:

@@ -44,6 +44,12 @@ class Blocking:
         return tuple(name for names in outside for name in names)
 
     @property
+    def block_names(self) -> Names:
+        """Mesh axes that share the blocks of the leaf, or cut through them."""
+        inside = self.placement.inside if self.is_local else ()
+        return tuple(name for names in inside for name in names)
+
+    @property
     def shards(self) -> int:
         """How many devices share the blocks of the leaf; this describes the blocks of one."""
         return self.placement.shards if self.is_local else 1
