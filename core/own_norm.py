@@ -129,8 +129,7 @@ def _where(each: _Told, state: Any) -> Any:
         if is_it(node):
             return path
     raise NoOwnNorm(
-        f"the norm of {each.name} cannot be told here: a transformation around it changes its state "
-        "on the way, as does jax.vmap over an axis of a mesh."
+        f"the norm of {each.name} cannot be told here: a transformation around it changes its state."
     )
 
 
