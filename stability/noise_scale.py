@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..core import mapped
 from ..core.arguments import checked
 from ..core.arithmetic import lerp, wide
 from ..core.checks import check_ratio
@@ -254,7 +255,7 @@ def with_noise_scale(
                 return squares, traces
 
             # No pass over the gradient at steps without a measurement.
-            squares, traces = jax.lax.cond(
+            squares, traces = mapped.cond(
                 jnp.any(micro.weights > 0),
                 taken_in,
                 lambda: (dict(state.squares), dict(state.traces)),

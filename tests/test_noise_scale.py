@@ -153,6 +153,25 @@ def test_devices_are_micro_batches():
         np.testing.assert_allclose(got, want, atol=64 * 6e-8 * scale)
 
 
+def test_seeds_on_a_mesh_are_measured_as_one_by_one():
+    tx = with_noise_scale(ravine.scale_by_adam())
+    mesh = jax.make_mesh((2, 2), ("seed", "x"), devices=jax.devices()[:4])
+    grads = {"kernel": jnp.arange(64.0).reshape(2, 4, 8)}
+
+    def update(grads, weight):
+        state = tx.init(grads)
+        squares = {name: jnp.ones(2) for name in state.squares}
+        measured = MicroBatches(squares, jnp.full(2, weight))
+        return noise_scale(tx.update(grads, state, grads, micro_batches=measured)[1])
+
+    step, weights = jax.jit(jax.vmap(update)), jnp.array([0.0, 4.0])
+    expected = step(grads, weights)
+    with jax.set_mesh(mesh):
+        shardings = NamedSharding(mesh, P("seed", "x")), NamedSharding(mesh, P("seed"))
+        found = step(*jax.device_put((grads, weights), shardings))
+    jax.tree.map(np.testing.assert_allclose, found, expected)
+
+
 PARAMS = {"up": {"kernel": jnp.ones((2, 3))}, "bias": jnp.ones(3)}
 
 
