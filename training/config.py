@@ -15,7 +15,7 @@ from ..schedules import BatchSizes
 from .batch_schedule import CONSTANT, BatchSchedule, Rule
 from .identity import EXTENDS, FREE, LATER
 from .loss import LARGE
-from .model import ModelConfig
+from .model_config import ModelConfig
 from .rollback import RollbackPolicy
 
 

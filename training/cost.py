@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from .model import ModelConfig
+from .model_config import ModelConfig
 from .plan.chips import chip_of
 from .plan.cost import bytes_per_device
 from .plan.flops import arithmetic

@@ -27,7 +27,8 @@ from ..stability import (
 from .dropout import dropout_key
 from .gradients import micro_batch_value_and_grad, sampled_value_and_grad
 from .loss import fused_loss
-from .model import ModelConfig, Transformer
+from .model import Transformer
+from .model_config import ModelConfig
 from .sharding import check_context, parameter_shardings
 
 Batch = Any  # int32 [B, T + 1]: inputs are [:, :-1], targets [:, 1:]

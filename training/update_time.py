@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from .model import ModelConfig
+from .model_config import ModelConfig
 from .step import TrainState, unmeasured
 
 

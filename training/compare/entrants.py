@@ -17,7 +17,7 @@ from ...stability import clip_by_global_norm, qk_clip, skip_step, with_monitors,
 from ..average import with_ema
 from ..batch_schedule import rule_of
 from ..config import RunConfig, check_learning_rate
-from ..model import ModelConfig
+from ..model_config import ModelConfig
 from ..step import MEASURED, abstract_state
 from ..words import parse_numbers
 

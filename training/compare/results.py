@@ -51,7 +51,7 @@ def race_lines(folder: Path, *, hardware: bool = False) -> list[str]:
       ValueError: for a folder without a finished race.
     """
     from ..config import RunConfig
-    from ..model import ModelConfig
+    from ..model_config import ModelConfig
     from ..run.outcome import Outcome
 
     outcomes: list[Outcome] = []

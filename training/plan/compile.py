@@ -14,7 +14,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ...optimizers.matrix.mesh.shardings import state_shardings
-from ..model import ModelConfig
+from ..model_config import ModelConfig
 from ..shapes.shape import ModelShape
 from ..sharding import batch_sharding, rows_of
 from ..step import TrainState, abstract_state, make_train_step, model_graph, place

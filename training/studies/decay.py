@@ -28,7 +28,7 @@ from ...optimizers.roles import RAVINE_RULES, assign_roles, mask_by_role
 from ...stability import clip_by_global_norm
 from ..data.batches import heldout_batches, train_batches
 from ..data.corpus import Corpus, load_corpus
-from ..model import ModelConfig
+from ..model_config import ModelConfig
 from ..run import interrupts
 from ..run.files import write_json
 from ..step import init_params, make_loss, mean_loss

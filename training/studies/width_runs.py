@@ -21,7 +21,7 @@ from ..compare.runs import Runs
 from ..compare.trial import Trials
 from ..config import RunConfig
 from ..data.corpus import Corpus
-from ..model import ModelConfig
+from ..model_config import ModelConfig
 from ..step import init_params
 from ..width.coordinates import at_width
 from .width_config import WidthStudyConfig

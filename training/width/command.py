@@ -14,7 +14,7 @@ from ..config import check_learning_rate
 from ..data.batches import train_batches
 from ..data.corpus import load_corpus
 from ..identity import to_json
-from ..model import ModelConfig
+from ..model_config import ModelConfig
 from ..run.files import write_json
 from .coordinates import at_depth, at_width, changes, slope
 from .picture import draw

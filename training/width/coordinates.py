@@ -19,7 +19,8 @@ from ...optimizers.matrix.batch.refresh import Refresh
 from ...optimizers.registry import OptimizerConfig
 from ...optimizers.roles import RAVINE_RULES, decide
 from ...optimizers.width import width_rule
-from ..model import ModelConfig, Transformer
+from ..model import Transformer
+from ..model_config import ModelConfig
 from ..run import interrupts
 from ..step import init_params, make_loss
 
