@@ -60,7 +60,8 @@ class RunConfig:
     for none."""
     noise_scale_every: int = dataclasses.field(default=0, metadata=LATER)
     """Updates between two measurements of the gradient noise scale, in tokens, which go into
-    metrics.jsonl; 0 for none."""
+    metrics.jsonl, for Muon, Shampoo, SOAP and KL-Shampoo also in the norm of their own steps (others
+    have none); 0 for none."""
     z_loss: float = 0.0
     """Coefficient of the z-loss, which the training loss includes and the held-out loss does not.
     PaLM takes 1e-4."""
