@@ -25,6 +25,7 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -48,6 +49,20 @@ def forget():
     """What a file has compiled is of no use to the next, and grows to gigabytes."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def uncached():
+    """Programs are compiled, not read from the cache.
+
+    XLA for CPU (jaxlib 0.10.2) corrupts memory where a program comes out of the cache that sums over
+    devices in a loop or a branch (docs/log.md, 29 November 2026).
+    """
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture

@@ -196,8 +196,7 @@ def test_a_read_only_disk_is_refused_in_a_line(text, tmp_path):
 ENVIRONMENTS = [
     ({"JAX_PLATFORMS": "cuda"}, 2, "no device of JAX_PLATFORMS=cuda"),
     ({"JAX_PLATFORMS": "abacus"}, 2, "JAX_PLATFORMS=abacus"),
-    ({"MPLBACKEND": "bogus"}, 2, "MPLBACKEND='bogus'; unset it"),
-    ({"MPLBACKEND": "TkAgg"}, 0, ""),
+    ({"MPLBACKEND": "bogus"}, 0, ""),  # a race does not draw with Matplotlib
     ({"PYTHONIOENCODING": "ascii"}, 0, ""),
     ({"LC_ALL": "C", "COLUMNS": "20"}, 0, ""),
     ({"HOME": "/nonexistent", "TMPDIR": "/nonexistent"}, 0, ""),
