@@ -32,7 +32,8 @@ from .links.decay import Mask, add_cautious_decay
 from .links.matrix_scale import Scale, scale_by_matrix_shape
 from .links.momentum import scale_by_ema_momentum
 from .links.neuron_norm import renormalize, scale_by_element_rms, scale_by_neuron_rms
-from .links.orthogonal import orthogonalize, polar_norms
+from .links.orthogonal import orthogonalize
+from .links.polar_norm import polar_norms
 from .matrix.shape.matrices import DEFAULT_AXES, Axes
 from .roles import MATRIX_ROLES, Role, Rules
 

@@ -9,8 +9,8 @@ import optax
 
 from ...core.arguments import checked
 from ...core.arithmetic import cast, cast_like, increment, wide_dtype, wide_zeros_like
+from ...core.once import once
 from ...core.transformation import with_extra_args
-from ..matrix.batch.once import once
 
 
 class AccumulateState(NamedTuple):

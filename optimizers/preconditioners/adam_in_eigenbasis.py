@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from ...core.arithmetic import cast, lerp, wide
+from ...core.once import if_due
 from ...core.own_norm import OwnNorm
 from ..matrix.algebra.eigenbasis import eigenbasis, followed, off_diagonal
 from ..matrix.algebra.kronecker import mode_gram, rotate
 from ..matrix.batch.batches import joined
-from ..matrix.batch.once import if_due
 from ..matrix.batch.phases import refreshed
 from ..matrix.batch.refresh import Refresh
 from ..matrix.batch.together import together

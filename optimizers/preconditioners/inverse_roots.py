@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from ...core.arithmetic import bias_correction, is_summable, lerp, wide
+from ...core.once import if_due
 from ...core.own_norm import OwnNorm
 from ..links.graft import norm_ratio
 from ..matrix.algebra.kronecker import mode_gram, rotate
 from ..matrix.algebra.roots import exponent_fraction, inverse_root, misfit
-from ..matrix.batch.once import if_due
 from ..matrix.batch.phases import refreshed
 from ..matrix.batch.refresh import Refresh
 from ..matrix.batch.together import together

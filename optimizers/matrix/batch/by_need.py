@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from ....core.arithmetic import wide_dtype
+from ....core.once import once
 from ....core.platform import platform
-from .once import once
 from .refresh import Need
 from .together import Unit, worked_on
 

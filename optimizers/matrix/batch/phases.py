@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ....core.once import once
 from .batches import part_of
 from .by_need import in_need, misfit_dtype, misfits, only_those, worst
-from .once import once
 from .refresh import Need
 from .together import Unit, row_major, worked_on
 

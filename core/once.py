@@ -12,7 +12,7 @@ def once(due: jax.Array, body: Callable[[Any], Any], carry: Any) -> tuple[jax.Ar
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from ravine.optimizers.matrix.batch.once import once
+      >>> from ravine.core.once import once
       >>> [int(once(jnp.array(due), lambda x: x + 1, jnp.int32(1))[1]) for due in (True, False)]
       [2, 1]
     """
