@@ -379,8 +379,8 @@ def test_nesterov_with_dampening_is_refused():
 @every_optimizer
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.bool_, jnp.complex64], ids=lambda d: d.__name__)
 def test_leaves_that_are_not_real_floats_are_named(row, dtype):
-    with pytest.raises(TypeError, match=r"parameter \['layer'\]\['culprit'\] has dtype .*cast it"):
-        row.build().init(row.tree() | {"layer": {"culprit": jnp.zeros((2, 2), dtype)}})
+    with pytest.raises(TypeError, match=r"parameter \['layer'\]\['kernel'\] has dtype .*cast it"):
+        row.build().init(row.tree() | {"layer": {"kernel": jnp.zeros((2, 2), dtype)}})
 
 
 @pytest.mark.parametrize("row", DECAYING, ids=[row.label for row in DECAYING])
