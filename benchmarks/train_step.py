@@ -29,8 +29,9 @@ from peers.talk import Peer
 from ravine.training.compare.entrants import line_up
 from ravine.training.config import RunConfig
 from ravine.training.model import ModelConfig
+from ravine.training.placed import place
 from ravine.training.sharding import batch_sharding, build_mesh
-from ravine.training.step import init_sharded, make_train_step, place
+from ravine.training.step import make_train_step
 
 BAR = 0.9
 WAYS = ["eager", "compiled"]
@@ -48,9 +49,11 @@ class Ours:
         rng = np.random.default_rng(0)
         self.batches = rng.integers(0, model.vocabulary, shape, dtype=np.int32)
         with jax.set_mesh(self._mesh):
-            tx, shardings = place(model, ADAMW.build(self.run), self._mesh)
-            graphdef, self._state = init_sharded(model, self.run.seed, tx, shardings)
-            step = make_train_step(graphdef, tx, attention_logits=False, fused=self.run.fused)
+            placed = place(model, ADAMW.build(self.run), self._mesh)
+            self._state, shardings = placed.init(self.run.seed), placed.shardings
+            step = make_train_step(
+                placed.graphdef, placed.tx, attention_logits=False, fused=self.run.fused
+            )
             self._rows = batch_sharding(self._mesh, self.run.batch_size)
             example = jax.ShapeDtypeStruct(shape[1:], np.int32, sharding=self._rows)
             jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step))

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 from ravine.training import train as loop
+from ravine.training.placed import Placed
 
 from .tolerances import UNIT
 
@@ -43,11 +44,11 @@ def moved(params, rng):
 
 
 def starting_moved(init, seed):
-    """`init_sharded` with moved parameters."""
+    """`Placed.init` with moved parameters."""
 
     def start(*args):
-        graphdef, state = init(*args)
-        return graphdef, state._replace(params=moved(state.params, np.random.default_rng(seed)))
+        state = init(*args)
+        return state._replace(params=moved(state.params, np.random.default_rng(seed)))
 
     return start
 
@@ -60,12 +61,12 @@ def rounding(run, expected):
     three, as on a mesh all sums of all steps have another order; and at least 16 units, as of a mean of
     64 float32 losses.
     """
-    worst, batches, init = 0.0, loop.train_batches, loop.init_sharded
+    worst, batches, init = 0.0, loop.train_batches, Placed.init
     for seed in range(3):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
                 loop, "train_batches", lambda *a, order=seed, **k: Permuted(batches(*a, **k), order)
             )
-            patch.setattr(loop, "init_sharded", starting_moved(init, seed))
+            patch.setattr(Placed, "init", starting_moved(init, seed))
             worst = max(worst, furthest_loss(run(), expected))
     return max(8 * worst, 16 * UNIT)

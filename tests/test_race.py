@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ravine import schedules
+from ravine.training import programs
 from ravine.training.cli import main
 from ravine.training.compare import race as race_module
 from ravine.training.compare.summary import difference
@@ -203,7 +204,9 @@ def test_reaching_interpolates_between_evaluations():
 
 def test_several_seeds_have_means_errors_and_noise_named(tmp_path, text, capsys):
     out = tmp_path / "race"
+    programs._program.cache_clear()
     assert race("--optimizers", "adamw,sgd", "--seeds", "3", text=text, out=out) == 0
+    assert programs._program.cache_info().misses == 2  # one step for each optimizer, for all seeds
     printed = capsys.readouterr().out
     last = {
         label: [r["heldout_loss"] for r in records(out / label) if "heldout_loss" in r][-1]

@@ -11,16 +11,15 @@ from ravine.stability import fused_cross_entropy
 from ravine.training import loss as loss_module
 from ravine.training.config import RunConfig
 from ravine.training.model import ModelConfig
+from ravine.training.placed import place
 from ravine.training.plan.collectives import collectives
 from ravine.training.sharding import batch_sharding, build_mesh
 from ravine.training.step import (
+    abstract_state,
     init_params,
-    init_sharded,
-    init_state,
     make_loss,
     make_train_step,
     mean_loss,
-    place,
 )
 
 MODEL = ModelConfig(vocabulary=96, width=16, layers=2, heads=2, context=8, final_soft_cap=5.0)
@@ -52,15 +51,15 @@ def test_steps_on_a_mesh_are_those_of_one_device(mesh):
     batch = jax.random.randint(jax.random.key(0), (8, 9), 0, 96)
     ends = []
     for text, fused in (("data=1", False), (mesh, True)):
-        placed = build_mesh(text, jax.devices()[: 8 if fused else 1])
-        with jax.set_mesh(placed):
-            tx, shardings = place(MODEL, ravine.sgd(0.1), placed)
-            graphdef, state = init_sharded(MODEL, 0, tx, shardings)
-            step = make_train_step(graphdef, tx, z_loss=1e-2, fused=fused)
+        devices = build_mesh(text, jax.devices()[: 8 if fused else 1])
+        with jax.set_mesh(devices):
+            placed = place(MODEL, ravine.sgd(0.1), devices)
+            state, shardings = placed.init(0), placed.shardings
+            step = make_train_step(placed.graphdef, placed.tx, z_loss=1e-2, fused=fused)
             step = jax.jit(step, out_shardings=(shardings, shardings.step))
-            state, metrics = step(state, jax.device_put(batch, batch_sharding(placed, 8)))
-            heldout = jax.device_put(batch[None], batch_sharding(placed, 8, leading=1))
-            after = mean_loss(graphdef, state.params, heldout, fused)
+            state, metrics = step(state, jax.device_put(batch, batch_sharding(devices, 8)))
+            heldout = jax.device_put(batch[None], batch_sharding(devices, 8, leading=1))
+            after = mean_loss(placed.graphdef, state.params, heldout, fused)
         ends.append(jax.device_get((state.params, metrics["loss"], after)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), *ends)
 
@@ -70,16 +69,16 @@ def compiled(fused_loss, monkeypatch):
     model = ModelConfig(vocabulary=16384, width=16, layers=1, heads=2, context=8)
     monkeypatch.setattr("ravine.training.step.fused_loss", fused_loss)
     mesh = build_mesh("fsdp=4,tensor=2")
-    tx, shardings = place(model, ravine.sgd(0.1), mesh)
+    placed = place(model, ravine.sgd(0.1), mesh)
+    tx, shardings = placed.tx, placed.shardings
     with jax.set_mesh(mesh):
-        graphdef, params = jax.eval_shape(lambda: init_params(model, 0))
         state = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            jax.eval_shape(lambda params: init_state(params, tx), params),
+            abstract_state(model, tx, jnp.float32),
             shardings,
         )
         batch = jax.ShapeDtypeStruct((32, 9), jnp.int32, sharding=batch_sharding(mesh, 32))
-        step = make_train_step(graphdef, tx, fused=True, attention_logits=False)
+        step = make_train_step(placed.graphdef, tx, fused=True, attention_logits=False)
         step = jax.jit(step, out_shardings=(shardings, shardings.step))
         text = step.lower(state, batch).compile().as_text()
     return [c for c in collectives(text) if c.sent], 4 * 16 * 16384 // 2

@@ -19,6 +19,7 @@ from ravine.training.compare import race as race_module
 from ravine.training.compare.entrants import line_up
 from ravine.training.config import RunConfig
 from ravine.training.model import ModelConfig
+from ravine.training.placed import place
 from ravine.training.plan.collectives import collectives
 from ravine.training.run.outcome import Outcome
 from ravine.training.sharding import (
@@ -29,11 +30,10 @@ from ravine.training.sharding import (
     role_spec,
 )
 from ravine.training.step import (
+    abstract_state,
     init_params,
-    init_state,
     make_loss,
     make_train_step,
-    place,
 )
 
 from .run_rounding import furthest_loss, moved, rounding
@@ -150,17 +150,19 @@ def test_layers_are_gathered_one_at_a_time_and_logits_never():
     """A vocabulary much larger than the rest, cut by columns, and a batch cut by rows."""
     model = ModelConfig(vocabulary=4096, width=16, layers=4, heads=2, context=8)
     mesh = build_mesh("fsdp=4,tensor=2")
-    graphdef, params = jax.eval_shape(lambda: init_params(model, 0))
-    tx, shardings = place(model, ravine.sgd(0.1), mesh)
+    placed = place(model, ravine.sgd(0.1), mesh)
+    tx, shardings = placed.tx, placed.shardings
     with jax.set_mesh(mesh):
         state = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            jax.eval_shape(lambda params: init_state(params, tx), params),
+            abstract_state(model, tx, jnp.float32),
             shardings,
         )
         rows = batch_sharding(mesh, 128)
         batch = jax.ShapeDtypeStruct((128, 9), jnp.int32, sharding=rows)
-        step = jax.jit(make_train_step(graphdef, tx), out_shardings=(shardings, shardings.step))
+        step = jax.jit(
+            make_train_step(placed.graphdef, tx), out_shardings=(shardings, shardings.step)
+        )
         found = collectives(step.lower(state, batch).compile().as_text())
     logits = 4 * (128 // 4) * 8 * (4096 // 2)  # on one device, cut by rows and columns
     assert max(c.bytes for c in found) < logits / 4

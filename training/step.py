@@ -8,11 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..core.transformation import states_of
 from ..optimizers.links.curvature import gauss_newton_bartlett
-from ..optimizers.matrix.mesh.shardings import on_mesh, state_shardings
 from ..optimizers.roles import RAVINE_RULES
 from ..stability import (
     Guarded,
@@ -29,7 +27,6 @@ from .gradients import micro_batch_value_and_grad, sampled_value_and_grad
 from .loss import fused_loss
 from .model import Transformer
 from .model_config import ModelConfig
-from .sharding import check_context, parameter_shardings
 
 Batch = Any  # int32 [B, T + 1]: inputs are [:, :-1], targets [:, 1:]
 
@@ -51,16 +48,18 @@ def loss_of(model: Transformer, batch: Batch, fused: bool = False) -> jax.Array:
 
 def init_params(config: ModelConfig, seed: int) -> tuple[nnx.GraphDef, Any]:
     """The model's static half and its parameters as a pure dictionary of arrays."""
-    return model_graph(config), _params(config, jax.random.key(seed))
+    return model_graph(config), parameters(config, jax.random.key(seed))
 
 
+@functools.lru_cache(maxsize=8)
 def model_graph(config: ModelConfig) -> nnx.GraphDef:
     """The model's static half."""
     return nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
 
 
 @functools.partial(jax.jit, static_argnums=0)  # one program instead of a hundred small ones
-def _params(config: ModelConfig, key: jax.Array) -> Any:
+def parameters(config: ModelConfig, key: jax.Array) -> Any:
+    """The model's initial parameters as a pure dictionary of arrays."""
     return nnx.to_pure_dict(nnx.state(Transformer(config, rngs=nnx.Rngs(key)), nnx.Param))
 
 
@@ -73,43 +72,10 @@ def abstract_state(config: ModelConfig, tx: optax.GradientTransformation, dtype:
     """Shapes of the state before the first step, of parameters in a dtype."""
 
     def start() -> TrainState:
-        params = jax.tree.map(lambda x: x.astype(dtype), _params(config, jax.random.key(0)))
+        params = jax.tree.map(lambda x: x.astype(dtype), parameters(config, jax.random.key(0)))
         return init_state(params, tx)
 
     return jax.eval_shape(start)
-
-
-def place(
-    config: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh
-) -> tuple[optax.GradientTransformationExtraArgs, TrainState]:
-    """The optimizer for a model on a mesh, and the shardings of its state; nothing is computed.
-
-    Raises:
-      ValueError: for parameters or sequences that the mesh does not divide, and what `tx.init` refuses.
-    """
-    check_context(config.context, mesh)
-    shapes = jax.eval_shape(lambda: _params(config, jax.random.key(0)))
-    shardings = parameter_shardings(shapes, mesh)
-    params = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-    )
-    specs = jax.tree.map(lambda s: s.spec, shardings)
-    if isinstance(tx, Guarded):
-        tx = tx.around(on_mesh(tx.inner, specs, mesh))
-    else:
-        tx = on_mesh(tx, specs, mesh)
-    step = NamedSharding(mesh, PartitionSpec())
-    return tx, TrainState(step, shardings, state_shardings(tx, params))
-
-
-def init_sharded(
-    config: ModelConfig, seed: int, tx: optax.GradientTransformation, shardings: TrainState
-) -> tuple[nnx.GraphDef, TrainState]:
-    """The model's static half and the state before the first step, in the shardings of `place`."""
-    init = jax.jit(lambda key: _params(config, key), out_shardings=shardings.params)
-    params = init(jax.random.key(seed))
-    state = jax.jit(lambda p: init_state(p, tx), out_shardings=shardings)(params)
-    return model_graph(config), state
 
 
 def make_loss(graphdef: nnx.GraphDef, fused: bool = False) -> Callable[[Any, Batch], jax.Array]:

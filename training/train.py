@@ -15,13 +15,13 @@ from jax.sharding import Mesh
 from .batch_schedule import CONSTANT
 from .checkpoint import Checkpoints, Origin
 from .config import RunConfig
-from .cost import cost_of
 from .data.batches import train_batches, train_rows
 from .data.corpus import Corpus
 from .data.taking import Batches, OfManySizes, OfOneSize
 from .distributed import is_first
 from .evaluation import Evaluation
 from .metrics import Clock, Metrics
+from .placed import place
 from .programs import Programs, guard_of
 from .rollback import GaveUp, Rollback
 from .run import interrupts
@@ -31,7 +31,7 @@ from .run.past import identity_of, past_of, rates_of
 from .run.profile import Profile
 from .samples import samples
 from .sharding import batch_sharding, build_mesh, local_shards
-from .step import TrainState, init_sharded, place
+from .step import TrainState
 from .update_time import optimizer_milliseconds
 
 
@@ -98,11 +98,11 @@ def _train(
     origin: Origin | None,
 ) -> None:
     # Text, model and optimizer, where the mesh has them.
-    tx, shardings = place(run.model, tx, mesh)
+    placed = place(run.model, tx, mesh)
     rows = batch_sharding(mesh, run.batch_size)
     batches = _batches(run, corpus, *local_shards(rows, run.batch_size))
-    graphdef, state = init_sharded(run.model, run.seed, tx, shardings)
-    evaluate = Evaluation(run, corpus, graphdef, mesh)
+    state = placed.init(run.seed)
+    evaluate = Evaluation(run, corpus, placed.graphdef, mesh)
     outcome.parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     outcome.state_bytes_per_parameter = _bytes(state.opt_state) / outcome.parameters
 
@@ -138,16 +138,15 @@ def _train(
             on_record(entry)
 
         # A program for each size of batch, compiled when its time comes; now the first.
-        programs, largest = Programs(run, graphdef, tx, shardings, rows), 0
+        programs, largest = Programs(run, placed, rows), 0
 
         def program_of(size: int, state: TrainState) -> Any:
             nonlocal largest
-            traced, compiled = programs.of(size, state)
+            program = programs.of(size, state)
             outcome.compile_seconds = programs.seconds
             if size > largest:  # what a step costs at most
-                cost = cost_of(run.model, tx, state, traced, compiled)
-                outcome.cost, largest = dataclasses.asdict(cost), size
-            return compiled
+                outcome.cost, largest = dataclasses.asdict(program.cost), size
+            return program.compiled
 
         program_of(run.batch_sizes.at(done), state)
         interrupts.check()
@@ -232,11 +231,11 @@ def _train(
     if run.samples:
         prompts_BxT = evaluate.batches_NxBxT1[0, :, :-1]
         outcome.samples = samples(
-            graphdef, state.params, prompts_BxT, run.samples, corpus, run.seed
+            placed.graphdef, state.params, prompts_BxT, run.samples, corpus, run.seed
         )
         if is_first():
             write_text(folder / "samples.txt", "".join(f"{line}\n" for line in outcome.samples))
-    outcome.optimizer_milliseconds = optimizer_milliseconds(run.model, tx, state)
+    outcome.optimizer_milliseconds = optimizer_milliseconds(placed, state)
 
 
 def _batches(run: RunConfig, corpus: Corpus, shards: tuple[int, ...], shard_count: int) -> Batches:

@@ -1,6 +1,7 @@
 """The committed table of tuned learning rates, and how a line-up is read from it."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -20,6 +21,11 @@ from ..config import RunConfig, check_learning_rate
 from ..model_config import ModelConfig
 from ..step import MEASURED, abstract_state
 from ..words import parse_numbers
+
+UNBUILT: dict[str, Any] = {"seed": 0, "data": (), "eval_every": 1, "checkpoint_every": 0} | {
+    field.name: field.default for field in dataclasses.fields(RunConfig) if "free" in field.metadata
+}
+"""Settings of a run in which its optimizer has no share."""
 
 DECAYED = ("matrix", "embedding", "head")
 
@@ -62,28 +68,37 @@ class Entrant:
         return dataclasses.replace(run, **changes)
 
     def build(self, run: RunConfig) -> optax.GradientTransformation:
-        """Clipping, the optimizer as the run has it, QK-clip; a guard and monitors around them."""
-        run = self.adapted(run)
-        overrides: dict[str, Any] = {}
-        if self.optimizer.accepts("weight_decay"):
-            overrides["weight_decay"] = (run.weight_decay or 0.0) / self.learning_rate
-            overrides["weight_decay_mask"] = mask_by_role(DECAYED)
-        rates = run.learning_rate(self.learning_rate, rule_of(self.name))
-        tx = self.optimizer.build(rates, **overrides)
-        before = [clip_by_global_norm(run.clip_norm)] if run.clip_norm else []
-        after = [qk_clip(run.qk_clip, run.model.head_weights)] if run.qk_clip else []
-        if before or after:
-            tx = optax.chain(*before, tx, *after)
-        if run.ema:
-            tx = with_ema(tx, run.ema)
-        if run.noise_scale_every:
-            tx = _with_noise_scale(tx, run.model)
-        if run.skip_spikes:
-            tx = skip_step(tx)
-        if run.monitor_every:
-            every = run.monitor_every
-            tx = with_monitors(tx, RAVINE_RULES, every=every, measured=MEASURED)
-        return tx
+        """Clipping, the optimizer as the run has it, QK-clip; a guard and monitors around them.
+
+        It is the same object for runs that differ in what it does not depend on, such as their
+        seed, so that they share their programs.
+        """
+        run = dataclasses.replace(self.adapted(run), **UNBUILT)
+        return _built(dataclasses.replace(self, trials=0, repeat=0), run)
+
+
+@functools.lru_cache(maxsize=32)
+def _built(entrant: Entrant, run: RunConfig) -> optax.GradientTransformation:
+    overrides: dict[str, Any] = {}
+    if entrant.optimizer.accepts("weight_decay"):
+        overrides["weight_decay"] = (run.weight_decay or 0.0) / entrant.learning_rate
+        overrides["weight_decay_mask"] = mask_by_role(DECAYED)
+    rates = run.learning_rate(entrant.learning_rate, rule_of(entrant.name))
+    tx = entrant.optimizer.build(rates, **overrides)
+    before = [clip_by_global_norm(run.clip_norm)] if run.clip_norm else []
+    after = [qk_clip(run.qk_clip, run.model.head_weights)] if run.qk_clip else []
+    if before or after:
+        tx = optax.chain(*before, tx, *after)
+    if run.ema:
+        tx = with_ema(tx, run.ema)
+    if run.noise_scale_every:
+        tx = _with_noise_scale(tx, run.model)
+    if run.skip_spikes:
+        tx = skip_step(tx)
+    if run.monitor_every:
+        every = run.monitor_every
+        tx = with_monitors(tx, RAVINE_RULES, every=every, measured=MEASURED)
+    return tx
 
 
 def _with_noise_scale(

@@ -20,11 +20,11 @@ from ..data.batches import heldout_batches, train_batches
 from ..data.corpus import Corpus
 from ..distributed import LaunchConfig, is_first
 from ..identity import FREE, LATER, to_json
+from ..placed import place
 from ..run.folder import RACE, is_race
 from ..run.outcome import Outcome
 from ..run.past import identity_of, past_of, rates_of
 from ..sharding import batch_sharding
-from ..step import place
 from .entrants import Entrant
 from .report import try_report
 

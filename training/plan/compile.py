@@ -15,9 +15,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ...optimizers.matrix.mesh.shardings import state_shardings
 from ..model_config import ModelConfig
+from ..placed import place
 from ..shapes.shape import ModelShape
 from ..sharding import batch_sharding, rows_of
-from ..step import TrainState, abstract_state, make_train_step, model_graph, place
+from ..step import TrainState, abstract_state, make_train_step
 from .flops import Arithmetic, arithmetic
 
 
@@ -110,12 +111,13 @@ def compiled_train_step(
     """
     started = time.perf_counter()
     with jax.set_mesh(mesh):
-        tx, shardings = place(config, tx, mesh)
+        placed = place(config, tx, mesh)
+        tx, shardings = placed.tx, placed.shardings
         state = with_shardings(abstract_state(config, tx, jnp.bfloat16), shardings)
         rows = batch_sharding(mesh, batch_size)
         batch = jax.ShapeDtypeStruct((batch_size, config.context + 1), jnp.int32, sharding=rows)
         metrics = NamedSharding(mesh, PartitionSpec())
-        own, kept = make_train_step(model_graph(config), tx, micro_batches, fused=fused), state
+        own, kept = make_train_step(placed.graphdef, tx, micro_batches, fused=fused), state
         if on_host:
             kept = state._replace(opt_state=kept_on_host(state.opt_state))
             shardings = jax.tree.map(lambda x: x.sharding, kept)

@@ -1,0 +1,76 @@
+"""A model and its optimizer on a mesh: where each has its arrays, and the state they start from."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ..optimizers.matrix.mesh.shardings import on_mesh, state_shardings
+from ..stability import Guarded
+from .model_config import ModelConfig
+from .sharding import check_context, parameter_shardings
+from .step import TrainState, init_state, model_graph, parameters
+
+KEPT = 8
+"""Placements remembered: a run that is like one of the last eight traces nothing anew."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Placed:
+    """What `place` returns, the same object for the same arguments, by which programs are kept.
+
+    Attributes:
+      model: the model.
+      tx: the optimizer, as it is under the mesh.
+      shardings: of the state.
+    """
+
+    model: ModelConfig
+    tx: optax.GradientTransformationExtraArgs
+    shardings: TrainState
+
+    @property
+    def graphdef(self) -> nnx.GraphDef:
+        """The model's static half."""
+        return model_graph(self.model)
+
+    def init(self, seed: int) -> TrainState:
+        """The state before the first step."""
+        params, state = self._init
+        return state(params(jax.random.key(seed)))
+
+    @functools.cached_property
+    def _init(self) -> tuple[Callable[[jax.Array], Any], Callable[[Any], TrainState]]:
+        params = lambda key: parameters(self.model, key)
+        state = lambda params: init_state(params, self.tx)
+        return (
+            jax.jit(params, out_shardings=self.shardings.params),
+            jax.jit(state, out_shardings=self.shardings),
+        )
+
+
+@functools.lru_cache(maxsize=KEPT)
+def place(model: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh) -> Placed:
+    """The optimizer for a model on a mesh, and the shardings of its state; nothing is computed.
+
+    Raises:
+      ValueError: for parameters or sequences that the mesh does not divide, and what `tx.init` refuses.
+    """
+    check_context(model.context, mesh)
+    shapes = jax.eval_shape(lambda: parameters(model, jax.random.key(0)))
+    shardings = parameter_shardings(shapes, mesh)
+    params = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+    specs = jax.tree.map(lambda s: s.spec, shardings)
+    if isinstance(tx, Guarded):
+        tx = tx.around(on_mesh(tx.inner, specs, mesh))
+    else:
+        tx = on_mesh(tx, specs, mesh)
+    step = NamedSharding(mesh, PartitionSpec())
+    return Placed(model, tx, TrainState(step, shardings, state_shardings(tx, params)))
