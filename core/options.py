@@ -5,7 +5,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar, dataclass_transform
 
-from .arguments import OPTIONS, checked_call
+from .arguments import checked_call
+from .kinds import OPTIONS
 
 Kind = TypeVar("Kind", bound=type)
 

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import optax
 
-from ..core.arguments import OPTIONS, checked, converted, kind_of
+from ..core.arguments import checked, converted
 from ..core.checks import near
+from ..core.kinds import OPTIONS, kind_of
 from ..core.options import given
 from ..core.renamed import instead
 

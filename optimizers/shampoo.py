@@ -25,9 +25,10 @@ from .matrix.batch.refresh import REFRESH, Refresh
 from .matrix.shape.blocking import Blocking, blockings_of
 from .matrix.shape.blocks import BLOCKS, Blocks
 from .matrix.shape.matrices import Axes
+from .preconditioners.block_graft import grafted
 from .preconditioners.block_state import factors_like, ones_like_scalars
 from .preconditioners.blockwise import Tensors, blockwise
-from .preconditioners.inverse_roots import Preconditioner, grafted
+from .preconditioners.inverse_roots import Preconditioner
 from .preconditioners.options import FACTORS, GRAFTING, ROOTS, Factors, Grafting, Roots
 from .roles import Role, Rules
 

@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ...core.arguments import MaybeInfinite, checked
+from ...core.arguments import checked
 from ...core.arithmetic import bias_correction, ema, increment, root, scalar, wide, wide_zeros_like
 from ...core.checks import check_decay_rates, check_non_negative
+from ...core.kinds import MaybeInfinite
 from ...core.transformation import transformation
 from ..matrix.mesh.exchange import largest, total
 from ..matrix.mesh.placement import Names

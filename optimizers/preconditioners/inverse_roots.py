@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from ...core.arithmetic import bias_correction, is_summable, lerp, wide
 from ...core.once import if_due
 from ...core.own_norm import OwnNorm
-from ..links.graft import norm_ratio
 from ..matrix.algebra.kronecker import mode_gram, rotate
 from ..matrix.algebra.roots import exponent_fraction, inverse_root, misfit
 from ..matrix.batch.phases import refreshed
@@ -294,43 +293,6 @@ class Preconditioner:
                 else failed | (factor.failures > self.root_options.patience)
             )
         return failed
-
-
-def grafted(
-    tensors: Tensors,
-    directions: Sequence[jax.Array],
-    distrusted: Sequence[jax.Array],
-    step: Any,
-    per: str,
-) -> tuple[Any, list[jax.Array]]:
-    """The leaves of blocks' directions with the size of `step`, a tree, and the blocks' size ratios.
-
-    ``per`` is "block", "parameter" or "none", which leaves directions unchanged. Blocks without a
-    trusted root take `step`.
-    """
-    steps = [wide(blocks) for blocks in tensors.opened(step)]
-    if per == "parameter":
-        leaves = (jax.tree.leaves(tree) for tree in (step, tensors.closed(directions)))
-        every = tensors.of_leaves(
-            [
-                norm_ratio(d, x, tuple(range(x.ndim)), keep=False, summed=blocking.leaf_names)
-                for d, x, blocking in zip(*leaves, tensors.blockings, strict=True)
-            ]
-        )
-    elif per == "block":
-        every = [
-            norm_ratio(d, x, tuple(range(f.ndim, x.ndim)), keep=False, summed=tensor.summed)
-            for d, x, f, tensor in zip(steps, directions, distrusted, tensors, strict=True)
-        ]
-    else:
-        every = [jnp.ones([], d.dtype) for d in steps]
-    blocks, ratios = [], []
-    for direction, failed, other, ratio in zip(directions, distrusted, steps, every, strict=True):
-        ratios.append(jnp.broadcast_to(ratio, failed.shape).astype(direction.dtype))
-        wider = (...,) + (None,) * (direction.ndim - failed.ndim)
-        sized = direction * ratios[-1][wider].astype(direction.dtype)
-        blocks.append(jnp.where(failed[wider], other.astype(direction.dtype), sized))
-    return tensors.closed(blocks), ratios
 
 
 def _is_number(b2: Any) -> bool:

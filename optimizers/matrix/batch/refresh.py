@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ....core.arguments import MaybeInfinite
 from ....core.checks import check_known, check_positive, check_whole
+from ....core.kinds import MaybeInfinite
 from ....core.options import options
 
 
