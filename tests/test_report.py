@@ -15,9 +15,12 @@ from ravine.training.batch_schedule import BatchSchedule
 from ravine.training.compare.charts import POINTS, SOLID, specification
 from ravine.training.compare.hardware import hardware_rows
 from ravine.training.compare.report import VEGA_LITE, headline, write_report
+from ravine.training.compare.results import race_lines
+from ravine.training.compare.summary import summary_columns, summary_rows
 from ravine.training.config import RunConfig
 from ravine.training.cost import Cost
 from ravine.training.data.corpus import load_corpus
+from ravine.training.identity import to_json
 from ravine.training.run.outcome import Outcome
 
 RUN = RunConfig(steps=300)
@@ -95,6 +98,21 @@ def test_growing_batches_are_counted_as_each_optimizer_has_them(tmp_path):
     )
     last = {p["optimizer"]: p["tokens"] for p in chart["data"]["values"] if p["steps"] == 300}
     assert last == {"adamw": (1600 + 6400) * 64, "muon": (3200 + 3200) * 64}
+    # What rivals are compared by is tokens, not updates: Muon's half way of them is less of the text.
+    loss = outcomes[0].final_loss
+    at = outcomes[1].reaching(loss)["step"]
+    assert 150 < at < 200
+    tokens = at * 16 * 64
+    (bar,) = (
+        bar["speedup"]
+        for bar in specification(outcomes, run)["concat"][0]["data"]["values"]
+        if bar["optimizer"] == "muon"
+    )
+    assert bar == pytest.approx(last["adamw"] / tokens, rel=1e-5)
+    assert f"after {tokens:,.0f} of {last['adamw']:,.0f} tokens." in headline(outcomes, run)
+    column = summary_columns(outcomes, run).index("million tokens to adamw's loss")
+    found = {row[0]: row[column] for row in summary_rows(outcomes, run)}
+    assert found == {"adamw": "0.512", "muon": f"{1e-6 * tokens:.3f}"}
     speeds = [row[1] for row in hardware_rows(outcomes, run, "cpu")]
     assert speeds == [f"{tokens / 29.9:,.0f}" for tokens in last.values()]
     corpus = load_corpus((Path(argparse.__file__),))
@@ -157,4 +175,40 @@ def test_many_lines_are_told_apart_by_dashes_too():
     ],
 )
 def test_the_headline_says_what_came_out(outcomes, said):
-    assert said in headline(outcomes)
+    assert said in headline(outcomes, RUN)
+
+
+def test_the_tables_of_results_read_the_batches_of_every_run(tmp_path):
+    """A Seesaw of 300 steps makes fewer updates, with a boundary that depends on the run's warm-up."""
+    seesaw = dataclasses.replace(RUN, batches=BatchSchedule("seesaw", largest_batch=64))
+    runs = [dataclasses.replace(seesaw, warmup_steps=warmup) for warmup in (10, 20)]
+    assert runs[0].batch_sizes != runs[1].batch_sizes
+    made = []
+    for name, run in zip(("adamw", "muon"), runs, strict=True):
+        folder = tmp_path / name
+        folder.mkdir()
+        run_made = outcome(name, {"adamw": 1.5, "muon": 1.4}[name], steps=run.updates)
+        run_made.evaluations.append(
+            {"step": run.updates, "seconds": 30.0, "heldout_loss": run_made.final_loss}
+        )
+        run_made.cost = dataclasses.asdict(Cost(2.0, 1.0, 0.0, 1, 1))
+        run_made.save(folder)
+        with (folder / "metrics.jsonl").open("w") as file:
+            file.writelines(
+                json.dumps(r) + "\n"
+                for r in sorted(
+                    run_made.steps + run_made.evaluations,
+                    key=lambda r: r["step"] - ("heldout_loss" in r) / 2,
+                )
+            )
+        meta = {"run": to_json(run), "device": "cpu"}
+        (folder / "meta.json").write_text(json.dumps(meta))
+        run_made.batch_sizes = run.batch_sizes
+        made.append(run_made)
+    expected = summary_rows(made, seesaw)
+    assert race_lines(tmp_path)[2:] == [f"| {' | '.join(row)} |" for row in expected]
+    told = race_lines(tmp_path, hardware=True)[2:]
+    for run_made, run in zip(made, runs, strict=True):
+        tokens = run.batch_sizes.data_offset(run.updates) * run.model.context
+        speed = tokens / run_made.steps[-1]["seconds"]
+        assert any(run_made.name in line and f"| {speed:,.0f} |" in line for line in told)

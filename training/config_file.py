@@ -50,26 +50,27 @@ def read_config(file: Path, base: Config) -> Config:
     if isinstance(found, dict) and isinstance(found.get("configuration"), dict):
         found = found["configuration"]  # a race.json
     try:
-        return _filled(base, found, "")
+        return filled(base, found)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 
 
-def _filled(base: Any, found: Any, path: str) -> Any:
+def filled(base: Config, found: Any, path: str = "") -> Config:
+    """`base` with options by name, as JSON has them; `path` begins their names in errors."""
     if not isinstance(found, dict):
         raise ValueError(f"{path or 'the file'} must hold options by name, got {found!r}.")
     hints = get_type_hints(type(base))
-    names = [field.name for field in dataclasses.fields(base)]
+    names = [field.name for field in dataclasses.fields(base)]  # pyright: ignore[reportArgumentType]
     for name in found:
         if name not in names:
             raise ValueError(f"no option is called {path}{name}; {near(name, names)}")
     values = {
-        name: _filled(getattr(base, name), value, f"{path}{name}.")
+        name: filled(getattr(base, name), value, f"{path}{name}.")
         if dataclasses.is_dataclass(getattr(base, name))
         else _value(hints[name], value, path + name)
         for name, value in found.items()
     }
-    return dataclasses.replace(base, **values)
+    return dataclasses.replace(base, **values)  # pyright: ignore[reportArgumentType]
 
 
 def _value(hint: Any, value: Any, name: str) -> Any:

@@ -58,7 +58,7 @@ def specification(outcomes: Sequence[Outcome], run: RunConfig) -> dict[str, Any]
     charts = [
         _chart(points, *curve, scales, first=curve is curves[0][0]) for curve, points in curves
     ]
-    if bars := _speedups(drawn):
+    if bars := _speedups(drawn, run):
         charts.insert(0, _bars(bars, names, scales["color"]))
     return {
         "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
@@ -191,7 +191,7 @@ def _bars(
 ) -> dict[str, Any]:
     return {
         "title": {
-            "text": f"speed-up over {REFERENCE}, in steps to its last loss",
+            "text": f"speed-up over {REFERENCE}, in tokens to its last loss",
             "anchor": "start",
         },
         "data": {"values": bars},
@@ -217,8 +217,8 @@ def _bars(
     }
 
 
-def _speedups(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """Of those whose every seed came to the reference's last loss."""
+def _speedups(outcomes: Sequence[Outcome], run: RunConfig) -> list[dict[str, Any]]:
+    """Ratios of tokens, of those whose every seed came to the reference's last loss."""
     reference = {o.repeat: o for o in outcomes if o.name == REFERENCE and o.status == "finished"}
     found: dict[str, list[float]] = {}
     for outcome in outcomes:
@@ -226,9 +226,9 @@ def _speedups(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
             found[REFERENCE] = [1.0]
         elif (against := reference.get(outcome.repeat)) is not None:
             reached = outcome.reaching(against.final_loss)
-            steps = reached["step"] if reached else math.inf
-            last = against.evaluations[-1]["step"]
-            found.setdefault(outcome.name, []).append(last / max(steps, 1))
+            tokens = outcome.tokens(reached["step"], run) if reached else math.inf
+            last = against.tokens(against.evaluations[-1]["step"], run)
+            found.setdefault(outcome.name, []).append(last / max(tokens, 1))
     bars = [
         {"optimizer": name, "speedup": _short(statistics.fmean(ratios))}
         for name, ratios in found.items()

@@ -180,7 +180,7 @@ def _needed(
 def _tell(console: Console, outcomes: list[Outcome], run: RunConfig, out: Path) -> None:
     if is_first():
         console.show_cursor()
-        console.print(summary_table(outcomes))
+        console.print(summary_table(outcomes, run))
         console.print(hardware_table(ranked(outcomes), run))
         line = f"report: {out / 'report.html'}"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -219,7 +219,6 @@ def _run_one(
     task = progress.add_task(
         entrant.label, total=run.updates, loss="compiling", speed="", heldout=""
     )
-    examples = run.batch_sizes.data_offset
 
     def show(record: dict[str, float]) -> None:
         write(record)
@@ -227,8 +226,7 @@ def _run_one(
             progress.update(task, heldout=f"held-out {record['heldout_loss']:.3f}")
             return
         done = record["step"] + 1
-        tokens = examples(int(done)) * run.model.context
-        speed = f"{tokens / max(record['seconds'], 1e-9):,.0f} tokens/s"
+        speed = f"{outcome.tokens(done, run) / max(record['seconds'], 1e-9):,.0f} tokens/s"
         progress.update(task, completed=done, loss=f"loss {record['loss']:.3f}", speed=speed)
 
     def begin() -> None:

@@ -27,16 +27,18 @@ from .summary import REFERENCE, difference, ranked, summary_columns, summary_row
 VEGA_LITE = "6.1"
 
 
-def headline(outcomes: Sequence[Outcome]) -> str:
+def headline(outcomes: Sequence[Outcome], run: RunConfig) -> str:
     """The outcome of a race in a sentence or two.
 
     Args:
       outcomes: of all optimizers and seeds.
+      run: of the race; where batches grow, tokens are compared, not updates.
 
     Example:
       >>> from ravine.training.compare.report import headline
       >>> from ravine.training.run.outcome import Outcome
-      >>> headline([Outcome("adamw", 0.1)])
+      >>> from ravine.training.config import RunConfig
+      >>> headline([Outcome("adamw", 0.1)], RunConfig())
       'No optimizer has come to its end.'
     """
     order = [o for o in ranked(outcomes) if o.status == "finished"]
@@ -57,12 +59,16 @@ def headline(outcomes: Sequence[Outcome]) -> str:
         told += (
             f", {-gaps[0]:.3f} below {REFERENCE}; one seed does not show how much of it is chance"
         )
-    reached = [found["step"] for o, r in pairs if (found := o.reaching(r.final_loss))]
+    reached = [(o, found["step"]) for o, r in pairs if (found := o.reaching(r.final_loss))]
     if not reached:
         return f"{told}."
-    last = pairs[0][1].evaluations[-1]["step"]
-    at = statistics.fmean(reached)
-    return f"{told}. It passes {REFERENCE}'s last loss after {at:.0f} of {last} steps."
+    against = pairs[0][1]
+    last = against.evaluations[-1]["step"]
+    after = f"{statistics.fmean(step for _, step in reached):.0f} of {last} steps"
+    if run.batches != CONSTANT:
+        tokens = statistics.fmean(o.tokens(step, run) for o, step in reached)
+        after = f"{tokens:,.0f} of {against.tokens(last, run):,} tokens"
+    return f"{told}. It passes {REFERENCE}'s last loss after {after}."
 
 
 def write_report(out: Path, outcomes: list[Outcome], run: RunConfig, corpus: Corpus) -> Path:
@@ -87,7 +93,7 @@ def try_report(run: RunConfig, corpus: Corpus) -> None:
     trial = Outcome(REFERENCE, 1.0, 0, "finished", [record], [evaluation])
     try:
         _render([trial], run, corpus, {})
-        summary_table([trial])
+        summary_table([trial], run)
     except Exception as error:
         raise ValueError(
             f"the report of the race cannot be made ({type(error).__name__}: {error}); put that right "
@@ -104,21 +110,24 @@ def _render(
     names = list(dict.fromkeys(o.name for o in order or outcomes))
     spec = specification(order, run) if order else None
     rows = lambda found: [{"cells": cells, "colour": colour(cells[0])} for cells in found]
+    grows = run.batches != CONSTANT
+    counted = "Tokens" if grows else "Steps"
+    steps = "A step's median time is over batches of all sizes. " if grows else ""
     page = jinja2.Environment(autoescape=True).from_string(template)
     return page.render(
         names=names,
-        headline=headline(outcomes),
+        headline=headline(outcomes, run),
         parameters=f"{order[0].parameters:,}" if order else "-",
         data=_data(run),
         text=corpus.description,
-        columns=summary_columns(outcomes),
-        rows=rows(summary_rows(outcomes)),
+        columns=summary_columns(outcomes, run),
+        rows=rows(summary_rows(outcomes, run)),
         hardware_columns=list(COLUMNS),
         hardware=rows(hardware_rows(order, run)),
         note=(
-            "Seconds count training only, without compilation and evaluation. Steps and seconds to "
-            f"{REFERENCE}'s loss are interpolated between evaluations {run.eval_every} updates "
-            "apart. Compare final losses: curves cross while the learning rate decays. A model "
+            f"Seconds count training only, without compilation and evaluation. {counted} and seconds "
+            f"to {REFERENCE}'s loss are interpolated between evaluations {run.eval_every} updates "
+            f"apart. {steps}Compare final losses: curves cross while the learning rate decays. A model "
             "this small overstates what matrix methods gain on large ones."
         ),
         spec=spec,

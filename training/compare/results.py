@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..config import RunConfig
+from ..config_file import filled
+from ..run.outcome import Outcome
 from .hardware import COLUMNS, hardware_rows
 from .summary import ranked, summary_columns, summary_rows
 from .sweep import TRIALS, derived, read_trials
@@ -50,28 +53,22 @@ def race_lines(folder: Path, *, hardware: bool = False) -> list[str]:
     Raises:
       ValueError: for a folder without a finished race.
     """
-    from ..config import RunConfig
-    from ..model_config import ModelConfig
-    from ..run.outcome import Outcome
-
     outcomes: list[Outcome] = []
-    run, told_device = {}, ""
+    run, told_device = RunConfig(), ""
     for meta in sorted(folder.glob("*/meta.json")):
         made = json.loads(meta.read_text(encoding="utf-8"))
-        run, told_device = made["run"], made["device"]
+        run, told_device = filled(RunConfig(), made["run"]), made["device"]
         told = json.loads((meta.parent / "outcome.json").read_text(encoding="utf-8"))
         outcome = Outcome(told["name"], told["learning_rate"], told["repeat"])
-        outcome.load(meta.parent, RunConfig(steps=run["steps"], eval_every=run["eval_every"]))
+        outcome.load(meta.parent, run)
         outcomes.append(outcome)
     if not outcomes:
         raise ValueError(f"{folder} holds no race; give the --out of a finished one.")
     if hardware:
         columns = list(COLUMNS)
-        model = ModelConfig(context=run["model"]["context"])
-        sizes = RunConfig(batch_size=run["batch_size"], model=model)
-        rows = hardware_rows(ranked(outcomes), sizes, told_device)
+        rows = hardware_rows(ranked(outcomes), run, told_device)
     else:
-        columns, rows = summary_columns(outcomes), summary_rows(outcomes)
+        columns, rows = summary_columns(outcomes, run), summary_rows(outcomes, run)
     lines = [f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"]
     return lines + [f"| {' | '.join(cells)} |" for cells in rows]
 

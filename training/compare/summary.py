@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from rich import box
 from rich.table import Table
 
+from ..batch_schedule import CONSTANT
+from ..config import RunConfig
 from ..run.outcome import Outcome
 
 REFERENCE = "adamw"
@@ -22,7 +24,7 @@ _PAGE = (
 )
 
 
-def _columns(outcomes: list[Outcome]) -> list[tuple[str, str]]:
+def _columns(outcomes: list[Outcome], run: RunConfig) -> list[tuple[str, str]]:
     """Headings, as the page has them and as the terminal has room for."""
     several = any(outcome.repeat for outcome in outcomes)
     bits = [("bits per byte", "bits/ byte")] if any(map(_bits, outcomes)) else []
@@ -33,7 +35,9 @@ def _columns(outcomes: list[Outcome]) -> list[tuple[str, str]]:
         ("held-out loss", "held- out"),
         *([(f"difference to {REFERENCE}", f"less {REFERENCE}")] if several else []),
         *bits,
-        (f"steps to {REFERENCE}'s loss", "steps to it"),
+        (f"million tokens to {REFERENCE}'s loss", "Mtok to it")
+        if run.batches != CONSTANT
+        else (f"steps to {REFERENCE}'s loss", "steps to it"),
         (f"seconds to {REFERENCE}'s loss", "secs to it"),
         ("median step ms", "step ms"),
         ("of it optimizer ms", "opt. ms"),
@@ -71,47 +75,6 @@ def ranked(outcomes: Sequence[Outcome]) -> list[Outcome]:
     return sorted(started, key=place)
 
 
-def _rows(outcomes: list[Outcome]) -> list[list[str]]:
-    order = ranked(outcomes)
-    reference = {o.repeat: o for o in order if o.name == REFERENCE and o.status == "finished"}
-    several = any(outcome.repeat for outcome in outcomes)
-    with_bits = any(map(_bits, outcomes))
-    rows = []
-    for name in dict.fromkeys(outcome.name for outcome in order):
-        runs = [outcome for outcome in order if outcome.name == name]
-        done = [outcome for outcome in runs if outcome.status == "finished"]
-        finished = len(done) == len(runs)
-        losses = [outcome.final_loss for outcome in done]
-        error = f" ± {_error(losses):.2g}" if finished and len(done) > 1 else ""
-        status = next((o.status for o in runs if o.status != "finished"), "")
-        pairs = [(o, reference[o.repeat]) for o in done if o.repeat in reference]
-        others = [] if name == REFERENCE else pairs
-        reached = [found for o, r in pairs if (found := o.reaching(r.final_loss))]
-        reached = reached if finished and len(reached) == len(runs) else []
-        bits = _mean([b for o in done if (b := _bits(o)) is not None])
-        rows.append(
-            [
-                name,
-                f"{runs[0].learning_rate:.3g}",
-                str(runs[0].trials or "-"),
-                f"{_mean(losses):.3g}{error}" if finished else status,
-                *(
-                    [difference([o.final_loss - r.final_loss for o, r in others])]
-                    if several
-                    else []
-                ),
-                *([f"{bits:.3g}" if finished else "-"] if with_bits else []),
-                _number(_mean([found["step"] for found in reached]), 0),
-                _number(_mean([found["seconds"] for found in reached]), 1),
-                _number(statistics.median(outcome.step_milliseconds for outcome in runs), 1),
-                _number(statistics.median(o.optimizer_milliseconds for o in runs), 2),
-                _number(runs[0].compile_seconds, 1),
-                _number(runs[0].state_bytes_per_parameter, 1),
-            ]
-        )
-    return rows
-
-
 def difference(differences: list[float]) -> str:
     """Mean of paired differences and its standard error; noise where it is below two of them.
 
@@ -128,23 +91,71 @@ def difference(differences: list[float]) -> str:
     return f"{mean:+.3f} ± {error:.3f}{noise}"
 
 
-def summary_columns(outcomes: list[Outcome]) -> list[str]:
-    """Headings of `summary_rows`."""
-    return [heading for heading, _ in _columns(outcomes)]
+def summary_columns(outcomes: list[Outcome], run: RunConfig) -> list[str]:
+    """Headings of `summary_rows`; arguments as there."""
+    return [heading for heading, _ in _columns(outcomes, run)]
 
 
-def summary_rows(outcomes: list[Outcome]) -> list[list[str]]:
-    """A race's results, best held-out loss first, a row per optimizer."""
-    return _rows(outcomes)
+def summary_rows(outcomes: list[Outcome], run: RunConfig) -> list[list[str]]:
+    """A race's results, best held-out loss first, a row per optimizer.
+
+    Where batches grow, optimizers are compared by the tokens they need, as an update may see any number.
+
+    Args:
+      outcomes: of all optimizers and seeds.
+      run: of the race.
+    """
+    order = ranked(outcomes)
+    reference = {o.repeat: o for o in order if o.name == REFERENCE and o.status == "finished"}
+    several = any(outcome.repeat for outcome in outcomes)
+    with_bits = any(map(_bits, outcomes))
+    rows = []
+    for name in dict.fromkeys(outcome.name for outcome in order):
+        runs = [outcome for outcome in order if outcome.name == name]
+        done = [outcome for outcome in runs if outcome.status == "finished"]
+        finished = len(done) == len(runs)
+        losses = [outcome.final_loss for outcome in done]
+        error = f" ± {_error(losses):.2g}" if finished and len(done) > 1 else ""
+        status = next((o.status for o in runs if o.status != "finished"), "")
+        pairs = [(o, reference[o.repeat]) for o in done if o.repeat in reference]
+        others = [] if name == REFERENCE else pairs
+        reached = [(o, found) for o, r in pairs if (found := o.reaching(r.final_loss))]
+        reached = reached if finished and len(reached) == len(runs) else []
+        to_it = _number(_mean([found["step"] for _, found in reached]), 0)
+        if run.batches != CONSTANT:
+            to_it = _number(_mean([1e-6 * o.tokens(found["step"], run) for o, found in reached]), 3)
+        bits = _mean([b for o in done if (b := _bits(o)) is not None])
+        rows.append(
+            [
+                name,
+                f"{runs[0].learning_rate:.3g}",
+                str(runs[0].trials or "-"),
+                f"{_mean(losses):.3g}{error}" if finished else status,
+                *(
+                    [difference([o.final_loss - r.final_loss for o, r in others])]
+                    if several
+                    else []
+                ),
+                *([f"{bits:.3g}" if finished else "-"] if with_bits else []),
+                to_it,
+                _number(_mean([found["seconds"] for _, found in reached]), 1),
+                _number(statistics.median(outcome.step_milliseconds for outcome in runs), 1),
+                _number(statistics.median(o.optimizer_milliseconds for o in runs), 2),
+                _number(runs[0].compile_seconds, 1),
+                _number(runs[0].state_bytes_per_parameter, 1),
+            ]
+        )
+    return rows
 
 
-def summary_table(outcomes: list[Outcome]) -> Table:
+def summary_table(outcomes: list[Outcome], run: RunConfig) -> Table:
     """The table printed at the end of a race, best held-out loss first, 80 columns wide."""
     several = any(outcome.repeat for outcome in outcomes)
-    what = ", mean ± standard error; steps" if several else "; steps and seconds"
+    counted = "million tokens" if run.batches != CONSTANT else "steps"
+    what = f", mean ± standard error; {counted}" if several else f"; {counted} and seconds"
     caption = f"held-out loss in nats per token{what} to {REFERENCE}'s last one"
     table = Table(caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    rows, columns = _rows(outcomes), _columns(outcomes)
+    rows, columns = summary_rows(outcomes, run), _columns(outcomes, run)
     shown = [index for index, (name, _) in enumerate(columns) if not several or name not in _PAGE]
     for index in shown:
         # Headings may wrap, cells may not.

@@ -73,9 +73,13 @@ class Outcome:
         return None
 
     def tokens(self, updates: float, run: RunConfig) -> int:
-        """Tokens seen in so many updates; a run that has not begun has the batches of `run`."""
-        sizes = self.batch_sizes or run.batch_sizes
-        return sizes.data_offset(int(updates)) * run.model.context
+        """Tokens seen in so many updates, a fraction of one included, in the batches of this run.
+
+        A run that has not begun has the batches of `run`.
+        """
+        sizes, whole = self.batch_sizes or run.batch_sizes, int(updates)
+        examples = sizes.data_offset(whole) + (updates - whole) * sizes.at(whole)
+        return round(examples * run.model.context)
 
     def save(self, folder: Path) -> None:
         """Writes ``outcome.json``: all but the records, which ``metrics.jsonl`` holds."""
