@@ -10,12 +10,11 @@ and compilation without any cache.
 """
 
 import argparse
-import statistics
 
 import jax
 import optax
 import ravine
-from measure import Contender, heading, write
+from measure import Contender, heading, medians, write
 from peers.gpt_tree import fill, gpt_tree
 from ravine.optimizers.roles import IN_OUT
 
@@ -80,7 +79,7 @@ def accumulation(repeats: int) -> tuple[float, float, float]:
     cycle = lambda contender: sum(contender.step() for _ in range(MICRO_STEPS))
     for contender in contenders:
         cycle(contender)
-    return _medians([[cycle(c) for c in contenders] for _ in range(repeats)])
+    return medians([[cycle(c) for c in contenders] for _ in range(repeats)])
 
 
 def paired(pair: tuple, tree: dict, repeats: int, compiles: int) -> dict[str, tuple]:
@@ -94,13 +93,7 @@ def paired(pair: tuple, tree: dict, repeats: int, compiles: int) -> dict[str, tu
     for contender in contenders:
         contender.step()
     step_times = [[c.step() for c in contenders] for _ in range(repeats)]
-    return {"compile": _medians(compile_times), "update": _medians(step_times)}
-
-
-def _medians(times: list[list[float]]) -> tuple[float, float, float]:
-    mine, other = zip(*times, strict=True)
-    ratio = statistics.median(a / b for a, b in times)
-    return 1e3 * statistics.median(mine), 1e3 * statistics.median(other), ratio
+    return {"compile": medians(compile_times), "update": medians(step_times)}
 
 
 def main() -> None:
@@ -121,7 +114,9 @@ def main() -> None:
     for name in arguments.only if arguments.only is not None else PAIRS:
         for tree in (gpt_tree(), many_leaves()):
             rows = paired(PAIRS[name], tree, arguments.repeats, arguments.compiles)
-            cells = [f"{x:.3g} | {y:.3g} | {ratio:.3f}" for x, y, ratio in rows.values()]
+            cells = [
+                f"{1e3 * x:.3g} | {1e3 * y:.3g} | {ratio:.3f}" for x, y, ratio in rows.values()
+            ]
             lines.append(f"| {name} | {len(tree)} | {' | '.join(cells)} |")
             print(lines[-1], flush=True)
     if arguments.only is None:
@@ -131,7 +126,7 @@ def main() -> None:
             *heading("python benchmarks/first_order.py"),
             "| eight micro-steps | accumulate, ms | optax.MultiSteps, ms | ratio |",
             "|---|---|---|---|",
-            f"| Muon, 37 leaves | {mine:.4g} | {other:.4g} | {ratio:.3f} |",
+            f"| Muon, 37 leaves | {1e3 * mine:.4g} | {1e3 * other:.4g} | {ratio:.3f} |",
         ]
         print(lines[-1], flush=True)
         write("accumulation", lines)

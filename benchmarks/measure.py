@@ -83,6 +83,13 @@ def in_turn(
     return [(rested(ours), rested(theirs)) for _ in range(turns)]
 
 
+def medians(times: Sequence[Sequence[float]]) -> tuple[float, float, float]:
+    """Of our times, of theirs, and of the ratios of both, where each pair was measured in turn."""
+    ours, theirs = zip(*times, strict=True)
+    ratio = statistics.median(mine / other for mine, other in times)
+    return statistics.median(ours), statistics.median(theirs), ratio
+
+
 def spread(values: Sequence[float], digits: int = 3) -> str:
     """Median, and in parentheses the least and the most."""
     middle, least, most = statistics.median(values), min(values), max(values)

@@ -11,12 +11,11 @@ neighbouring calls. Compile time is lowering and compilation without any cache.
 """
 
 import argparse
-import statistics
 
 import jax
 import optax
 import ravine
-from measure import Contender, heading, write
+from measure import Contender, heading, medians, write
 from peers.gpt_tree import fill, gpt_tree
 from ravine.optimizers.roles import IN_OUT
 
@@ -46,15 +45,9 @@ def paired(tree: dict, repeats: int, compiles: int) -> dict[str, tuple[float, fl
         contender.step()
     step_times = [[c.step() for c in pair] for _ in range(repeats)]
     rows = {"compile, s": compile_times, "update, s": step_times}
-    table = {name: _medians(times) for name, times in rows.items()}
+    table = {name: medians(times) for name, times in rows.items()}
     memory = [c.temporary_megabytes for c in pair]
     return table | {"temporary memory, MB": (memory[0], memory[1], memory[0] / memory[1])}
-
-
-def _medians(times: list[list[float]]) -> tuple[float, float, float]:
-    mine, other = zip(*times, strict=True)
-    ratio = statistics.median(a / b for a, b in times)
-    return statistics.median(mine), statistics.median(other), ratio
 
 
 def main() -> None:

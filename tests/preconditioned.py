@@ -4,18 +4,15 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import ravine
 
+from .arrays import single
+
 # The same options are one transformation, which is compiled once.
 shampoo = functools.cache(ravine.scale_by_shampoo)
 soap = functools.cache(ravine.scale_by_soap)
-
-
-def single(x):
-    return jnp.array(np.asarray(x, np.float32))
 
 
 def normal(shape, seed=0, count=None, scale=1.0) -> Any:

@@ -2,12 +2,12 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 import ravine
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from .arrays import normal_leaves
 from .optimizers_table import FAMILIES, TABLE
 from .tolerances import HALF, double, furthest
 
@@ -21,8 +21,7 @@ ROWS = [
 
 
 def tree(seed):
-    rng = np.random.default_rng(seed)
-    return double({k: jnp.asarray(rng.normal(size=shape)) for k, shape in SHAPES.items()})
+    return double(normal_leaves(SHAPES, seed))
 
 
 def two_steps(tx, params, grads):

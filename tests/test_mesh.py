@@ -15,6 +15,7 @@ from ravine.optimizers.matrix.algebra.polar import NewtonSchulz
 from ravine.optimizers.roles import IN_OUT
 from ravine.training.plan.collectives import collectives
 
+from .arrays import normal_leaves, single
 from .tolerances import HALF, double, furthest, without_residuals
 
 RULES = ((".*", "matrix", IN_OUT),)
@@ -80,8 +81,7 @@ MESHES = {
 
 
 def tree(seed):
-    rng = np.random.default_rng(seed)
-    return {k: jnp.array(np.float32(rng.normal(size=shape))) for k, shape in SHAPES.items()}
+    return jax.tree.map(single, normal_leaves(SHAPES, seed))
 
 
 def train(tx, params, target):

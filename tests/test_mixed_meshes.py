@@ -3,8 +3,6 @@
 from collections import Counter
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 import ravine
@@ -12,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ravine.training.plan.collectives import collectives
 
+from .arrays import normal_leaves
 from .optimizers_table import TABLE
 from .tolerances import HALF, double, furthest, without_residuals
 
@@ -41,8 +40,7 @@ assert {case.id for case in CASES} >= set(SHORT)
 
 
 def tree(seed):
-    rng = np.random.default_rng(seed)
-    return double({k: jnp.asarray(rng.normal(size=shape)) for k, shape in SHAPES.items()})
+    return double(normal_leaves(SHAPES, seed))
 
 
 def after_two_steps(tx, params, grads):

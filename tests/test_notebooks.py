@@ -2,7 +2,7 @@
 
 import ast
 import re
-import sys
+import runpy
 from pathlib import Path
 from types import ModuleType
 
@@ -11,24 +11,16 @@ import jupytext
 import nbformat
 import pytest
 import ravine
-from jupyter_client.kernelspec import KernelSpec
-from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 TRAINER = (NOTEBOOKS[0].parents[1] / "docs/api/trainer.md").read_text()
 LOCAL_PATH = re.compile(r"(?<![\w.:/<])/\w[\w.-]*/\w|\b[A-Z]:\\+\w|site-packages")
 
+# Notebooks run here as they do when they are saved.
+ThisInterpreter = runpy.run_path(str(NOTEBOOKS[0].with_name("save.py")))["ThisInterpreter"]
+
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-
-
-class ThisInterpreter(AsyncKernelManager):
-    """A kernel in this interpreter, whatever kernels the user has installed under its name."""
-
-    @property
-    def kernel_spec(self):
-        launch = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-        return KernelSpec(argv=launch, display_name=self.kernel_name, language="python")
 
 
 def code_cells(notebook):

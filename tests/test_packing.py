@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 from ravine.optimizers.matrix.algebra.packing import pack, packed_shape, unpack
 
-
-def single(matrices):
-    return np.asarray(matrices, np.float32)
+from .arrays import single
 
 
 @pytest.mark.parametrize("n", range(1, 10))

@@ -16,7 +16,8 @@ from ravine.optimizers.matrix.batch.refresh import Need, Refresh
 from ravine.optimizers.matrix.batch.together import Unit
 from ravine.optimizers.roles import IN_OUT
 
-from .preconditioned import factors, refreshed_roots, run, single
+from .arrays import single
+from .preconditioned import factors, refreshed_roots, run
 from .tolerances import HALF, double, furthest
 
 BLOCKS = ravine.Blocks(size=8)

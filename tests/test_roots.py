@@ -19,6 +19,7 @@ from ravine.optimizers.matrix.algebra.roots import (
 )
 from ravine.optimizers.matrix.algebra.roots_by_products import MARGIN, cubic_steps
 
+from .arrays import single
 from .tolerances import HALF, UNIT
 
 METHODS = {"eigh": Eigh(), "newton": CoupledNewton(), "schulz": CoupledNewtonSchulz()}
@@ -50,10 +51,6 @@ def exact(matrices, exponent):
     matrices = np.asarray(matrices, np.float64)
     values, vectors = _decomposed(matrices.tobytes(), matrices.shape)
     return (vectors * values[:, None, :] ** exponent) @ np.swapaxes(vectors, 1, 2)
-
-
-def single(matrices):
-    return jnp.array(np.float32(matrices))
 
 
 def relative(found, expected):

@@ -12,6 +12,7 @@ import pytest
 import ravine
 from ravine.optimizers.matrix.algebra.roots import CoupledNewtonSchulz, PseudoInverse
 
+from .arrays import single
 from .preconditioned import (
     all_finite,
     assert_trees_close,
@@ -20,7 +21,6 @@ from .preconditioned import (
     normal,
     refreshed_roots,
     run,
-    single,
 )
 
 RATE = 0.01

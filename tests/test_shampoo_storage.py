@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import ravine
 
+from .arrays import single
 from .preconditioned import (
     all_finite,
     assert_trees_close,
@@ -15,7 +16,6 @@ from .preconditioned import (
     normal,
     run,
     shampoo,
-    single,
 )
 
 

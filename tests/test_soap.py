@@ -7,7 +7,8 @@ import optax
 import pytest
 import ravine
 
-from .preconditioned import assert_trees_close, conditioned, normal, run, single, soap
+from .arrays import single
+from .preconditioned import assert_trees_close, conditioned, normal, run, soap
 
 
 def test_without_bases_it_is_adam_a_step_late():
