@@ -7,8 +7,8 @@ import ravine
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 from ravine.training.plan.by_hand import Work
-from ravine.training.plan.compile import compiled_update
-from ravine.training.plan.cost import plan_of
+from ravine.training.plan.compile import compiled_update, with_shardings
+from ravine.training.plan.cost import bytes_per_device, plan_of
 from ravine.training.shapes.parts import Experts
 from ravine.training.shapes.presets import PRESETS
 from ravine.training.shapes.shape import ModelShape
@@ -25,6 +25,8 @@ SHAPE = ModelShape(
     context=64,
     experts=Experts(4, 2, 256),
 )
+
+KERNELS = ("attention/query", "attention/output", "experts/up")
 
 
 @pytest.fixture
@@ -79,6 +81,27 @@ def test_nothing_is_exchanged_between_experts(tx, mesh):
     for c in found.collectives:
         assert set(c.group) <= {0, 1, 2, 3}
     assert not found.repeated
+
+
+def test_copies_of_the_attention_share_its_blocks(mesh):
+    """As in the plan of a mixture in docs/pods.md: the only exchange of SOAP."""
+    whole = sharded_parameters(SHAPE, mesh, layers_only=True)
+    params = {f"layers/{name}/kernel": whole[f"layers/{name}/kernel"] for name in KERNELS}
+    soap, shampoo = (
+        tx(0.1, blocks=ravine.Blocks(size=128)) for tx in (ravine.soap, ravine.shampoo)
+    )
+    found = plan_of("soap", compiled_update(soap, params, mesh), mesh)
+    attention = 2 * 2 * 256 * 256 // 4
+    # Of two copies of every block one sends its update, in float32 by XLA for CPU.
+    assert {(c.kind, c.group) for c in found.collectives} == {("all-gather", (0, 4))}
+    assert found.sent == 4 * attention / 2
+    # SOAP's two moments in float32 are of half of the blocks, Shampoo's of all of them.
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(shampoo.init, params)
+        state = with_shardings(shapes, ravine.state_shardings(shampoo, params))
+    assert not found.repeated
+    more = bytes_per_device(state) - found.state  # and scalars
+    assert more == pytest.approx(2 * 4 * attention / 2, rel=1e-2)
 
 
 def test_tokens_of_experts_by_hand():
