@@ -23,7 +23,9 @@ from ravine.training.run import profile
 from ravine.training.samples import continued
 from ravine.training.step import init_params
 
+from .run_rounding import furthest_record, rounding
 from .short_race import race, records
+from .tolerances import UNIT
 
 pytestmark = pytest.mark.usefixtures("untimed")
 
@@ -136,12 +138,13 @@ def test_hyperparameters_reach_the_optimizer_and_leave_the_tuned_rest():
 
 
 def test_micro_batches_make_the_same_run(tmp_path, text):
-    words = ["--optimizers", "adamw"]
-    assert race(*words, text=text, out=tmp_path / "one") == 0
-    assert race(*words, "--micro-batches", "2", text=text, out=tmp_path / "two") == 0
-    one, two = (records(tmp_path / name / "adamw") for name in ("one", "two"))
-    for a, b in zip(one, two, strict=True):
-        assert b == pytest.approx(a, rel=1e-4)
+    def run(*words, out=tmp_path / "one"):
+        assert race("--optimizers", "adamw", "--overwrite", *words, text=text, out=out) == 0
+        return records(out / "adamw")
+
+    one, two = run(), run("--micro-batches", "2", out=tmp_path / "two")
+    assert [record.keys() for record in two] == [record.keys() for record in one]
+    assert furthest_record(two, one) <= rounding(run, one, furthest_record)
 
 
 class Writer:
@@ -173,8 +176,8 @@ def test_everything_beside_a_run_leaves_it_what_it_is(tmp_path, text, capsys, mo
     assert race(*words, *beside, *folders, text=text, out=out) == 0
 
     plain, found = (records(tmp_path / name / "adamw") for name in ("plain", "run"))
-    for a, b in zip(plain, found, strict=True):
-        assert {k: b[k] for k in a} == pytest.approx(a, rel=1e-6)
+    # The same arithmetic in a program that holds more, and may be fused otherwise: 16 units.
+    assert furthest_record(found, plain) <= 16 * UNIT
     ends = [record for record in found if "heldout_loss" in record]
     assert all(abs(r["heldout_loss_ema"] - r["heldout_loss"]) < 0.5 for r in ends)
     assert all(r["heldout_loss_ema"] != r["heldout_loss"] for r in ends)
@@ -201,7 +204,7 @@ def test_an_average_is_that_of_the_parameters_after_each_update():
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
         expected = jax.tree.map(lambda e, p: 0.75 * e + 0.25 * p, expected, params)
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=8 * UNIT)  # four averages of two
     jax.tree.map(close, averaged(state), expected)
 
 
