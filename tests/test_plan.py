@@ -253,6 +253,10 @@ def test_verdicts_name_the_first_change_that_helps(found, tokens, says):
             "8 stages do not divide 4",
         ),
         (
+            ["--topology", "h100:2", "--mesh", "stage=2", "--model", "deepseek-v3"],
+            "this model has another, of dense layers; leave out stage",
+        ),
+        (
             ["--topology", "h100:3", "--mesh", "context=3", "--model", "ravine"],
             "3 does not divide sequences",
         ),

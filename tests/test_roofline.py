@@ -10,7 +10,7 @@ from ravine.training.plan.by_hand import Work
 from ravine.training.plan.chips import CHIPS
 from ravine.training.plan.collectives import Collective, collectives
 from ravine.training.plan.flops import Product, arithmetic
-from ravine.training.plan.model_time import imbalance, model_seconds
+from ravine.training.plan.model_time import exposed_seconds, imbalance, model_seconds
 from ravine.training.plan.network import Network
 from ravine.training.plan.roofline import Estimate, passed_over, seconds_of, sent_in
 from ravine.training.shapes.presets import PRESETS
@@ -208,10 +208,21 @@ def test_a_pipeline_by_hand():
     fused = dataclasses.replace(piped, fused_loss=True)
     first = fused.activations()
     assert (first["kept"], first["logits"]) == (8 * 4 * stream, 0)
+    # The last stage multiplies by all of the head, 1/8 of which is in the mean of all stages.
     flat = dataclasses.replace(fused, sizes={"fsdp": 16})
-    assert model_seconds(fused, H100) == pytest.approx(model_seconds(flat, H100) * (16 + 7) / 16)
+    head = 4 / 3 * 6 * 32000 * 4096 * 16 * 4096 / 989e12
+    mean = model_seconds(flat, H100)
+    last, other = mean + 7 / 8 * head, mean - head / 8
+    assert model_seconds(fused, H100) == pytest.approx(last + 7 / 16 * other)
+    sending = exposed_seconds(fused, H100, last + 0.1)
+    assert sending == pytest.approx(0.1 * (16 + 7) / 16)
+    assert exposed_seconds(fused, H100, last) == pytest.approx(0, abs=1e-9)
     (sent,) = (c for c in piped.exchanges() if c.kind == "collective-permute")
-    assert (sent.sent, sent.times, sent.group) == (stream, 2 * 16, (0, 2))
+    assert (sent.sent, sent.times, sent.group) == (stream, 2 * 16, tuple(range(0, 16, 2)))
+    # Copies of embedding and head, in two parts, add up their gradients once.
+    (ends,) = (c for c in piped.exchanges() if c.kind == "all-reduce")
+    assert (ends.sent, ends.times) == (7 / 8 * 2 * 2 * 2 * 32000 * 4096 / 2, 1)
+    assert ends.group == sent.group
     layers = LLAMA.count - 65 * 4096 - 2 * 32000 * 4096
     gathered = [c.sent for c in piped.exchanges() if c.kind == "all-gather"]
     assert gathered == [0.5 * 2 * (layers / 8 + 2 * 32000 * 4096)] * 2

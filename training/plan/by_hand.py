@@ -146,13 +146,14 @@ class Work:
         stream twice per layer forward, twice backward and, with recomputing, once more; and once each
         behind the embedding and before the head. The context axis gathers keys and values of whole
         sequences forward and backward, and scatters their gradients. A stage sends the stream on,
-        and its gradient back. Experts are sent their tokens and send them back, forward, backward
-        and recomputed.
+        and its gradient back, all at the pace of the slowest way between two of them; embedding and
+        head, which every stage has a copy of, add up their gradients over the stages. Experts are sent
+        their tokens and send them back, forward, backward and recomputed.
         """
         shape, layers, count = self.shape, self.layers, self.micro_batches
         stream = ELEMENT * self.rows * shape.width
         again = self.remat == "full"
-        dense = experts = 0.0
+        dense = experts = ends = 0.0
         for name, x in shape.parameters().items():
             size = ELEMENT * x.size / self.size("tensor")
             size /= self.size("stage") if "layers/" in name else 1
@@ -160,6 +161,7 @@ class Work:
                 experts += size / self.size("expert")
             elif not name.endswith(("scale", "bias")):
                 dense += size
+                ends += 0.0 if "layers/" in name else size
         found = []
         for size, copies in (
             (dense, ("data", "expert", "context")),
@@ -176,10 +178,12 @@ class Work:
         found += [self._collective("all-gather", whole, times, "context")] * 2
         found.append(self._collective("reduce-scatter", own, times, "context"))
         if self.size("stage") > 1:
-            group = self._collective("collective-permute", stream, 1, "stage").group[:2]
+            group = self._collective("collective-permute", stream, 1, "stage").group
             found.append(
                 Collective("collective-permute", round(stream), stream, 2 * count, group=group)
             )
+            part = ends / self.size("fsdp")
+            found.append(self._collective("all-reduce", part, 1, "stage"))
         if shape.experts:
             sent = stream * shape.experts.per_token
             mixed = (shape.layers - shape.experts.dense_layers) / self.size("stage")
@@ -195,3 +199,30 @@ class Work:
         share = {"all-reduce": 2 * (count - 1) / count, "reduce-scatter": count - 1}
         sent = share.get(kind, (count - 1) / count) * size
         return Collective(kind, round(size), sent, times, group=tuple(group.tolist()))
+
+
+def against_stages(shape: ModelShape, stages: int) -> str:
+    """Why a model cannot be cut into so many pipeline stages; nothing where it can.
+
+    Stages have equally many layers of one stack. With an encoder every micro-batch would pass through
+    them twice, and dense first layers would make one of them longer.
+
+    Example:
+      >>> from ravine.training.plan.by_hand import against_stages
+      >>> from ravine.training.shapes.presets import PRESETS
+      >>> against_stages(PRESETS["llama2-70b"], 8)
+      ''
+      >>> against_stages(PRESETS["llama2-70b"], 3)
+      '3 stages do not divide 80 layers; take a divisor of them.'
+      >>> against_stages(PRESETS["t5-11b"], 2)
+      'stages cut one stack of layers, and this model has another, of its encoder; leave out stage.'
+    """
+    dense = shape.experts.dense_layers if shape.experts else 0
+    other = "of its encoder" if shape.encoder_layers else "of dense layers" if dense else ""
+    if stages > 1 and other:
+        return (
+            f"stages cut one stack of layers, and this model has another, {other}; leave out stage."
+        )
+    if shape.layers % stages:
+        return f"{stages} stages do not divide {shape.layers} layers; take a divisor of them."
+    return ""

@@ -13,7 +13,7 @@ from .by_hand import ELEMENT, Work
 from .collectives import Collective, collectives
 from .compile import Compiled
 from .flops import Arithmetic
-from .model_time import model_seconds, passes
+from .model_time import exposed_seconds, model_seconds, passes
 from .network import Network
 from .roofline import Estimate, passed_over, seconds_of, sent_in
 
@@ -158,7 +158,7 @@ def _estimate(
         exposed = max(0.0, sent - products)
         return Estimate(passed, 0.0, at_times, products, exposed, work.tokens, useful)
     model = model_seconds(work, network.chip)
-    exposed = max(0.0, sent_in(network, work.exchanges()) - model)
+    exposed = exposed_seconds(work, network.chip, sent_in(network, work.exchanges()))
     return Estimate(passed + products, sent, at_times, model, exposed, work.tokens, useful)
 
 

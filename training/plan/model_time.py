@@ -12,7 +12,10 @@ passes      everything else is bound by memory. Per token and layer forward,
             sum before it, reads two streams and writes two, positions turn queries and keys, and the
             activation function has g inputs. Twice that backward, and once more where recomputed.
             Float32 logits are read or written four times
-bubble      :math:`(p - 1) / (m + p - 1)` of the time, of p pipeline stages and m micro-batches
+bubble      of p pipeline stages and m micro-batches the last stage works longest, since it has the head.
+            It waits until p - 1 others have passed a micro-batch forward, and they pass the last one
+            backward: :math:`t + (p - 1) t' / m`, with t the seconds that the last stage works and t'
+            those of the others; :math:`(p - 1) / (m + p - 1)` of the whole where the two are equal
 ==========  ==========================================================================================
 
 Letters are those of `ravine.training.plan.by_hand`, m in the third row the norms of a layer.
@@ -37,14 +40,48 @@ def model_seconds(work: Work, chip: Chip) -> float:
       >>> f"{model_seconds(work, CHIPS['h100']):.2f}"
       '1.82'
     """
+    before = (work.size("stage") - 1) / work.micro_batches
+    return busy(work, chip) + before * busy(work, chip, head=False)
+
+
+def exposed_seconds(work: Work, chip: Chip, sending: float) -> float:
+    """Of the model's communication, what its arithmetic does not hide.
+
+    Of a pipeline, whose stages also wait for what others send, as much longer as the bubble makes it.
+
+    Example:
+      >>> from ravine.training.plan.by_hand import Work
+      >>> from ravine.training.plan.chips import CHIPS
+      >>> from ravine.training.plan.model_time import busy, exposed_seconds
+      >>> from ravine.training.shapes.presets import PRESETS
+      >>> work = Work(PRESETS["llama3-8b"], {"stage": 2}, 3 * 8192, micro_batches=3)
+      >>> round(exposed_seconds(work, CHIPS["h100"], busy(work, CHIPS["h100"]) + 0.3), 3)
+      0.4
+      >>> exposed_seconds(work, CHIPS["h100"], 0.1)
+      0.0
+    """
+    waiting = bubble(work.size("stage"), work.micro_batches)
+    return max(0.0, sending - busy(work, chip)) / (1 - waiting)
+
+
+def busy(work: Work, chip: Chip, *, head: bool = True) -> float:
+    """Seconds of a step in which a chip works on the model, of the last pipeline stage or of another.
+
+    Args:
+      work: the model's part.
+      chip: the chip.
+      head: whether it has the head, as every chip without a pipeline.
+    """
     rate = chip.products["bfloat16"]
     attention = work.shape.attention_flops() * work.tokens / work.chips
     products = work.operations(recomputed=False) - attention
+    # All chips' mean has a share of the head, of which the last stage has all and the others nothing.
+    share = 6 * work.shape.width * work.shape.vocabulary * work.tokens / work.chips
+    products += (work.size("stage") - 1) * share if head else -share
     again = work.remat == "full"
     kernel = attention * imbalance(work) * (3.5 if work.remat == "none" else 4.5) / 3
     seconds = products * (4 / 3 if again else 1.0) / (rate * chip.reached)
-    seconds += kernel / (rate * chip.attention) + passes(work) / chip.bandwidth
-    return seconds / (1 - waiting(work))
+    return seconds + kernel / (rate * chip.attention) + passes(work, head=head) / chip.bandwidth
 
 
 def imbalance(work: Work) -> float:
@@ -72,12 +109,7 @@ def imbalance(work: Work) -> float:
     return 1 + (last - 1) * decoder.attention_flops() / (sides * shape.attention_flops())
 
 
-def waiting(work: Work) -> float:
-    """The share of the model's time that a stage waits: the bubble."""
-    return bubble(work.size("stage"), work.micro_batches)
-
-
-def passes(work: Work) -> float:
+def passes(work: Work, *, head: bool = True) -> float:
     """Bytes that go from and to memory beside the products.
 
     Example:
@@ -96,5 +128,5 @@ def passes(work: Work) -> float:
     each = ELEMENT * (4 * shape.norms * shape.width + inner / tensor)
     tokens = work.rows * work.micro_batches
     layers = work.layers * each * (3 if work.remat == "none" else 4)
-    logits = 0 if work.fused_loss else 4 * 4 * shape.vocabulary / tensor
+    logits = 0 if work.fused_loss or not head else 4 * 4 * shape.vocabulary / tensor
     return tokens * (layers + logits)

@@ -25,7 +25,7 @@ from ...optimizers.registry import names as registered
 from ..shapes.presets import PRESETS
 from ..shapes.shape import ModelShape
 from ..sharding import PLANNED, mesh_sizes, rows_of, sharded_parameters
-from .by_hand import Remat, Work
+from .by_hand import Remat, Work, against_stages
 from .compile import auto, compiled_train_step, compiled_update, rows_for, trainer_model
 from .cost import Plan, plan_of
 from .devices import mesh_of
@@ -171,9 +171,8 @@ def _work(config: PlanConfig, shape: ModelShape, mesh: Mesh) -> Work:
             f"sequences of each shard; give --batch {least * shape.context} or a multiple."
         )
     stages, parts = mesh.shape.get("stage", 1), mesh.shape.get("context", 1)
-    layers = max(x.shape[0] for name, x in shape.parameters().items() if "layers/" in name)
-    if layers % stages:
-        raise ValueError(f"{stages} stages do not divide {layers} layers; take a divisor of them.")
+    if refused := against_stages(shape, stages):
+        raise ValueError(refused)
     if shape.context % parts:
         raise ValueError(
             f"the context axis of {parts} does not divide sequences of {shape.context} tokens."

@@ -15,7 +15,7 @@ from ..shapes.shape import ModelShape
 from ..sharding import parameter_spec
 from .by_hand import ELEMENT, Work
 from .cost import STAGED
-from .model_time import model_seconds
+from .model_time import exposed_seconds, model_seconds
 from .network import Network
 from .roofline import passed_over, sent_in
 
@@ -126,7 +126,7 @@ def _candidate(work: Work, state_ratio: float, network: Network, host_ratio: flo
     work, memory = tried[best], needs[best]
     model = model_seconds(work, network.chip)
     sending = sent_in(network, work.exchanges())
-    exposed = max(0.0, sending - model)
+    exposed = exposed_seconds(work, network.chip, sending)
     update = passed_over(network, parameters, parameters, round(state + hosted))
     update += 2 * hosted / network.chip.host
     fits = memory <= network.chip.memory
