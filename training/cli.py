@@ -184,8 +184,11 @@ def _parse(config: Any, command: str, words: list[str]) -> Any:
     import tyro
 
     from .config_file import read_config
+    from .data.buckets import check_local, refuse_bucket
 
     file, words = _config_file(words)
+    if file is not None:
+        refuse_bucket("--config", file)
     base = {} if file is None else {"default": read_config(file, config())}
     complaint = io.StringIO()
     paths = tyro.constructors.ConstructorRegistry()
@@ -204,7 +207,7 @@ def _parse(config: Any, command: str, words: list[str]) -> Any:
 
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
+            parsed = tyro.cli(
                 config,
                 prog=f"python -m ravine {command}",
                 args=words,
@@ -216,6 +219,8 @@ def _parse(config: Any, command: str, words: list[str]) -> Any:
         if not stop.code:  # --help
             raise
         raise ValueError(_one_line(complaint.getvalue())) from None
+    check_local(parsed)
+    return parsed
 
 
 def _config_file(words: list[str]) -> tuple[Path | None, list[str]]:

@@ -77,7 +77,8 @@ class RunConfig:
     seed: int = 0
     """Of the initial parameters and the order of the data."""
     data: tuple[Path, ...] = dataclasses.field(default=(), metadata=EXTENDS)
-    """Text files or a uint16 .bin; by default this Python's own standard library."""
+    """Text files or folders, gs:// and s3:// too, or a uint16 .bin; by default this Python's own
+    standard library."""
     bpe: int = dataclasses.field(default=0, metadata=LATER)
     """Size of a byte-pair encoding that is trained on the training text; 0 for bytes. It needs
     tokenizers."""

@@ -24,6 +24,7 @@ from rich.progress import (
 from ..checkpoint import Origin, steps_of
 from ..config import RunConfig
 from ..data.bpe import corpus_of
+from ..data.buckets import check_local
 from ..data.corpus import Corpus
 from ..distributed import check_same, from_first, is_first, start, unanimous
 from ..run import interrupts, tensorboard
@@ -70,6 +71,7 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
     start(config.launch)
     console = console or Console(file=cast(TextIO, Output()), quiet=not is_first())
     with unanimous():
+        check_local(config)
         if config.tensorboard is not None:
             tensorboard.check()
         if config.seeds < 1:

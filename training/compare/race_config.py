@@ -17,6 +17,7 @@ from ..checkpoint import METADATA, Checkpoints, Origin
 from ..config import RunConfig
 from ..config_file import read_config
 from ..data.batches import heldout_batches, train_batches
+from ..data.buckets import url_of
 from ..data.corpus import Corpus
 from ..distributed import LaunchConfig, is_first
 from ..identity import FREE, LATER, to_json
@@ -119,7 +120,7 @@ def out_folder(config: RaceConfig) -> Path:
 def check_data(config: RaceConfig, out: Path) -> None:
     """Refuses a text in the folder that is to be cleared."""
     for path in config.run.data:
-        if config.overwrite and path.resolve().is_relative_to(out.resolve()):
+        if config.overwrite and not url_of(path) and path.resolve().is_relative_to(out.resolve()):
             raise ValueError(f"{path} lies in {out}, which --overwrite clears; give another --out.")
 
 

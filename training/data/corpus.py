@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from ..run.folder import is_race
+from .buckets import read_texts, url_of
 
 _HELDOUT_EVERY = 20  # one file in so many, by hash: 5 %
 _FEWEST_FILES = 20  # below this, whole files are too coarse a split
@@ -30,6 +31,10 @@ _LIBRARY_SUFFIXES = (".py", ".txt", ".rst")
 _HIDDEN = (".", "__pycache__")  # how names that are passed over begin
 # The last two are written when Python is built and differ from machine to machine.
 _NOT_LIBRARY = (*_HIDDEN, "site-packages", "dist-packages", "lib2to3", "config-", "_sysconfigdata")
+
+_BINARY = "not UTF-8 text; convert it, or name it *.bin if uint16 tokens."
+_NO_TEXT = "no UTF-8 text in this directory; name text files or another one."
+_EMPTY = "the file is empty; fill it or leave it out."
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,9 +96,11 @@ def load_corpus(paths: Sequence[Path] = (), *, vocabulary: int | None = None) ->
     instead, and the description says so.
 
     Args:
-      paths: UTF-8 text files, directories of them, or one raw file of little-endian uint16 tokens
-        named `*.bin`. Default: the `.py`, `.txt` and `.rst` files of the running Python's standard
-        library, about 30 MB (less where a distribution packs its tests separately).
+      paths: UTF-8 text files, directories of them, either also in a bucket (``gs://``, ``s3://``,
+        whatever fsspec has the package for), which is read into memory; or one raw file of
+        little-endian uint16 tokens named `*.bin`, on disk. Default: the `.py`, `.txt` and `.rst`
+        files of the running Python's standard library, about 30 MB (less where a distribution packs
+        its tests separately).
       vocabulary: the number of tokens. Default: 256 for bytes; for a `.bin`, its largest token plus
         one, rounded up to a multiple of 64 (GPT-2's 50257 tokens give 50304). Of a `.bin` of more
         than 64 Mi tokens only that many, evenly spread, are inspected, for this and for the
@@ -110,7 +117,8 @@ def load_corpus(paths: Sequence[Path] = (), *, vocabulary: int | None = None) ->
       (256, 1.0, 'uint8')
     """
     paths = [Path(path) for path in paths]
-    if any(path.suffix == ".bin" and not os.path.isdir(path) for path in paths):
+    tokens = [path.suffix == ".bin" and not (url_of(path) or os.path.isdir(path)) for path in paths]
+    if any(tokens):
         if len(paths) > 1:
             names = ", ".join(map(str, paths))
             raise ValueError(f"{names}: a .bin must be the only path; `cat` several into one.")
@@ -121,7 +129,8 @@ def load_corpus(paths: Sequence[Path] = (), *, vocabulary: int | None = None) ->
         name = f"standard library of Python {platform.python_version()}"
         library = _folder(Path(sysconfig.get_path("stdlib")), _NOT_LIBRARY, _LIBRARY_SUFFIXES)
         return _bytes(name, library, vocabulary)
-    name = paths[0].resolve().name + (f" and {len(paths) - 1} more" if paths[1:] else "")
+    first = paths[0] if url_of(paths[0]) else paths[0].resolve()
+    name = first.name + (f" and {len(paths) - 1} more" if paths[1:] else "")
     return _bytes(name, (content for path in paths for content in _given(path)), vocabulary)
 
 
@@ -187,13 +196,34 @@ def _cut_tail(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _given(path: Path) -> list[bytes]:
+    if url := url_of(path):
+        return _fetched(url)
     if os.path.isdir(path):
         return _folder(path, _HIDDEN)
     _size(path)
     content = _text(path)
     if content is None:
-        raise ValueError(f"{path}: not UTF-8 text; convert it, or name it *.bin if uint16 tokens.")
+        raise ValueError(f"{path}: {_BINARY}")
     return [content]
+
+
+def _fetched(url: str) -> list[bytes]:
+    """As `_given`, from a bucket."""
+    found = read_texts(url, _HIDDEN)
+    texts = [content for content in found.values() if content and _is_text(content)]
+    if texts:
+        return texts
+    if "" not in found:
+        raise ValueError(f"{url}: {_NO_TEXT}")
+    raise ValueError(f"{url}: {_BINARY if found[''] else _EMPTY}")
+
+
+def _is_text(content: bytes) -> bool:
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return b"\0" not in content
 
 
 def _folder(root: Path, skip: tuple[str, ...], endings: tuple[str, ...] = ("",)) -> list[bytes]:
@@ -209,7 +239,7 @@ def _folder(root: Path, skip: tuple[str, ...], endings: tuple[str, ...] = ("",))
     paths.sort(key=lambda path: path.relative_to(root).as_posix())
     if contents := [content for content in map(_text, paths) if content]:
         return contents
-    raise ValueError(f"{root}: no UTF-8 text in this directory; name text files or another one.")
+    raise ValueError(f"{root}: {_NO_TEXT}")
 
 
 def _unreadable(error: OSError) -> None:
@@ -244,4 +274,4 @@ def _size(path: Path) -> int:
         raise ValueError(f"{path}: may not be read; make it readable or leave it out.")
     if size := os.path.getsize(path):
         return size
-    raise ValueError(f"{path}: the file is empty; fill it or leave it out.")
+    raise ValueError(f"{path}: {_EMPTY}")

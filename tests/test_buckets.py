@@ -1,0 +1,136 @@
+"""Text in buckets, by fsspec's file system in memory; whatever else would lie in one is refused."""
+
+import os
+import re
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from ravine.training.cli import main
+from ravine.training.compare.race import race
+from ravine.training.compare.race_config import RaceConfig, check_data
+from ravine.training.config import RunConfig
+from ravine.training.config_file import printed, read_config
+from ravine.training.data.corpus import load_corpus
+
+
+@pytest.fixture
+def memory():
+    files = fsspec.filesystem("memory")
+    yield files
+    files.rm("/", recursive=True)
+
+
+def texts(count):
+    return {f"inner/{i:03}.txt": f"file {i} ünïcode ".ljust(999).encode() for i in range(count)}
+
+
+@pytest.mark.parametrize("count", [2, 90])
+def test_a_folder_in_a_bucket_is_the_same_text_as_on_disk(tmp_path, memory, count):
+    passed_over = {
+        ".hidden.txt": b"no",
+        "__pycache__/a.txt": b"no",
+        "empty.txt": b"",
+        "binary": b"a\0b",
+        "race/race.json": b'{"writes": []}',
+        "race/adamw/metrics.jsonl": b"{}",
+    }
+    for name, content in {**texts(count), **passed_over}.items():
+        file = tmp_path / "texts" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+        memory.pipe(f"/bucket/texts/{name}", content)
+    local = load_corpus([tmp_path / "texts"])
+    for url in ("memory://bucket/texts", "memory://bucket/texts/", f"file://{tmp_path}/texts"):
+        found = load_corpus([Path(url)])
+        assert (found.fingerprint, found.description) == (local.fingerprint, local.description)
+        np.testing.assert_array_equal(found.train, local.train)
+        np.testing.assert_array_equal(found.heldout, local.heldout)
+
+
+def test_a_file_in_a_bucket_beside_one_on_disk(tmp_path, memory):
+    (tmp_path / "a.txt").write_bytes(b"a" * 500)
+    memory.pipe("/bucket/b.txt", b"b" * 500)
+    both = load_corpus([tmp_path / "a.txt", Path("memory://bucket/b.txt")])
+    assert both.train.tobytes() + both.heldout.tobytes() == b"a" * 500 + b"b" * 500
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        (
+            "memory://bucket/missing",
+            "memory://bucket/missing: no such file or folder; fix the URL.",
+        ),
+        ("memory://bucket/tokens.bin", "copy it to a local disk"),
+        ("memory://bucket/binary", "memory://bucket/binary: not UTF-8 text"),
+        ("memory://bucket/empty.txt", "memory://bucket/empty.txt: the file is empty"),
+        ("memory://bucket/folder", "memory://bucket/folder: no UTF-8 text"),
+        ("nowhere://bucket/a.txt", "nowhere://bucket/a.txt: Protocol not known: nowhere"),
+        ("absent://bucket/a.txt", "absent://bucket/a.txt: Install absentfs; pip install"),
+        ("broken://bucket/a.txt", "broken://bucket/a.txt: RuntimeError: no credentials; "),
+    ],
+)
+def test_what_cannot_be_read_is_refused_in_a_line(memory, url, said):
+    for name, content in {"tokens.bin": b"ab", "binary": b"a\0b", "empty.txt": b""}.items():
+        memory.pipe(f"/bucket/{name}", content)
+    memory.pipe("/bucket/folder/binary", b"a\0b")
+    fsspec.register_implementation("absent", "no.Such", clobber=True, errtxt="Install absentfs")
+    fsspec.register_implementation("broken", Broken, clobber=True)
+    with pytest.raises(ValueError, match=re.escape(said)) as refused:
+        load_corpus([Path(url)])
+    assert "\n" not in str(refused.value)
+
+
+class Broken(fsspec.AbstractFileSystem):
+    """As a bucket that is asked without credentials."""
+
+    protocol = "broken"
+
+    def info(self, path, **kwargs):
+        raise RuntimeError("no credentials\nand a page of why")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "race --out",
+        "race --tokenizer",
+        "race --profile",
+        "race --tensorboard",
+        "race --branch-from",
+        "sweep --out",
+        "speedup --out",
+        "sensitivity --out",
+        "batch-size --out",
+        "study decay --out",
+        "study width --out",
+        "coordinate-check --out",
+        "presets --figure",
+        "race --config",
+    ],
+)
+def test_nothing_else_may_lie_in_a_bucket(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    url = "gs://bucket/run" + {"from": "@3", "gure": ".png"}.get(command[-4:], "")
+    assert main([*command.split(), url]) == 2
+    said = capsys.readouterr().err
+    flag = command.split()[-1]
+    assert f"{flag} {url}: only text (--data) is read from a bucket" in said
+    assert said.count("\n") == 1
+    assert not os.listdir(tmp_path)
+
+
+def test_nor_in_a_program(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="--out gs://bucket/run: only text"):
+        race(RaceConfig(out=Path("gs://bucket/run")))
+    assert not os.listdir(tmp_path)
+
+
+def test_a_url_survives_a_printed_configuration(tmp_path):
+    config = RaceConfig(run=RunConfig(data=(Path("gs://bucket/text"),)))
+    (tmp_path / "config.json").write_text(printed(config))
+    assert read_config(tmp_path / "config.json", RaceConfig()) == config
+    check_data(RaceConfig(overwrite=True, run=config.run), Path())  # no folder here is cleared

@@ -1,0 +1,92 @@
+"""Text in buckets, `gs://`, `s3://` and what else fsspec opens; everything else lies on a local disk."""
+
+import dataclasses
+import re
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from fsspec.core import url_to_fs
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
+
+
+def url_of(path: Path) -> str:
+    """The URL that a path was made from; empty for a path on a local disk.
+
+    `pathlib` joins the two slashes of a URL to one, and no sensible folder has a name such as ``gs:``.
+
+    Example:
+      >>> from pathlib import Path
+      >>> from ravine.training.data.buckets import url_of
+      >>> url_of(Path("gs://bucket/text")), url_of(Path("text"))
+      ('gs://bucket/text', '')
+    """
+    found = _SCHEME.fullmatch(path.parts[0]) if path.parts else None
+    if found is None:
+        return ""
+    slashes = ":///" if found[1] == "file" else "://"
+    return found[1] + slashes + "/".join(path.parts[1:])
+
+
+def check_local(config: Any) -> None:
+    """Refuses paths in buckets but for those of text.
+
+    Raises:
+      ValueError: for the first, by its flag.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            check_local(value)
+        elif isinstance(value, Path) or field.name == "branch_from":
+            refuse_bucket(f"--{field.name.replace('_', '-')}", Path(value))
+
+
+def refuse_bucket(flag: str, path: Path) -> None:
+    """Refuses a path that is a URL.
+
+    Raises:
+      ValueError: with the fix.
+    """
+    if url := url_of(path):
+        raise ValueError(
+            f"{flag} {url}: only text (--data) is read from a bucket; give a local path, or the folder "
+            "where the bucket is mounted."
+        )
+
+
+def read_texts(url: str, hidden: tuple[str, ...]) -> dict[str, bytes]:
+    """The contents of a file, by an empty name, or of all files below a folder, by their paths in it.
+
+    Args:
+      url: of either.
+      hidden: how names begin that are passed over.
+
+    Raises:
+      ValueError: in a line, for what is not there or cannot be read.
+    """
+    if url.endswith(".bin"):
+        raise ValueError(f"{url}: a .bin is mapped into memory; copy it to a local disk.")
+    try:
+        files, root = url_to_fs(url)
+        if files.info(root)["type"] == "file":
+            return {"": files.cat_file(root)}
+        found = {PurePosixPath(p).relative_to(root).as_posix(): p for p in files.find(root)}
+        # The results of races beside a text are not part of it.
+        races = {PurePosixPath(name).parent for name in found if name.endswith("/race.json")}
+        return {
+            name: files.cat_file(path)
+            for name, path in sorted(found.items())
+            if not any(part.startswith(hidden) for part in name.split("/"))
+            and races.isdisjoint(PurePosixPath(name).parents)
+        }
+    except FileNotFoundError:
+        raise ValueError(f"{url}: no such file or folder; fix the URL.") from None
+    except ImportError as error:
+        raise ValueError(f"{url}: {error}; pip install what it needs.") from error
+    except Exception as error:  # every service has errors of its own
+        line = (str(error).strip().splitlines() or [""])[0]
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(
+            f"{url}: {kind}{line}; fix the URL, or the credentials that its service needs."
+        ) from error
