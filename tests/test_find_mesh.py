@@ -7,18 +7,19 @@ import pytest
 from ravine.training.cli import main
 from ravine.training.plan.by_hand import Work
 from ravine.training.plan.chips import CHIPS
+from ravine.training.plan.model_time import model_seconds
 from ravine.training.plan.network import Network
-from ravine.training.plan.search import candidates
+from ravine.training.plan.search import candidates, stages_of
 from ravine.training.shapes.presets import PRESETS
 
 LLAMA = PRESETS["llama2-7b"]
 
 
-def found(chips=16, sequences=64, memory=80e9, state_ratio=4.0, slices=1, **options):
+def found(chips=16, sequences=64, memory=80e9, state_ratio=4.0, slices=1, stages=(1,), **options):
     chip = dataclasses.replace(CHIPS["h100"], memory=memory)
     network = Network.of(chip, range(chips))
     work = Work(LLAMA, {"data": chips}, sequences * LLAMA.context, **options)
-    return candidates(work, state_ratio, lambda sizes: network, slices)
+    return candidates(work, state_ratio, lambda sizes: network, slices, stages=stages)
 
 
 def test_every_mesh_divides():
@@ -62,6 +63,54 @@ def test_slices_divide_the_copies():
     assert all(c.work.sizes["data"] % 4 == 0 for c in found(slices=4))
 
 
+PIPED = stages_of(LLAMA, 16)
+
+
+def test_stages_divide_the_layers():
+    assert PIPED == [1, 2, 4, 8, 16]
+    meshes = found(stages=PIPED)
+    # Powers of two of five axes, whose exponents add up to four.
+    assert len(meshes) == 70
+    assert all(math.prod(c.work.sizes.values()) == 16 for c in meshes)
+    assert {c.work.size("stage") for c in meshes} == set(PIPED)
+    # An encoder's micro-batches would pass twice; dense first layers make one stage longer.
+    assert stages_of(PRESETS["t5-11b"], 16) == stages_of(PRESETS["deepseek-v3"], 16) == [1]
+    assert stages_of(LLAMA, 3) == [1]
+
+
+def test_micro_batches_of_a_pipeline_are_those_of_the_fastest_step():
+    meshes = {c.mesh: c for c in found(stages=PIPED)}
+    # 32 sequences in each of two shards of rows: as many micro-batches, and the smallest bubble.
+    piped = meshes["stage=8,fsdp=2"]
+    assert (piped.work.micro_batches, piped.waiting) == (32, 7 / 39)
+    chip = CHIPS["h100"]
+    model = model_seconds(piped.work, chip)
+    assert model == pytest.approx(meshes["fsdp=16"].seconds * 39 / 32, rel=0.1)
+    fewer = dataclasses.replace(piped.work, micro_batches=16)
+    assert model < model_seconds(fewer, chip)
+    assert meshes["fsdp=16"].waiting == 0
+
+
+def test_stages_are_taken_where_the_network_is_slow():
+    """Between 16 nodes of one GPU, where FSDP sends all parameters and a stage only the stream."""
+    chip = dataclasses.replace(CHIPS["h100"], node=1, network=CHIPS["h100"].network / 20)
+    network = Network.of(chip, range(16))
+    work = Work(LLAMA, {"data": 16}, 64 * LLAMA.context)
+    flat, piped = (
+        candidates(work, 4.0, lambda sizes: network, 1, stages=stages)[0] for stages in ([1], PIPED)
+    )
+    assert piped.work.size("stage") > 1
+    assert piped.seconds < flat.seconds
+
+
+def test_slices_cut_stages_or_copies():
+    meshes = [c.mesh for c in found(slices=2, stages=PIPED)]
+    assert len(meshes) == len(set(meshes))
+    assert {"stage=2,data=2,fsdp=4", "data=2,stage=2,fsdp=4"} <= set(meshes)
+    assert "stage=2,fsdp=8" in meshes
+    assert "fsdp=16" not in meshes
+
+
 def test_no_mesh_divides():
     with pytest.raises(
         ValueError, match="no mesh of 16 chips divides the model and its 7 sequences"
@@ -75,8 +124,16 @@ WORDS = ["plan", "--find-mesh", "--model", "ravine", "--topology", "h100:8", "--
 def test_the_best_is_planned(capsys):
     assert main(WORDS) == 0
     printed = capsys.readouterr().out
-    assert "19 meshes of 8 chips divide ravine and a step of 512 tokens; by hand, 19" in printed
+    printed = " ".join(printed.split())
+    assert "33 meshes of 8 chips, of 1, 2 and 4 pipeline stages, divide ravine" in printed
+    assert "a step of 512 tokens; by hand, 33 of them fit" in printed
     assert "h100:8 (" in printed
+    assert main([*WORDS, "--train-step"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert (
+        "19 meshes of 8 chips, without pipeline stages, which the trainer's step does not have,"
+        in printed
+    )
 
 
 def test_a_batch_that_is_no_number_of_sequences(capsys):

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ..shapes.shape import ModelShape
-from .by_hand import Work
+from .by_hand import Work, against_stages
 from .devices import devices_of, laid_out
-from .search import Candidate, candidates
+from .search import Candidate, candidates, stages_of
 from .verdict import milliseconds, readable, thousands
 
 if TYPE_CHECKING:
@@ -51,12 +51,14 @@ def find_mesh(
     here, hosted = (0.0, ratio) if config.state_on_host else (ratio, 0.0)
     here += 2.0 if config.master_copy else 0.0
     network_of = lambda sizes: laid_out(chip, devices, sizes, config.slices)[1]
-    found = candidates(work, here, network_of, config.slices, host_ratio=hosted)
+    stages = [1] if config.train_step else stages_of(shape, len(devices))
+    found = candidates(*(work, here, network_of, config.slices), host_ratio=hosted, stages=stages)
     if not config.json:
         fitting = sum(candidate.fits for candidate in found)
         console.print(
-            f"{len(found)} meshes of {len(devices)} chips divide {config.model} and a step of "
-            f"{tokens:,} tokens; by hand, {fitting} of them fit. The fastest, and those that need least:"
+            f"{len(found)} meshes of {len(devices)} chips, {_tried(config, shape, stages)}, divide "
+            f"{config.model} and a step of {tokens:,} tokens; by hand, {fitting} of them fit. The "
+            "fastest, and those that need least:"
         )
         console.print(_table(found))
     best = found[0]
@@ -69,11 +71,30 @@ def find_mesh(
     )
 
 
+def _tried(config: "PlanConfig", shape: ModelShape, stages: list[int]) -> str:
+    """Which numbers of pipeline stages, or why none."""
+    if len(stages) > 1:
+        return f"of {', '.join(map(str, stages[:-1]))} and {stages[-1]} pipeline stages"
+    if config.train_step:
+        return "without pipeline stages, which the trainer's step does not have"
+    if "another" in against_stages(shape, 2):
+        return "without pipeline stages, which need a model with one stack of layers"
+    return "without pipeline stages, of which no number divides both layers and chips"
+
+
 def _table(found: list[Candidate]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("mesh", no_wrap=True)
-    for heading in ("micro-batches", "memory", "fits", "sending ms", "step ms", "tokens/s"):
-        table.add_column(heading, justify="right")
+    for heading in (
+        "micro-batches",
+        "bubble",
+        "memory",
+        "fits",
+        "sending ms",
+        "step ms",
+        "tokens/s",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
     least = sorted(found, key=lambda candidate: candidate.memory)
     shown = list(dict.fromkeys(map(id, found[:SHOWN] + least[: SHOWN // 2])))
     for candidate in found:
@@ -81,6 +102,7 @@ def _table(found: list[Candidate]) -> Table:
             table.add_row(
                 candidate.mesh,
                 str(candidate.work.micro_batches),
+                f"{candidate.waiting:.0%}" if candidate.work.size("stage") > 1 else "",
                 readable(candidate.memory),
                 "yes" if candidate.fits else "no",
                 milliseconds(candidate.sending),

@@ -85,8 +85,8 @@ class PlanConfig:
     peak: bool = False
     """Take the published peaks for the rates of products and attention: times become lower bounds."""
     find_mesh: bool = False
-    """Try all meshes without pipeline stages that divide, and plan for the best; --mesh and
-    --micro-batches are not used."""
+    """Try all meshes that divide, pipeline stages too unless with --train-step, and plan for the best;
+    --mesh and --micro-batches are not used."""
     json: bool = False
     """Print JSON, for machines."""
 

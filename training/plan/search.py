@@ -2,18 +2,20 @@
 
 Parameters are counted as they would be sharded, the state as so many times the parameters as it has
 over all, activations and communication by `by_hand`, time by `roofline`. Of each mesh, the fewest
-micro-batches are taken with which it fits.
+micro-batches are taken with which it fits; of a pipeline, whose bubble shrinks with them, those with
+which it is fastest, to three digits.
 """
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from ..pipeline import bubble
 from ..shapes.shape import ModelShape
 from ..sharding import parameter_spec
-from .by_hand import ELEMENT, Work
+from .by_hand import ELEMENT, Work, against_stages
 from .cost import STAGED
 from .model_time import exposed_seconds, model_seconds
 from .network import Network
@@ -34,9 +36,19 @@ class Candidate:
     fits: bool
 
     @property
+    def rounded(self) -> float:
+        """Seconds, to three digits."""
+        return float(f"{self.seconds:.3g}")
+
+    @property
     def order(self) -> tuple[bool, float, float, float]:
         """Those that fit first, then the fastest to three digits, then those that send least."""
-        return not self.fits, float(f"{self.seconds:.3g}"), self.sending, self.memory
+        return not self.fits, self.rounded, self.sending, self.memory
+
+    @property
+    def waiting(self) -> float:
+        """The share of its time that a pipeline stage waits for equal others; 0 without stages."""
+        return bubble(self.work.size("stage"), self.work.micro_batches)
 
     @property
     def mesh(self) -> str:
@@ -61,6 +73,7 @@ def candidates(
     slices: int,
     *,
     host_ratio: float = 0.0,
+    stages: Sequence[int] = (1,),
 ) -> list[Candidate]:
     """All meshes that divide, in their order.
 
@@ -68,15 +81,16 @@ def candidates(
       work: the model and its batch, on any mesh of as many chips.
       state_ratio: bytes of the optimizer's state on the chip, times those of the parameters.
       network_of: from sizes of axes to the network.
-      slices: that divide the first axis, data.
+      slices: that divide the first axis, data or stage.
       host_ratio: as `state_ratio`, of a state in the memory of the host.
+      stages: numbers of pipeline stages to try, as of `stages_of`.
 
     Raises:
       ValueError: if none divides.
     """
     sequences = work.tokens // work.shape.context
     found = []
-    for sizes in _sizes(work.chips, work.shape, sequences, slices):
+    for sizes in _sizes(work.chips, work.shape, sequences, slices, stages):
         network = network_of(sizes)
         placed = dataclasses.replace(work, sizes=sizes, micro_batches=1)
         found.append(_candidate(placed, state_ratio, network, host_ratio))
@@ -88,21 +102,40 @@ def candidates(
     return sorted(found, key=lambda candidate: candidate.order)
 
 
-def _sizes(chips: int, shape: ModelShape, sequences: int, slices: int) -> Iterator[dict[str, int]]:
+def stages_of(shape: ModelShape, chips: int) -> list[int]:
+    """Numbers of pipeline stages that divide a model's layers, and the chips; at least 1.
+
+    Example:
+      >>> from ravine.training.plan.search import stages_of
+      >>> from ravine.training.shapes.presets import PRESETS
+      >>> stages_of(PRESETS["llama2-70b"], 512), stages_of(PRESETS["t5-11b"], 512)
+      ([1, 2, 4, 8, 16], [1])
+    """
+    return [n for n in range(1, chips + 1) if chips % n == 0 and not against_stages(shape, n)]
+
+
+def _sizes(
+    chips: int, shape: ModelShape, sequences: int, slices: int, stages: Sequence[int]
+) -> Iterator[dict[str, int]]:
     divisors = [n for n in range(1, chips + 1) if chips % n == 0]
     experts = shape.experts.count if shape.experts else 1
     of_experts = [n for n in divisors if experts % n == 0]
     parts = [n for n in divisors if shape.context % n == 0]
-    for data, expert, context, tensor in itertools.product(divisors, of_experts, parts, divisors):
-        others = data * expert * context * tensor
-        if chips % others or data % slices:
+    axes = (stages, divisors, of_experts, parts, divisors)
+    for stage, data, expert, context, tensor in itertools.product(*axes):
+        others = stage * data * expert * context * tensor
+        if chips % others:
             continue
         fsdp = chips // others
         whole = (shape.heads, shape.vocabulary, shape.feed_forward)
         divides = all(n % tensor == 0 for n in whole) and shape.width % (fsdp * tensor) == 0
         if divides and sequences % (data * fsdp * expert) == 0:
-            sizes = {"data": data, "fsdp": fsdp, "expert": expert}
-            yield sizes | {"context": context, "tensor": tensor}
+            sizes = {"fsdp": fsdp, "expert": expert, "context": context, "tensor": tensor}
+            # Slices are joined along the first axis: their network has the streams or the gradients.
+            if stage % slices == 0:
+                yield {"stage": stage, "data": data} | sizes
+            if slices > 1 and data % slices == 0:
+                yield {"data": data, "stage": stage} | sizes
 
 
 def _candidate(work: Work, state_ratio: float, network: Network, host_ratio: float) -> Candidate:
@@ -122,15 +155,21 @@ def _candidate(work: Work, state_ratio: float, network: Network, host_ratio: flo
         + max(sum(one.activations().values()), STAGED * hosted)
         for one in tried
     ]
-    best = next((at for at, need in enumerate(needs) if need <= network.chip.memory), -1)
-    work, memory = tried[best], needs[best]
+    fitting = [at for at, need in enumerate(needs) if need <= network.chip.memory] or [-1]
+    if work.size("stage") == 1:  # more micro-batches are not faster
+        fitting = fitting[:1]
+    updated = passed_over(network, parameters, parameters, round(state + hosted))
+    updated += 2 * hosted / network.chip.host
+    made = [_timed(tried[at], needs[at], updated, network) for at in fitting]
+    return min(made, key=lambda one: (one.rounded, one.work.micro_batches))
+
+
+def _timed(work: Work, memory: float, updated: float, network: Network) -> Candidate:
     model = model_seconds(work, network.chip)
     sending = sent_in(network, work.exchanges())
     exposed = exposed_seconds(work, network.chip, sending)
-    update = passed_over(network, parameters, parameters, round(state + hosted))
-    update += 2 * hosted / network.chip.host
     fits = memory <= network.chip.memory
-    return Candidate(work, memory, update + model + exposed, sending, fits)
+    return Candidate(work, memory, updated + model + exposed, sending, fits)
 
 
 def _parts(spec: Iterable[Any], sizes: Mapping[str, int]) -> int:
