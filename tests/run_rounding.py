@@ -1,4 +1,4 @@
-"""What rounding does to the losses of a run."""
+"""How much rounding changes the losses of a run."""
 
 import jax
 import numpy as np
@@ -70,10 +70,10 @@ def starting_moved(init, seed):
 def rounding(run, expected, furthest=furthest_loss):
     """A bound on what rounding may do to the losses of `run()`, relative to them.
 
-    What follows magnifies it, up to chaos; how far, runs tell that differ in nothing but the last place
-    of their first parameters and the order of the rows of their batches. Eight times the furthest of
-    three, as on a mesh all sums of all steps have another order; and at least 16 units, as of a mean of
-    64 float32 losses. With `furthest_record` the bound is on all numbers of the records.
+    Later steps magnify it, up to chaos. How far is seen in runs that differ only in the last place of
+    their first parameters and in the order of the rows of their batches. The bound is eight times the
+    furthest of three, since on a mesh all sums of all steps have another order; and at least 16 units,
+    as of a mean of 64 float32 losses. With `furthest_record` it is on all numbers of the records.
     """
     worst, batches, init = 0.0, loop.train_batches, Placed.init
     for seed in range(3):

@@ -14,7 +14,7 @@ def race(*words, text, out):
 
 
 def timed_records(run):
-    """What is in the folder of a run. Strict JSON, or an error."""
+    """The records in the folder of a run, which must be strict JSON."""
 
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
@@ -24,7 +24,7 @@ def timed_records(run):
 
 
 def records(run):
-    """What is in the folder of a run, without what depends on the clock."""
+    """The records in the folder of a run, without what depends on the clock."""
     return [
         {name: x for name, x in record.items() if name != "seconds"}
         for record in timed_records(run)

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from ravine.training.gradients import micro_batch_value_and_grad
 
 
-def test_the_inner_optimizer_runs_once_an_emission():
+def test_the_inner_optimizer_runs_once_per_emission():
     runs = []
 
     def update(updates, state, params=None):
@@ -48,7 +48,7 @@ def test_the_mean_is_weighted_by_tokens_and_kept_in_float32():
     assert float(state.tokens) == 0
 
 
-def test_what_has_no_tokens_counts_for_nothing_even_if_it_is_not_a_number():
+def test_a_micro_batch_without_tokens_counts_for_nothing_even_if_it_is_nan():
     tx = ravine.accumulate(ravine.sgd(1.0), 2)
     state = tx.init(jnp.zeros(1))
     _, state = tx.update(jnp.full(1, jnp.nan), state, tokens=jnp.int32(0))
@@ -75,7 +75,7 @@ def test_equals_one_large_batch_for_an_optimizer_with_state():
     np.testing.assert_allclose(params["w"], other["w"], rtol=1e-6)
 
 
-def test_every_may_follow_the_updates_made_and_extra_arguments_reach_the_inner():
+def test_every_may_follow_the_updates_made_and_extra_arguments_reach_the_inner_optimizer():
     def update(updates, state, params=None, *, factor):
         return optax.tree.scale(factor, updates), state
 
@@ -88,7 +88,7 @@ def test_every_may_follow_the_updates_made_and_extra_arguments_reach_the_inner()
     assert found == [2, 0, 2, 0, 0, 2]
 
 
-def test_nan_reaches_the_update_of_its_leaf_only_and_is_gone_after():
+def test_nan_reaches_the_update_of_its_leaf_only_and_is_gone_afterwards():
     tx = ravine.accumulate(ravine.sgd(1.0), 2)
     params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
     good = {"a": jnp.ones(1), "b": jnp.ones(1)}
@@ -140,7 +140,7 @@ def test_scanned_gradients_equal_those_of_the_whole_batch(micro_batches):
     np.testing.assert_allclose(found[1]["w"], grads["w"], rtol=1e-5)
 
 
-def test_scanned_gradients_weigh_micro_batches_by_tokens():
+def test_scanned_gradients_weight_micro_batches_by_tokens():
     def masked_mean(params, batch):
         values, mask = batch
         return jnp.sum(params * values * mask) / jnp.sum(mask)
@@ -161,7 +161,7 @@ def test_scanned_gradients_of_bfloat16_parameters_are_summed_in_float32():
     assert float(grads[0]) == 0.5
 
 
-def test_micro_batches_that_do_not_divide_are_named():
+def test_micro_batches_that_do_not_divide_the_batch_are_refused():
     with pytest.raises(ValueError, match="3 micro-batches do not divide a batch of 8"):
         micro_batch_value_and_grad(regression, 3)({"w": jnp.ones(3)}, regression_batch(8))
     with pytest.raises(ValueError, match="micro_batches must be at least 1"):

@@ -80,7 +80,7 @@ WARNED = [
 
 
 @pytest.mark.parametrize("fault", WARNED, ids=lambda fault: fault.name)
-def test_a_fault_that_a_run_survives_is_said(fault, day):
+def test_a_fault_that_a_run_survives_is_reported(fault, day):
     whole = records(day.run)
     words = fault.words(day)
     with pytest.warns(UserWarning, match=fault.said):
@@ -160,7 +160,7 @@ def slow(*values):
 
 
 @pytest.mark.parametrize("fault", [*FAILED, *map(slow, FAILED_ALIKE)], ids=lambda fault: fault.name)
-def test_what_ends_a_race_is_said_and_what_had_ended_is_kept(fault, day, capsys):
+def test_what_ends_a_race_is_reported_and_finished_runs_are_kept(fault, day, capsys):
     assert launch(fault.words(day)) == 1
     day.patch.undo()
     told = capsys.readouterr()
@@ -223,7 +223,7 @@ def test_overwriting_removes_a_race_and_nothing_else(day):
     assert tree(day.elsewhere) == kept
 
 
-def test_races_are_no_part_of_a_text_and_names_and_vocabularies_are_taken_as_given(day):
+def test_races_are_not_read_as_text_and_names_and_vocabularies_are_taken_as_given(day):
     name = " [red]r\u00e4ce \U0001f98a\n"
     day.text.rename(day.path / os.fsdecode(b"\xff text.txt"))
     assert launch(["--out", name, "--data", ".", "--vocabulary", "300"]) == 0
@@ -273,7 +273,7 @@ def test_any_name_is_a_path(name, day, capsys):
     assert (day.path / name / "report.html").exists()
 
 
-def test_a_report_that_cannot_be_made_is_told_before_a_run_is_spent(day, capsys):
+def test_an_impossible_report_is_refused_before_the_first_run(day, capsys):
     def broken(*args, **kwargs):
         raise RuntimeError("no font")
 
@@ -283,18 +283,18 @@ def test_a_report_that_cannot_be_made_is_told_before_a_run_is_spent(day, capsys)
     assert not day.new.exists()
 
 
-def test_divergence_of_all_is_no_success_and_its_records_are_json(day, capsys):
+def test_a_race_in_which_all_diverge_fails_and_its_records_are_json(day, capsys):
     words = ["--learning-rates", "sgd=1e30"]
     assert launch(words) == 1
     assert "every optimizer diverged" in capsys.readouterr().err
     last = records(day.new / "sgd")[-1]
     assert None in last.values()
     assert json.loads((day.new / "sgd" / "outcome.json").read_text())["status"] == "diverged"
-    # Loaded, what is null is no number again, and the race is told the same.
+    # Null is read back as NaN, and the race comes out the same.
     assert launch([*words, "--resume"]) == 1
 
 
-def test_divergence_before_the_first_update_is_not_an_optimizers(day, capsys):
+def test_divergence_before_the_first_update_is_not_blamed_on_the_optimizer(day, capsys):
     assert launch(["--final-soft-cap", "1e-38"]) == 1
     assert "before the first update: check the model's options" in capsys.readouterr().err
     assert not (day.new / "sgd" / "outcome.json").exists()
@@ -312,7 +312,7 @@ class Broken(io.StringIO):
         return super().write(text)
 
 
-def test_an_output_whose_reader_left_costs_no_result(day, capsys):
+def test_a_broken_pipe_loses_no_result(day, capsys):
     broken = Broken()
     day.patch.setattr(sys, "stdout", broken)
     assert launch([]) == 0

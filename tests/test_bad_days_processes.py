@@ -172,7 +172,7 @@ def mounted(where, options):
 @pytest.mark.parametrize(
     "words", [[], ["--checkpoint-every", "20"]], ids=["records", "checkpoints"]
 )
-def test_a_full_disk_is_said_in_a_line(size, words, text, tmp_path):
+def test_a_full_disk_is_reported_in_one_line(size, words, text, tmp_path):
     disk = tmp_path / "disk"
     prefix = mounted(disk, f"size={size}")
     full = command(text, disk / "race", *words, optimizers="sgd,lion", steps=1500)
@@ -186,7 +186,7 @@ def test_a_full_disk_is_said_in_a_line(size, words, text, tmp_path):
 
 @pytest.mark.slow
 @mounts
-def test_a_read_only_disk_is_refused_in_a_line(text, tmp_path):
+def test_a_read_only_disk_is_refused_in_one_line(text, tmp_path):
     disk = tmp_path / "disk"
     status, _, err = finished(command(text, disk / "race"), mounted(disk, "ro"))
     assert (status, err.count("\n")) == (2, 1), err
@@ -225,7 +225,7 @@ def test_environments(changes, status, said, text, tmp_path):
     ("where", "reason"),
     [("| head -c 1", "Broken pipe"), ("2>&1 | head -c 1", ""), (">/dev/full", "No space left")],
 )
-def test_an_output_that_cannot_be_written_costs_no_result(where, reason, text, tmp_path):
+def test_unwritable_output_loses_no_result(where, reason, text, tmp_path):
     words = command(text, tmp_path / "race", optimizers="sgd", steps=20)
     run = f'("{sys.executable}" -m ravine "$@"; echo $? >"$0/status") {where}'
     given = ["sh", "-c", run, str(tmp_path), *words]

@@ -98,7 +98,7 @@ MOMENTS = (
 
 
 @pytest.mark.parametrize("build", MOMENTS)
-def test_moments_tell_the_shapes_where_parameters_are_not_given(build):
+def test_moments_give_the_shapes_where_parameters_are_missing(build):
     tx, params = build(), {"w": struct(4, 6)}
     state = jax.eval_shape(tx.init, params)
     with pytest.raises(ValueError, match=r"gradient 'w' has shape \(3, 4, 6\), its .* \(4, 6\)"):
@@ -120,7 +120,7 @@ def test_curvature_that_does_not_fit_is_refused(estimate, problem):
         tx.update(params, tx.init(params), params, curvature=lambda params, key: estimate)
 
 
-def test_several_problems_are_told_at_once():
+def test_several_problems_are_reported_at_once():
     params = {name: struct(2) for name in "abcdefg"}
     tx = ravine.adamw(0.1)
     with pytest.raises(ValueError, match=r"'a'.*'b'.*'c'.*'d'.*; and 3 more\."):

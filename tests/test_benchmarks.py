@@ -52,7 +52,7 @@ def test_every_command_runs_small(command, capsys, name):
     assert page.read_bytes() == before
 
 
-def test_unknown_commands_are_answered_with_the_known(command, capsys):
+def test_unknown_commands_are_answered_with_the_known_ones(command, capsys):
     assert command("speed") == 2
     assert "train_step" in capsys.readouterr().out
 
@@ -61,7 +61,7 @@ def test_unknown_commands_are_answered_with_the_known(command, capsys):
     ("ratio", "bar", "said"),
     [(0.5, 0.6, "0.6, met"), (0.7, 0.6, "0.6, **missed**"), (1, None, "none")],
 )
-def test_bars_that_are_missed_are_named(monkeypatch, ratio, bar, said):
+def test_missed_bars_are_named(monkeypatch, ratio, bar, said):
     monkeypatch.syspath_prepend(FOLDER)
     import measure
 

@@ -97,7 +97,7 @@ def test_a_race_reports_both_units(asked, text, tmp_path, untimed):
         (["--bytes-per-token", "nan"], "bytes_per_token must be finite"),
     ],
 )
-def test_what_cannot_be_is_refused(words, expected, text, tmp_path, capsys):
+def test_impossible_options_are_refused(words, expected, text, tmp_path, capsys):
     assert race(*words, text=text, out=tmp_path / "race") == 2
     assert expected in capsys.readouterr().err
     assert not (tmp_path / "race").exists()

@@ -27,7 +27,7 @@ def batches():
 
 
 def state(step, mesh):
-    """Of a step, told by its values."""
+    """The state of a step, recognizable by its values."""
     tree = {"w": jnp.arange(64.0).reshape(8, 8) + step, "b": jnp.full(3, float(step))}
     place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
     params = {name: place(x, SPECS[name]) for name, x in tree.items()}
@@ -87,7 +87,7 @@ def test_an_empty_folder_gives_the_state_back(tmp_path):
     assert position == 0
 
 
-def test_the_last_ones_are_kept(tmp_path):
+def test_the_last_checkpoints_are_kept(tmp_path):
     write(tmp_path, steps=(1, 2, 3, 4))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "4"]
 
@@ -130,7 +130,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_one_that_was_cut_off_is_named_and_the_one_before_is_used(damage, tmp_path):
+def test_a_truncated_checkpoint_is_named_and_the_one_before_is_used(damage, tmp_path):
     write(tmp_path)
     damage(tmp_path / "4")
     with pytest.warns(
@@ -144,7 +144,7 @@ def test_one_that_was_cut_off_is_named_and_the_one_before_is_used(damage, tmp_pa
     assert equal(read(tmp_path)[0], 4)
 
 
-def test_what_a_kill_leaves_behind_is_passed_over(tmp_path):
+def test_what_a_kill_leaves_behind_is_ignored(tmp_path):
     write(tmp_path)
     (tmp_path / "6.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
     (tmp_path / "6.orbax-checkpoint-tmp" / "state" / "manifest.ocdbt").write_bytes(b"half")
@@ -152,7 +152,7 @@ def test_what_a_kill_leaves_behind_is_passed_over(tmp_path):
     assert not (tmp_path / "6.orbax-checkpoint-tmp").exists()
 
 
-def test_nothing_whole_is_refused_and_nothing_removed(tmp_path):
+def test_a_folder_without_a_whole_checkpoint_is_refused_and_nothing_is_removed(tmp_path):
     write(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     for step in ("2", "4"):
@@ -183,7 +183,7 @@ def test_other_hyperparameters_are_refused_by_name(other, said, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_one_of_other_hyperparameters_is_set_aside_and_the_one_before_is_used(tmp_path):
+def test_a_checkpoint_of_other_hyperparameters_is_set_aside_and_the_one_before_is_used(tmp_path):
     folder, other = tmp_path / "run", {**IDENTITY, "optimizer": "lion"}
     write(folder, steps=(2,))
     for _ in range(2):
@@ -201,7 +201,7 @@ def test_one_of_other_hyperparameters_is_set_aside_and_the_one_before_is_used(tm
     assert equal(read(tmp_path / "run-refused", identity=other)[0], 6)
 
 
-def test_every_file_is_under_the_seal(tmp_path):
+def test_the_seal_covers_every_file(tmp_path):
     write(tmp_path)
     listed = json.loads((tmp_path / "4" / "files.json").read_text())
     there = [path for path in (tmp_path / "4").rglob("*") if path.is_file()]

@@ -19,7 +19,7 @@ def test_version(capsys):
 
 
 @pytest.mark.parametrize(("word", "meant"), [("rase", "race"), ("batchsize", "batch-size")])
-def test_an_unknown_command_is_refused_with_the_near_one(word, meant, capsys):
+def test_an_unknown_command_is_refused_with_the_nearest_one(word, meant, capsys):
     assert main([word]) == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1

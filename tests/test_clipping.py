@@ -88,7 +88,7 @@ def test_stacked_layers_are_clipped_one_by_one(name):
 
 @pytest.mark.parametrize("name", LEARNS_FROM_NORMS)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_what_is_not_finite_stays_where_it_is_and_is_not_learnt_from(name, value):
+def test_non_finite_values_pass_through_and_the_statistics_skip_them(name, value):
     tx, params = EVERY[name](), tree()
     good = [tree(seed) for seed in range(1, 4)]
     bad = tree(9)

@@ -11,7 +11,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 
-def test_an_entry_that_is_not_whole_is_compiled_again(tmp_path):
+def test_a_truncated_entry_is_compiled_again(tmp_path):
     used = jax.config.jax_compilation_cache_dir
     try:
         jax.config.update("jax_compilation_cache_dir", str(tmp_path))

@@ -73,7 +73,7 @@ def test_windows_overlap_by_one_token():
         assert (batch[:, 0] % 10 == 0).all()
 
 
-def test_every_window_once_an_epoch_and_reshuffled():
+def test_every_window_once_per_epoch_and_reshuffled():
     # 99 windows; 11 batches of 9 are an epoch.
     starts = take(train_batches(counting_corpus(), batch_size=9, context=10, seed=0), 33)[:, :, 0]
     epochs = starts.reshape(3, 99)

@@ -112,7 +112,7 @@ def test_masks_that_match_nothing_or_leave_a_leaf_out_are_refused(mask, message)
         tx.init({"a": jnp.ones(2), "b": jnp.ones(2)})
 
 
-def test_of_a_part_of_the_tree_a_mask_may_select_none():
+def test_a_mask_may_select_nothing_in_a_part_of_the_tree():
     decaying = ravine.adamw(1e-3, weight_decay=0.1, weight_decay_mask=mask_by_role(["matrix"]))
     params = {"x": {"kernel": jnp.ones((2, 2))}, "norm": {"scale": jnp.ones(2)}}
     tx = optax.partition(

@@ -80,7 +80,7 @@ def test_a_race_is_repeated_from_its_own_record(tmp_path, text):
         ('{"steps": 0}', "steps must be at least 1"),
     ],
 )
-def test_files_that_cannot_be_are_refused_by_name(content, problem, tmp_path):
+def test_bad_files_are_refused_by_name(content, problem, tmp_path):
     file = tmp_path / "run.json"
     file.write_text(content)
     with pytest.raises(ValueError, match=problem) as refused:

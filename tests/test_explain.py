@@ -65,8 +65,8 @@ def test_it_sees_through_wrappers():
     assert found["norm/scale"].state_bytes == 0
 
 
-def test_who_is_said_to_get_what_gets_it():
-    """Updates tell: Muon's have the RMS of its scale, and frozen ones none."""
+def test_each_parameter_gets_what_the_table_says():
+    """The updates show it: Muon's have the RMS of its scale, and frozen parameters have none."""
     tx = ravine.combine_by_role(
         {"m": ravine.muon(0.5), "s": ravine.sgd(0.25)},
         {"matrix": "m", "head": "s", "norm": "s", "bias": "s"},
@@ -86,7 +86,7 @@ def test_who_is_said_to_get_what_gets_it():
     assert abs(float(updates["up"]["kernel"][0, 0]) + 0.5) > 0.1
 
 
-def test_optimizers_of_others():
+def test_optimizers_of_other_libraries():
     found = rows(optax.adamw(1e-3), PARAMS)
     assert {row.optimizer for row in found.values()} == {"Adam"}
     assert found["strange"].role == "other"

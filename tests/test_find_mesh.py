@@ -22,7 +22,7 @@ def found(chips=16, sequences=64, memory=80e9, state_ratio=4.0, slices=1, stages
     return candidates(work, state_ratio, lambda sizes: network, slices, stages=stages)
 
 
-def test_every_mesh_divides():
+def test_every_mesh_divides_the_model_and_the_batch():
     for candidate in found():
         sizes = candidate.work.sizes
         assert math.prod(sizes.values()) == 16
@@ -111,7 +111,7 @@ def test_slices_cut_stages_or_copies():
     assert "fsdp=16" not in meshes
 
 
-def test_no_mesh_divides():
+def test_no_mesh_that_divides_is_an_error():
     with pytest.raises(
         ValueError, match="no mesh of 16 chips divides the model and its 7 sequences"
     ):
@@ -136,6 +136,6 @@ def test_the_best_is_planned(capsys):
     )
 
 
-def test_a_batch_that_is_no_number_of_sequences(capsys):
+def test_a_batch_that_is_not_a_whole_number_of_sequences(capsys):
     assert main([*WORDS, "--batch", "1000"]) == 2
     assert "no multiple of sequences of 64; give 1024" in capsys.readouterr().err

@@ -22,7 +22,7 @@ from .preconditioned import normal, run
     ],
     ids=["identity", "muon", "shampoo"],
 )
-def test_graft_takes_one_ones_direction_and_anothers_norm(pointing):
+def test_graft_takes_the_direction_of_one_and_the_norm_of_another(pointing):
     gradients = [{"a": normal((4, 6), s), "b": normal((5, 5), 9 + s)} for s in range(4)]
     found, states = run(ravine.graft(pointing, ravine.scale_by_adam()), gradients)
     directions, _ = run(pointing, gradients)

@@ -161,7 +161,7 @@ def assert_no_trace(kind, clean, position, bad_ones):
 
 @pytest.mark.parametrize("kind", ["finite", "skip", ROBUST])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_is_not_finite_leaves_no_trace_at_any_position(kind, fault):
+def test_non_finite_values_leave_no_trace_at_any_position(kind, fault):
     clean = series()
     for position in range(STEPS + 1):
         bad = FAULTS[fault](at(clean, min(position, STEPS - 1)))
@@ -187,7 +187,7 @@ def test_ten_spikes_in_a_row_leave_no_trace_at_any_position(kind):
         assert_no_trace(kind, clean, position, [bad] * 10)
 
 
-def test_what_is_not_finite_does_not_wear_out_patience():
+def test_non_finite_values_do_not_use_up_patience():
     clean = series()
     spike = SPIKES["spike of the loss"](at(clean, 0))
     nan = FAULTS["nan loss"](at(clean, 0))
@@ -215,7 +215,7 @@ def test_a_true_shift_of_level_is_let_in_after_patience_and_becomes_the_level(ki
     assert int(state.skipped) == PATIENCE + 1
 
 
-def test_nothing_is_let_in_that_is_not_finite_however_often():
+def test_non_finite_values_are_never_let_in():
     clean = at(series(), 0)
     bad = FAULTS["nan element"](clean)
     batches = jax.tree.map(lambda x: np.broadcast_to(x, (3 * PATIENCE, *np.shape(x))), bad)
@@ -225,7 +225,7 @@ def test_nothing_is_let_in_that_is_not_finite_however_often():
     assert int(state.outliers) == 0
 
 
-def test_a_series_that_does_not_move_is_no_outlier():
+def test_a_constant_series_has_no_outliers():
     clean = at(series(), 0)
     batches = jax.tree.map(lambda x: np.broadcast_to(x, (STEPS, *np.shape(x))), clean)
     batches["loss"] = np.float32(batches["loss"] * (1 + 1e-6 * np.arange(STEPS)))
@@ -257,13 +257,13 @@ def test_schedules_go_on_while_steps_are_skipped(build, wrap):
     np.testing.assert_allclose(used, expected, rtol=1e-3)
 
 
-def test_a_skipped_micro_step_is_no_time_for_what_accumulates():
+def test_a_skipped_micro_step_is_not_counted_by_accumulate():
     tx = finite_gate(ravine.accumulate(ravine.sgd(0.1), 2))
     _, state = tx.update(jnp.full(2, jnp.nan), tx.init(jnp.ones(2)), jnp.ones(2))
     assert int(optax.tree.get(state.inner.inner, "count")) == 0
 
 
-def test_averages_are_weighed_by_the_rate_of_the_step():
+def test_averages_are_weighted_by_the_rate_of_the_step():
     rate = lambda count: jnp.float32(1.0) + count.astype(jnp.float32)
     tx = finite_gate(ravine.schedule_free_sgd(rate))
     state = tx.init(jnp.ones(2))

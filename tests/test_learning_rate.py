@@ -64,7 +64,7 @@ def test_the_rate_that_is_set_is_used_until_it_is_set_again():
     np.testing.assert_allclose(sizes, expected, rtol=1e-6)
 
 
-def test_a_rate_that_is_not_a_number_does_not_stay():
+def test_a_nan_learning_rate_does_not_persist():
     tx = ravine.sgd(lambda count: jnp.where(count == 1, jnp.nan, 0.5))
     seen, _ = steps(tx, tx.init(PARAMS), 4)
     np.testing.assert_array_equal(seen, [0.5, np.nan, 0.5, 0.5])
@@ -104,14 +104,14 @@ def test_an_injected_rate_is_found_once_and_can_be_set():
     np.testing.assert_allclose(seen, 0.25, rtol=1e-3)
 
 
-def test_schedule_free_weighs_by_the_rate_that_was_used():
+def test_schedule_free_weights_by_the_rate_that_was_used():
     tx = ravine.schedule_free_sgd(1.0)
     state = optax.tree.set(tx.init(PARAMS), learning_rate=3.0)
     assert float(steps(tx, state, 1)[1].peak) == 3.0
 
 
 @pytest.mark.parametrize("name", ["shampoo", "soap", "soap_muon", "kl_shampoo"])
-def test_whole_numbers_may_be_numpys_and_options_stay_as_they_are_given(name):
+def test_integers_may_come_from_numpy_and_options_stay_as_given(name):
     builder, rules = getattr(ravine, name), {"rules": [("", "matrix")]}
     params = {"kernel": jnp.ones((4, 3))}
     given = builder(1e-3, refresh=ravine.Refresh(every=np.int64(20)), **rules)

@@ -140,7 +140,7 @@ def test_fused_in_bfloat16_is_near_float32(vocabulary):
         assert difference <= 2e-2 * np.linalg.norm(b)
 
 
-def test_padded_columns_are_no_phantoms():
+def test_padded_columns_count_for_nothing():
     hidden, unembedding, labels, _ = problem(6, 257)
     padded = np.pad(unembedding, ((0, 0), (0, 7)), constant_values=5.0)
     fused = lambda w, **more: fused_cross_entropy(hidden, w, labels, **EVERYTHING, **more)[0]
@@ -254,7 +254,7 @@ def test_a_row_in_which_nothing_counts_costs_nothing():
     assert float(log_sum_exp(logits[2])) == -math.inf
 
 
-def test_logits_that_are_not_numbers_show():
+def test_nan_logits_make_the_loss_nan():
     logits = np.float32([[np.nan, 1.0], [0.0, 0.0]])
     labels, held = np.array([1, 0]), jax.jit(cross_entropy)
     for loss in (

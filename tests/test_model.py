@@ -62,7 +62,7 @@ def test_caps_bound_the_logits(getkey):
     assert np.max(np.abs(logits)) <= 0.5
 
 
-def test_qk_norm_makes_logits_blind_to_the_scale_of_queries(getkey):
+def test_qk_norm_makes_logits_independent_of_the_scale_of_queries(getkey):
     model = build(qk_norm=True)
     tokens = jax.random.randint(getkey(), (2, 8), 0, 32)
     before = forward(model, tokens)
@@ -117,7 +117,7 @@ def test_the_fused_loss_of_a_tied_head(tied):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_four_norms_a_layer(getkey):
+def test_four_norms_per_layer(getkey):
     model = Transformer(dataclasses.replace(SMALL, norms=4), rngs=nnx.Rngs(0))
     graphdef, stacked = nnx.split(model.layers)
     layer = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[0], stacked))
@@ -135,7 +135,7 @@ def test_four_norms_a_layer(getkey):
     assert roles["layers"]["feed_forward_out_norm"]["scale"] == "norm"
 
 
-def test_layers_computed_anew_give_the_same_gradients(getkey):
+def test_recomputed_layers_give_the_same_gradients(getkey):
     config = ModelConfig(vocabulary=32, context=8, width=16, layers=2, heads=2)
     batch = jax.random.randint(getkey(), (2, 9), 0, 32)
     found = []
@@ -161,7 +161,7 @@ def test_parameters_are_stacked_and_every_one_has_a_role():
     assert jax.tree.leaves(mask_by_role(["norm"])(params)).count(True) == 3
 
 
-def test_a_rule_too_few_or_too_many_is_refused():
+def test_a_missing_or_unused_rule_is_refused():
     _, params = init_params(SMALL, 0)
     with pytest.raises(
         ValueError, match=r"1 of 12 parameters match no role rule[\s\S]*\n  embed/embedding  "
@@ -248,7 +248,7 @@ def test_dropout_is_in_training_alone_and_its_mean_is_the_model(getkey):
     assert abs(share - 1) < 6 * (0.25 / 0.75) ** 0.5 / 64  # six standard errors of 4096 draws
 
 
-def test_a_step_drops_other_elements_at_each_update_and_in_each_micro_batch(getkey):
+def test_a_step_drops_different_elements_at_each_update_and_in_each_micro_batch(getkey):
     batch = jax.random.randint(getkey(), (4, 9), 0, 32)
     first = dropout_key(jnp.int32(0), batch)
     others = [dropout_key(jnp.int32(1), batch), dropout_key(jnp.int32(0), batch[::-1])]

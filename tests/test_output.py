@@ -7,7 +7,7 @@ from ravine.training.cli import main
 @pytest.mark.parametrize(
     "words", [["presets"], ["presets", "--help"], ["race", "--help"], ["--help"]], ids=" ".join
 )
-def test_a_full_disk_behind_standard_output_is_said_in_a_line(words, monkeypatch, capsys):
+def test_a_full_disk_behind_standard_output_is_reported_in_one_line(words, monkeypatch, capsys):
     with open("/dev/full", "w", buffering=1) as full:
         monkeypatch.setattr("sys.stdout", full)
         status = main(words)

@@ -176,7 +176,7 @@ def test_what_has_no_norm_is_refused_by_name(tx, words):
     assert set(state.squares) == {"matrix"}
 
 
-def test_a_state_goes_with_its_optimizer():
+def test_a_state_of_another_optimizer_is_refused():
     tx, grads = ravine.muon(0.02), {"up": {"kernel": jnp.ones((4, 4))}}
     with pytest.raises(ValueError, match="tx and opt_state together"):
         squared_norms(grads, ravine.sgd(0.1).init(grads))
@@ -199,7 +199,7 @@ def test_hyperparameters_in_the_state_are_part_of_it():
         jax.eval_shape(lambda grads: own_norms(tx, grads, tx.init(grads)), grads)
 
 
-def test_explain_does_not_see_that_it_asks():
+def test_explain_is_the_same_when_the_noise_scale_is_measured():
     params = {"up": {"kernel": jnp.ones((4, 4))}}
     plain, measured = ravine.shampoo(1e-3), with_noise_scale(ravine.shampoo(1e-3))
     how = [ravine.explain(tx, params).rows[0].how for tx in (plain, measured)]

@@ -84,7 +84,7 @@ def test_a_train_step_that_is_compiled_here():
         ("olmo2-7b", "norms over all queries and keys"),
     ],
 )
-def test_a_model_that_the_trainer_has_not_is_named(name, culprit):
+def test_a_model_that_the_trainer_lacks_is_named(name, culprit):
     with pytest.raises(ValueError, match=f"{name} has .*{culprit}.*leave out --train-step"):
         trainer_model(name, PRESETS[name])
 
@@ -98,7 +98,7 @@ def test_a_tied_model_is_the_trainers_too():
     assert sum(x.size for x in jax.tree.leaves(params)) == shape.count
 
 
-def test_a_batch_that_is_no_number_of_sequences():
+def test_a_batch_that_is_not_a_whole_number_of_sequences():
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"))
     assert rows_for(0, 128, mesh) == 4
     assert rows_for(1024, 128, mesh) == 8
@@ -187,7 +187,7 @@ def test_a_state_on_the_host_is_moved_both_ways(capsys):
     assert there["estimate"]["update"] - here["estimate"]["update"] == pytest.approx(moved)
 
 
-def test_a_master_copy_is_four_bytes_a_parameter(capsys):
+def test_a_master_copy_is_four_bytes_per_parameter(capsys):
     words = ["plan", *GPUS, "--optimizer", "adamw"]
     assert main([*words, "--json", "--master-copy"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -9,7 +9,7 @@ from rich.console import Console
 
 pytestmark = [
     pytest.mark.pods,
-    # libtpu says at import that there is no TPU to be found.
+    # libtpu warns at import that it finds no TPU.
     pytest.mark.filterwarnings("ignore::UserWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
@@ -82,11 +82,11 @@ def test_a_train_step_of_the_trainers_own_model():
     assert found.state == pytest.approx(4 * found.parameters, rel=1e-3)
 
 
-def test_a_state_on_the_host_is_compiled_so():
+def test_a_state_on_the_host_is_compiled_to_stay_there():
     small = {"model": "llama3.2-1b", "topology": "v5e:4x4", "mesh": "fsdp=16"}
     here, there = (planned("adamw", **small, state_on_host=on_host) for on_host in (False, True))
     assert there.host == pytest.approx(here.state, rel=1e-3)
-    # It is on the chip while it is worked on, some of it twice: as it comes and as it goes.
+    # The state is on the chip while it is updated, some of it twice: on its way in and on its way out.
     assert here.state <= there.temporary - here.temporary <= 2.5 * here.state
 
 

@@ -109,7 +109,7 @@ def finish(started, logs, status=0):
 
 
 def wait_for(step, started, out, logs):
-    """Until the run has written a step."""
+    """Waits until the run has written this step."""
     metrics, deadline = out / "muon" / "metrics.jsonl", time.monotonic() + LIMIT
     while not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
         assert time.monotonic() < deadline
@@ -118,7 +118,7 @@ def wait_for(step, started, out, logs):
 
 
 def kill_at(step, started, out, logs):
-    """All of them, when the run has written a step."""
+    """Kills all processes once the run has written this step."""
     wait_for(step, started, out, logs)
     for process in started:
         kill(process)
@@ -231,7 +231,7 @@ def test_what_the_first_process_refuses_all_refuse(words, tmp_path):
 
 
 @pytest.mark.parametrize("texts", [["", ""], ["", "no text here"], ["no text here", ""]])
-def test_refusals_of_others_are_told(texts, monkeypatch):
+def test_refusals_of_other_processes_are_reported(texts, monkeypatch):
     monkeypatch.setattr(processes, "_texts", lambda mine: texts)
     told = pytest.raises(ValueError, match=r"^(process 1: )?no text here$")
     with told if any(texts) else contextlib.nullcontext(), processes.unanimous():

@@ -88,7 +88,7 @@ def test_bad_start(start):
 
 @pytest.mark.parametrize("max_elements", [None, 9])
 @pytest.mark.parametrize("staggered", [False, True])
-def test_refreshed_updates_every_matrix_once_a_period(staggered, max_elements):
+def test_refreshed_updates_every_matrix_once_per_period(staggered, max_elements):
     """Of units of two kinds and sizes; what is not due stays as it is."""
     schedule = Refresh(3, staggered=staggered)
     counts, each = (2, 3, 1, 7), (1, 2, 3, 4)

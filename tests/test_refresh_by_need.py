@@ -50,7 +50,7 @@ def drifting(count, shape=(32, 16), seed=0):
     ],
 )
 def test_the_worst_come_first(most, bounded, expected, max_elements):
-    """Where what is not finite is behind all others in need, and what fits is left alone."""
+    """Non-finite values come after all others in need, and what fits is left alone."""
     misfits = [[9.0, 0.5], [np.nan, 3.0, 0.1], [1.0]]
     sources = [single(m)[:, None, None] * jnp.ones((1, 3, 3)) for m in misfits]
     need = Need(lambda kind, carry, source: source[:, 0, 0], 1.0, most, bounded)
@@ -200,7 +200,7 @@ def test_a_pseudo_inverse_fits_nothing():
         ravine.shampoo(1e-3, refresh={"need": 0.1}, roots={"method": PseudoInverse()})
 
 
-def test_the_explanation_tells_it():
+def test_the_explanation_mentions_it():
     tx = ravine.soap(1e-3, refresh={"every": 1, "need": 0.1, "most": 0.25})
     (row,) = ravine.explain(tx, {"kernel": jnp.ones((4, 2))}).rows
     assert row.how.endswith(", refreshed if off by 0.1, at most 0.25")

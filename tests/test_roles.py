@@ -73,7 +73,7 @@ def test_a_rule_without_parameters_is_refused_unless_optional():
     assert assign_roles({}, KERNEL_AND_SCALE) == {}
 
 
-def test_a_scanned_norm_is_no_matrix():
+def test_a_scanned_norm_is_not_a_matrix():
     params = shapes({"kernel": (4, 8, 16), "scale": (4, 8)})
     assert decided(params, KERNEL_AND_SCALE) == {
         "kernel": ("matrix", ((4, 8, 16),)),

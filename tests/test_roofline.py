@@ -91,7 +91,7 @@ def test_rates_of_products():
 
 
 @pytest.mark.parametrize("name", CHIPS)
-def test_chips_are_of_what_is_published(name):
+def test_chips_have_their_published_figures(name):
     chip = CHIPS[name]
     assert all(source.startswith("https://") for source in chip.sources)
     assert chip.network < chip.link < chip.bandwidth < chip.products["float32:highest"]

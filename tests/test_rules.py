@@ -175,7 +175,7 @@ def test_layers_are_known_by_their_norms():
     assert decided(params, rules)["trunk/up/kernel"] == ("matrix", (5, 8, 32))
 
 
-def test_layers_at_axis_one_are_not_taken_for_layers():
+def test_an_axis_of_layers_in_second_place_is_not_assumed():
     kernels = {"up": {"kernel": (8, 5, 32)}, "down": {"kernel": (32, 5, 8)}}
     params = shapes({"layers": {"norm": {"scale": (8, 5)}, **kernels}})
     assert asked(params) == {"layers/up/kernel", "layers/down/kernel"}

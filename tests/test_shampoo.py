@@ -294,7 +294,7 @@ def test_one_sided(sides, factored):
         assert np.abs(a - b).max() <= 1e-4 * np.abs(b).max()
 
 
-def test_exponent_is_taken():
+def test_the_exponent_given_is_used():
     gradient = conditioned(5, 0)
     left, sizes, right = np.linalg.svd(gradient)
     found = one_step(gradient, roots=ravine.Roots(exponent=-1 / 8, ridge=0.0))
@@ -302,7 +302,7 @@ def test_exponent_is_taken():
 
 
 @pytest.mark.parametrize(("every", "start"), [(4, 4), (4, 10), (3, 7)])
-def test_staggered_refresh_visits_every_root_once_a_period(every, start):
+def test_staggered_refresh_visits_every_root_once_per_period(every, start):
     gradients = [{"a": normal((8, 8), s), "b": normal((5, 3), 50 + s)} for s in range(20)]
     refresh = ravine.Refresh(every=every, start=start, staggered=True)
     tx = ravine.scale_by_shampoo(refresh=refresh, blocks=ravine.Blocks(size=4))
@@ -504,7 +504,7 @@ def test_shampoo_solves_a_badly_conditioned_least_squares_problem(statistics, st
     assert final(ours) < 0.2 * final(ravine.adam(rate, 0.9, 0.99))
 
 
-def test_padding_is_no_eigenvalue():
+def test_padding_is_not_an_eigenvalue():
     """Seven rows in blocks of four are two of four, and one row of them is padding."""
     gradients = [normal((7, 8), seed) for seed in range(6)]
     options = {

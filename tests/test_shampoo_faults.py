@@ -1,4 +1,4 @@
-"""Shampoo when things go wrong: what is not finite, singular, huge or tiny, and for long."""
+"""Shampoo when things go wrong: non-finite, singular, huge and tiny gradients, for many steps."""
 
 import math
 
@@ -149,7 +149,7 @@ def test_zero_gradients_then_normal_ones(graft, statistics):
 
 @pytest.mark.parametrize("statistics", ["gram", "kl"])
 @pytest.mark.parametrize("graft", ["none", "adam"])
-def test_rank_one_gradients_for_ever(graft, statistics):
+def test_rank_one_gradients_forever(graft, statistics):
     vectors = normal((8, 1)), normal((1, 8), 1)
     gradients = [scale * vectors[0] * vectors[1] for scale in np.linspace(0.5, 1.5, 60)]
     tx = shampoo(

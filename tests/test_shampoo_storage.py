@@ -134,7 +134,7 @@ def test_narrow_factors_of_a_power_law(options):
     assert not any(np.any(factor.refused) for factor in factors(states[-1]))
     error = jnp.linalg.norm(found[-1] - expected[-1]) / jnp.linalg.norm(expected[-1])
     assert error < 0.02
-    # The graft's own step is another one: what is compared is no fallback.
+    # The graft's own step differs, so what is compared is not the fallback.
     graft, _ = run(shampoo(refresh=ravine.Refresh(start=math.inf)), gradients)
     assert jnp.linalg.norm(graft[-1] - expected[-1]) > 0.2 * jnp.linalg.norm(expected[-1])
 

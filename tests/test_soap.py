@@ -56,7 +56,7 @@ def rare(kind, count=40):
 @pytest.mark.parametrize("every", [1, 10])
 @pytest.mark.parametrize(("b1", "b2"), [(0.95, 0.95), (0.9, 0.99), (0.0, 0.9)])
 def test_a_new_basis_makes_no_step_larger_than_adams(b1, b2, every, kind):
-    """It has directions of which the second moment knows nothing yet, and the first has a part in them.
+    """It has directions that the second moment has not seen yet but in which the first has a component.
 
     Whatever the gradients, |m| <= C sqrt(v) in Adam, with C^2 = (1 - b1)^2 / ((1 - b2)(1 - b1^2 / b2)).
     """
@@ -197,7 +197,7 @@ def deficient(kind, shape=(12, 20), count=40):
 
 
 @pytest.mark.parametrize("kind", ["fewer rows than columns", "low rank", "dead rows and columns"])
-def test_trajectory_does_not_hang_on_rounding(kind):
+def test_trajectory_does_not_depend_on_rounding(kind):
     """Gradients changed in the last bit, as another compilation rounds them: 1e-4 of how far it goes.
 
     Bases of singular statistics are arbitrary unless defined: this was 0.15 to 1.2.

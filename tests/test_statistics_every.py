@@ -55,7 +55,7 @@ def test_shampoo_learns_from_the_first_gradient_and_every_kth(every, b2):
 
 
 @pytest.mark.parametrize("every", [1, 3])
-def test_soap_learns_likewise_from_the_first_step_on(every):
+def test_soap_learns_from_the_first_step_and_every_kth(every):
     gradients = correlated()
     refresh = ravine.Refresh(every=3, statistics_every=every)
     _, states = run(ravine.scale_by_soap(b2=0.9, refresh=refresh), gradients)

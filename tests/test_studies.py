@@ -60,13 +60,13 @@ def test_the_search_goes_on_until_worse_rates_are_on_both_sides(valley, start):
     assert {around - 2, around - 1, around + 1, around + 2} <= set(halves)
 
 
-def test_what_a_search_has_when_its_time_is_over_is_an_end():
+def test_a_search_ends_with_what_it_has_when_its_time_is_over():
     assert not searched(5.0, most=0)
     at = optimum(searched(5.0, most=3))
     assert (at.log2, at.inside) == (2, False)
 
 
-def test_the_error_of_an_optimum_knows_scatter_around_the_parabola_and_between_seeds():
+def test_the_error_of_an_optimum_includes_scatter_around_the_parabola_and_between_seeds():
     bowl = {2.0**k: 1 + 0.1 * k**2 for k in (-1, -0.5, 0, 0.5, 1)}
     rough = {rate: [loss + 0.01 * (-1) ** i] for i, (rate, loss) in enumerate(bowl.items())}
     assert 0.01 < optimum(rough).error < 0.2

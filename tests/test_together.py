@@ -47,7 +47,7 @@ def test_many_blocks_are_one_program_on_slices_of_all():
     assert set(run(units((20, 20)), 60)[1]) == {10}
 
 
-def test_what_cannot_be_sliced_as_finely_is_worked_on_alone():
+def test_what_cannot_be_sliced_as_finely_is_processed_alone():
     # Twenty blocks go in seven slices of three; of three and one there are too few for that.
     assert sum(run(units((20, 3, 1)), 18)[1]) < 20 + 3 + 1
     assert max(run(units((20, 3, 1)), 18)[1]) <= 4

@@ -61,7 +61,7 @@ def test_the_host_is_one_step_behind_and_fetches_all_at_once(monkeypatch):
 
 
 @pytest.mark.parametrize("asked", [False, True])
-def test_largest_logits_are_there_only_for_who_asks(asked):
+def test_largest_logits_are_there_only_on_request(asked):
     (entrant,) = line_up("adamw")
     config = dataclasses.replace(MODEL, attention="xla")
     tx = entrant.build(RunConfig(model=config, qk_clip=50.0 if asked else 0.0))
@@ -82,7 +82,7 @@ def test_kernels_of_attention_agree():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, plain)
 
 
-def test_projections_side_by_side_are_those_apart(monkeypatch):
+def test_fused_projections_equal_separate_ones(monkeypatch):
     graphdef, params = init_params(dataclasses.replace(MODEL, kv_heads=1), 0)
     batch = jax.random.randint(jax.random.key(0), (2, 17), 0, 256)
     joined = jax.value_and_grad(make_loss(graphdef))(params, batch)
@@ -98,7 +98,7 @@ def test_projections_side_by_side_are_those_apart(monkeypatch):
         ({"attention": "cudnn"}, "bfloat16 only"),
     ],
 )
-def test_attention_that_cannot_be_is_refused(words, problem):
+def test_impossible_attention_is_refused(words, problem):
     with pytest.raises(ValueError, match=problem):
         ModelConfig(**words)
 
@@ -113,7 +113,7 @@ def test_options_that_came_later_leave_committed_trials_known():
     assert to_json(RunConfig(micro_batches=2)) == told | {"micro_batches": 2}
 
 
-def test_learning_rates_are_asked_for_a_block_at_a_time():
+def test_learning_rates_are_asked_for_one_block_at_a_time():
     asked = []
 
     def schedule(count):

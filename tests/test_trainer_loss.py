@@ -114,11 +114,11 @@ def test_the_gradient_of_the_head_is_summed_once_and_not_in_every_chunk(monkeypa
         ({"vocabulary": 256, "loss": "fused"}, True),
     ],
 )
-def test_large_vocabularies_take_it_by_default(options, fused):
+def test_large_vocabularies_use_the_fused_loss_by_default(options, fused):
     vocabulary = options.pop("vocabulary")
     assert RunConfig(model=ModelConfig(vocabulary=vocabulary), **options).fused == fused
 
 
-def test_it_is_refused_with_monitors():
+def test_the_fused_loss_is_refused_with_monitors():
     with pytest.raises(ValueError, match="take --loss plain"):
         RunConfig(loss="fused", monitor_every=5)

@@ -88,7 +88,7 @@ def mesh_of(text):
     return build_mesh(text, jax.devices()[: math.prod(sizes)])
 
 
-# Compiling is what takes time here: Muon, which is AdamW too where there are no matrices, for all.
+# Compilation takes the time here, so Muon stands for all: where there are no matrices it is AdamW.
 SLOW = [(name, mesh) for name in ("adamw", "muon", "shampoo") for mesh in MESHES]
 SLOW = [*(case for case in SLOW if case != ("muon", MESHES[2])), ("sophia_g", MESHES[2])]
 

@@ -81,7 +81,7 @@ def test_preconditioned_scales_are_those_of_optimizers_with_a_norm(name, has_nor
     assert noise.preconditioned is has_norm
 
 
-def test_it_is_in_the_records_of_its_steps_and_changes_nothing(tmp_path, text):
+def test_the_noise_scale_is_in_the_records_of_its_steps_and_changes_nothing(tmp_path, text):
     def run(every="0"):
         words = ["--optimizers", "adamw", "--noise-scale-every", every, "--overwrite"]
         assert race(*words, text=text, out=tmp_path / every) == 0
@@ -103,7 +103,7 @@ def test_it_is_in_the_records_of_its_steps_and_changes_nothing(tmp_path, text):
         (["--noise-scale-every", "-1"], "must not be negative"),
     ],
 )
-def test_what_cannot_be_is_refused(words, expected, tmp_path, text, capsys):
+def test_impossible_options_are_refused(words, expected, tmp_path, text, capsys):
     out = tmp_path / "race"
     assert race("--optimizers", "sgd", *words, text=text, out=out) == 2
     complaint = capsys.readouterr().err

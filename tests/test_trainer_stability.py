@@ -161,7 +161,7 @@ def train_skipping(monkeypatch, folder, corpus, bad):
 
 
 @untimed
-def test_the_rate_that_is_logged_was_used_also_after_skipped_steps(monkeypatch, tmp_path, corpus):
+def test_the_logged_rate_is_the_one_used_even_after_skipped_steps(monkeypatch, tmp_path, corpus):
     found = train_skipping(monkeypatch, tmp_path / "run", corpus, bad=(1, 2))
     assert found.status == "finished"
     assert [record["skipped"] for record in found.steps] == [0, 1, 2, 2, 2, 2]
@@ -214,7 +214,7 @@ def test_measurements_of_micro_batches_are_those_of_the_batch(getkey, micro_batc
     assert float(measured["entropy"]) == pytest.approx(float(entropy), rel=1e-5)
 
 
-def test_qk_clip_bends_exactly_the_heads_whose_logits_are_too_large(getkey):
+def test_qk_clip_scales_exactly_the_heads_whose_logits_are_too_large(getkey):
     graphdef, params = init_params(MODEL, 0)
     batch = jax.random.randint(getkey(), (4, 17), 0, 256)
     _, highest = nnx.merge(graphdef, params).with_attention_logits(batch[:, :-1])

@@ -329,7 +329,7 @@ class Record:
 
 
 class Module(eqx.Module):
-    """With something that is no array, which `eqx.filter` replaces by None."""
+    """With a leaf that is not an array, which `eqx.filter` replaces by None."""
 
     bias: Any = None
     dense: Any = None
