@@ -140,10 +140,11 @@ def scale_by_kl_shampoo(
         count = increment(state.count)
         is_first = count == 1
         learning = eigenbasis._replace(learns=refresh.learning_from_first(count))
+        blocks, means = tensors.opened_together(updates, jax.tree.map(wide, state.mu))
         directions, usable, factors = stepped(
             tensors,
-            tensors.opened(updates),
-            tensors.opened(jax.tree.map(wide, state.mu)),
+            blocks,
+            means,
             tensors.of_leaves([m.dtype for m in jax.tree.leaves(state.mu)]),
             tensors.kept(state.factors),
             functools.partial(learning.step, is_first),

@@ -160,9 +160,10 @@ def scale_by_shampoo(
         mean = corrected_mean(seen, mu, b1, count, nesterov=nesterov)
         graft_step, nu = size.update(seen, mean, state.nu, count)
         kept = preconditioner.refresh(tensors, kept, refresh, count)
-        blocks = preconditioner.apply(tensors, tensors.opened(mean), kept)
+        means, steps = tensors.opened_together(mean, graft_step)
+        blocks = preconditioner.apply(tensors, means, kept)
         distrusted = list(map(preconditioner.distrusted, kept, blocks))
-        directions, ratios = grafted(tensors, blocks, distrusted, graft_step, per)
+        directions, ratios = grafted(tensors, blocks, distrusted, graft_step, steps, per)
         directions = jax.tree.map(
             lambda x, d: jnp.where(refresh.started(count), x.astype(d.dtype), d),
             directions,

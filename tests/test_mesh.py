@@ -161,8 +161,8 @@ def test_ten_steps_equal_those_of_one_device(name, layout, kind, request):
     assert step._cache_size() <= 2
 
 
-def communicated(tx, specs, sizes, shapes=SHAPES | SQUARES):
-    """Names of the collectives in the compiled update, and of those in loops."""
+def exchanges(tx, specs, sizes, shapes=SHAPES | SQUARES):
+    """The collectives in the compiled update."""
     mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes))
     with jax.set_mesh(mesh):
         params = {
@@ -175,7 +175,12 @@ def communicated(tx, specs, sizes, shapes=SHAPES | SQUARES):
             ravine.state_shardings(tx, params),
         )
         text = jax.jit(tx.update).lower(params, state).compile().as_text()
-    found = collectives(text)
+    return collectives(text)
+
+
+def communicated(*arguments):
+    """Names of the collectives in the compiled update, and of those in loops."""
+    found = exchanges(*arguments)
     return [c.kind for c in found], [c.kind for c in found if c.in_loop]
 
 
@@ -260,6 +265,26 @@ def test_blocks_that_shards_cross_are_seen_by_these_tests():
     )
     assert found
     assert not inside
+
+
+@pytest.mark.parametrize(
+    ("name", "gathers", "leaves", "moves", "moved"),
+    [
+        # Momentum and Adam's step go together, after the gradient has told which blocks are usable.
+        ("shampoo", 2, 3, 4, 4.25),
+        ("kl_shampoo", 1, 2, 3, 3.25),
+        ("soap", 1, 1, 2, 2),
+    ],
+)
+def test_what_travels_together_is_one_exchange(name, gathers, leaves, moves, moved):
+    tx = on_matrices(name)
+    whole = exchanges(tx, {"a": P("x")}, {"x": 8}, {"a": (8, 16)})
+    assert [c.kind for c in whole] == ["all-gather"] * gathers
+    assert sum(c.sent for c in whole) == leaves * 8 * 16 * 4 * 7 / 8
+    # Four layers, of which every device gets some: in, and back with the flags of usable blocks.
+    dealt = exchanges(tx, {"a": P(None, "x")}, {"x": 4}, {"a": (4, 8, 16)})
+    assert [c.kind for c in dealt] == ["all-to-all"] * moves
+    assert sum(c.sent for c in dealt) == moved * 8 * 16 * 4 * 3 / 4
 
 
 def test_muon_exchanges_once_in_and_once_out_for_every_shape():

@@ -16,14 +16,15 @@ def grafted(
     directions: Sequence[jax.Array],
     distrusted: Sequence[jax.Array],
     step: Any,
+    steps: Sequence[jax.Array],
     per: str,
 ) -> tuple[Any, list[jax.Array]]:
     """The leaves of blocks' directions with the size of `step`, a tree, and the blocks' size ratios.
 
-    ``per`` is "block", "parameter" or "none", which leaves directions unchanged. Blocks without a
-    trusted root take `step`.
+    `steps` are the blocks of `step`, which blocks without a trusted root take. ``per`` is "block",
+    "parameter" or "none", which leaves directions unchanged.
     """
-    steps = [wide(blocks) for blocks in tensors.opened(step)]
+    steps = [wide(blocks) for blocks in steps]
     if per == "parameter":
         leaves = (jax.tree.leaves(tree) for tree in (step, tensors.closed(directions)))
         every = tensors.of_leaves(

@@ -109,8 +109,20 @@ class Tensors:
 
     def opened(self, tree: Any) -> list[jax.Array]:
         """The blocks of a tree of leaves."""
-        leaves = zip(self.blockings, jax.tree.leaves(tree), strict=True)
-        return [blocks for blocking, leaf in leaves for blocks in blocking.to_blocks(leaf)]
+        return self.opened_together(tree)[0]
+
+    def opened_together(self, *trees: Any) -> list[list[jax.Array]]:
+        """The blocks of each tree; a leaf of all trees takes one exchange."""
+        alike = zip(self.blockings, *map(jax.tree.leaves, trees), strict=True)
+        moved = [blocking.moved_in(leaves) for blocking, *leaves in alike]
+        return [
+            [
+                blocks
+                for blocking, leaf in zip(self.blockings, leaves, strict=True)
+                for blocks in blocking.to_blocks(leaf)
+            ]
+            for leaves in zip(*moved, strict=True)
+        ] or [[] for _ in trees]
 
     def closed(self, blocks: Sequence[jax.Array]) -> Any:
         """The tree of leaves that consist of these blocks."""

@@ -17,6 +17,10 @@ from .dealing import Deal
 from .explicit import specs_after, specs_of
 from .placement import Names, Placement, explicit_sizes, mesh_of, names_of, spec
 
+PACKED = 2**18
+"""The most elements of a part that is copied to share an exchange: one megabyte in float32. With large
+ones XLA for TPU takes 40 % more temporary memory (Shampoo, 1.2 billion parameters on v5e:4x4)."""
+
 
 class Cut(Protocol):
     """How a leaf is cut into the parts that are processed."""
@@ -90,6 +94,18 @@ def move_in(x: jax.Array, placement: Placement) -> jax.Array:
     for name, source, target in placement.moves:
         x = _moved(x, name, source, target, placement)
     return x
+
+
+def move_in_together(leaves: Sequence[jax.Array], placement: Placement) -> list[jax.Array]:
+    """`move_in` of leaves with one placement, each once: small ones of one dtype in one exchange."""
+    given = list({id(x): x for x in leaves}.values())
+    is_small = len(given) > 1 and leaves[0].size <= PACKED
+    if is_small and len({x.dtype for x in given}) == 1 and placement.sends_in:
+        moved = [*jax.vmap(lambda x: move_in(x, placement))(jnp.stack(given))]
+    else:
+        moved = [move_in(x, placement) for x in given]
+    by_leaf = dict(zip(map(id, given), moved, strict=True))
+    return [by_leaf[id(x)] for x in leaves]
 
 
 def move_out(x: jax.Array, placement: Placement) -> jax.Array:

@@ -52,6 +52,11 @@ class Placement:
         return math.prod(self.sizes[move.name] for move in self.moves if move.target is None)
 
     @property
+    def sends_in(self) -> bool:
+        """Whether devices send anything to bring the leaf in; a share of what all have takes nothing."""
+        return any(move.source is not None for move in self.moves)
+
+    @property
     def cut(self) -> frozenset[str]:
         """The mesh axes along which devices have different blocks."""
         return frozenset(name for axis in self.inside for name in axis) - frozenset(self.summed)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from ....core.paths import path_string
-from ..mesh.exchange import move_in, move_out, zeros
+from ..mesh.exchange import move_in_together, move_out, zeros
 from ..mesh.placement import WHOLE, Names, Placement, explicit_sizes, mesh_of, names_of, place
 from ..mesh.shards import flat_axes, reshape
 from .blocks import BlockGrid, Blocks, block_grid
@@ -73,10 +73,12 @@ class Blocking:
         names = cut[self._batch_axes[0]] if cut else ()
         return self.batches[0][0] * self.placement.parts(names), names
 
+    def moved_in(self, leaves: Sequence[jax.Array]) -> Sequence[jax.Array]:
+        """The leaf's part on one device, and others like it, where they are cut into blocks."""
+        return move_in_together(leaves, self.placement) if self.is_local else leaves
+
     def to_blocks(self, leaf: jax.Array) -> list[jax.Array]:
-        """One array `[*batch, *counts, *sizes]` for each tensor of the leaf."""
-        if self.is_local:
-            leaf = move_in(leaf, self.placement)
+        """One array `[*batch, *counts, *sizes]` for each tensor of the leaf, after `moved_in`."""
         pieces = (leaf[None],) if self.layout is None else self.layout.to_matrices(leaf)
         found = [grid.to_blocks(piece) for grid, piece in zip(self.grids, pieces, strict=True)]
         return [
