@@ -1,6 +1,7 @@
 """The origin of a run: optimizer, configuration, text, versions, machine; written when it starts."""
 
 import datetime
+import functools
 import json
 import platform
 import subprocess
@@ -93,6 +94,7 @@ def provenance() -> dict[str, Any]:
     }
 
 
+@functools.cache  # the code that runs is that of its start
 def _git_revision() -> str | None:
     """The revision of the checkout this package lies in; ``None`` for an installed wheel."""
     here = Path(__file__).parents[2]
