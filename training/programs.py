@@ -17,8 +17,8 @@ from .cost import Cost, cost_of
 from .placed import Placed
 from .step import TrainState, make_train_step
 
-HELD = 2
-"""Programs at a time: the one in use and the one before it, to which a roll-back may return."""
+KEPT = 8
+"""Programs kept: for the next of several seeds, and sizes of batch to which a roll-back may return."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,34 +52,34 @@ class Programs:
     def __init__(self, run: RunConfig, placed: Placed, rows: NamedSharding):
         self._run, self._placed, self._rows = run, placed, rows
         self._parts = run.batch_size // rows.shard_shape((run.batch_size,))[0]
-        self._programs: dict[int, Program] = {}
+        self._current: tuple[int, Program] | None = None
         self.seconds = 0.0  # of tracing and compiling
 
-    def has(self, size: int) -> bool:
-        """Whether this one need not be compiled."""
-        return size in self._programs
+    def in_use(self, size: int) -> bool:
+        """Whether the program of the last batch was for this size."""
+        return self._current is not None and self._current[0] == size
 
     def of(self, size: int, state: TrainState) -> Program:
         """The program for batches of this size."""
-        if size not in self._programs:
-            started, run = time.perf_counter(), self._run
-            self._programs[size] = _program(
-                self._placed,
-                jax.tree.structure(state),
-                tuple(_shape_of(leaf) for leaf in jax.tree.leaves(state)),
-                (size, run.model.context + 1),
-                self._rows,
-                micro_batches=run.micro_batches_of(size, self._parts),
-                z_loss=run.z_loss,
-                monitor_every=run.monitor_every,
-                attention_logits=bool(run.qk_clip or run.monitor_every),
-                fused=run.fused,
-                noise_scale_every=run.noise_scale_every,
-            )
-            for other in list(self._programs)[:-HELD]:
-                del self._programs[other]
-            self.seconds += time.perf_counter() - started
-        return self._programs[size]
+        if self._current and self.in_use(size):
+            return self._current[1]
+        started, run = time.perf_counter(), self._run
+        program = _program(
+            self._placed,
+            jax.tree.structure(state),
+            tuple(_shape_of(leaf) for leaf in jax.tree.leaves(state)),
+            (size, run.model.context + 1),
+            self._rows,
+            micro_batches=run.micro_batches_of(size, self._parts),
+            z_loss=run.z_loss,
+            monitor_every=run.monitor_every,
+            attention_logits=bool(run.qk_clip or run.monitor_every),
+            fused=run.fused,
+            noise_scale_every=run.noise_scale_every,
+        )
+        self._current = size, program
+        self.seconds += time.perf_counter() - started
+        return program
 
 
 def _shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -88,7 +88,7 @@ def _shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
     )
 
 
-@functools.lru_cache(maxsize=HELD)
+@functools.lru_cache(maxsize=KEPT)
 def _program(
     placed: Placed, structure: Any, leaves: tuple[Any, ...], shape: Any, rows: Any, **settings: Any
 ) -> Program:

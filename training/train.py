@@ -157,7 +157,7 @@ def _train(
         while done < run.updates:
             # One step.
             size = run.batch_sizes.at(done)
-            if not programs.has(size):
+            if not programs.in_use(size):
                 jax.block_until_ready(state)  # the step before is training still
                 clock.stop()
             program = program_of(size, state)
