@@ -11,7 +11,7 @@ import ravine
 from orbax.checkpoint import v1 as ocp
 from ravine.stability import finite_gate, guarded_step, skip_step
 
-from .tolerances import HALF, double, furthest
+from .tolerances import HALF, UNIT, double, furthest
 
 STEPS = 30
 WARMUP, PATIENCE, WINDOW = 4, 12, 16
@@ -254,7 +254,8 @@ def test_schedules_go_on_while_steps_are_skipped(build, wrap):
         expected = [made] if build is ravine.adamw else []
         assert counts == expected + [step + 1] * (len(counts) - len(expected))
     expected = np.where(np.isin(np.arange(10), (3, 4, 7)), 0.0, rates)
-    np.testing.assert_allclose(used, expected, rtol=1e-3)
+    # A rounding for each of the four operations of the moments, at each of the ten steps.
+    np.testing.assert_allclose(used, expected, rtol=40 * UNIT)
 
 
 def test_a_skipped_micro_step_is_not_counted_by_accumulate():
@@ -310,7 +311,8 @@ def test_low_precision_gradients_and_extra_arguments_pass(dtype):
     updates, state = tx.update(grads, tx.init(grads), grads, loss=1.0, curvature=2.0)
     assert seen == [["curvature", "loss"]]
     assert updates.dtype == dtype
-    assert float(state.norms.values[0]) == pytest.approx(300 * 1000**0.5, rel=1e-3)
+    # A rounding for each of the 1000 squares added, which the root halves.
+    assert float(state.norms.values[0]) == pytest.approx(300 * 1000**0.5, rel=500 * UNIT)
 
 
 @pytest.mark.parametrize(

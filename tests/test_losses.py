@@ -20,6 +20,8 @@ from ravine.stability import (
 )
 from ravine.training.plan.collectives import collectives
 
+from .tolerances import UNIT
+
 EVERYTHING = {"z_loss": 1e-2, "cap": 3.0, "label_smoothing": 0.1}
 OPTIONS = {
     "plain": {},
@@ -222,7 +224,8 @@ def test_extreme_logits_are_finite(dtype):
     (total, parts), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(logits)
     low = float(logits[1, 0])
     expected = [0.0, math.log(3), math.log(1 + math.exp(-1))]
-    np.testing.assert_allclose(parts.loss, expected, rtol=1e-3, atol=2e-3)
+    # A loss is the difference of two numbers of up to 1e4, each rounded.
+    np.testing.assert_allclose(parts.loss, expected, rtol=8 * UNIT, atol=2e4 * UNIT)
     np.testing.assert_allclose(parts.log_normalizer[1], low + math.log(3), rtol=1e-6)
     assert bool(jnp.isfinite(total))
     assert bool(jnp.all(jnp.isfinite(grads)))
