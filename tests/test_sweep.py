@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from ravine.optimizers.registry import OptimizerConfig
 from ravine.training.cli import main
+from ravine.training.compare import trial
 from ravine.training.compare.entrants import Entrant, tuned_table
 from ravine.training.compare.space import MIDDLE, RATES, Point, points
 from ravine.training.compare.sweep import TRIALS, derived, read_trials
@@ -55,6 +56,19 @@ def test_a_trial_has_the_trainers_own_loss(name, tmp_path):
     # 12 steps of a loss near 5 nats, float32 sums over 16 to 64 numbers: 12 * 5 * 64 * 6e-8 = 2e-4.
     assert found == pytest.approx(outcome.final_loss, abs=2e-4)
     assert abs(found - math.log(256)) > 0.05  # it has learned
+
+
+def test_seeds_share_a_program(monkeypatch):
+    corpus = load_corpus((TEXT,)).for_tuning()
+    traced, make = [], trial.make_train_step
+    monkeypatch.setattr(trial, "make_train_step", lambda *a, **k: traced.append(1) or make(*a, **k))
+    point = Point(0.1, 0.0, 0.0, OptimizerConfig("sgd"))
+    trials = Trials(RUN, corpus)
+    other = trials.with_seed(8)
+    losses = [of.loss(point, 4) for of in (trials, other, trials)]
+    assert len(traced) == 1
+    assert losses[0] == losses[2] != losses[1]
+    assert losses[1] == Trials(dataclasses.replace(RUN, seed=8), corpus).loss(point, 4)
 
 
 def test_a_diverged_trial_is_infinite_and_null_in_the_file(tmp_path):

@@ -89,9 +89,9 @@ class Runs:
 
     @functools.cache  # noqa: B019 - as long-lived as its command
     def _trials(self, repeat: int) -> Trials:
-        return self._make(
-            dataclasses.replace(self._run, seed=self._run.seed + repeat), self._corpus
-        )
+        if repeat:
+            return self._trials(0).with_seed(self._run.seed + repeat)
+        return self._make(self._run, self._corpus)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """A trial: one short training run whose hyperparameters are arguments of a program compiled once."""
 
+import copy
 import dataclasses
 import functools
 import math
@@ -39,10 +40,21 @@ class Trials:
 
     def __init__(self, run: RunConfig, corpus: Corpus):
         self._run, self._corpus = run, corpus
-        self._graphdef, self._start = init_params(run.model, run.seed)
-        sizes: Any = {"batch_size": run.batch_size, "context": run.model.context}
-        self._heldout = jnp.asarray(heldout_batches(corpus, batches=run.eval_batches, **sizes))
-        self._batches = lambda: train_batches(corpus, seed=run.seed, **sizes)
+        self._sizes: Any = {"batch_size": run.batch_size, "context": run.model.context}
+        batches = heldout_batches(corpus, batches=run.eval_batches, **self._sizes)
+        self._heldout = jnp.asarray(batches)
+        self._programs = functools.cache(self._compiled)
+        self._seed(run.seed)
+
+    def with_seed(self, seed: int) -> "Trials":
+        """These trials with another seed, and the same programs."""
+        other = copy.copy(self)
+        other._seed(seed)
+        return other
+
+    def _seed(self, seed: int) -> None:
+        self._graphdef, self._start = init_params(self._run.model, seed)
+        self._batches = lambda: train_batches(self._corpus, seed=seed, **self._sizes)
 
     def loss(self, point: Point, steps: int) -> float:
         """Held-out loss at the end of a whole schedule of this many steps; infinite if it diverged."""
@@ -75,8 +87,7 @@ class Trials:
             given |= {"weight_decay": decay, "weight_decay_mask": mask_by_role(DECAYED)}
         return rest.build(rate, **given)
 
-    @functools.cache  # noqa: B019 - as long-lived as its sweep
-    def _programs(self, rest: OptimizerConfig) -> tuple[Any, Any]:
+    def _compiled(self, rest: OptimizerConfig) -> tuple[Any, Any]:
         def build(rate: Any, numbers: dict[str, Any]) -> optax.GradientTransformation:
             given = dict(numbers)
             tx = self._update(rest, rate, given, given.pop("weight_decay"))
