@@ -4,7 +4,6 @@ import gc
 import importlib.metadata
 import math
 import os
-import sys
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -50,8 +49,6 @@ def forget():
     """What a file has compiled is of no use to the next, and grows to gigabytes."""
     yield
     jax.clear_caches()
-    if programs := sys.modules.get("ravine.training.programs"):
-        programs._program.cache_clear()
 
 
 @pytest.fixture

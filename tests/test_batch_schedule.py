@@ -48,7 +48,7 @@ def train(corpus, folder, stop=None, **options):
 
 
 def test_a_ramp_that_is_interrupted_is_the_one_that_is_not(corpus, tmp_path, monkeypatch):
-    sizes, costs, make, cost_of = [], [], programs.make_train_step, programs.cost_of
+    sizes, costs, make, cost_of = [], [], programs.make_train_step, loop.cost_of
 
     def counted(graphdef, tx, micro_batches, **options):
         step = make(graphdef, tx, micro_batches, **options)
@@ -64,8 +64,9 @@ def test_a_ramp_that_is_interrupted_is_the_one_that_is_not(corpus, tmp_path, mon
         costs.append(cost_of(*args))
         return costs[-1]
 
+    programs._step.cache_clear()
     monkeypatch.setattr(programs, "make_train_step", counted)
-    monkeypatch.setattr(programs, "cost_of", priced)
+    monkeypatch.setattr(loop, "cost_of", priced)
     options = {"steps": 4, "batches": RAMP, "checkpoint_every": 1, "log_every": 1}
     # Time stops for a program once the step before is done.
     events, stop, wait = [], loop.Clock.stop, jax.block_until_ready

@@ -84,7 +84,7 @@ def test_a_train_step_that_is_compiled_here():
         ("olmo2-7b", "norms over all queries and keys"),
     ],
 )
-def test_a_model_that_the_trainer_lacks_is_named(name, culprit):
+def test_a_model_that_the_trainer_cannot_build_is_refused(name, culprit):
     with pytest.raises(ValueError, match=f"{name} has .*{culprit}.*leave out --train-step"):
         trainer_model(name, PRESETS[name])
 

@@ -16,7 +16,10 @@ from ravine.training.config import RunConfig
 from ravine.training.identity import to_json
 from ravine.training.metrics import Clock, Metrics, Rates
 from ravine.training.model import ModelConfig
+from ravine.training.placed import place
+from ravine.training.programs import Programs
 from ravine.training.run.outcome import Outcome
+from ravine.training.sharding import batch_sharding, build_mesh
 from ravine.training.step import init_params, init_state, make_loss, make_train_step
 
 from .short_race import records
@@ -43,6 +46,23 @@ def test_records_are_the_same_however_many_are_fetched_at_a_time(corpus, tmp_pat
     ]
     assert runs[0] == runs[1] == runs[2]
     assert [r["step"] for r in runs[0]] == [0, 1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 10, 11]
+
+
+def test_programs_follow_the_settings_of_jax():
+    """Not that of an earlier run, which had another default precision of products."""
+    (entrant,) = line_up("sgd")
+    run, mesh = RunConfig(**SMALL), build_mesh()
+    placed = place(MODEL, entrant.build(run), mesh)
+    rows = batch_sharding(mesh, run.batch_size)
+    found = []
+    with jax.set_mesh(mesh):
+        state = placed.init(0)
+        for precision in ("default", "highest", "default"):
+            with jax.default_matmul_precision(precision):
+                traced, _ = Programs(run, placed, rows).of(run.batch_size, state)
+            found.append(str(traced.jaxpr).count("HIGHEST"))
+    plain, precise, again = found
+    assert precise > plain == again
 
 
 def test_the_host_is_one_step_behind_and_fetches_all_at_once(monkeypatch):

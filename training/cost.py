@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from .model_config import ModelConfig
+from .placed import REMEMBERED, Placed
 from .plan.chips import chip_of
 from .plan.cost import bytes_per_device
 from .plan.flops import arithmetic
@@ -60,18 +60,11 @@ class Cost:
         return (self.step_flop - self.optimizer_flop) / (seconds * chip.products[dtype])
 
 
-def cost_of(
-    model: ModelConfig,
-    tx: optax.GradientTransformation,
-    state: TrainState,
-    traced: Any,
-    compiled: Any,
-) -> Cost:
+def cost_of(placed: Placed, state: TrainState, traced: Any, compiled: Any) -> Cost:
     """The cost of a step.
 
     Args:
-      model: whose step it is.
-      tx: its optimizer.
+      placed: the model and its optimizer.
       state: arrays or their shapes.
       traced: ``jax.jit(step).trace(state, batch)``.
       compiled: ``traced.lower().compile()``.
@@ -80,9 +73,8 @@ def cost_of(
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
     )
-    update = functools.partial(optax.with_extra_args_support(tx).update, **unmeasured(model))
     alone = arithmetic(
-        jax.jit(update).trace(shapes.params, shapes.opt_state, shapes.params), devices
+        _update(placed).trace(shapes.params, shapes.opt_state, shapes.params), devices
     )
     whole, memory = arithmetic(traced, devices), compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes
@@ -93,3 +85,9 @@ def cost_of(
         held - memory.alias_size_in_bytes + memory.temp_size_in_bytes,
         bytes_per_device(shapes.opt_state),
     )
+
+
+@functools.lru_cache(maxsize=REMEMBERED)
+def _update(placed: Placed) -> Any:
+    tx = optax.with_extra_args_support(placed.tx)
+    return jax.jit(functools.partial(tx.update, **unmeasured(placed.model)))

@@ -16,13 +16,13 @@ from .model_config import ModelConfig
 from .sharding import check_context, parameter_shardings
 from .step import TrainState, init_state, model_graph, parameters
 
-KEPT = 8
-"""Placements remembered: a run that is like one of the last eight traces nothing anew."""
+REMEMBERED = 8
+"""How many of the last placements, and of their steps, are not made again for the next run like them."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Placed:
-    """What `place` returns, the same object for the same arguments, by which programs are kept.
+    """What `place` returns, the same object for the same arguments.
 
     Attributes:
       model: the model.
@@ -54,7 +54,7 @@ class Placed:
         )
 
 
-@functools.lru_cache(maxsize=KEPT)
+@functools.lru_cache(maxsize=REMEMBERED)
 def place(model: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh) -> Placed:
     """The optimizer for a model on a mesh, and the shardings of its state; nothing is computed.
 

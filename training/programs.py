@@ -1,6 +1,5 @@
 """The step as XLA compiles it: one program for each size of batch."""
 
-import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -13,35 +12,16 @@ from jax.sharding import NamedSharding
 from ..core.transformation import states_of
 from ..stability import FiniteGateState, SkipStepState, monitored, noise_scale
 from .config import RunConfig
-from .cost import Cost, cost_of
-from .placed import Placed
+from .placed import REMEMBERED, Placed
 from .step import TrainState, make_train_step
-
-KEPT = 8
-"""Programs kept: for the next of several seeds, and sizes of batch to which a roll-back may return."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Program:
-    """``state, metrics, sampled = program.compiled(state, batch)``, which donates `state`."""
-
-    placed: Placed
-    state: TrainState
-    """Its shapes."""
-    traced: Any
-    compiled: Any
-
-    @functools.cached_property
-    def cost(self) -> Cost:
-        """Of a step."""
-        placed = self.placed
-        return cost_of(placed.model, placed.tx, self.state, self.traced, self.compiled)
 
 
 class Programs:
-    """``program = programs.of(size, state)``, compiled when a batch of its size first comes.
+    """``traced, program = programs.of(size, state)``, and then
+    ``state, metrics, sampled = program(state, batch)``, which donates `state`.
 
-    A run like the last, as the next of several seeds, is given the same program.
+    A program is compiled when a batch of its size first comes, and JAX keeps it: the next run of the
+    same step, as with another seed, is given it again.
 
     Args:
       run: which steps.
@@ -52,57 +32,44 @@ class Programs:
     def __init__(self, run: RunConfig, placed: Placed, rows: NamedSharding):
         self._run, self._placed, self._rows = run, placed, rows
         self._parts = run.batch_size // rows.shard_shape((run.batch_size,))[0]
-        self._current: tuple[int, Program] | None = None
+        self._size, self._program = 0, (None, None)
         self.seconds = 0.0  # of tracing and compiling
 
     def in_use(self, size: int) -> bool:
         """Whether the program of the last batch was for this size."""
-        return self._current is not None and self._current[0] == size
+        return size == self._size
 
-    def of(self, size: int, state: TrainState) -> Program:
-        """The program for batches of this size."""
-        if self._current and self.in_use(size):
-            return self._current[1]
-        started, run = time.perf_counter(), self._run
-        program = _program(
-            self._placed,
-            jax.tree.structure(state),
-            tuple(_shape_of(leaf) for leaf in jax.tree.leaves(state)),
-            (size, run.model.context + 1),
-            self._rows,
-            micro_batches=run.micro_batches_of(size, self._parts),
-            z_loss=run.z_loss,
-            monitor_every=run.monitor_every,
-            attention_logits=bool(run.qk_clip or run.monitor_every),
-            fused=run.fused,
-            noise_scale_every=run.noise_scale_every,
-        )
-        self._current = size, program
-        self.seconds += time.perf_counter() - started
-        return program
+    def of(self, size: int, state: TrainState) -> tuple[Any, Any]:
+        """The trace of the program for batches of this size, and the program."""
+        if not self.in_use(size):
+            started, run = time.perf_counter(), self._run
+            shape = (size, run.model.context + 1)
+            batch = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._rows)
+            step = _step(
+                self._placed,
+                micro_batches=run.micro_batches_of(size, self._parts),
+                z_loss=run.z_loss,
+                monitor_every=run.monitor_every,
+                attention_logits=bool(run.qk_clip or run.monitor_every),
+                fused=run.fused,
+                noise_scale_every=run.noise_scale_every,
+            )
+            traced = step.trace(state, batch)
+            self._size, self._program = size, (traced, traced.lower().compile())
+            self.seconds += time.perf_counter() - started
+        return self._program
 
 
-def _shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(
-        leaf.shape, leaf.dtype, sharding=leaf.sharding, weak_type=leaf.weak_type
-    )
-
-
-@functools.lru_cache(maxsize=KEPT)
-def _program(
-    placed: Placed, structure: Any, leaves: tuple[Any, ...], shape: Any, rows: Any, **settings: Any
-) -> Program:
-    state = jax.tree.unflatten(structure, leaves)
-    step = make_train_step(placed.graphdef, placed.tx, **settings)
+@functools.lru_cache(maxsize=REMEMBERED)
+def _step(placed: Placed, **settings: Any) -> Any:
+    """The jitted step, the same function for the same arguments, by which JAX knows its programs."""
     every = settings["monitor_every"], settings["noise_scale_every"]
     shardings = placed.shardings
-    program = jax.jit(
-        _telling(step, *every),
+    return jax.jit(
+        _telling(make_train_step(placed.graphdef, placed.tx, **settings), *every),
         donate_argnums=0,
         out_shardings=(shardings, shardings.step, shardings.step),
     )
-    traced = program.trace(state, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows))
-    return Program(placed, state, traced, traced.lower().compile())
 
 
 def guard_of(opt_state: Any) -> SkipStepState | FiniteGateState | None:

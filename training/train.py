@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from .batch_schedule import CONSTANT
 from .checkpoint import Checkpoints, Origin
 from .config import RunConfig
+from .cost import cost_of
 from .data.batches import train_batches, train_rows
 from .data.corpus import Corpus
 from .data.taking import Batches, OfManySizes, OfOneSize
@@ -142,11 +143,12 @@ def _train(
 
         def program_of(size: int, state: TrainState) -> Any:
             nonlocal largest
-            program = programs.of(size, state)
+            traced, compiled = programs.of(size, state)
             outcome.compile_seconds = programs.seconds
             if size > largest:  # what a step costs at most
-                outcome.cost, largest = dataclasses.asdict(program.cost), size
-            return program.compiled
+                cost = cost_of(placed, state, traced, compiled)
+                outcome.cost, largest = dataclasses.asdict(cost), size
+            return compiled
 
         program_of(run.batch_sizes.at(done), state)
         interrupts.check()

@@ -25,7 +25,7 @@ from ..words import parse_numbers
 UNBUILT: dict[str, Any] = {"seed": 0, "data": (), "eval_every": 1, "checkpoint_every": 0} | {
     field.name: field.default for field in dataclasses.fields(RunConfig) if "free" in field.metadata
 }
-"""Settings of a run in which its optimizer has no share."""
+"""Settings of a run on which its optimizer does not depend, each at one value."""
 
 DECAYED = ("matrix", "embedding", "head")
 
@@ -70,8 +70,8 @@ class Entrant:
     def build(self, run: RunConfig) -> optax.GradientTransformation:
         """Clipping, the optimizer as the run has it, QK-clip; a guard and monitors around them.
 
-        It is the same object for runs that differ in what it does not depend on, such as their
-        seed, so that they share their programs.
+        It is the same object for runs that differ only in settings that it does not depend on, such as
+        the seed: they share their programs.
         """
         run = dataclasses.replace(self.adapted(run), **UNBUILT)
         return _built(dataclasses.replace(self, trials=0, repeat=0), run)

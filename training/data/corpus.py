@@ -258,12 +258,9 @@ def _text(path: Path) -> bytes | None:
             if b"\0" in content:  # no need to read gigabytes to find out
                 return None
             content += file.read()
-        content.decode()
-    except UnicodeDecodeError:
-        return None
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; make it readable or leave it out.") from error
-    return None if b"\0" in content else content
+    return content if _is_text(content) else None
 
 
 def _size(path: Path) -> int:
