@@ -77,8 +77,13 @@ class RunConfig:
     seed: int = 0
     """Of the initial parameters and the order of the data."""
     data: tuple[Path, ...] = dataclasses.field(default=(), metadata=EXTENDS)
-    """Text files or folders, gs:// and s3:// too, or a uint16 .bin; by default this Python's own
+    """Text files or folders, gs:// and s3:// too, or uint16 .bin files; by default this Python's own
     standard library."""
+    heldout_data: tuple[Path, ...] = dataclasses.field(default=(), metadata={**LATER, **EXTENDS})
+    """With data in .bin files, those that are held out: evaluations take them from the first token on,
+    and nothing is split off the others."""
+    order: Literal["shuffled", "stored"] = dataclasses.field(default="shuffled", metadata=LATER)
+    """Of training windows: shuffled by the seed, or as stored, of each .bin whole batches only."""
     bpe: int = dataclasses.field(default=0, metadata=LATER)
     """Size of a byte-pair encoding that is trained on the training text; 0 for bytes. It needs
     tokenizers."""

@@ -244,7 +244,9 @@ def _batches(run: RunConfig, corpus: Corpus, shards: tuple[int, ...], shard_coun
     """This process's rows of every batch."""
     context, seed = run.model.context, run.seed
     if run.batches != CONSTANT:
-        rows = train_rows(corpus, context=context, seed=seed)
+        rows = train_rows(
+            corpus, context=context, seed=seed, order=run.order, batch_size=run.batch_size
+        )
         return OfManySizes(rows, run.batch_size, shards, shard_count)
     iterator = train_batches(
         corpus,
@@ -254,6 +256,7 @@ def _batches(run: RunConfig, corpus: Corpus, shards: tuple[int, ...], shard_coun
         shards=shards,
         shard_count=shard_count,
         read_threads=run.read_threads,
+        order=run.order,
     )
     return OfOneSize(iterator, run.batch_size)
 

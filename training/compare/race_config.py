@@ -77,7 +77,7 @@ def buildable(
             f"attention cudnn needs an NVIDIA GPU, not {jax.default_backend()}; take xla or plain."
         )
     sizes: Any = {"batch_size": run.batch_size, "context": run.model.context}
-    train_batches(corpus, seed=run.seed, **sizes)
+    train_batches(corpus, seed=run.seed, order=run.order, **sizes)
     heldout_batches(corpus, batches=run.eval_batches, **sizes)
     rows = batch_sharding(mesh, run.batch_size)
     parts = run.batch_size // rows.shard_shape((run.batch_size,))[0]
@@ -119,7 +119,7 @@ def out_folder(config: RaceConfig) -> Path:
 
 def check_data(config: RaceConfig, out: Path) -> None:
     """Refuses a text in the folder that is to be cleared."""
-    for path in config.run.data:
+    for path in (*config.run.data, *config.run.heldout_data):
         if config.overwrite and not url_of(path) and path.resolve().is_relative_to(out.resolve()):
             raise ValueError(f"{path} lies in {out}, which --overwrite clears; give another --out.")
 

@@ -54,7 +54,8 @@ class Trials:
 
     def _seed(self, seed: int) -> None:
         self._graphdef, self._start = init_params(self._run.model, seed)
-        self._batches = lambda: train_batches(self._corpus, seed=seed, **self._sizes)
+        order: Any = {"order": self._run.order}
+        self._batches = lambda: train_batches(self._corpus, seed=seed, **order, **self._sizes)
 
     def loss(self, point: Point, steps: int) -> float:
         """Held-out loss at the end of a whole schedule of this many steps; infinite if it diverged."""

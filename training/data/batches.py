@@ -17,9 +17,11 @@ The second writes one file per process and requires as many processes again. The
 all of them: kept with the parameters, it lets a run continue on another number of processes.
 """
 
+import bisect
 import hashlib
+import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import grain
 import numpy as np
@@ -28,6 +30,9 @@ from .corpus import Corpus, load_corpus
 from .taking import Rows
 
 __all__ = ["Corpus", "heldout_batches", "load_corpus", "train_batches", "train_rows"]
+
+
+Order = Literal["shuffled", "stored"]
 
 
 def train_batches(
@@ -39,6 +44,7 @@ def train_batches(
     shards: Sequence[int] = (0,),
     shard_count: int = 1,
     read_threads: int = 0,
+    order: Order = "shuffled",
 ) -> grain.DatasetIterator[np.ndarray]:
     """An endless iterator over batches of training windows, in a new order every epoch.
 
@@ -60,6 +66,8 @@ def train_batches(
       read_threads: threads that read ahead, two batches each. 0, the default, reads when asked,
         which costs less than starting threads as long as the tokens lie in memory; a few help where
         a `.bin` lies on a slow disk. The batches and the state are the same.
+      order: ``"shuffled"``, or ``"stored"``: windows as they stand in the files, whatever the seed, and
+        of each file only whole batches.
 
     Returns:
       A Grain iterator over int32 arrays, [rows, context + 1], the rows of all `shards`: inputs are
@@ -76,7 +84,8 @@ def train_batches(
     """
     _check_positive(batch_size=batch_size, context=context, shard_count=shard_count)
     _check_shards(batch_size, shards, shard_count)
-    blocks = _ordered(corpus, context, seed).batch(batch_size // shard_count, drop_remainder=True)
+    ordered = _ordered(corpus, context, seed, order, batch_size)
+    blocks = ordered.batch(batch_size // shard_count, drop_remainder=True)
 
     def local(step: int) -> np.ndarray:
         corpus.check_unchanged()
@@ -88,10 +97,12 @@ def train_batches(
     return iter(steps.to_iter_dataset(options))
 
 
-def train_rows(corpus: Corpus, *, context: int, seed: int) -> Rows:
+def train_rows(
+    corpus: Corpus, *, context: int, seed: int, order: Order = "shuffled", batch_size: int = 1
+) -> Rows:
     """The examples that `train_batches` puts into batches: from their numbers to them, stacked."""
     _check_positive(context=context)
-    ordered = _ordered(corpus, context, seed)
+    ordered = _ordered(corpus, context, seed, order, batch_size)
 
     def rows(numbers: Sequence[int]) -> np.ndarray:
         corpus.check_unchanged()
@@ -101,12 +112,19 @@ def train_rows(corpus: Corpus, *, context: int, seed: int) -> Rows:
     return rows
 
 
-def _ordered(corpus: Corpus, context: int, seed: int) -> grain.MapDataset:
-    """Windows without end, in a new order every epoch."""
-    windows = _Windows(corpus.train, context, corpus.vocabulary)
+def _ordered(
+    corpus: Corpus, context: int, seed: int, order: Order, batch_size: int
+) -> grain.MapDataset:
+    """Windows without end, shuffled in a new order every epoch."""
+    stored = order == "stored"
+    windows = _Windows(
+        corpus.shards, context, corpus.vocabulary, multiple=batch_size if stored else 1
+    )
     if not len(windows):
-        raise ValueError(_too_short(corpus, "training", len(corpus.train), context + 1))
-    return grain.MapDataset.source(windows).shuffle(seed=_spread(seed)).repeat()
+        needed = (batch_size if stored else 1) * context + 1
+        raise ValueError(_too_short(corpus, "training", sum(map(len, corpus.shards)), needed))
+    source = grain.MapDataset.source(windows)
+    return (source if stored else source.shuffle(seed=_spread(seed))).repeat()
 
 
 def heldout_batches(
@@ -119,6 +137,8 @@ def heldout_batches(
     shard_count: int = 1,
 ) -> np.ndarray:
     """Windows of the held-out tokens, evenly spread over them: the same in every run.
+
+    Of held-out tokens that were given as such, windows from the first on, in order.
 
     Args:
       corpus: what `load_corpus` returned.
@@ -142,7 +162,7 @@ def heldout_batches(
     """
     _check_positive(batch_size=batch_size, context=context, batches=batches)
     _check_shards(batch_size, shards, shard_count)
-    windows = _Windows(corpus.heldout, context, corpus.vocabulary)
+    windows = _Windows((corpus.heldout,), context, corpus.vocabulary)
     count = min(batches, len(windows) // batch_size)
     if not count:
         needed = batch_size * context + 1
@@ -150,22 +170,31 @@ def heldout_batches(
     rows = count * batch_size
     corpus.check_unchanged()
     local = np.arange(rows).reshape(count, shard_count, -1)[:, list(shards)].reshape(count, -1)
-    picked = np.stack([windows[row * len(windows) // rows] for row in local.ravel().tolist()])
+    apart = rows if corpus.fixed else len(windows)
+    picked = np.stack([windows[row * apart // rows] for row in local.ravel().tolist()])
     return picked.reshape(*local.shape, context + 1)
 
 
 class _Windows:
-    """Random access to the windows of an array of tokens, as Grain reads its sources."""
+    """Random access to the windows of arrays of tokens, as Grain reads its sources.
 
-    def __init__(self, tokens: np.ndarray, context: int, vocabulary: int):
-        self._tokens, self._context, self._vocabulary = tokens, context, vocabulary
+    Of each array a multiple of so many windows counts.
+    """
+
+    def __init__(
+        self, shards: Sequence[np.ndarray], context: int, vocabulary: int, multiple: int = 1
+    ):
+        self._shards, self._context, self._vocabulary = shards, context, vocabulary
+        counts = [max(0, len(tokens) - 1) // context // multiple * multiple for tokens in shards]
+        self._ends = list(itertools.accumulate(counts))
 
     def __len__(self) -> int:
-        return max(0, len(self._tokens) - 1) // self._context
+        return self._ends[-1]
 
     def __getitem__(self, index: int) -> np.ndarray:
-        start = index * self._context
-        window = self._tokens[start : start + self._context + 1].astype(np.int32)
+        shard = bisect.bisect_right(self._ends, index)
+        start = (index - (self._ends[shard - 1] if shard else 0)) * self._context
+        window = self._shards[shard][start : start + self._context + 1].astype(np.int32)
         if window.max() >= self._vocabulary:
             raise ValueError(
                 f"token {window.max()} of the corpus is outside its vocabulary of "

@@ -33,8 +33,8 @@ def corpus_of(asked: RunConfig, vocabulary: int | None = None) -> Corpus:
         raise ValueError(
             f"a tokenizer has its own vocabulary, not {vocabulary}; leave --vocabulary out."
         )
-    corpus = load_corpus(asked.data, vocabulary=vocabulary)
-    of_bytes = corpus.file is None
+    corpus = load_corpus(asked.data, vocabulary=vocabulary, heldout=asked.heldout_data)
+    of_bytes = not corpus.files
     if tokenized and not of_bytes:
         raise ValueError(f"{asked.data[0]} holds tokens already; leave --bpe and --tokenizer out.")
     if asked.bytes_per_token:

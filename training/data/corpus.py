@@ -20,12 +20,12 @@ import numpy as np
 
 from ..run.folder import is_race
 from .buckets import read_texts, url_of
+from .shards import Stamp, inspected, stamp_of, tokens_of
 
 _HELDOUT_EVERY = 20  # one file in so many, by hash: 5 %
 _FEWEST_FILES = 20  # below this, whole files are too coarse a split
 _HELDOUT_SHARES = (0.01, 0.20)  # beyond these, a few large files have made it lopsided
 _TAIL_PART = 10  # then the last tenth of the tokens is held out instead
-_BLOCK, _MOST_BLOCKS = 1 << 20, 64  # of a .bin: up to 64 Mi tokens (128 MB) are inspected
 
 _LIBRARY_SUFFIXES = (".py", ".txt", ".rst")
 _HIDDEN = (".", "__pycache__")  # how names that are passed over begin
@@ -43,16 +43,18 @@ class Corpus:
 
     Attributes:
       train: the training tokens, [N], uint8 (bytes), uint16 (.bin, memory-mapped, read-only), or of
-        a tokenizer uint16 or uint32.
+        a tokenizer uint16 or uint32; of several shards, those of the first.
       heldout: the held-out tokens, [H], of the same dtype; no file is on both sides.
       vocabulary: every token lies in [0, vocabulary).
       bytes_per_token: 1.0 for bytes, None where it is unknown; it turns nats per token into bits
         per byte.
       description: one line: what it is, how many files, bytes, and what is held out.
       fingerprint: 16 hexadecimal digits of a SHA-256 over the content; equal for equal corpora.
-      file: of a .bin, which is read as it is needed: its path, and its size, time and inode when it was
-        opened.
+      files: of .bin files, which are read as they are needed: their paths, and their sizes, times and
+        inodes when they were opened.
       decode: from tokens to their text, where a tokenizer made them.
+      more: the training tokens of all shards but the first.
+      fixed: whether held-out tokens were given as such: they are used from the first on, by all.
     """
 
     train: np.ndarray = field(repr=False)
@@ -61,31 +63,44 @@ class Corpus:
     bytes_per_token: float | None
     description: str
     fingerprint: str
-    file: tuple[Path, tuple[int, int, int]] | None = field(default=None, repr=False)
+    files: tuple[tuple[Path, Stamp], ...] = field(default=(), repr=False)
     decode: Callable[[np.ndarray], str] | None = field(default=None, repr=False)
+    more: tuple[np.ndarray, ...] = field(default=(), repr=False)
+    fixed: bool = False
+
+    @property
+    def shards(self) -> tuple[np.ndarray, ...]:
+        """The training tokens of every shard."""
+        return (self.train, *self.more)
 
     def for_tuning(self) -> "Corpus":
         """With the first half of the held-out tokens only: what hyperparameters are chosen by."""
+        if self.fixed:
+            return self
         return replace(self, heldout=self.heldout[: len(self.heldout) // 2])
 
     def for_races(self) -> "Corpus":
         """With the second half of the held-out tokens only, which no choice has seen."""
+        if self.fixed:
+            return self
         return replace(self, heldout=self.heldout[len(self.heldout) // 2 :])
 
     def check_unchanged(self) -> None:
-        """Raises an `OSError` if the .bin is not what it was; reading beyond its end is fatal."""
-        if self.file is None:
-            return
-        path, stamp = self.file
-        try:
-            same = _stamp(path) == stamp
-        except OSError as error:
-            raise OSError(f"{path} disappeared while it was read ({error.strerror})") from error
-        if not same:
-            raise OSError(f"{path} has changed while it is read; a run needs its text as it was")
+        """Raises an `OSError` if a .bin is not what it was; reading beyond its end is fatal."""
+        for path, stamp in self.files:
+            try:
+                same = stamp_of(path) == stamp
+            except OSError as error:
+                raise OSError(f"{path} disappeared while it was read ({error.strerror})") from error
+            if not same:
+                raise OSError(
+                    f"{path} has changed while it is read; a run needs its text as it was"
+                )
 
 
-def load_corpus(paths: Sequence[Path] = (), *, vocabulary: int | None = None) -> Corpus:
+def load_corpus(
+    paths: Sequence[Path] = (), *, vocabulary: int | None = None, heldout: Sequence[Path] = ()
+) -> Corpus:
     """The corpus made of `paths`, or of Python's own standard library.
 
     Text files are joined in the order given, those of a directory in the order of their paths below
@@ -97,18 +112,20 @@ def load_corpus(paths: Sequence[Path] = (), *, vocabulary: int | None = None) ->
 
     Args:
       paths: UTF-8 text files, directories of them, either also in a bucket (``gs://``, ``s3://``,
-        whatever fsspec has the package for), which is read into memory; or one raw file of
-        little-endian uint16 tokens named `*.bin`, on disk. Default: the `.py`, `.txt` and `.rst`
+        whatever fsspec has the package for), which is read into memory; or files of little-endian
+        uint16 tokens named `*.bin`, on disk, see :mod:`.shards`. Default: the `.py`, `.txt` and `.rst`
         files of the running Python's standard library, about 30 MB (less where a distribution packs
         its tests separately).
       vocabulary: the number of tokens. Default: 256 for bytes; for a `.bin`, its largest token plus
         one, rounded up to a multiple of 64 (GPT-2's 50257 tokens give 50304). Of a `.bin` of more
         than 64 Mi tokens only that many, evenly spread, are inspected, for this and for the
         fingerprint; a token beyond the vocabulary is then an error when it is met.
+      heldout: `*.bin` files of held-out tokens, beside `*.bin` files; all of `paths` are then for
+        training, nothing is split off, and held-out tokens are used from the first on.
 
     Raises:
       ValueError: one line that names the file and the fix: a path missing, empty or unreadable,
-        text not UTF-8, a `.bin` of odd length or beside other files, a vocabulary too small.
+        text not UTF-8, a `.bin` that is no tokens or beside other files, a vocabulary too small.
 
     Example:
       >>> from ravine.training.data.batches import load_corpus
@@ -116,13 +133,18 @@ def load_corpus(paths: Sequence[Path] = (), *, vocabulary: int | None = None) ->
       >>> corpus.vocabulary, corpus.bytes_per_token, corpus.train.dtype.name
       (256, 1.0, 'uint8')
     """
-    paths = [Path(path) for path in paths]
-    tokens = [path.suffix == ".bin" and not (url_of(path) or os.path.isdir(path)) for path in paths]
+    paths, heldout = list(map(Path, paths)), list(map(Path, heldout))
+    tokens, given = list(map(_is_tokens, paths)), list(map(_is_tokens, heldout))
     if any(tokens):
-        if len(paths) > 1:
-            names = ", ".join(map(str, paths))
-            raise ValueError(f"{names}: a .bin must be the only path; `cat` several into one.")
-        return _tokens(paths[0], vocabulary)
+        others = [path for path, is_tokens in zip(paths, tokens, strict=True) if not is_tokens]
+        others += [path for path, is_tokens in zip(heldout, given, strict=True) if not is_tokens]
+        if others:
+            raise ValueError(f"{others[0]} is no .bin and stands beside one; give one kind only.")
+        return _tokens(paths, heldout, vocabulary)
+    if heldout:
+        raise ValueError(
+            f"heldout {heldout[0]} needs data in .bin files; leave it out, text is split by itself."
+        )
     if vocabulary is not None and vocabulary < 256:
         raise ValueError(f"vocabulary must be at least 256 for bytes, got {vocabulary}.")
     if not paths:
@@ -158,36 +180,46 @@ def _bytes(name: str, contents: Iterable[bytes], vocabulary: int | None) -> Corp
     )
 
 
-def _tokens(path: Path, vocabulary: int | None) -> Corpus:
-    size = _size(path)
-    stamp = _stamp(path)
-    if size % 2:
-        raise ValueError(f"{path}: {size} bytes, odd, so not uint16; rename it or write it again.")
-    tokens = np.asarray(np.memmap(path, dtype="<u2", mode="r"))
-    blocks = -(-len(tokens) // _BLOCK)
-    digest, largest = hashlib.sha256(str(size).encode()), 0
-    # Evenly spread, the first and the last among them; all of them where there are few.
-    for block in np.linspace(0, blocks - 1, min(blocks, _MOST_BLOCKS)).astype(int).tolist():
-        looked_at = tokens[block * _BLOCK : (block + 1) * _BLOCK]
-        digest.update(looked_at.data)
-        largest = max(largest, int(looked_at.max()))
-    if vocabulary is not None and vocabulary <= largest:
-        raise ValueError(f"{path}: token {largest} needs a vocabulary above it, got {vocabulary}.")
-    train, heldout = _cut_tail(tokens)
+def _is_tokens(path: Path) -> bool:
+    return path.suffix == ".bin" and not (url_of(path) or os.path.isdir(path))
+
+
+def _tokens(paths: list[Path], heldout: list[Path], vocabulary: int | None) -> Corpus:
+    every = [*paths, *heldout]
+    if repeated := {path for path in every if every.count(path) > 1}:
+        raise ValueError(f"{min(repeated)} is given twice; name each file once.")
+    for path in every:
+        _size(path)
+    opened = [(path, stamp_of(path)) for path in every]
+    shards = list(map(tokens_of, every))
+    sizes = " ".join(str(stamp[0]) for _, stamp in opened)
+    digest, largest = hashlib.sha256(sizes.encode()), 0
+    for path, shard in zip(every, shards, strict=True):
+        highest = inspected(shard, digest, len(shards))
+        if vocabulary is not None and vocabulary <= highest:
+            raise ValueError(
+                f"{path}: token {highest} needs a vocabulary above it, got {vocabulary}."
+            )
+        largest = max(largest, highest)
+    train, held = shards[: len(paths)], shards[len(paths) :]
+    split = f"{sum(map(len, held)):,} given tokens held out" if held else "last 10% held out"
+    if not held:
+        train[-1], tail = _cut_tail(train[-1])
+        held = [tail]
+    size = sum(2 * len(shard) for shard in shards[: len(paths)])
+    name = paths[0].name + (f" and {len(paths) - 1} more" if paths[1:] else "")
+    count = f"{len(paths)} file{'s' * (len(paths) > 1)}"
     return Corpus(
-        train=train,
-        heldout=heldout,
+        train=train[0],
+        heldout=held[0] if len(held) == 1 else np.concatenate(held),
         vocabulary=vocabulary or -(-(largest + 1) // 64) * 64,
         bytes_per_token=None,
-        description=f"{path.name}: 1 file, {size:,} bytes, uint16 tokens, last 10% held out",
+        description=f"{name}: {count}, {size:,} bytes, uint16 tokens, {split}",
         fingerprint=digest.hexdigest()[:16],
-        file=(path, stamp),
+        files=tuple(opened),
+        more=tuple(train[1:]),
+        fixed=bool(heldout),
     )
-
-
-def _stamp(path: Path) -> tuple[int, int, int]:
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def _cut_tail(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
