@@ -23,8 +23,12 @@ from ..step import MEASURED, abstract_state
 from ..words import parse_numbers
 
 UNBUILT: dict[str, Any] = {
-    **{"seed": 0, "data": (), "heldout_data": (), "order": "shuffled"},
-    **{"eval_every": 1, "checkpoint_every": 0},
+    "seed": 0,
+    "data": (),
+    "heldout_data": (),
+    "order": "shuffled",
+    "eval_every": 1,
+    "checkpoint_every": 0,
     **{f.name: f.default for f in dataclasses.fields(RunConfig) if "free" in f.metadata},
 }
 """Settings of a run on which its optimizer does not depend, each at one value."""
