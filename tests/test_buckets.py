@@ -1,7 +1,9 @@
-"""Text in buckets, by fsspec's file system in memory; whatever else would lie in one is refused."""
+"""Text and tokens in buckets, by fsspec's file system in memory; all else in one is refused."""
 
+import errno
 import os
 import re
+import tempfile
 from pathlib import Path
 
 import fsspec
@@ -12,7 +14,9 @@ from ravine.training.compare.race import race
 from ravine.training.compare.race_config import RaceConfig, check_data
 from ravine.training.config import RunConfig
 from ravine.training.config_file import printed, read_config
+from ravine.training.data.bpe import corpus_of
 from ravine.training.data.corpus import load_corpus
+from ravine.training.data.shards import write_shard
 
 
 @pytest.fixture
@@ -56,6 +60,41 @@ def test_a_file_in_a_bucket_beside_one_on_disk(tmp_path, memory):
     assert both.train.tobytes() + both.heldout.tobytes() == b"a" * 500 + b"b" * 500
 
 
+def test_tokens_in_a_bucket_are_those_on_disk_and_leave_nothing_there(
+    tmp_path, memory, monkeypatch
+):
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    content = np.random.default_rng(0).integers(0, 50_000, 2_000).astype("<u2").tobytes()
+    (tmp_path / "tokens.bin").write_bytes(content)
+    memory.pipe("/bucket/tokens.bin", content)
+    memory.pipe("/bucket/held.bin", write_shard(tmp_path / "held.bin", range(99)).read_bytes())
+    local, found = (
+        load_corpus([path])
+        for path in (tmp_path / "tokens.bin", Path("memory://bucket/tokens.bin"))
+    )
+    assert not os.listdir(tmp_path / "tmp")
+    memory.rm("/bucket/tokens.bin")  # what has been read does not change
+    found.check_unchanged()
+    for name in ("fingerprint", "description", "vocabulary", "bytes_per_token"):
+        assert getattr(found, name) == getattr(local, name)
+    np.testing.assert_array_equal(found.train, local.train)
+    np.testing.assert_array_equal(found.heldout, local.heldout)
+    both = load_corpus([tmp_path / "tokens.bin"], heldout=[Path("memory://bucket/held.bin")])
+    assert [path.name for path, _ in both.files] == ["tokens.bin"]
+    np.testing.assert_array_equal(both.heldout, np.arange(99))
+    with pytest.raises(ValueError, match="memory://bucket/text is no "):
+        load_corpus([Path("memory://bucket/tokens.bin"), Path("memory://bucket/text")])
+
+
+def test_tokens_in_a_bucket_are_not_encoded_again(memory):
+    memory.pipe("/bucket/tokens.bin", bytes(4_000))
+    data = (Path("memory://bucket/tokens.bin"),)
+    with pytest.raises(ValueError, match=r"tokens\.bin holds tokens already"):
+        corpus_of(RunConfig(data=data, bpe=300))
+    assert corpus_of(RunConfig(data=data, bytes_per_token=4.0)).bytes_per_token == 4.0
+
+
 @pytest.mark.parametrize(
     ("url", "said"),
     [
@@ -63,7 +102,15 @@ def test_a_file_in_a_bucket_beside_one_on_disk(tmp_path, memory):
             "memory://bucket/missing",
             "memory://bucket/missing: no such file or folder; fix the URL.",
         ),
-        ("memory://bucket/tokens.bin", "copy it to a local disk"),
+        ("memory://bucket/missing.bin", "missing.bin: no such file or folder; fix the URL."),
+        ("memory://bucket/odd.bin", "memory://bucket/odd.bin: 3 bytes, odd"),
+        ("memory://bucket/empty.bin", "memory://bucket/empty.bin: the file is empty"),
+        (
+            "memory://bucket/folder.bin",
+            "memory://bucket/folder.bin: a folder, and a .bin is a file",
+        ),
+        ("full://bucket/tokens.bin", "tokens.bin: No space left on device in "),
+        ("short://bucket/tokens.bin", "tokens.bin: 2 of 4 bytes came"),
         ("memory://bucket/binary", "memory://bucket/binary: not UTF-8 text"),
         ("memory://bucket/empty.txt", "memory://bucket/empty.txt: the file is empty"),
         ("memory://bucket/folder", "memory://bucket/folder: no UTF-8 text"),
@@ -73,11 +120,14 @@ def test_a_file_in_a_bucket_beside_one_on_disk(tmp_path, memory):
     ],
 )
 def test_what_cannot_be_read_is_refused_in_a_line(memory, url, said):
-    for name, content in {"tokens.bin": b"ab", "binary": b"a\0b", "empty.txt": b""}.items():
+    bad = {"odd.bin": b"odd", "empty.bin": b"", "binary": b"a\0b", "empty.txt": b""}
+    for name, content in bad.items():
         memory.pipe(f"/bucket/{name}", content)
-    memory.pipe("/bucket/folder/binary", b"a\0b")
+    for folder in ("folder", "folder.bin"):
+        memory.pipe(f"/bucket/{folder}/binary", b"a\0b")
     fsspec.register_implementation("absent", "no.Such", clobber=True, errtxt="Install absentfs")
-    fsspec.register_implementation("broken", Broken, clobber=True)
+    for kind in (Broken, Full, Short):
+        fsspec.register_implementation(kind.protocol, kind, clobber=True)
     with pytest.raises(ValueError, match=re.escape(said)) as refused:
         load_corpus([Path(url)])
     assert "\n" not in str(refused.value)
@@ -90,6 +140,27 @@ class Broken(fsspec.AbstractFileSystem):
 
     def info(self, path, **kwargs):
         raise RuntimeError("no credentials\nand a page of why")
+
+
+class Short(fsspec.AbstractFileSystem):
+    """As a connection that ends early."""
+
+    protocol = "short"
+
+    def info(self, path, **kwargs):
+        return {"name": path, "type": "file", "size": 4}
+
+    def get_file(self, rpath, lpath, **kwargs):
+        Path(lpath).write_bytes(b"ab")
+
+
+class Full(Short):
+    """As a temporary folder on a disk that is full."""
+
+    protocol = "full"
+
+    def get_file(self, rpath, lpath, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.parametrize(
@@ -117,14 +188,14 @@ def test_nothing_else_may_lie_in_a_bucket(tmp_path, monkeypatch, capsys, command
     assert main([*command.split(), url]) == 2
     said = capsys.readouterr().err
     flag = command.split()[-1]
-    assert f"{flag} {url}: only text (--data) is read from a bucket" in said
+    assert f"{flag} {url}: only --data is read from a bucket" in said
     assert said.count("\n") == 1
     assert not os.listdir(tmp_path)
 
 
 def test_nor_in_a_program(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="--out gs://bucket/run: only text"):
+    with pytest.raises(ValueError, match="--out gs://bucket/run: only --data"):
         race(RaceConfig(out=Path("gs://bucket/run")))
     assert not os.listdir(tmp_path)
 

@@ -77,7 +77,7 @@ class RunConfig:
     seed: int = 0
     """Of the initial parameters and the order of the data."""
     data: tuple[Path, ...] = dataclasses.field(default=(), metadata=EXTENDS)
-    """Text files or folders, gs:// and s3:// too, or uint16 .bin files; by default this Python's own
+    """Text files or folders, or uint16 .bin files, gs:// and s3:// too; by default this Python's own
     standard library."""
     heldout_data: tuple[Path, ...] = dataclasses.field(default=(), metadata={**LATER, **EXTENDS})
     """With data in .bin files, those that are held out: evaluations take them from the first token on,

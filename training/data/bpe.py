@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..config import RunConfig
+from .buckets import named
 from .corpus import Corpus, load_corpus
 
 _PIECE = 1 << 16  # bytes of text that are encoded as one, up to the end of a line
@@ -34,9 +35,11 @@ def corpus_of(asked: RunConfig, vocabulary: int | None = None) -> Corpus:
             f"a tokenizer has its own vocabulary, not {vocabulary}; leave --vocabulary out."
         )
     corpus = load_corpus(asked.data, vocabulary=vocabulary, heldout=asked.heldout_data)
-    of_bytes = not corpus.files
+    of_bytes = corpus.bytes_per_token is not None
     if tokenized and not of_bytes:
-        raise ValueError(f"{asked.data[0]} holds tokens already; leave --bpe and --tokenizer out.")
+        raise ValueError(
+            f"{named(asked.data[0])} holds tokens already; leave --bpe and --tokenizer out."
+        )
     if asked.bytes_per_token:
         if of_bytes:
             raise ValueError(

@@ -1,7 +1,11 @@
-"""Text in buckets, `gs://`, `s3://` and what else fsspec opens; everything else lies on a local disk."""
+"""Text and tokens in buckets, `gs://`, `s3://` and what else fsspec opens; the rest is on a disk."""
 
+import contextlib
 import dataclasses
+import errno
 import re
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -28,6 +32,11 @@ def url_of(path: Path) -> str:
     return found[1] + slashes + "/".join(path.parts[1:])
 
 
+def named(path: Path) -> str:
+    """A path as messages have it: its URL, if it was made from one."""
+    return url_of(path) or str(path)
+
+
 def check_local(config: Any) -> None:
     """Refuses paths in buckets but for those of text.
 
@@ -50,7 +59,7 @@ def refuse_bucket(flag: str, path: Path) -> None:
     """
     if url := url_of(path):
         raise ValueError(
-            f"{flag} {url}: only text (--data) is read from a bucket; give a local path, or the folder "
+            f"{flag} {url}: only --data is read from a bucket; give a local path, or the folder "
             "where the bucket is mounted."
         )
 
@@ -65,9 +74,7 @@ def read_texts(url: str, hidden: tuple[str, ...]) -> dict[str, bytes]:
     Raises:
       ValueError: in a line, for what is not there or cannot be read.
     """
-    if url.endswith(".bin"):
-        raise ValueError(f"{url}: a .bin is mapped into memory; copy it to a local disk.")
-    try:
+    with _refusals(url):
         files, root = url_to_fs(url)
         if files.info(root)["type"] == "file":
             return {"": files.cat_file(root)}
@@ -80,11 +87,44 @@ def read_texts(url: str, hidden: tuple[str, ...]) -> dict[str, bytes]:
             if not any(part.startswith(hidden) for part in name.split("/"))
             and races.isdisjoint(PurePosixPath(name).parents)
         }
+
+
+@contextlib.contextmanager
+def downloaded(url: str) -> Iterator[Path]:
+    """A copy of a file on the local disk, in the system's folder for temporary files.
+
+    It has a name as long as this is entered; a mapping of it into memory outlives that.
+
+    Raises:
+      ValueError: in a line, for what is not there, is a folder or cannot be read, or for a full disk.
+    """
+    with tempfile.NamedTemporaryFile(prefix="ravine-", suffix=".bin") as file:
+        with _refusals(url):
+            files, root = url_to_fs(url)
+            found = files.info(root)
+            if found["type"] != "file":
+                raise ValueError("a folder, and a .bin is a file")
+            files.get_file(root, file.name)
+            size = Path(file.name).stat().st_size
+            if size != found["size"]:
+                raise ValueError(f"{size} of {found['size']} bytes came, or it changed meanwhile")
+        yield Path(file.name)
+
+
+@contextlib.contextmanager
+def _refusals(url: str) -> Iterator[None]:
+    """What services raise, each in its own way, as a sentence."""
+    try:
+        yield
     except FileNotFoundError:
         raise ValueError(f"{url}: no such file or folder; fix the URL.") from None
     except ImportError as error:
         raise ValueError(f"{url}: {error}; pip install what it needs.") from error
-    except Exception as error:  # every service has errors of its own
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise ValueError(
+                f"{url}: {error.strerror} in {tempfile.gettempdir()}; set TMPDIR to a folder with room."
+            ) from error
         line = (str(error).strip().splitlines() or [""])[0]
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(

@@ -8,6 +8,7 @@ The content of each file decides whether it is held out, not its place or name: 
 side when others come or go, and one that is there twice cannot be on both.
 """
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from ..run.folder import is_race
-from .buckets import read_texts, url_of
+from .buckets import downloaded, named, read_texts, url_of
 from .shards import Stamp, inspected, stamp_of, tokens_of
 
 _HELDOUT_EVERY = 20  # one file in so many, by hash: 5 %
@@ -50,8 +51,8 @@ class Corpus:
         per byte.
       description: one line: what it is, how many files, bytes, and what is held out.
       fingerprint: 16 hexadecimal digits of a SHA-256 over the content; equal for equal corpora.
-      files: of .bin files, which are read as they are needed: their paths, and their sizes, times and
-        inodes when they were opened.
+      files: of .bin files on disk, which are read as they are needed: their paths, and their sizes,
+        times and inodes when they were opened.
       decode: from tokens to their text, where a tokenizer made them.
       more: the training tokens of all shards but the first.
       fixed: whether held-out tokens were given as such: they are used from the first on, by all.
@@ -111,9 +112,10 @@ def load_corpus(
     instead, and the description says so.
 
     Args:
-      paths: UTF-8 text files, directories of them, either also in a bucket (``gs://``, ``s3://``,
-        whatever fsspec has the package for), which is read into memory; or files of little-endian
-        uint16 tokens named `*.bin`, on disk, see :mod:`.shards`. Default: the `.py`, `.txt` and `.rst`
+      paths: UTF-8 text files, directories of them, or files of little-endian uint16 tokens named
+        `*.bin`, see :mod:`.shards`; each also in a bucket (``gs://``, ``s3://``, whatever fsspec has
+        the package for), from where text is read into memory, and tokens are copied to temporary
+        files, which are mapped and have no names. Default: the `.py`, `.txt` and `.rst`
         files of the running Python's standard library, about 30 MB (less where a distribution packs
         its tests separately).
       vocabulary: the number of tokens. Default: 256 for bytes; for a `.bin`, its largest token plus
@@ -139,11 +141,14 @@ def load_corpus(
         others = [path for path, is_tokens in zip(paths, tokens, strict=True) if not is_tokens]
         others += [path for path, is_tokens in zip(heldout, given, strict=True) if not is_tokens]
         if others:
-            raise ValueError(f"{others[0]} is no .bin and stands beside one; give one kind only.")
+            raise ValueError(
+                f"{named(others[0])} is no .bin and stands beside one; give one kind only."
+            )
         return _tokens(paths, heldout, vocabulary)
     if heldout:
         raise ValueError(
-            f"heldout {heldout[0]} needs data in .bin files; leave it out, text is split by itself."
+            f"heldout {named(heldout[0])} needs data in .bin files; leave it out, text is split by "
+            "itself."
         )
     if vocabulary is not None and vocabulary < 256:
         raise ValueError(f"vocabulary must be at least 256 for bytes, got {vocabulary}.")
@@ -181,27 +186,24 @@ def _bytes(name: str, contents: Iterable[bytes], vocabulary: int | None) -> Corp
 
 
 def _is_tokens(path: Path) -> bool:
-    return path.suffix == ".bin" and not (url_of(path) or os.path.isdir(path))
+    return path.suffix == ".bin" and not os.path.isdir(path)
 
 
 def _tokens(paths: list[Path], heldout: list[Path], vocabulary: int | None) -> Corpus:
     every = [*paths, *heldout]
     if repeated := {path for path in every if every.count(path) > 1}:
-        raise ValueError(f"{min(repeated)} is given twice; name each file once.")
-    for path in every:
-        _size(path)
-    opened = [(path, stamp_of(path)) for path in every]
-    shards = list(map(tokens_of, every))
-    sizes = " ".join(str(stamp[0]) for _, stamp in opened)
+        raise ValueError(f"{named(min(repeated))} is given twice; name each file once.")
+    shards, stamps = zip(*map(_opened, every), strict=True)
+    sizes = " ".join(str(size) for size, _, _ in stamps)
     digest, largest = hashlib.sha256(sizes.encode()), 0
     for path, shard in zip(every, shards, strict=True):
         highest = inspected(shard, digest, len(shards))
         if vocabulary is not None and vocabulary <= highest:
             raise ValueError(
-                f"{path}: token {highest} needs a vocabulary above it, got {vocabulary}."
+                f"{named(path)}: token {highest} needs a vocabulary above it, got {vocabulary}."
             )
         largest = max(largest, highest)
-    train, held = shards[: len(paths)], shards[len(paths) :]
+    train, held = list(shards[: len(paths)]), list(shards[len(paths) :])
     split = f"{sum(map(len, held)):,} given tokens held out" if held else "last 10% held out"
     if not held:
         train[-1], tail = _cut_tail(train[-1])
@@ -216,10 +218,19 @@ def _tokens(paths: list[Path], heldout: list[Path], vocabulary: int | None) -> C
         bytes_per_token=None,
         description=f"{name}: {count}, {size:,} bytes, uint16 tokens, {split}",
         fingerprint=digest.hexdigest()[:16],
-        files=tuple(opened),
+        files=tuple(x for x in zip(every, stamps, strict=True) if not url_of(x[0])),
         more=tuple(train[1:]),
         fixed=bool(heldout),
     )
+
+
+def _opened(path: Path) -> tuple[np.ndarray, Stamp]:
+    """The tokens of a .bin on disk, or of a copy that is nobody else's and so cannot change."""
+    url = url_of(path)
+    with downloaded(url) if url else contextlib.nullcontext(path) as file:
+        _size(file, url)
+        stamp = stamp_of(file)
+        return tokens_of(file, url), stamp
 
 
 def _cut_tail(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -295,7 +306,7 @@ def _text(path: Path) -> bytes | None:
     return content if _is_text(content) else None
 
 
-def _size(path: Path) -> int:
+def _size(path: Path, name: str = "") -> int:
     """The size in bytes of a file that must be there and hold something."""
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file or directory; fix the path, from {Path.cwd()}.")
@@ -303,4 +314,4 @@ def _size(path: Path) -> int:
         raise ValueError(f"{path}: may not be read; make it readable or leave it out.")
     if size := os.path.getsize(path):
         return size
-    raise ValueError(f"{path}: {_EMPTY}")
+    raise ValueError(f"{name or path}: {_EMPTY}")

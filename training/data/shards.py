@@ -17,8 +17,12 @@ BLOCK, MOST_BLOCKS = 1 << 20, 64
 Stamp = tuple[int, int, int]
 
 
-def tokens_of(path: Path) -> np.ndarray:
+def tokens_of(path: Path, name: str = "") -> np.ndarray:
     """The tokens of a file, memory-mapped and read-only.
+
+    Args:
+      path: of the file, which may lose its name afterwards.
+      name: what errors call it, by default its path.
 
     Raises:
       ValueError: for a size that is odd, a version that is not known, or a number of tokens that is not
@@ -31,9 +35,10 @@ def tokens_of(path: Path) -> np.ndarray:
       >>> tokens_of(write_shard(Path(tempfile.mkdtemp()) / "shard.bin", [50256, 7])).tolist()
       [50256, 7]
     """
+    name = name or str(path)
     size = path.stat().st_size
     if size % 2:
-        raise ValueError(f"{path}: {size} bytes, odd, so not uint16; rename it or write it again.")
+        raise ValueError(f"{name}: {size} bytes, odd, so not uint16; rename it or write it again.")
     tokens = np.memmap(path, dtype="<u2", mode="r")
     if size < 12:
         return np.asarray(tokens)
@@ -42,15 +47,15 @@ def tokens_of(path: Path) -> np.ndarray:
         return np.asarray(tokens)
     if version != VERSION:
         raise ValueError(
-            f"{path}: a shard of version {version}; only {VERSION} is known, write it again."
+            f"{name}: a shard of version {version}; only {VERSION} is known, write it again."
         )
     there = len(tokens) - 2 * HEADER
     if count != there:
         raise ValueError(
-            f"{path}: {there:,} tokens, and its header says {count:,}; download it again."
+            f"{name}: {there:,} tokens, and its header says {count:,}; download it again."
         )
     if not count:
-        raise ValueError(f"{path}: the shard has no tokens; leave it out.")
+        raise ValueError(f"{name}: the shard has no tokens; leave it out.")
     return np.asarray(tokens[2 * HEADER :])
 
 
