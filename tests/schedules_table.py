@@ -5,7 +5,15 @@ from typing import NamedTuple
 import optax
 from ravine import schedules as s
 
+from .tolerances import UNIT
+
 STEPS, PEAK = 1000, 3e-3
+SCHEDULE = 8 * UNIT
+"""How far rounding takes a schedule whose values are at most 1.
+
+An angle y has four roundings, each of which moves half its cosine by y sin(y) / 2 < 1 unit; the cosine
+itself, the products and the sums after it are the other four.
+"""
 
 
 class Row(NamedTuple):

@@ -9,6 +9,9 @@ import optax
 import pytest
 from ravine import schedules as s
 
+from .schedules_table import SCHEDULE
+from .tolerances import UNIT
+
 T, W, PEAK = 1000, 100, 3e-3
 COUNTS = jnp.arange(T)
 
@@ -183,7 +186,7 @@ def test_follows_hugging_face(name):
     body, formula = HUGGING_FACE[name]
     mine = np.asarray(s.warmup(body, W, from_zero=True)(COUNTS), np.float64)
     expected = [after_warmup(formula)(t) for t in range(T)]
-    np.testing.assert_allclose(mine, expected, rtol=0, atol=3e-7)
+    np.testing.assert_allclose(mine, expected, rtol=0, atol=SCHEDULE)
 
 
 def olmo_wsds(t, periods, decays):
@@ -225,7 +228,7 @@ OLMO = {
 def test_follows_olmo(name):
     schedule, formula = OLMO[name]
     mine = np.asarray(schedule(COUNTS), np.float64)
-    np.testing.assert_allclose(mine, [formula(t) for t in range(T)], rtol=0, atol=3e-7)
+    np.testing.assert_allclose(mine, [formula(t) for t in range(T)], rtol=0, atol=SCHEDULE)
 
 
 def test_the_table_of_the_cs336_assignment():
@@ -241,7 +244,8 @@ def test_the_table_of_the_cs336_assignment():
     by_hand += [0.1] * 3
     assert len(by_hand) == 25
     schedule = s.warmup(s.cosine(1.0, 14, 0.1), 7, from_zero=True)
-    np.testing.assert_allclose(schedule(jnp.arange(25)), by_hand, rtol=0, atol=1e-6)
+    of_table = 0.45 * 0.5e-6  # six places
+    np.testing.assert_allclose(schedule(jnp.arange(25)), by_hand, rtol=0, atol=of_table + SCHEDULE)
 
 
 @pytest.mark.parametrize("first", [1, 7, 10])
@@ -263,22 +267,25 @@ def test_restarts_are_on_their_boundaries_over_twenty_of_them(factor, first):
     before = np.asarray(schedule(jnp.asarray(bounds) - 1))
     longer = np.diff((0, *bounds)) > 1  # a period of one count has no count but its restart
     assert (before[longer] < 0.98 * PEAK).all()
-    assert (np.diff(before.astype(np.float64)) <= 1e-9).all()  # longer periods end deeper
+    assert (
+        np.diff(before.astype(np.float64)) <= 4 * UNIT * PEAK
+    ).all()  # longer periods end deeper
 
 
 def test_the_original_transformer_and_t5():
     width, warm = 512, 40
     noam = [width**-0.5 * min((t + 1) ** -0.5, (t + 1) * warm**-1.5) for t in range(T)]
-    np.testing.assert_allclose(s.noam((width * warm) ** -0.5, warm)(COUNTS), noam, rtol=1e-6)
+    np.testing.assert_allclose(s.noam((width * warm) ** -0.5, warm)(COUNTS), noam, rtol=8 * UNIT)
     t5 = [1 / math.sqrt(max(t, 100)) for t in range(T)]
-    np.testing.assert_allclose(s.t5(0.1, 100)(COUNTS), t5, rtol=1e-6)
+    np.testing.assert_allclose(s.t5(0.1, 100)(COUNTS), t5, rtol=8 * UNIT)
 
 
 def test_the_power_law():
     tokens = [t * 4096 for t in range(1, T)]
     law = [0.0] + [min(0.02, 8 * 4.6 * n**-0.51) for n in tokens]
     law[0] = 0.02
-    np.testing.assert_allclose(s.power_law(0.02, 4096, 8)(COUNTS), law, rtol=1e-6)
+    # The rounding of a logarithm counts 0.51 log 1000 = 3.5 times in a power, that of the product too.
+    np.testing.assert_allclose(s.power_law(0.02, 4096, 8)(COUNTS), law, rtol=16 * UNIT)
 
 
 @pytest.mark.parametrize(
@@ -286,11 +293,14 @@ def test_the_power_law():
     [
         ("triangular", lambda t, cycle: 1.0),
         ("triangular2", lambda t, cycle: 0.5**cycle),
-        ("exp_range", lambda t, cycle: 0.99**t),
+        ("exp_range", lambda t, cycle: float(np.float32(0.99)) ** t),
     ],
 )
 def test_smith_cycles_follow_pytorch(mode, height):
-    """PyTorch's CyclicLR: x = 1 + t / total - cycle, its cycles counted from 1."""
+    """PyTorch's CyclicLR: x = 1 + t / total - cycle, its cycles counted from 1.
+
+    The factor is what float32 has for it: powers up to 999 would magnify its rounding.
+    """
 
     def cyclic_lr(t):
         total, up = 50, 30
@@ -301,4 +311,4 @@ def test_smith_cycles_follow_pytorch(mode, height):
 
     schedule = s.cyclic(1.0, 30, 20, low_ratio=0.1, mode=mode, factor=0.99)
     expected = [cyclic_lr(t) for t in range(T)]
-    np.testing.assert_allclose(schedule(COUNTS), expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(schedule(COUNTS), expected, rtol=0, atol=SCHEDULE)
