@@ -1,4 +1,4 @@
-"""How much rounding changes the losses of a run."""
+"""How much rounding changes the losses of a run, or anything that is computed."""
 
 import jax
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 from ravine.training import train as loop
 from ravine.training.placed import Placed
 
-from .tolerances import UNIT
+from .tolerances import UNIT, furthest
 
 
 def furthest_loss(found, expected):
@@ -67,7 +67,19 @@ def starting_moved(init, seed):
     return start
 
 
-def rounding(run, expected, furthest=furthest_loss):
+def rounding_of(function, tree):
+    """A bound on what rounding may do to `function(tree)`, relative to the largest element of a leaf.
+
+    Eight times what moving each number of the tree by one unit in its last place does, and at least 16
+    units, as in `rounding`.
+    """
+    expected = function(tree)
+    rngs = [np.random.default_rng(seed) for seed in range(3)]
+    near = [furthest(function(moved(tree, rng)), expected) for rng in rngs]
+    return max(8 * max(near), 16 * UNIT)
+
+
+def rounding(run, expected, measure=furthest_loss):
     """A bound on what rounding may do to the losses of `run()`, relative to them.
 
     Later steps magnify it, up to chaos. How far is seen in runs that differ only in the last place of
@@ -82,5 +94,5 @@ def rounding(run, expected, furthest=furthest_loss):
                 loop, "train_batches", lambda *a, order=seed, **k: Permuted(batches(*a, **k), order)
             )
             patch.setattr(Placed, "init", starting_moved(init, seed))
-            worst = max(worst, furthest(run(), expected))
+            worst = max(worst, measure(run(), expected))
     return max(8 * worst, 16 * UNIT)

@@ -9,7 +9,6 @@ import ravine
 from flax import nnx
 from ravine.stability import (
     keep_unit_norm,
-    log_sum_exp,
     logit_statistics,
     monitored,
     sigma_reparam,
@@ -50,14 +49,18 @@ def test_metrics_by_hand_and_updates_untouched():
     jax.tree.map(np.testing.assert_array_equal, state.inner, inner)
 
     found = monitored(state)
-    matrices = lambda t: np.concatenate([t["kernel"].ravel(), t["layers"]["kernel"].ravel()])
+    matrices = lambda t: np.concatenate(
+        [np.float64(x).ravel() for x in (t["kernel"], t["layers"]["kernel"])]
+    )
     rms = lambda x: np.sqrt(np.mean(np.square(np.asarray(x, np.float64))))
-    assert found["gradient_norm/matrix"] == pytest.approx(np.linalg.norm(matrices(grads)), rel=1e-5)
-    assert found["parameter_rms/bias"] == pytest.approx(rms(params["bias"]), rel=1e-5)
+    # Roots of sums of 92 squares and of 7: half as many roundings, and two more.
+    norm = np.linalg.norm(matrices(grads))
+    assert found["gradient_norm/matrix"] == pytest.approx(norm, rel=48 * UNIT)
+    assert found["parameter_rms/bias"] == pytest.approx(rms(params["bias"]), rel=6 * UNIT)
     ratio = rms(matrices(updates)) / rms(matrices(params))
-    assert found["update_ratio/matrix"] == pytest.approx(ratio, rel=1e-5)
+    assert found["update_ratio/matrix"] == pytest.approx(ratio, rel=2 * 48 * UNIT)
     share = np.mean(np.sqrt(0.25 * np.square(matrices(grads))) < limit)
-    assert found["eps_share/matrix"] == pytest.approx(share, rel=1e-6)
+    assert found["eps_share/matrix"] == pytest.approx(share, rel=2 * UNIT)
     assert 0 < share < 1
     ranks = [effective_rank(m) for m in (grads["kernel"], *grads["layers"]["kernel"])]
     # Squares of sums of 20 squares over sums of 16 squares of sums of 5 products: 40 + 16 + 4 * 10.
@@ -81,8 +84,9 @@ def test_samples_every_few_steps_and_scores_spikes():
         return state, state.metrics["gradient_norm/matrix"]
 
     state, norms = jax.lax.scan(step, tx.init(params), jnp.arange(20.0))
-    one = float(optax.tree.norm(grads))
-    np.testing.assert_allclose(norms, one * (1 + 3 * (np.arange(20) // 3)), rtol=1e-5)
+    one = np.sqrt(sum(np.sum(np.float64(g) ** 2) for g in jax.tree.leaves(grads)))
+    # The root of a sum of 99 squares of products.
+    np.testing.assert_allclose(norms, one * (1 + 3 * (np.arange(20) // 3)), rtol=52 * UNIT)
     assert monitored(state)["spike_score/loss"] == pytest.approx(3 / 20)
 
 
@@ -115,12 +119,11 @@ def test_logit_statistics_by_hand():
     found = logit_statistics(logits.at[1].set(jnp.nan), where)
     kept = np.asarray(logits, np.float64)[[0, 2]]
     shares = np.exp(kept) / np.exp(kept).sum(axis=1, keepdims=True)
-    assert found["entropy"] == pytest.approx(
-        np.mean(-np.sum(shares * np.log(shares), axis=1)), rel=1e-5
-    )
-    assert found["log_normalizer"] == pytest.approx(
-        float(jnp.mean(log_sum_exp(logits)[::2])), rel=1e-5
-    )
+    # Sums of five and the logarithm; in the entropy the shares too, of numbers of about its size.
+    entropy = np.mean(-np.sum(shares * np.log(shares), axis=1))
+    assert found["entropy"] == pytest.approx(entropy, rel=32 * UNIT)
+    normalizer = np.mean(np.log(np.sum(np.exp(kept), axis=1)))
+    assert found["log_normalizer"] == pytest.approx(normalizer, rel=16 * UNIT)
     assert found["max_logit"] == pytest.approx(kept.max())
     sampled = jax.jit(lambda due: logit_statistics(logits, None, due))
     assert float(sampled(False)["entropy"]) == 0
@@ -139,8 +142,11 @@ def test_unit_norm_stays():
         grads = {"embedding": tree(seed)["kernel"], "bias": jnp.ones(3)}
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
-    np.testing.assert_allclose(jnp.linalg.norm(params["embedding"], axis=-1), 1, rtol=1e-6)
-    np.testing.assert_allclose(params["bias"], 1 - 3 * 0.3, rtol=1e-5)
+    # The root of four squares, the quotient, and two roundings of the update.
+    norms = np.linalg.norm(np.float64(params["embedding"]), axis=-1)
+    np.testing.assert_allclose(norms, 1, rtol=8 * UNIT)
+    # Three times a rounded rate, and three differences.
+    np.testing.assert_allclose(params["bias"], 1 - 3 * 0.3, rtol=0, atol=6 * UNIT)
     with pytest.raises(ValueError, match=r"bias has shape .* no axis 1"):
         keep_unit_norm(1).init(params | {"embedding": jnp.ones((2, 2))})
 
@@ -150,13 +156,18 @@ def test_sigma_reparam_is_the_matrix_at_first_and_finds_its_norm():
     matrix = jnp.array(np.float32(rng.normal(size=(2, 6, 4))))
     trained, state = sigma_reparam({"w": matrix})
     weights, state = sigma_weights(trained, state)
-    np.testing.assert_allclose(weights["w"], matrix, rtol=1e-4, atol=1e-5)
+    # The largest singular value twice, by SVD and by products with its vectors, and a quotient.
+    rounding = 64 * UNIT
+    np.testing.assert_allclose(weights["w"], matrix, rtol=rounding)
     moved = {"w": trained["w"]._replace(matrix=jnp.array(np.float32(rng.normal(size=(2, 6, 4)))))}
     step = jax.jit(sigma_weights)
     for _ in range(60):
         weights, state = step(moved, state)
-    norms = np.linalg.svd(np.asarray(weights["w"]), compute_uv=False)[:, 0]
-    np.testing.assert_allclose(norms, trained["w"].gain, rtol=1e-3)
+    values = np.linalg.svd(np.asarray(weights["w"], np.float64), compute_uv=False)
+    # After n rounds of power iteration (s2 / s1)^2n is left of the tangent of the angle, here less
+    # than 8 at first, and of the norm its square.
+    left = np.max((values[:, 1] / values[:, 0]) ** (4 * 60 - 4))
+    np.testing.assert_allclose(values[:, 0], trained["w"].gain, rtol=rounding + 64 * left)
     with pytest.raises(ValueError, match="takes matrices"):
         sigma_reparam({"bias": jnp.ones(3)})
 
