@@ -29,8 +29,8 @@ notebooks: $(STAMP)
 	$(PYTEST) -n 2 -m "notebooks and not slow" tests/test_notebooks.py
 
 processes: $(STAMP)
-	@echo "==> processes: several processes, and several cores, have the losses of one"
-	$(PYTEST) -n 2 -m "processes and not slow" tests/test_processes.py tests/test_threads.py
+	@echo "==> processes: several processes, and several cores, have the losses of one; signals to a process"
+	$(PYTEST) -n 2 -m "processes and not slow" tests/test_processes.py tests/test_threads.py tests/test_bad_days_processes.py
 
 test-slow: $(STAMP)
 	@echo "==> test-slow: the long sweeps, compiled as for users"

@@ -19,6 +19,7 @@ from ravine.training.run.folder import claimed
 
 from .short_race import SMALL, records
 
+pytestmark = pytest.mark.processes
 WORDS = ["--eval-every", "500", "--eval-batches", "2", *SMALL]
 LIMIT = 240  # seconds that a process may take on a busy machine
 

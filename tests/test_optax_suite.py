@@ -74,9 +74,10 @@ def present(row):
 
 NO_WRAPPER = {"wrapper_name": None, "wrapper_kwargs": None}
 DTYPES = ("bfloat16", "float32")
-# One operation at a time on a mesh takes up to a minute: of optimizers for matrices one of a kind, whose
-# operations the others share.
-EAGER = [row for row in TABLE if not row.needs_matrices or (row in FAMILIES and row.name != "soap")]
+# One operation at a time on a mesh takes up to a minute: of optimizers for matrices Muon alone, and
+# in the long run one of each kind.
+LONG = [row for row in FAMILIES if row.name in ("shampoo", "soap")]
+EAGER = [row for row in TABLE if not row.needs_matrices or row.name == "muon"]
 OTHERS = [row for row in TABLE if row not in FAMILIES]
 
 
@@ -159,6 +160,20 @@ def accumulation(rows):
     return Accumulation
 
 
+def types_under_jit(rows):
+    """Optax's test that types on a mesh are the same with and without `jit`."""
+    return parameterized.named_parameters(rows)(
+        sharding("test_state_sharding_type_preserved_with_jit")
+    )
+
+
+class OnMesh(NoSkips):
+    def setUp(self):
+        super().setUp()
+        # The tests skip themselves where jax is older than 0.7.2, compared as strings: "0.10" is.
+        self.enterContext(mock.patch.object(jax, "__version__", "1"))
+
+
 def shardings(rows):
     """Optax's tests of these optimizers on a mesh."""
     built = {row: (str(TABLE.index(row)), row.build()) for row in rows}
@@ -166,12 +181,7 @@ def shardings(rows):
         row: (name, tx._replace(update=jax.jit(tx.update))) for row, (name, tx) in built.items()
     }
 
-    class Sharding(NoSkips):
-        def setUp(self):
-            super().setUp()
-            # The tests skip themselves where jax is older than 0.7.2, compared as strings: "0.10" is.
-            self.enterContext(mock.patch.object(jax, "__version__", "1"))
-
+    class Sharding(OnMesh):
         test_abstract_init = parameterized.named_parameters(
             [built[row] for row in rows if not row.averages]
         )(sharding("test_init_with_abstract_input"))
@@ -180,9 +190,7 @@ def shardings(rows):
         test_type_of_update = parameterized.named_parameters(
             [compiled[row] for row in rows if row not in VARIANTS]
         )(sharding("test_state_sharding_type_init_match_update"))
-        test_type_under_jit = parameterized.named_parameters(
-            [built[row] for row in rows if row in EAGER]
-        )(sharding("test_state_sharding_type_preserved_with_jit"))
+        test_type_under_jit = types_under_jit([built[row] for row in rows if row in EAGER])
 
     return Sharding
 
@@ -204,3 +212,10 @@ class AccumulationOfOthers(accumulation(OTHERS)):
 @pytest.mark.slow
 class ShardingOfOthers(shardings(OTHERS)):
     """The same of all others."""
+
+
+@pytest.mark.slow
+class ShardingOfMatrices(OnMesh):
+    """Types with and without `jit` of those that are slow one operation at a time."""
+
+    test_type_under_jit = types_under_jit([(row.name, row.build()) for row in LONG])

@@ -104,8 +104,6 @@ def try_report(run: RunConfig, corpus: Corpus) -> None:
 def _render(
     outcomes: list[Outcome], run: RunConfig, corpus: Corpus, optimizers: dict[str, Any]
 ) -> str:
-    files = resources.files("ravine.training.compare")
-    template = files.joinpath("report.html.j2").read_text(encoding="utf-8")
     order = ranked(outcomes)
     names = list(dict.fromkeys(o.name for o in order or outcomes))
     spec = specification(order, run) if order else None
@@ -113,8 +111,7 @@ def _render(
     grows = run.batches != CONSTANT
     counted = "Tokens" if grows else "Steps"
     steps = "A step's median time is over batches of all sizes. " if grows else ""
-    page = jinja2.Environment(autoescape=True).from_string(template)
-    return page.render(
+    return _template().render(
         names=names,
         headline=headline(outcomes, run),
         parameters=f"{order[0].parameters:,}" if order else "-",
@@ -132,7 +129,7 @@ def _render(
         ),
         spec=spec,
         script=_script() if spec else "",
-        still=_still(spec) if spec else "",
+        still=_still(json.dumps(spec)) if spec else "",
         made={
             **_flat(provenance()),
             "command": " ".join(["python -m ravine", *sys.argv[1:]]),
@@ -148,17 +145,30 @@ def _data(run: RunConfig) -> str:
     return tokens if run.batches == CONSTANT else f"the data of {tokens}, in batches that grow"
 
 
+def _read(name: str) -> str:
+    """A file that lies beside this one."""
+    return resources.files("ravine.training.compare").joinpath(name).read_text(encoding="utf-8")
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    """The page, to be filled in."""
+    return jinja2.Environment(autoescape=True).from_string(_read("report.html.j2"))
+
+
 @functools.cache
 def _script() -> str:
     """Vega, Vega-Lite and Vega-Embed, and what draws the page's charts with them."""
-    files = resources.files("ravine.training.compare")
-    own = files.joinpath("report.js").read_text(encoding="utf-8")
+    own = _read("report.js")
     return vl_convert.javascript_bundle(own, vl_version=VEGA_LITE).replace("</script", r"<\/script")
 
 
-def _still(spec: dict[str, Any]) -> str:
+@functools.lru_cache(maxsize=2)
+def _still(spec: str) -> str:
     """The first charts as they are without scripts: speed-up and held-out loss."""
-    return vl_convert.vegalite_to_svg({**spec, "concat": spec["concat"][:2]}, vl_version=VEGA_LITE)
+    charts = json.loads(spec)
+    charts["concat"] = charts["concat"][:2]
+    return vl_convert.vegalite_to_svg(charts, vl_version=VEGA_LITE)
 
 
 def _flat(found: dict[str, Any]) -> dict[str, str]:
