@@ -12,6 +12,10 @@ import ravine
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ravine.optimizers.matrix.algebra.polar import NewtonSchulz
+from ravine.optimizers.matrix.mesh.exchange import per_shard
+from ravine.optimizers.matrix.shape.blocking import blockings_of
+from ravine.optimizers.matrix.shape.layout import MatrixAxes
+from ravine.optimizers.preconditioners.blockwise import Tensors
 from ravine.optimizers.roles import IN_OUT
 from ravine.training.plan.collectives import collectives
 
@@ -268,23 +272,58 @@ def test_blocks_that_shards_cross_are_seen_by_these_tests():
 
 
 @pytest.mark.parametrize(
-    ("name", "gathers", "leaves", "moves", "moved"),
+    ("name", "gathers", "leaves", "moves"),
     [
         # Momentum and Adam's step go together, after the gradient has told which blocks are usable.
-        ("shampoo", 2, 3, 4, 4.25),
-        ("kl_shampoo", 1, 2, 3, 3.25),
-        ("soap", 1, 1, 2, 2),
+        ("shampoo", 2, 3, [1, 2, 1]),
+        ("kl_shampoo", 1, 2, [2, 1]),
+        ("soap", 1, 1, [1, 1]),
     ],
 )
-def test_what_travels_together_is_one_exchange(name, gathers, leaves, moves, moved):
+def test_what_travels_together_is_one_exchange(name, gathers, leaves, moves):
     tx = on_matrices(name)
     whole = exchanges(tx, {"a": P("x")}, {"x": 8}, {"a": (8, 16)})
     assert [c.kind for c in whole] == ["all-gather"] * gathers
     assert sum(c.sent for c in whole) == leaves * 8 * 16 * 4 * 7 / 8
-    # Four layers, of which every device gets some: in, and back with the flags of usable blocks.
-    dealt = exchanges(tx, {"a": P(None, "x")}, {"x": 4}, {"a": (4, 8, 16)})
-    assert [c.kind for c in dealt] == ["all-to-all"] * moves
-    assert sum(c.sent for c in dealt) == moved * 8 * 16 * 4 * 3 / 4
+    # Two leaves of four layers, of which every device gets some.
+    specs, shapes = dict.fromkeys("ab", P(None, "x")), dict.fromkeys("ab", (4, 8, 16))
+    dealt = exchanges(tx, specs, {"x": 4}, shapes)
+    moved = [c.sent for c in dealt if c.kind == "all-to-all"]
+    assert sorted(moved) == sorted(leaf * 8 * 16 * 4 * 3 / 4 for leaf in 2 * moves)
+    # The flags of usable blocks of all leaves: a byte for each block.
+    flags = [c.sent for c in dealt if c.kind != "all-to-all"]
+    assert flags == ([] if name == "soap" else [2 * 4 * 3 / 4])
+
+
+def test_flags_of_blocks_that_shards_cross_reach_every_element():
+    shapes = {"rows": (12, 4), "uneven": (4, 10), "stack": (2, 8, 12), "heads": (4, 2, 6)}
+    names = ("x", "y")
+    specs = {
+        "rows": P(names),
+        "uneven": P(*names),
+        "stack": P(None, names),
+        "heads": P(*names),
+    }
+    axes = lambda path: MatrixAxes((0,), (1, 2)) if "heads" in path else IN_OUT
+    tensors = {k: single(x) for k, x in normal_leaves(shapes, 0).items()}
+    tensors = {k: x.at[(-1,) * x.ndim].set(jnp.inf) for k, x in tensors.items()}
+
+    def finite_blocks(updates, state, found):
+        assert all(not cut.is_local or cut.takes_flags for cut in found)
+        each = Tensors(updates, found)
+        flags = [jnp.all(jnp.isfinite(blocks), axis=(-2, -1)) for blocks in each.opened(updates)]
+        return each.zero_unless(flags, updates), state
+
+    on_shards = per_shard(finite_blocks, lambda _: optax.EmptyState())
+    kept = lambda x: on_shards(x, optax.EmptyState(), blockings_of(x, axes, ravine.Blocks(size=6)))
+    expected, _ = jax.jit(kept)(tensors)
+    mesh = jax.make_mesh((2, 2), names, devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        placed = {k: jax.device_put(x, NamedSharding(mesh, specs[k])) for k, x in tensors.items()}
+        found, _ = jax.jit(kept)(placed)
+    for name, shape in shapes.items():
+        np.testing.assert_array_equal(found[name], expected[name])
+        assert 0 < np.count_nonzero(found[name]) < np.prod(shape)
 
 
 def test_muon_exchanges_once_in_and_once_out_for_every_shape():

@@ -25,7 +25,7 @@ from ...core.paths import path_string
 from ...core.transformation import transformation
 from ..matrix.batch.refresh import Refresh
 from ..matrix.batch.together import Unit
-from ..matrix.mesh.exchange import per_shard, total
+from ..matrix.mesh.exchange import gathered, per_shard, total
 from ..matrix.mesh.explicit import on_mixed_meshes
 from ..matrix.mesh.placement import Names
 from ..matrix.shape.blocking import Blocking, blocks_in_words
@@ -150,11 +150,30 @@ class Tensors:
 
     def zero_unless(self, usable: Sequence[jax.Array], tree: Any) -> Any:
         """The leaves of a tree, zero in blocks that are not usable; flags are `[*batch, *counts]`."""
-        wide = [
-            jnp.broadcast_to(x[(..., *(None,) * len(tensor.sizes))], (*x.shape, *tensor.sizes))
-            for x, tensor in zip(usable, self, strict=True)
-        ]
-        return jax.tree.map(lambda flags, x: jnp.where(flags, x, 0), self.closed(wide), tree)
+        by_leaf = list(zip(self.blockings, self.by_leaf(usable), strict=True))
+        sent = [(cut, flags) for cut, (flags, *_) in by_leaf if cut.takes_flags]
+        every = iter(
+            gathered(
+                [flags for _, flags in sent],
+                [cut.count_names[0] for cut, _ in sent],
+                sent[0][0].placement.sizes if sent else {},
+            )
+        )
+
+        def kept(cut: Blocking, flags: Sequence[jax.Array], leaf: jax.Array) -> jax.Array:
+            if cut.takes_flags:
+                return jnp.where(cut.at_elements(next(every), leaf), leaf, 0)
+            sizes = [grid.sizes for grid in cut.grids]
+            wide = [
+                jnp.broadcast_to(x[(..., *(None,) * len(size))], (*x.shape, *size))
+                for x, size in zip(flags, sizes, strict=True)
+            ]
+            return jnp.where(cut.from_blocks(wide), leaf, 0)
+
+        leaves, structure = jax.tree.flatten(tree)
+        return structure.unflatten(
+            kept(*each, leaf) for each, leaf in zip(by_leaf, leaves, strict=True)
+        )
 
 
 def blockwise(

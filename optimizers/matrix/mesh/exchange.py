@@ -170,6 +170,42 @@ def whole_matrices(
     return x[:count]
 
 
+def gathered(
+    parts: Sequence[jax.Array], cuts: Sequence[Sequence[Names]], sizes: Mapping[str, int]
+) -> list[jax.Array]:
+    """Small arrays, each whole on every device: all of them in one exchange.
+
+    Args:
+      parts: a device's parts of the arrays, of one dtype.
+      cuts: for each array and axis, the mesh axes that cut it.
+      sizes: the sizes of the mesh's axes, by name.
+    """
+    cutting = [{name for names in cut for name in names} for cut in cuts]
+    used = tuple(name for name in sizes if any(name in names for names in cutting))
+    if not used:
+        return list(parts)
+    every = jax.lax.all_gather(jnp.concatenate([x.reshape(-1) for x in parts]), used)
+    every = every.reshape(*(sizes[name] for name in used), -1)
+    found, start = [], 0
+    for x, cut, names in zip(parts, cuts, cutting, strict=True):
+        one = jax.lax.slice_in_dim(every, start, start + x.size, axis=-1)
+        start += x.size
+        # Devices along the other mesh axes hold the same part.
+        one = one[tuple(slice(None) if name in names else 0 for name in used)]
+        kept = [name for name in used if name in names]
+        one = one.reshape(*(sizes[name] for name in kept), *x.shape)
+        order = [
+            at
+            for axis, cutters in enumerate(cut)
+            for at in (*map(kept.index, cutters), len(kept) + axis)
+        ]
+        whole = [
+            n * math.prod(sizes[name] for name in c) for n, c in zip(x.shape, cut, strict=True)
+        ]
+        found.append(one.transpose(order).reshape(whole))
+    return found
+
+
 def total(x: jax.Array, names: Names) -> jax.Array:
     """The sum over mesh axes."""
     return jax.lax.psum(x, names) if names else x

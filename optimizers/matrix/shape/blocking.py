@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from ....core.paths import path_string
 from ..mesh.exchange import move_in_together, move_out, zeros
@@ -129,22 +130,75 @@ class Blocking:
     def zeros(self, leaf: Any, dtype: Any, *, inside: bool) -> list[jax.Array]:
         """For each tensor zeros `[*batch, *counts]`, in place; with the blocks' own axes if `inside`."""
         made = []
-        for batch, grid, marks in zip(self.batches, self.grids, self.factored, strict=True):
+        for batch, grid, names in zip(self.batches, self.grids, self._names, strict=True):
             shape = (*batch, *grid.counts, *grid.sizes)
-            names: list[Names] = [()] * len(shape)
-            cut = self.placement.inside
-            for position, axis in enumerate(self._batch_axes if cut else ()):
-                names[position] = cut[axis]
-            for axis, at in self._grid_axes().items() if cut else ():
-                behind = 0 if marks[at] else len(grid.sizes)
-                names[len(batch) + at + behind] = cut[axis]
             ndim = len(shape) if inside else len(batch) + len(grid.counts)
             made.append(zeros(shape[:ndim], dtype, leaf, names[:ndim]))
         return made
 
     @property
+    def count_names(self) -> list[list[Names]]:
+        """For each tensor the mesh axes that cut `[*batch, *counts]`."""
+        parts = zip(self._names, self.batches, self.grids, strict=True)
+        return [names[: len(batch) + len(grid.counts)] for names, batch, grid in parts]
+
+    @property
+    def _names(self) -> list[list[Names]]:
+        """For each tensor the mesh axes that cut `[*batch, *counts, *sizes]`."""
+        made, cut = [], self.placement.inside
+        for batch, grid, marks in zip(self.batches, self.grids, self.factored, strict=True):
+            names: list[Names] = [()] * (len(batch) + 2 * len(grid.sizes))
+            for position, axis in enumerate(self._batch_axes if cut else ()):
+                names[position] = cut[axis]
+            for axis, at in self._grid_axes().items() if cut else ():
+                behind = 0 if marks[at] else len(grid.sizes)
+                names[len(batch) + at + behind] = cut[axis]
+            made.append(names)
+        return made
+
+    @property
+    def takes_flags(self) -> bool:
+        """Whether flags of blocks are better sent as such than one for each element of the leaf."""
+        inner = [axis for axes in self._groups for axis in axes[1:]]
+        outside = self.placement.outside
+        moved = self.is_local and bool(self.placement.moves)
+        return moved and self._is_one_piece and not any(outside[axis] for axis in inner)
+
+    def at_elements(self, flags: jax.Array, leaf: jax.Array) -> jax.Array:
+        """For each element of a device's part of the leaf the flag of its block.
+
+        Args:
+          flags: of the blocks of all devices, `[*batch, *counts]`.
+          leaf: the part; with `takes_flags`.
+        """
+        flags = flags[0] if self.layout is None or not self._batch_axes else flags
+        for at, axes in enumerate(self._groups):
+            names = self.placement.outside[axes[0]]
+            length = math.prod(leaf.shape[axis] for axis in axes)
+            count, whole = flags.shape[at], length * self.placement.parts(names)
+            size = max(1, -(-whole // count))
+            start = jax.lax.axis_index(names) * length if names else 0
+            # The blocks that the part touches, and of these the part.
+            touched = min(count, length // size + 2)
+            first = jnp.minimum(start // size, count - touched)
+            cells = jax.lax.dynamic_slice_in_dim(flags, first, touched, at)
+            cells = jnp.repeat(cells, size, at)
+            flags = jax.lax.dynamic_slice_in_dim(cells, start - first * size, length, at)
+        order = [axis for axes in self._groups for axis in axes]
+        flags = flags.reshape([leaf.shape[axis] for axis in order])
+        return flags.transpose([order.index(axis) for axis in range(leaf.ndim)])
+
+    @property
     def _batch_axes(self) -> tuple[int, ...]:
         return () if self.layout is None else self.layout.batch_axes
+
+    @property
+    def _groups(self) -> list[tuple[int, ...]]:
+        """The axes of the leaf that make each axis of `[*batch, *counts]`."""
+        if self.layout is None:
+            return [(axis,) for axis in range(len(self.grids[0].sides))]
+        batch = [(axis,) for axis in self._batch_axes]
+        return [*batch, self.layout.row_axes, self.layout.column_axes]
 
     def _grid_axes(self) -> dict[int, int]:
         """The axes of the leaf that can be cut between blocks, and the tensors' axis each cuts."""
