@@ -22,7 +22,7 @@ from ..core.arithmetic import wide_dtype
 from ..core.checks import check_decay_rates, check_non_negative, check_whole
 from ._checks import check_labels, check_same_shape
 from .cross_entropy import CrossEntropy
-from .soft_cap import soft_cap
+from .soft_cap import CapForm, soft_cap
 
 
 class _Options(NamedTuple):
@@ -32,6 +32,7 @@ class _Options(NamedTuple):
     axis: str | None
     z_loss: float
     cap: float | None
+    cap_form: CapForm
     smoothing: float
     precision: Any
 
@@ -45,6 +46,7 @@ def fused_cross_entropy(
     weights: jax.Array | None = None,
     z_loss: float = 0.0,
     cap: float | None = None,
+    cap_form: CapForm = "tanh",
     label_smoothing: float = 0.0,
     chunk: int | None = None,
     vocabulary: int | None = None,
@@ -76,6 +78,7 @@ def fused_cross_entropy(
         any label and any hidden state, NaN among them.
       z_loss: c of the z-loss.
       cap: C of the soft-cap; ``None`` for none.
+      cap_form: its form, see :func:`soft_cap`.
       label_smoothing: :math:`\epsilon` in [0, 1).
       chunk: tokens worked on at once, at least 1; by default so many that their logits take about a
         sixty-fourth of the memory of all of them, and at least 64.
@@ -147,7 +150,7 @@ def fused_cross_entropy(
     flat_hidden = _varying(flat[0], hidden_axes)
     unembedding_DxV = _varying(unembedding_DxV.astype(hidden.dtype), token_axes)
     options = _Options(
-        classes, vocabulary_axis, float(z_loss), cap, float(label_smoothing), precision
+        classes, vocabulary_axis, float(z_loss), cap, cap_form, float(label_smoothing), precision
     )
     chunks = max(-(-tokens // chunk), 1)
     chunked = [_dealt(x, chunks) for x in (flat_hidden, *flat[1:])]
@@ -193,7 +196,7 @@ def _parts(
         precision=options.precision,
         preferred_element_type=dtype,
     )
-    z = soft_cap(raw, options.cap)
+    z = soft_cap(raw, options.cap, options.cap_form)
     column = jax.lax.broadcasted_iota(jnp.int32, z.shape, 1)
     if options.axis is not None:
         column += jax.lax.axis_index(options.axis) * unembedding.shape[1]
@@ -229,7 +232,7 @@ def _parts(
 def _logit_gradient(
     options: _Options, weights: jax.Array, raw: Any, counts: Any, labelled: Any, normalizer: Any
 ) -> jax.Array:
-    z = soft_cap(raw, options.cap)
+    z = soft_cap(raw, options.cap, options.cap_form)
     share = jnp.exp(z - normalizer[:, None])
     share *= 1 + 2 * options.z_loss * normalizer[:, None]
     smoothing = options.smoothing
@@ -237,7 +240,8 @@ def _logit_gradient(
     if smoothing:
         found -= smoothing / options.classes
     if options.cap is not None:
-        found *= 1 - jnp.square(z / options.cap)
+        slope = 1 - jnp.square(z / options.cap)
+        found *= slope if options.cap_form == "tanh" else slope * jnp.sqrt(slope)
     if counts is not None:
         found = jnp.where(counts, found, 0)
     return found * weights[:, None]

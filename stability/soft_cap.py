@@ -1,25 +1,34 @@
 """Soft-capping: logits squeezed smoothly into an interval."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
 from ..core.arguments import checked
 from ._checks import check_cap
 
+CapForm = Literal["tanh", "root"]
+
 
 @checked
-def soft_cap(logits: jax.Array, cap: float | None) -> jax.Array:
+def soft_cap(logits: jax.Array, cap: float | None, form: CapForm = "tanh") -> jax.Array:
     r""":math:`c \tanh(z / c)`, the identity near zero and never beyond :math:`\pm c`.
+
+    The other form, :math:`z / \sqrt{1 + (z / c)^2}`, comes near its bound more slowly: its derivative
+    is :math:`(1 - (y / c)^2)^{3/2}` at the value :math:`y`, not :math:`1 - (y / c)^2`.
 
     Args:
       logits: any shape.
       cap: :math:`c > 0`; ``None`` leaves the logits alone. Gemma 2 takes 30 for final logits and 50
         for attention logits.
+      form: ``"tanh"`` or ``"root"``.
 
     Raises:
       ValueError: if the cap is not positive and finite.
 
-    Source: Gemma 2, 2024, https://arxiv.org/abs/2408.00118.
+    Source: Gemma 2, 2024, https://arxiv.org/abs/2408.00118; the root: KellerJordan/modded-nanogpt,
+    ``train_gpt_simple.py``.
 
     Example:
       >>> import jax.numpy as jnp, ravine
@@ -29,4 +38,6 @@ def soft_cap(logits: jax.Array, cap: float | None) -> jax.Array:
     check_cap(cap)
     if cap is None:
         return logits
-    return (cap * jnp.tanh(logits / cap)).astype(logits.dtype)
+    z = logits / cap
+    bounded = jnp.tanh(z) if form == "tanh" else z * jax.lax.rsqrt(1 + jnp.square(z))
+    return (cap * bounded).astype(logits.dtype)

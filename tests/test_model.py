@@ -29,6 +29,18 @@ OPTIONS = {
     "caps": {"attention_soft_cap": 5.0, "final_soft_cap": 3.0},
     "bfloat16": {"dtype": "bfloat16"},
     "unrolled": {"unroll": 2},
+    "speedrun": {
+        "activation": "relu2",
+        "biases": True,
+        "embedding_norm": True,
+        "rope_share": 0.5,
+        "qk_norm": True,
+        "qk_gains": False,
+        "attention_scale": 0.12,
+        "init_scale": 0.57,
+        "final_soft_cap": 15.0,
+        "soft_cap_form": "root",
+    },
 }
 
 

@@ -12,6 +12,7 @@ import jax
 from jax.sharding import AxisType, PartitionSpec
 
 from ..stability import CrossEntropy, fused_cross_entropy
+from ..stability.soft_cap import CapForm
 from .sharding import ROWS
 
 LARGE = 8192
@@ -41,6 +42,7 @@ def fused_loss(
     *,
     z_loss: float = 0.0,
     cap: float | None = None,
+    cap_form: CapForm = "tanh",
     chunk: int | None = None,
 ) -> tuple[jax.Array, CrossEntropy]:
     """Mean loss, z-loss included, and its parts for every token, without gradient.
@@ -53,6 +55,7 @@ def fused_loss(
       targets_BxT: the next tokens.
       z_loss: coefficient of the z-loss.
       cap: of the logits' soft-cap.
+      cap_form: its form.
       chunk: tokens worked on at once, by default `chunk_of`.
 
     Example:
@@ -63,7 +66,7 @@ def fused_loss(
       5.5452
     """
     mesh = jax.sharding.get_abstract_mesh()
-    options: dict[str, Any] = {"z_loss": z_loss, "cap": cap}
+    options: dict[str, Any] = {"z_loss": z_loss, "cap": cap, "cap_form": cap_form}
     if mesh.empty or mesh.size == 1 or set(mesh.axis_types) != {AxisType.Auto}:
         options["chunk"] = chunk or chunk_of(kernel_DxV.shape[1], jax.default_backend())
         return fused_cross_entropy(hidden_BxTxD, kernel_DxV, targets_BxT, **options)

@@ -25,18 +25,17 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         c, self.config = config, config
-        dtype = jnp.dtype(c.dtype)
 
         def linear(inner: int, outer: int, gain: float = 1.0) -> nnx.Linear:
-            return _linear(inner, outer, gain, dtype, rngs)
+            return _linear(inner, outer, gain, c, rngs)
 
         self.query = linear(c.width, c.heads * c.head_width)
         self.key = linear(c.width, c.key_value_heads * c.head_width)
         self.value = linear(c.width, c.key_value_heads * c.head_width)
         self.output = linear(c.heads * c.head_width, c.width, _residual_gain(c))
         if c.qk_norm:
-            self.query_norm = RMSNorm(c.head_width)
-            self.key_norm = RMSNorm(c.head_width)
+            self.query_norm = RMSNorm(c.head_width, gain=c.qk_gains)
+            self.key_norm = RMSNorm(c.head_width, gain=c.qk_gains)
 
     def __call__(
         self, x_BxTxD: jax.Array, measured: bool = False
@@ -55,18 +54,30 @@ class Attention(nnx.Module):
         q_BxTxHxK, k_BxTxGxK, v_BxTxGxK = map(heads, projected)
         if c.qk_norm:
             q_BxTxHxK, k_BxTxGxK = self.query_norm(q_BxTxHxK), self.key_norm(k_BxTxGxK)
-        q_BxTxHxK, k_BxTxGxK = rotate(q_BxTxHxK, c.rope_base), rotate(k_BxTxGxK, c.rope_base)
+        q_BxTxHxK, k_BxTxGxK = (
+            rotate(x, c.rope_base, c.rope_share) for x in (q_BxTxHxK, k_BxTxGxK)
+        )
         k_BxTxGxK, v_BxTxGxK = of_all_positions(k_BxTxGxK), of_all_positions(v_BxTxGxK)
 
         if measured or c.attention == "plain":
             mixed_BxTxHxK, highest_H = attention(
-                q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, causal=True, cap=c.attention_soft_cap
+                q_BxTxHxK,
+                k_BxTxGxK,
+                v_BxTxGxK,
+                causal=True,
+                cap=c.attention_soft_cap,
+                scale=c.attention_scale,
             )
             highest_H = highest_H if measured else None
         else:
             mixed_BxTxHxK, highest_H = (
                 jax.nn.dot_product_attention(
-                    q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, is_causal=True, implementation=c.attention
+                    q_BxTxHxK,
+                    k_BxTxGxK,
+                    v_BxTxGxK,
+                    is_causal=True,
+                    implementation=c.attention,
+                    scale=c.attention_scale,
                 ),
                 None,
             )
@@ -74,22 +85,22 @@ class Attention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """SwiGLU or GELU."""
+    """SwiGLU, GELU, or the square of ReLU."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        dtype = jnp.dtype(config.dtype)
         self.gated = config.activation == "swiglu"
         if self.gated:
-            self.gate = _linear(config.width, config.hidden, 1.0, dtype, rngs)
-        self.up = _linear(config.width, config.hidden, 1.0, dtype, rngs)
-        self.down = _linear(config.hidden, config.width, _residual_gain(config), dtype, rngs)
+            self.gate = _linear(config.width, config.hidden, 1.0, config, rngs)
+        self.up = _linear(config.width, config.hidden, 1.0, config, rngs)
+        self.down = _linear(config.hidden, config.width, _residual_gain(config), config, rngs)
+        self.activation = jax.nn.gelu if config.activation == "gelu" else _relu2
 
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         """Transforms each position alone."""
         if self.gated:
             gate_BxTxF, up_BxTxF = _project(x_BxTxD, self.gate, self.up)
             return self.down(jax.nn.silu(gate_BxTxF) * up_BxTxF)
-        return self.down(jax.nn.gelu(self.up(x_BxTxD)))
+        return self.down(self.activation(self.up(x_BxTxD)))
 
 
 class Block(nnx.Module):
@@ -155,11 +166,14 @@ class Transformer(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
+        if config.embedding_norm:
+            self.embedding_norm = RMSNorm(config.width)
         self.layers = stacked(rngs)
         self.final_norm = RMSNorm(config.width)
         if not config.tied:
             # Small first logits: the loss starts near log V instead of well above it.
-            self.head = _linear(config.width, config.vocabulary, 0.25, dtype, rngs)
+            gain = 0.0 if config.zero_outputs else 0.25 / config.init_scale
+            self.head = _linear(config.width, config.vocabulary, gain, config, rngs)
 
     def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
         """Logits of the token after each position, float32."""
@@ -202,6 +216,8 @@ class Transformer(nnx.Module):
         x_BxTxD = jnp.take(table_VxD.astype(self.config.dtype), tokens_BxT, axis=0)
         if self.config.tied:
             x_BxTxD = x_BxTxD * jnp.asarray(self.config.width**0.5, x_BxTxD.dtype)
+        if self.config.embedding_norm:
+            x_BxTxD = self.embedding_norm(x_BxTxD)
         x_BxTxD = dropped(x_BxTxD, self.config.dropout, first)
         x_BxTxD = constrained(x_BxTxD, "rows", "context", None)
         x_BxTxD, highest_LxH = through_layers(x_BxTxD, self.layers, keys_Lx2)
@@ -211,6 +227,23 @@ class Transformer(nnx.Module):
         """The head's matrix, `[D, V]`."""
         return self.embed.embedding[...].T if self.config.tied else self.head.kernel[...]
 
+    def before_head(self, hidden_BxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What `hidden` gave and a matrix, the product of which are the logits before their cap.
+
+        A head's bias is a row more, of an input that is one. Seven of zeros keep the size a multiple of
+        eight, as matrix units want it.
+        """
+        kernel_DxV = self.unembedding()
+        if not self.config.biases:
+            return hidden_BxTxD, kernel_DxV
+        bias = self.head.bias
+        assert bias is not None
+        ones = jnp.broadcast_to(
+            jnp.eye(8, dtype=hidden_BxTxD.dtype)[0], (*hidden_BxTxD.shape[:-1], 8)
+        )
+        rows_8xV = jnp.pad(bias[...][None], ((0, 7), (0, 0)))
+        return jnp.concatenate([hidden_BxTxD, ones], -1), jnp.concatenate([kernel_DxV, rows_8xV])
+
     def logits(self, hidden_BxTxD: jax.Array) -> jax.Array:
         """Logits of the next tokens, float32, of what `hidden` gave."""
         if self.config.tied:
@@ -219,18 +252,32 @@ class Transformer(nnx.Module):
             logits_BxTxV = self.head(hidden_BxTxD)
         logits_BxTxV = logits_BxTxV.astype(jnp.float32)
         logits_BxTxV = constrained(logits_BxTxV, "rows", "context", "tensor")
-        return soft_cap(logits_BxTxV, self.config.final_soft_cap)
+        return soft_cap(logits_BxTxV, self.config.final_soft_cap, self.config.soft_cap_form)
 
 
 def _residual_gain(config: ModelConfig) -> float:
     # GPT-2's: 2L branches add up in the stream, so each is started smaller; a base model's gain where
     # branches are scaled down for their number.
+    if config.zero_outputs:
+        return 0.0
     return (2 * config.layers * config.branch_scale) ** -0.5
 
 
-def _linear(inner: int, outer: int, gain: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
-    init = nnx.initializers.variance_scaling(gain**2, "fan_in", "normal")
-    return nnx.Linear(inner, outer, use_bias=False, kernel_init=init, dtype=dtype, rngs=rngs)
+def _relu2(x: jax.Array) -> jax.Array:
+    return jnp.square(jax.nn.relu(x))
+
+
+def _linear(inner: int, outer: int, gain: float, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Linear:
+    scale = (gain * config.init_scale) ** 2
+    init = nnx.initializers.variance_scaling(scale, "fan_in", "normal")
+    return nnx.Linear(
+        inner,
+        outer,
+        use_bias=config.biases,
+        kernel_init=init if scale else nnx.initializers.zeros,
+        dtype=jnp.dtype(config.dtype),
+        rngs=rngs,
+    )
 
 
 def _project(x: jax.Array, *maps: nnx.Linear) -> list[jax.Array]:
@@ -245,4 +292,8 @@ def _project(x: jax.Array, *maps: nnx.Linear) -> list[jax.Array]:
         return [linear(x) for linear in maps]
     joined = jnp.concatenate(kernels, axis=-1).astype(x.dtype)
     ends = [k.shape[-1] for k in kernels[:-1]]
-    return jnp.split(x @ joined, [sum(ends[: i + 1]) for i in range(len(ends))], axis=-1)
+    found = x @ joined
+    if biases := [linear.bias[...] for linear in maps if linear.bias is not None]:
+        bias = jnp.concatenate(biases, axis=-1).astype(x.dtype)
+        found += jnp.broadcast_to(bias, found.shape)
+    return jnp.split(found, [sum(ends[: i + 1]) for i in range(len(ends))], axis=-1)

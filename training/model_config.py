@@ -5,6 +5,7 @@ import math
 from typing import Literal
 
 from ..stability import HeadWeights
+from ..stability.soft_cap import CapForm
 from .identity import LATER
 
 
@@ -26,11 +27,19 @@ class ModelConfig:
     kv_heads: int = 0
     """Key-value heads, a divisor of `heads`; 0 means as many as heads."""
     feed_forward: int = 0
-    """Hidden width of the feed-forward part; 0 means 8/3 (SwiGLU) or 4 (GELU) times the width."""
-    activation: Literal["swiglu", "gelu"] = "swiglu"
-    """Of the feed-forward part."""
+    """Hidden width of the feed-forward part; 0 means 8/3 (SwiGLU) or 4 (others) times the width."""
+    activation: Literal["swiglu", "gelu", "relu2"] = "swiglu"
+    """Of the feed-forward part; relu2 is the square of ReLU."""
+    biases: bool = dataclasses.field(default=False, metadata=LATER)
+    """Add a bias after every matrix, the head too."""
     qk_norm: bool = False
     """RMS-normalise queries and keys per head."""
+    qk_gains: bool = dataclasses.field(default=True, metadata=LATER)
+    """Learn a scale with these norms."""
+    embedding_norm: bool = dataclasses.field(default=False, metadata=LATER)
+    """RMS-normalise the embedding of each token."""
+    attention_scale: float | None = dataclasses.field(default=None, metadata=LATER)
+    """Factor of the attention logits; by default the root of the head width divides them."""
     tied: bool = dataclasses.field(default=False, metadata=LATER)
     """The head is the embedding, whose rows are then looked up times the root of the width (Gemma)."""
     norms: Literal[2, 4] = dataclasses.field(default=2, metadata=LATER)
@@ -39,8 +48,12 @@ class ModelConfig:
     """Cap of the attention logits; Gemma 2 takes 50."""
     final_soft_cap: float | None = None
     """Cap of the output logits; Gemma 2 takes 30."""
+    soft_cap_form: CapForm = dataclasses.field(default="tanh", metadata=LATER)
+    """Of the cap of output logits, see ravine.stability.soft_cap."""
     rope_base: float = 10_000.0
     """Base of the rotary position embedding, at least 1."""
+    rope_share: float = dataclasses.field(default=1.0, metadata=LATER)
+    """Share of the pairs of coordinates that it turns."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of activations; parameters and logits are float32."""
     attention: Literal["plain", "xla", "cudnn"] = dataclasses.field(default="plain", metadata=LATER)
@@ -54,6 +67,10 @@ class ModelConfig:
     """Share of elements dropped behind the embedding and every branch, in training only. Models that
     see a token about once take 0."""
 
+    zero_outputs: bool = dataclasses.field(default=False, metadata=LATER)
+    """Start with zeros in the last matrix of every branch and in the head."""
+    init_scale: float = dataclasses.field(default=1.0, metadata=LATER)
+    """Of the initial matrices of layers: their standard deviation times the root of their inputs."""
     branch_scale: float = dataclasses.field(default=1.0, metadata=LATER)
     """Of every branch before it is added to the stream. Rules for depth ask for the base model's number
     of layers over this one's."""
@@ -61,6 +78,18 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.branch_scale) and self.branch_scale > 0):
             raise ValueError(f"branch_scale must be positive and finite, got {self.branch_scale}.")
+        for name in ("init_scale", "attention_scale"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be positive and finite, got {value}.")
+        if self.tied and (self.biases or self.zero_outputs):
+            raise ValueError("biases and zero_outputs need a head of its own; leave tied out.")
+        if not self.qk_gains and not self.qk_norm:
+            raise ValueError("qk_gains are those of qk_norm, which is off; leave both out.")
+        if not 0 < self.rope_share <= 1 or round(self.rope_share * self.head_width / 2) < 1:
+            raise ValueError(
+                f"rope_share must lie in (0, 1] and turn at least one pair, got {self.rope_share}."
+            )
         if self.attention != "plain" and self.attention_soft_cap is not None:
             raise ValueError(
                 f"attention {self.attention} has no soft-cap; take plain, or no attention_soft_cap."
@@ -111,6 +140,6 @@ class ModelConfig:
         """F; the default for SwiGLU keeps the parameters of a 4x GELU, rounded up to 32."""
         if self.feed_forward:
             return self.feed_forward
-        if self.activation == "gelu":
+        if self.activation != "swiglu":
             return 4 * self.width
         return -(-8 * self.width // (3 * 32)) * 32

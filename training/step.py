@@ -125,8 +125,9 @@ def _trained_loss(
 def _fused(
     model: Transformer, hidden: jax.Array, targets: jax.Array, z_loss: float = 0.0
 ) -> jax.Array:
-    kernel, cap = model.unembedding(), model.config.final_soft_cap
-    return fused_loss(hidden, kernel, targets, z_loss=z_loss, cap=cap)[0].astype(jnp.float32)
+    hidden, kernel = model.before_head(hidden)
+    cap: Any = {"cap": model.config.final_soft_cap, "cap_form": model.config.soft_cap_form}
+    return fused_loss(hidden, kernel, targets, z_loss=z_loss, **cap)[0].astype(jnp.float32)
 
 
 MEASURED = ("entropy", "log_normalizer", "max_attention_logit", "max_logit")

@@ -199,6 +199,7 @@ RAVINE_RULES: Rules = (
     Rule(r"(^|/)embed/embedding$", "embedding"),
     Rule(r"(^|/)head/kernel$", "head"),
     Rule(r"norm/scale$", "norm"),
+    Rule(r"/bias$", "bias", required=False),
     Rule(r"/kernel$", "matrix", IN_OUT),
 )
 """Rules for the model of ``ravine.training``."""
