@@ -19,7 +19,6 @@ and MuonH puts `scale_by_parameter_norm` and `keep_parameter_norm` around the le
 from collections.abc import Callable, Collection
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -34,6 +33,7 @@ from .links.momentum import scale_by_ema_momentum
 from .links.neuron_norm import renormalize, scale_by_element_rms, scale_by_neuron_rms
 from .links.orthogonal import orthogonalize
 from .links.polar_norm import polar_norms
+from .matrix.algebra.polar import Polar
 from .matrix.shape.matrices import DEFAULT_AXES, Axes
 from .roles import MATRIX_ROLES, Role, Rules
 
@@ -48,7 +48,7 @@ def scale_by_muon(
     b1: float = 0.95,
     *,
     nesterov: bool = True,
-    polar: Callable[[jax.Array], jax.Array] | None = None,
+    polar: Polar = None,
     scale: Scale = "keller",
     pre: optax.GradientTransformation | None = None,
     post: optax.GradientTransformation | None = None,
@@ -113,7 +113,7 @@ def muon(
     b1: float = 0.95,
     *,
     nesterov: bool = True,
-    polar: Callable[[jax.Array], jax.Array] | None = None,
+    polar: Polar = None,
     scale: Scale = "keller",
     pre: optax.GradientTransformation | None = None,
     post: Link | None = None,
@@ -224,7 +224,7 @@ def normuon(
     b2: float = 0.95,
     *,
     nesterov: bool = True,
-    polar: Callable[[jax.Array], jax.Array] | None = None,
+    polar: Polar = None,
     scale: Scale = "keller",
     mu_dtype: Any = None,
     weight_decay: optax.ScalarOrSchedule = 0.0,
@@ -282,7 +282,7 @@ def adamuon(
     b1: float = 0.95,
     *,
     nesterov: bool = True,
-    polar: Callable[[jax.Array], jax.Array] | None = None,
+    polar: Polar = None,
     mu_dtype: Any = None,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     weight_decay_mask: Mask | None = None,

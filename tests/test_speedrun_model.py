@@ -100,6 +100,16 @@ def test_branches_and_head_start_at_zero():
         assert not linear.bias[...].any()
 
 
+def test_initial_sizes_of_each_matrix():
+    sizes = {"init_output": 0.7, "init_up": 0.9, "init_down": 1.7}
+    config = dataclasses.replace(SPEEDRUN, init_scale=0.5, zero_outputs=True, width=256, **sizes)
+    layers = Transformer(config, rngs=nnx.Rngs(0)).layers
+    found = layers.attention.query, layers.attention.output, layers.feed_forward.up
+    for linear, size in zip((*found, layers.feed_forward.down), (0.5, 0.7, 0.9, 1.7), strict=True):
+        kernel = linear.kernel[...]
+        assert np.std(kernel) == pytest.approx(size / kernel.shape[1] ** 0.5, rel=0.02)
+
+
 def test_the_root_caps_slope_is_what_the_fused_loss_takes():
     z = jnp.array([-30.0, -1.0, 0.0, 2.0, 400.0])
     value, slope = jax.vmap(jax.value_and_grad(lambda x: soft_cap(x, 15.0, "root")))(z)

@@ -12,6 +12,7 @@ import optax
 
 from .. import schedules
 from ..schedules import BatchSizes
+from .auxiliary import NO_AUXILIARY, AuxiliaryConfig
 from .batch_schedule import CONSTANT, BatchSchedule, Rule
 from .identity import EXTENDS, FREE, LATER
 from .loss import LARGE
@@ -70,6 +71,7 @@ class RunConfig:
     weight_decay: float | None = None
     """Share of every matrix that a step at the peak learning rate removes: the coefficient handed to
     the optimizer is this divided by its learning rate. By default what was tuned, else 3e-4."""
+    auxiliary: AuxiliaryConfig = dataclasses.field(default=NO_AUXILIARY, metadata=LATER)
     eval_every: int = dataclasses.field(default=50, metadata=EXTENDS)
     """Updates between two evaluations on held-out text."""
     eval_batches: int = 32
@@ -151,6 +153,8 @@ class RunConfig:
                 f"bytes_per_token must be finite and not negative, got {self.bytes_per_token}."
             )
         schedules.parse_options(self.schedule, self.schedule_options)
+        if rest := self.auxiliary.rest_schedule:
+            schedules.parse_options(rest, self.auxiliary.rest_schedule_options)
         self.rollback_policy()
         if self.loss == "fused" and self.monitor_every:
             raise ValueError(
@@ -167,6 +171,12 @@ class RunConfig:
         if self.qk_clip and self.model.qk_norm:
             raise ValueError(
                 "qk_clip does nothing under the model's qk_norm; switch one of them off."
+            )
+        given = None not in (self.model.init_output, self.model.init_down)
+        if self.auxiliary.fixed_norm and self.model.zero_outputs and not given:
+            raise ValueError(
+                "fixed_norm keeps matrices of zeros zero; give init_output and init_down, or leave "
+                "zero_outputs out."
             )
         if self.end_ratio is not None and not 0 <= self.end_ratio <= 1:
             raise ValueError(f"end_ratio must lie in [0, 1], got {self.end_ratio}.")

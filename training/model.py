@@ -26,13 +26,13 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         c, self.config = config, config
 
-        def linear(inner: int, outer: int, gain: float = 1.0) -> nnx.Linear:
-            return _linear(inner, outer, gain, c, rngs)
+        def linear(inner: int, outer: int, scale: float = c.init_scale) -> nnx.Linear:
+            return _linear(inner, outer, scale, c, rngs)
 
         self.query = linear(c.width, c.heads * c.head_width)
         self.key = linear(c.width, c.key_value_heads * c.head_width)
         self.value = linear(c.width, c.key_value_heads * c.head_width)
-        self.output = linear(c.heads * c.head_width, c.width, _residual_gain(c))
+        self.output = linear(c.heads * c.head_width, c.width, _output_scale(c, c.init_output))
         if c.qk_norm:
             self.query_norm = RMSNorm(c.head_width, gain=c.qk_gains)
             self.key_norm = RMSNorm(c.head_width, gain=c.qk_gains)
@@ -89,10 +89,12 @@ class FeedForward(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.gated = config.activation == "swiglu"
+        up = config.init_scale if config.init_up is None else config.init_up
         if self.gated:
-            self.gate = _linear(config.width, config.hidden, 1.0, config, rngs)
-        self.up = _linear(config.width, config.hidden, 1.0, config, rngs)
-        self.down = _linear(config.hidden, config.width, _residual_gain(config), config, rngs)
+            self.gate = _linear(config.width, config.hidden, up, config, rngs)
+        self.up = _linear(config.width, config.hidden, up, config, rngs)
+        down = _output_scale(config, config.init_down)
+        self.down = _linear(config.hidden, config.width, down, config, rngs)
         self.activation = jax.nn.gelu if config.activation == "gelu" else _relu2
 
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
@@ -172,8 +174,8 @@ class Transformer(nnx.Module):
         self.final_norm = RMSNorm(config.width)
         if not config.tied:
             # Small first logits: the loss starts near log V instead of well above it.
-            gain = 0.0 if config.zero_outputs else 0.25 / config.init_scale
-            self.head = _linear(config.width, config.vocabulary, gain, config, rngs)
+            scale = 0.0 if config.zero_outputs else 0.25
+            self.head = _linear(config.width, config.vocabulary, scale, config, rngs)
 
     def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
         """Logits of the token after each position, float32."""
@@ -255,21 +257,24 @@ class Transformer(nnx.Module):
         return soft_cap(logits_BxTxV, self.config.final_soft_cap, self.config.soft_cap_form)
 
 
-def _residual_gain(config: ModelConfig) -> float:
+def _output_scale(config: ModelConfig, given: float | None) -> float:
     # GPT-2's: 2L branches add up in the stream, so each is started smaller; a base model's gain where
     # branches are scaled down for their number.
+    if given is not None:
+        return given
     if config.zero_outputs:
         return 0.0
-    return (2 * config.layers * config.branch_scale) ** -0.5
+    return config.init_scale * (2 * config.layers * config.branch_scale) ** -0.5
 
 
 def _relu2(x: jax.Array) -> jax.Array:
     return jnp.square(jax.nn.relu(x))
 
 
-def _linear(inner: int, outer: int, gain: float, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Linear:
-    scale = (gain * config.init_scale) ** 2
-    init = nnx.initializers.variance_scaling(scale, "fan_in", "normal")
+def _linear(
+    inner: int, outer: int, scale: float, config: ModelConfig, rngs: nnx.Rngs
+) -> nnx.Linear:
+    init = nnx.initializers.variance_scaling(scale**2 or 1.0, "fan_in", "normal")
     return nnx.Linear(
         inner,
         outer,

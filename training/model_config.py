@@ -71,6 +71,12 @@ class ModelConfig:
     """Start with zeros in the last matrix of every branch and in the head."""
     init_scale: float = dataclasses.field(default=1.0, metadata=LATER)
     """Of the initial matrices of layers: their standard deviation times the root of their inputs."""
+    init_output: float | None = dataclasses.field(default=None, metadata=LATER)
+    """The same of the last matrices of attention; by default GPT-2's share of init_scale."""
+    init_up: float | None = dataclasses.field(default=None, metadata=LATER)
+    """Of the first matrices of the feed-forward part; by default init_scale."""
+    init_down: float | None = dataclasses.field(default=None, metadata=LATER)
+    """Of its last matrices; by default GPT-2's share of init_scale."""
     branch_scale: float = dataclasses.field(default=1.0, metadata=LATER)
     """Of every branch before it is added to the stream. Rules for depth ask for the base model's number
     of layers over this one's."""
@@ -78,7 +84,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.branch_scale) and self.branch_scale > 0):
             raise ValueError(f"branch_scale must be positive and finite, got {self.branch_scale}.")
-        for name in ("init_scale", "attention_scale"):
+        for name in ("init_scale", "init_output", "init_up", "init_down", "attention_scale"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be positive and finite, got {value}.")

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -15,6 +15,7 @@ from ...optimizers.own_norms import NoOwnNorm
 from ...optimizers.registry import OptimizerConfig
 from ...optimizers.roles import RAVINE_RULES, mask_by_role
 from ...stability import clip_by_global_norm, qk_clip, skip_step, with_monitors, with_noise_scale
+from ..auxiliary import on_spheres
 from ..average import with_ema
 from ..batch_schedule import rule_of
 from ..config import RunConfig, check_learning_rate
@@ -90,7 +91,14 @@ def _built(entrant: Entrant, run: RunConfig) -> optax.GradientTransformation:
         overrides["weight_decay"] = (run.weight_decay or 0.0) / entrant.learning_rate
         overrides["weight_decay_mask"] = mask_by_role(DECAYED)
     rates = run.learning_rate(entrant.learning_rate, rule_of(entrant.name))
-    tx = entrant.optimizer.build(rates, **overrides)
+    rest = run.auxiliary
+    if rest.fixed_norm:
+        overrides["weight_decay"] = 0.0
+    tx = entrant.optimizer.build(1.0 if rest.fixed_norm else rates, **overrides)
+    if rest.fixed_norm:
+        tx = on_spheres(tx, rates)
+    if rest.given:
+        tx = rest.beside(tx, _rest_schedule(run))
     before = [clip_by_global_norm(run.clip_norm)] if run.clip_norm else []
     after = [qk_clip(run.qk_clip, run.model.head_weights)] if run.qk_clip else []
     if before or after:
@@ -105,6 +113,14 @@ def _built(entrant: Entrant, run: RunConfig) -> optax.GradientTransformation:
         every = run.monitor_every
         tx = with_monitors(tx, RAVINE_RULES, every=every, measured=MEASURED)
     return tx
+
+
+def _rest_schedule(run: RunConfig) -> Callable[[float], optax.Schedule]:
+    """From a peak to the learning rates of what the optimizer does not take."""
+    if name := run.auxiliary.rest_schedule:
+        options = run.auxiliary.rest_schedule_options
+        run = dataclasses.replace(run, schedule=name, schedule_options=options, schedule_steps=0)
+    return lambda peak: run.learning_rate(peak, rule_of("adamw"))
 
 
 def _with_noise_scale(

@@ -48,6 +48,7 @@ from .race_config import (
 )
 from .report import write_report
 from .summary import ranked, summary_table
+from .threshold import in_words
 
 
 def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
@@ -129,7 +130,9 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
         ended = json.loads(from_first(json.dumps(ended)))
         for line in (f"text: {corpus.description}", f"results: {out}"):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
-        stack.enter_context(interrupts.last_words(lambda: _tell(console, outcomes, run, out)))
+        stack.enter_context(
+            interrupts.last_words(lambda: _tell(console, outcomes, run, out, config.target_loss))
+        )
         try:
             with _progress(console) as progress:
                 field = zip(entrants, transformations, outcomes, ended, origins, strict=True)
@@ -163,7 +166,7 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
             if is_first():
                 with contextlib.suppress(OSError):  # a full disk has been reported already
                     write_report(out, outcomes, run, corpus)
-                _tell(console, outcomes, run, out)
+                _tell(console, outcomes, run, out, config.target_loss)
         interrupts.check()
     return outcomes
 
@@ -179,11 +182,15 @@ def _needed(
     return [None if has_begun else origin for origin, has_begun in pairs]
 
 
-def _tell(console: Console, outcomes: list[Outcome], run: RunConfig, out: Path) -> None:
+def _tell(
+    console: Console, outcomes: list[Outcome], run: RunConfig, out: Path, target: float
+) -> None:
     if is_first():
         console.show_cursor()
         console.print(summary_table(outcomes, run))
         console.print(hardware_table(ranked(outcomes), run))
+        for line in in_words(outcomes, target) if target else ():
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
         line = f"report: {out / 'report.html'}"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 

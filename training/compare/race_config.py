@@ -44,6 +44,9 @@ class RaceConfig:
     seeds: int = 1
     """Runs of every optimizer, with the seed of the run and those after it; with several, means and
     standard errors are reported, and which differences are noise."""
+    target_loss: float = dataclasses.field(default=0.0, metadata=FREE)
+    """Held-out loss whose first step is printed for each optimizer, by the rule of
+    ravine.training.compare.threshold over its seeds; no run stops there. 0 for none."""
     out: Path | None = None
     """Folder for the results; by default runs/race-DATE-TIME."""
     overwrite: bool = False

@@ -17,6 +17,7 @@ Counting symmetric products at their reduced cost, the shape decides which form 
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 
 from ....core.arguments import checked
 from ....core.checks import check_whole
+from ....core.kinds import OPTIONS
 from ..mesh.exchange import largest, total
 from ..mesh.placement import Names
 from ..mesh.traffic import Distribution
@@ -90,6 +92,9 @@ class NewtonSchulz:
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}.")
         object.__setattr__(self, "dtype", dtype)
+        if not isinstance(self.coefficients, str):  # from JSON they are lists
+            steps = tuple(map(tuple, self.coefficients))
+            object.__setattr__(self, "coefficients", steps)
         if any(step < 1 for step in self.restarts):
             raise ValueError(f"restarts must be steps of at least 1, got {self.restarts}.")
         check_whole(0, halvings=self.halvings)
@@ -137,6 +142,11 @@ class NewtonSchulz:
         x = normalize(matrices_KxMxN.astype(wide), summed).astype(dtype)
         iterate = _gram if form == "gram" else _standard
         return iterate(x, steps, arithmetic, self.restarts).astype(matrices_KxMxN.dtype)
+
+
+OPTIONS.add(NewtonSchulz)
+Polar = NewtonSchulz | Callable[[jax.Array], jax.Array] | None
+"""What maps a batch of matrices to their polar factors; None for ``NewtonSchulz()``."""
 
 
 def normalize(matrices_KxMxN: jax.Array, summed: Names = ()) -> jax.Array:
