@@ -66,6 +66,13 @@ def uncached():
 
 
 @pytest.fixture
+def float64():
+    """Arrays may be in float64."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
 def untimed(monkeypatch):
     """Runs do not time the optimizer by itself at their end, which compiles it once more."""
     from ravine.training import train

@@ -1,7 +1,4 @@
-"""Inverse roots and their certificate; packed symmetric matrices; when what is refreshed."""
-
-import functools
-import math
+"""Inverse roots against true ones: every method, exponent, condition, scale, size and padding."""
 
 import jax
 import jax.numpy as jnp
@@ -12,86 +9,31 @@ from ravine.optimizers.matrix.algebra.roots import (
     CoupledNewton,
     CoupledNewtonSchulz,
     Eigh,
-    Found,
     PseudoInverse,
-    exponent_fraction,
     inverse_root,
 )
-from ravine.optimizers.matrix.algebra.roots_by_products import MARGIN, cubic_steps
+from ravine.optimizers.matrix.algebra.roots_by_products import cubic_steps
 
 from .arrays import single
+from .roots import (
+    ALL,
+    EXACT,
+    METHODS,
+    attainable,
+    certified,
+    exact,
+    relative,
+    roots_of,
+    spd,
+    unfinished,
+)
 from .tolerances import HALF, UNIT
 
-METHODS = {"eigh": Eigh(), "newton": CoupledNewton(), "schulz": CoupledNewtonSchulz()}
-ALL = {**METHODS, "pseudo": PseudoInverse()}
-EXACT = {"eigh": Eigh(), "newton": CoupledNewton(), "pseudo": PseudoInverse()}
 # The roots each method offers of those that the references test.
 OFFERED = [
     (method, p) for method in METHODS for p in (1, 2, 4, 8) if method != "schulz" or p in (2, 4)
 ]
 TEN = tuple(10.0**power for power in range(-3, 3))
-
-roots_of = jax.jit(inverse_root, static_argnames=("exponent", "method", "ridge", "absolute_ridge"))
-
-
-def spd(values, seed=0):
-    """`[1, n, n]` with these eigenvalues, in float64."""
-    n = len(values)
-    basis = np.linalg.qr(np.random.default_rng(seed).normal(size=(n, n)))[0]
-    return ((basis * np.asarray(values)) @ basis.T)[None]
-
-
-@functools.cache
-def _decomposed(contents, shape):
-    return np.linalg.eigh(np.frombuffer(contents).reshape(shape))
-
-
-def exact(matrices, exponent):
-    """Their powers, in float64."""
-    matrices = np.asarray(matrices, np.float64)
-    values, vectors = _decomposed(matrices.tobytes(), matrices.shape)
-    return (vectors * values[:, None, :] ** exponent) @ np.swapaxes(vectors, 1, 2)
-
-
-def relative(found, expected):
-    """The largest difference of each matrix, relative to its largest element."""
-    found, expected = (np.asarray(x, np.float64) for x in (found, expected))
-    return np.abs(found - expected).max((1, 2)) / np.abs(expected).max((1, 2))
-
-
-def attainable(condition, p, method="eigh", n=1):
-    """How near a root of exponent -1/p comes to the true one in float32, relative to it.
-
-    A rounding unit of the largest eigenvalue is `condition` units of the smallest, which A^(-1/p) passes
-    on divided by p. Four such: one for A, which float32 does not hold exactly, the others for the
-    decomposition or the products that the method consists of (measured on three instruction sets:
-    0.1 to 1.3 of one). Two products of n terms, or eigenvectors orthogonal to n units, come to it
-    whatever the condition, and where the method would stop without rounding.
-    """
-    return (4 * condition / p + 2 * n) * UNIT + unfinished(method, condition, p, n)
-
-
-def unfinished(method, condition, p, n):
-    """How far from the root a method may stop, in exact arithmetic, relative to the root."""
-    if method == "newton":
-        # No element of X^p A - I is above the tolerance; as a norm, n of it, and of X a p-th of that.
-        return n * CoupledNewton().tolerance / p
-    if method == "schulz":
-        # The iteration acts on each eigenvalue by itself; its second pair starts from the first one's.
-        chosen, worst = CoupledNewtonSchulz(), 0.0
-        for stage in (1, 2)[: p // 2]:
-            x = np.geomspace(1 / (MARGIN * condition), 1, 1000) ** (1 / (2 * stage))
-            lower = math.sqrt(chosen.lower ** (1 / stage) / MARGIN)
-            for beta, alpha in cubic_steps(lower, chosen.steps):
-                x = beta * x + alpha * x**3
-            worst += np.abs(x - 1).max()
-        return worst
-    return 0.0
-
-
-def certified(condition, p, method="eigh", n=1):
-    """What the certificate of such a root may show, where an error of the smallest counts p-fold."""
-    return p * condition ** (1 / p) * attainable(condition, p, method, n)
 
 
 def tridiagonal(n, pairs):
@@ -150,7 +92,8 @@ def test_pseudo_inverse_leaves_out_the_null_space():
     found = roots_of(single([np.diag([1, 4, 0])]), -1 / 2, PseudoInverse())
     assert relative(found.root, np.diag([1, 0.5, 0])[None]).max() <= attainable(4, 2)
     assert found.residual[0] <= certified(4, 2)
-    assert found.condition[0] == pytest.approx(4)
+    # Four units of the largest eigenvalue in the smallest, and rounding of their quotient.
+    assert found.condition[0] == pytest.approx(4, rel=attainable(4, 1))
 
 
 def test_pseudo_inverse_of_a_rotated_singular_matrix():
@@ -160,34 +103,6 @@ def test_pseudo_inverse_of_a_rotated_singular_matrix():
     # Rounding also turns the null space towards the smallest eigenvalue kept, by 6 units, whatever p.
     assert relative(found.root, spd(power)).max() <= attainable(6, 1)
     assert found.residual[0] <= 4 * 6 ** (1 / 4) * attainable(6, 1)
-
-
-@pytest.mark.parametrize("p", [2, 4])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(
-    "singular",
-    [[[[1.0, 1.0], [1.0, 1.0]]], spd([4, 3, 2, 1, 0, 0]), [np.diag([1.0, 4.0, 0.0])]],
-    ids=["ones", "rotated", "diagonal"],
-)
-def test_singular_matrix_without_ridge_is_not_silent(singular, method, p):
-    residual = roots_of(single(singular), -1 / p, METHODS[method], ridge=0.0).residual
-    assert residual[0] > 0.1
-
-
-@pytest.mark.parametrize("condition", [1e1, 1e2, 1e3, 1e4, 1e5, 1e6])
-@pytest.mark.parametrize("method", EXACT)
-def test_google_grid_of_condition_numbers(method, condition):
-    """16 x 16, eigenvalues cond^(-i/15), p = 4, ridge 1e-12; the bound is Google's.
-
-    CoupledNewtonSchulz is left out: at 1e6 its ten steps give .36 and it says so.
-    """
-    a = single(spd(condition ** (-np.arange(16) / 15)))
-    assert roots_of(a, -1 / 4, EXACT[method], ridge=1e-12).residual[0] < 0.1
-
-
-def test_newton_schulz_below_its_range():
-    a = single(spd(1e5 ** (-np.arange(16) / 15)))
-    assert roots_of(a, -1 / 4, CoupledNewtonSchulz(), ridge=1e-12).residual[0] < 0.1
 
 
 @pytest.mark.parametrize("p", [2, 4])
@@ -287,15 +202,6 @@ def test_rank_one_matrix(method, p):
     assert relative(found.root, expected).max() <= attainable(1 / relative_ridge, p, method, 16)
 
 
-@pytest.mark.parametrize("p", [2, 4])
-@pytest.mark.parametrize("method", ["eigh", "newton"])
-@pytest.mark.parametrize("n", [16, 128])
-def test_what_float32_cannot_do_is_refused(n, method, p):
-    """A condition number of 1e8, ridge 1e-10: the certificate is the true residual."""
-    a = single(spd(np.geomspace(1e-8, 1, n)))
-    assert roots_of(a, -1 / p, METHODS[method], ridge=1e-10).residual[0] > 0.05
-
-
 @pytest.mark.parametrize("exponent", [-2 / 3, -1 / 3, -1 / 8, -3 / 4, -1, -2])
 @pytest.mark.parametrize("method", EXACT)
 def test_fractional_exponents(method, exponent):
@@ -303,18 +209,6 @@ def test_fractional_exponents(method, exponent):
     found = roots_of(single(a), exponent, EXACT[method], ridge=0.0)
     bound = -exponent * attainable(300, 1, method, 12)
     assert relative(found.root, exact(a, exponent)).max() <= bound
-
-
-@pytest.mark.parametrize("condition", [300, 1e4])
-@pytest.mark.parametrize("exponent", [-1 / 2, -1, -2 / 3, -3 / 4])
-@pytest.mark.parametrize("method", EXACT)
-def test_certificate_accepts_good_roots(method, exponent, condition):
-    """A root as good as float32 has it is not refused at Shampoo's default tolerance."""
-    a = spd(np.geomspace(1 / condition, 1, 12))
-    found = roots_of(single(a), exponent, EXACT[method], ridge=0.0)
-    bound = -exponent * attainable(condition, 1, method, 12)
-    assert relative(found.root, exact(a, exponent)).max() <= bound
-    assert found.residual[0] <= 0.1
 
 
 @pytest.mark.parametrize(
@@ -347,51 +241,6 @@ def test_powers_of_two_make_no_difference(method, scale):
     np.testing.assert_array_equal(found.residual, reference.residual)
 
 
-def off_by(factor):
-    def method(matrices, p, ridge, absolute):
-        found = Eigh()(matrices, p, ridge, absolute)
-        return Found(found.root * factor, *found[1:])
-
-    return method
-
-
-def test_certificate_sees_a_wrong_root():
-    a = single(spd([1, 2, 3, 4]))
-    assert inverse_root(a, -1 / 4, off_by(1.0)).residual[0] <= 1e-4
-    # X^4 is off by 1.05^4 - 1.
-    assert inverse_root(a, -1 / 4, off_by(1.05)).residual[0] == pytest.approx(0.2155, abs=2e-3)
-    assert inverse_root(a, -2 / 3, off_by(1.05)).residual[0] == pytest.approx(0.1576, abs=2e-3)
-    assert inverse_root(a, -1 / 4, off_by(math.nan)).residual[0] == jnp.inf
-    assert inverse_root(a, -1 / 4, off_by(math.inf)).residual[0] == jnp.inf
-
-
-def test_certificate_sees_an_iteration_that_stopped_early():
-    a = single(spd(np.geomspace(1e-4, 1, 16)))
-    for method in (CoupledNewton(max_iterations=5), CoupledNewtonSchulz(steps=3)):
-        assert roots_of(a, -1 / 2, method).residual[0] > 0.1
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("method", ALL)
-def test_matrix_that_is_not_finite_harms_only_itself(method, bad):
-    a = np.concatenate([spd(np.geomspace(0.1, 1, 8), seed) for seed in range(3)])
-    spoiled = a.copy()
-    spoiled[1, 2, 3] = spoiled[1, 3, 2] = bad
-    found, reference = (roots_of(single(x), -1 / 4, ALL[method]) for x in (spoiled, a))
-    assert found.residual[1] == jnp.inf
-    for at in (0, 2):
-        np.testing.assert_array_equal(found.root[at], reference.root[at])
-        assert found.residual[at] == reference.residual[at] <= certified(10, 4, method, 8)
-
-
-@pytest.mark.parametrize("at", [(0, 0), (7, 7)])
-@pytest.mark.parametrize("method", METHODS)
-def test_nan_on_the_diagonal(method, at):
-    a = spd(np.geomspace(0.1, 1, 8))
-    a[0][at] = math.nan
-    assert roots_of(single(a), -1 / 4, METHODS[method]).residual[0] == jnp.inf
-
-
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_low_precision_matrices_have_float32_roots(dtype):
     a = single(spd([1, 2, 3, 4])).astype(dtype)
@@ -408,50 +257,6 @@ def test_one_by_one_and_no_matrices(method):
     assert roots_of(jnp.zeros((0, 3, 3)), -1 / 4, METHODS[method]).root.shape == (0, 3, 3)
 
 
-@pytest.mark.parametrize(
-    ("ratio", "expected"),
-    [(-0.25, (1, 4)), (-2 / 3, (2, 3)), (-1, (1, 1)), (-0.375, (3, 8)), (-2, (2, 1))],
-)
-def test_exponent_is_a_fraction(ratio, expected):
-    assert exponent_fraction(ratio) == expected
-
-
-@pytest.mark.parametrize("exponent", [0.0, 0.25, 1, math.inf, -math.inf, math.nan])
-def test_exponent_that_is_not_negative(exponent):
-    with pytest.raises(ValueError, match="exponent must be negative"):
-        inverse_root(jnp.eye(2)[None], exponent)
-
-
-@pytest.mark.parametrize("exponent", [-math.sqrt(0.5), -math.pi / 10, -1e-3])
-def test_irrational_exponent(exponent):
-    with pytest.raises(ValueError, match="denominator up to 64"):
-        inverse_root(jnp.eye(2)[None], exponent)
-
-
-@pytest.mark.parametrize("exponent", [-1 / 3, -1, -1 / 8, -2 / 3])
-def test_newton_schulz_names_what_it_can_do(exponent):
-    with pytest.raises(ValueError, match=r"-1/2 and -1/4, not .*; use Eigh"):
-        inverse_root(jnp.eye(2)[None], exponent, CoupledNewtonSchulz())
-
-
-@pytest.mark.parametrize(
-    ("build", "culprit"),
-    [
-        (lambda: PseudoInverse(rtol=1.0), r"rtol must lie in \[0, 1\), got 1"),
-        (lambda: PseudoInverse(rtol=-1e-3), r"rtol must lie in \[0, 1\), got -"),
-        (lambda: CoupledNewton(tolerance=-1.0), r"out of range in .*\(tolerance=-1"),
-        (lambda: CoupledNewton(max_iterations=0), "out of range in .*max_iterations=0,"),
-        (lambda: CoupledNewton(error_ratio=0.5), r"out of range in .*error_ratio=0\.5"),
-        (lambda: CoupledNewtonSchulz(steps=0), r"steps must be at least 1 .*steps=0"),
-        (lambda: CoupledNewtonSchulz(lower=0.0), r"lower in \(0, 1\), got .*lower=0\.0"),
-        (lambda: CoupledNewtonSchulz(lower=1.0), r"lower in \(0, 1\), got .*lower=1\.0"),
-    ],
-)
-def test_bad_method(build, culprit):
-    with pytest.raises(ValueError, match=culprit):
-        build()
-
-
 def test_cubic_steps_bring_the_interval_to_one():
     x = np.geomspace(1e-3, 1, 10001)
     for beta, alpha in cubic_steps(1e-3, 10):
@@ -464,6 +269,8 @@ def test_cubic_step_is_the_best_one():
     (beta, alpha) = cubic_steps(0.1, 1)[0]
     x = np.linspace(0.1, 1, 10001)
     error = beta * x + alpha * x**3 - 1
-    assert error[0] == pytest.approx(error[-1])
-    assert error[0] == pytest.approx(error.min())
-    assert error.max() == pytest.approx(-error[0], rel=1e-6)
+    assert error[0] == pytest.approx(error[-1], rel=HALF)
+    assert error[0] == pytest.approx(error.min(), rel=HALF)
+    # The maximum is at most half an interval from a point, and there the cubic bends by 6 alpha x.
+    missed = 3 * abs(alpha) * (0.9 / 20000) ** 2
+    assert error.max() == pytest.approx(-error[0], abs=missed)
