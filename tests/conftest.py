@@ -44,6 +44,11 @@ gc.freeze()
 gc.set_threshold(200_000, 50, 50)
 
 
+def pytest_unconfigure():
+    """The process ends without a search of all that is left for what could be freed."""
+    gc.freeze()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget():
     """What a file has compiled is of no use to the next, and grows to gigabytes."""

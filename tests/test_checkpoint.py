@@ -129,9 +129,17 @@ DAMAGE = {
 }
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A folder of two checkpoints."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    write(folder)
+    return folder
+
+
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_a_truncated_checkpoint_is_named_and_the_one_before_is_used(damage, tmp_path):
-    write(tmp_path)
+def test_a_truncated_checkpoint_is_named_and_the_one_before_is_used(damage, written, tmp_path):
+    shutil.copytree(written, tmp_path, dirs_exist_ok=True)
     damage(tmp_path / "4")
     with pytest.warns(
         UserWarning, match=rf"step 4 in {tmp_path} (was cut off|is damaged) .* of step 2"
