@@ -10,6 +10,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ravine.training.gradients import micro_batch_value_and_grad
 
+from .tolerances import HALF, UNIT, furthest
+
 
 def test_the_inner_optimizer_runs_once_per_emission():
     runs = []
@@ -72,7 +74,8 @@ def test_equals_one_large_batch_for_an_optimizer_with_state():
             mean = jax.tree.map(lambda *g: sum(g) / 3, *grads[at - 2 : at + 1])
             updates, plain_state = plain.update(mean, plain_state, other)
             other = optax.apply_updates(other, updates)
-    np.testing.assert_allclose(params["w"], other["w"], rtol=1e-6)
+    # Of two updates of 0.1, 16 roundings each; of the parameter, one for each, and so of both.
+    np.testing.assert_allclose(params["w"], other["w"], rtol=8 * UNIT)
 
 
 def test_every_may_follow_the_updates_made_and_extra_arguments_reach_the_inner_optimizer():
@@ -131,13 +134,14 @@ def regression_batch(rows):
     return jax.random.normal(keys[0], (rows, 3)), jax.random.normal(keys[1], (rows,))
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("micro_batches", [1, 2, 4])
 def test_scanned_gradients_equal_those_of_the_whole_batch(micro_batches):
     params, batch = {"w": jnp.arange(3.0)}, regression_batch(8)
-    loss, grads = jax.value_and_grad(regression)(params, batch)
+    expected = jax.value_and_grad(regression)(params, batch)
     found = jax.jit(micro_batch_value_and_grad(regression, micro_batches))(params, batch)
-    np.testing.assert_allclose(found[0], loss, rtol=1e-5)
-    np.testing.assert_allclose(found[1]["w"], grads["w"], rtol=1e-5)
+    # In float64, but weighted and summed in float32: four roundings for each.
+    assert furthest(found, expected) <= 4 * micro_batches * UNIT
 
 
 def test_scanned_gradients_weight_micro_batches_by_tokens():
@@ -150,7 +154,8 @@ def test_scanned_gradients_weight_micro_batches_by_tokens():
     tokens = lambda batch: jnp.sum(batch[1])
     found = micro_batch_value_and_grad(masked_mean, 3, tokens)(jnp.float32(1.0), (values, mask))
     expected = jax.value_and_grad(masked_mean)(jnp.float32(1.0), (values, mask))
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    # A mean, its weight, and their product and sum.
+    np.testing.assert_allclose(found, expected, rtol=4 * UNIT)
 
 
 def test_scanned_gradients_of_bfloat16_parameters_are_summed_in_float32():
@@ -168,6 +173,7 @@ def test_micro_batches_that_do_not_divide_the_batch_are_refused():
         micro_batch_value_and_grad(regression, 0)
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=["explicit", "auto"])
 def test_sharded_parameters_keep_their_sharding(kind):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
@@ -188,6 +194,5 @@ def test_sharded_parameters_keep_their_sharding(kind):
     if kind == AxisType.Explicit:  # where `init` knows the shardings
         assert state.inner.buffer.sharding.is_equivalent_to(params.sharding, 2)
     expected, plain = run(value, value / 7)
-    np.testing.assert_allclose(updates, expected, rtol=1e-6)
-    for name, metric in ravine.telemetry(plain).items():
-        np.testing.assert_allclose(ravine.telemetry(state)[name], metric, rtol=1e-6)
+    assert furthest(updates, expected) <= HALF
+    assert furthest(ravine.telemetry(state), ravine.telemetry(plain)) <= HALF

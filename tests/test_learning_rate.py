@@ -40,7 +40,7 @@ def test_a_schedule_takes_over_a_run_at_a_constant_rate():
         _, state = steps(branch, state, 1)
         rates.append(float(optax.tree.get(state, "learning_rate")))
     assert clocks(state) == [13, 13, 13]
-    np.testing.assert_allclose(rates, [0.1, 0.075, 0.05], rtol=1e-6)
+    np.testing.assert_allclose(rates, [0.1, 0.075, 0.05], rtol=4 * UNIT)
 
 
 @pytest.mark.parametrize("decay", [0.1, lambda count: 0.1])
@@ -62,8 +62,8 @@ def test_the_rate_that_is_set_is_used_until_it_is_set_again():
             state = optax.tree.set(state, learning_rate=optax.tree.get(state, "scheduled"))
         updates, state = update(GRADS, state, PARAMS)
         sizes.append(float(-updates["bias"][1]))
-        assert float(optax.tree.get(state, "learning_rate")) == pytest.approx(sizes[-1])
-    np.testing.assert_allclose(sizes, expected, rtol=1e-6)
+        assert float(optax.tree.get(state, "learning_rate")) == sizes[-1]
+    np.testing.assert_allclose(sizes, expected, rtol=2 * UNIT)  # a quotient, and 0.1 itself
 
 
 def test_a_nan_learning_rate_does_not_persist():
@@ -80,10 +80,11 @@ def test_a_chain_with_a_fallback_has_one_learning_rate():
     seen, state = steps(tx, state, 1)
     assert float(optax.tree.get(state, "learning_rate")) == np.float32(0.1)
     assert float(optax.tree.get(state, "fallback_learning_rate")) == np.float32(0.01)
-    np.testing.assert_allclose(seen, 0.01, rtol=1e-5)
+    np.testing.assert_allclose(seen, 0.01, rtol=8 * UNIT)  # two moments, their root and quotient
     state = optax.tree.set(state, learning_rate=0.3, fallback_learning_rate=0.03)
     seen, state = steps(tx, state, 1)
-    np.testing.assert_allclose(seen, 0.03, rtol=1e-5)
+    # And of 1 - 0.9^2 and 1 - 0.95^2, 5 and 10 units, of which the root passes on half.
+    np.testing.assert_allclose(seen, 0.03, rtol=18 * UNIT)
     found = ravine.telemetry(state)
     np.testing.assert_allclose(found["learning_rate/muon"], 0.3)
     np.testing.assert_allclose(found["learning_rate/fallback"], 0.03)

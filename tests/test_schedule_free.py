@@ -8,7 +8,7 @@ import pytest
 import ravine
 from flax import nnx
 
-from .tolerances import UNIT
+from .tolerances import UNIT, furthest
 
 
 def run(tx, params, grads, steps):
@@ -42,10 +42,11 @@ def test_the_average_is_found_however_deep(wrap):
     params, state = run(wrap(ravine.schedule_free_sgd(0.1)), params, grads, 3)
     found = ravine.schedule_free_eval_params(state, params)
     # z goes 1, 2, 3 steps of 0.1 g; with equal weights their mean is 2 steps.
-    np.testing.assert_allclose(found["w"], [0.8, 2.2], rtol=1e-6)
-    np.testing.assert_allclose(found["b"], [2.6], rtol=1e-6)
+    # Of three steps, a rounding of each and three of the average.
+    np.testing.assert_allclose(found["w"], [0.8, 2.2], rtol=12 * UNIT)
+    np.testing.assert_allclose(found["b"], [2.6], rtol=12 * UNIT)
     np.testing.assert_allclose(
-        params["w"], [0.9 * 0.8 + 0.1 * 0.7, 0.9 * 2.2 + 0.1 * 2.3], rtol=1e-6
+        params["w"], [0.9 * 0.8 + 0.1 * 0.7, 0.9 * 2.2 + 0.1 * 2.3], rtol=16 * UNIT
     )
 
 
@@ -76,7 +77,7 @@ def test_polynomial_weights_and_a_learning_rate_of_zero():
     tx = ravine.schedule_free_sgd(lambda count: jnp.where(count == 0, 0.0, 1.0), weight_power=1.0)
     _, state = run(tx, jnp.zeros(1), jnp.ones(1), 3)
     # z is 0, -1, -2 with weights 0, 2, 3.
-    np.testing.assert_allclose(state.x, [-(2 * 1 + 3 * 2) / 5], rtol=1e-6)
+    np.testing.assert_allclose(state.x, [-(2 * 1 + 3 * 2) / 5], rtol=4 * UNIT)
 
 
 def test_muon_may_be_the_base():
@@ -110,7 +111,8 @@ def test_flax_models_are_evaluated_at_the_average(jitted):
     nnx.update(model, average)
     expected = ravine.schedule_free_eval_params(state, params)
     found = nnx.as_pure(nnx.state(model, nnx.Param))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)
+    # Of three steps, ten roundings each; clipped gradients magnify none.
+    assert furthest(found, expected) <= 30 * UNIT
 
 
 def test_parameters_of_another_model_are_refused():

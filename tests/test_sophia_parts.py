@@ -13,6 +13,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from ravine.training.curvature import of_parameters
 
+from .tolerances import HALF, UNIT, double, furthest
+
 INPUTS = jax.random.normal(jax.random.key(1), (8, 4))
 MLP = {
     "first": {"kernel": 0.3 * jax.random.normal(jax.random.key(3), (4, 16)), "bias": jnp.ones(16)},
@@ -80,7 +82,7 @@ def test_a_part_of_the_parameters(part, estimator):
     for path, found in own:
         assert found.shape == functools.reduce(lambda tree, key: tree[key.key], path, MLP).shape
         if estimator is ravine.hutchinson:
-            np.testing.assert_allclose(found, 0.01, rtol=1e-5)
+            np.testing.assert_allclose(found, 0.01, rtol=4 * UNIT)
         else:
             assert 0 < float(jnp.mean(found)) < 1
 
@@ -92,6 +94,7 @@ def test_a_part_without_the_rest_is_refused(part):
         tx.update(MLP, tx.init(MLP), MLP, curvature=ravine.gauss_newton_bartlett(mlp_logits))
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("part", ["whole", "combine", "masked"])
 def test_a_tensor_parallel_model_on_a_mesh(part):
     tx = {"whole": sophia, **PARTS}[part]()
@@ -109,18 +112,16 @@ def test_a_tensor_parallel_model_on_a_mesh(part):
             return mlp_logits({**params, "first": {**params["first"], "kernel": hidden}}, inputs)
 
         curvature = ravine.gauss_newton_bartlett(logits, params=params)
-        return tx.update(MLP, tx.init(params), params, curvature=curvature)
+        return tx.update(params, tx.init(params), params, curvature=curvature)
 
-    sharded = False
-    expected = jax.jit(functools.partial(step, tx))(MLP, INPUTS)
+    sharded, (params, inputs) = False, double((MLP, INPUTS))
+    expected = jax.jit(functools.partial(step, tx))(params, inputs)
     sharded = True
     with jax.set_mesh(mesh):
         place = lambda x, spec: jax.device_put(x, jax.NamedSharding(mesh, spec))
-        params, inputs = jax.tree.map(place, MLP, specs), place(INPUTS, P("data"))
+        params, inputs = jax.tree.map(place, params, specs), place(inputs, P("data"))
         found = jax.jit(functools.partial(step, ravine.on_mesh(tx, specs)))(params, inputs)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected
-    )
+    assert furthest(found, expected) <= HALF
 
 
 class Regularized(nnx.Module):
