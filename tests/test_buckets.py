@@ -166,7 +166,6 @@ class Full(Short):
 @pytest.mark.parametrize(
     "command",
     [
-        "race --out",
         "race --tokenizer",
         "race --profile",
         "race --tensorboard",
@@ -188,15 +187,15 @@ def test_nothing_else_may_lie_in_a_bucket(tmp_path, monkeypatch, capsys, command
     assert main([*command.split(), url]) == 2
     said = capsys.readouterr().err
     flag = command.split()[-1]
-    assert f"{flag} {url}: only --data is read from a bucket" in said
+    assert f"{flag} {url}: only data and the --out of a race" in said
     assert said.count("\n") == 1
     assert not os.listdir(tmp_path)
 
 
 def test_nor_in_a_program(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="--out gs://bucket/run: only --data"):
-        race(RaceConfig(out=Path("gs://bucket/run")))
+    with pytest.raises(ValueError, match="--tensorboard gs://bucket/run: only data"):
+        race(RaceConfig(tensorboard=Path("gs://bucket/run")))
     assert not os.listdir(tmp_path)
 
 

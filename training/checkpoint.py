@@ -60,6 +60,7 @@ class Checkpoints:
       past: from a step to more of them, of what came before it.
       origin: where to start if there is no checkpoint yet.
       keep: how many; 0 for all.
+      on_sealed: called by the first process, in the background, when one is whole.
     """
 
     def __init__(
@@ -70,9 +71,10 @@ class Checkpoints:
         *,
         origin: Origin | None = None,
         keep: int = 2,
+        on_sealed: Callable[[], None] = lambda: None,
     ):
         self._identity, self._past = identity, past
-        self._origin, self._keep = origin, keep
+        self._origin, self._keep, self._on_sealed = origin, keep, on_sealed
         self.branched: Origin | None = None
         """Where `restore` has found the state, if not here."""
         self._path = folder.absolute()
@@ -117,7 +119,9 @@ class Checkpoints:
 
         def seal() -> None:
             if written is not None and written.result() and is_first():
-                _seal(self._folder(step))
+                folder = self._folder(step)
+                write_json(folder / SEAL, _contents(_files(folder)))
+                self._on_sealed()
 
         self._writing = self._background.submit(seal)
 
@@ -311,10 +315,6 @@ def _contents(files: dict[str, Path]) -> dict[str, dict[str, Any]]:
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
         return dict(zip(files, pool.map(content, files.values()), strict=True))
-
-
-def _seal(folder: Path) -> None:
-    write_json(folder / SEAL, _contents(_files(folder)))
 
 
 def _complaint(folder: Path, only: Collection[str] | None = None) -> str:

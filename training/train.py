@@ -50,6 +50,7 @@ def train(
     mesh: Mesh | None = None,
     on_start: Callable[[], None] = lambda: None,
     origin: Origin | None = None,
+    on_checkpoint: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Trains from the seed, or from the newest checkpoint in `folder`, to the last step.
 
@@ -64,6 +65,7 @@ def train(
         one device.
       on_start: called when nothing is left that could refuse the run, before anything is written.
       origin: a checkpoint of another run to start from, where `folder` has none.
+      on_checkpoint: called in the background when a checkpoint is whole on disk.
 
     Returns:
       `outcome`, its status ``finished``, or ``diverged`` if a loss stopped being finite or a guard
@@ -78,7 +80,9 @@ def train(
     mesh = mesh or build_mesh()
     try:
         with jax.set_mesh(mesh):
-            _train(run, tx, corpus, outcome, folder, on_record, mesh, on_start, origin)
+            _train(
+                run, tx, corpus, outcome, folder, on_record, mesh, on_start, origin, on_checkpoint
+            )
         outcome.status = "finished"
     except _Diverged as reason:
         outcome.status = "diverged"
@@ -97,6 +101,7 @@ def _train(
     mesh: Mesh,
     on_start: Callable[[], None],
     origin: Origin | None,
+    on_checkpoint: Callable[[], None],
 ) -> None:
     # Text, model and optimizer, where the mesh has them.
     placed = place(run.model, tx, mesh)
@@ -111,8 +116,14 @@ def _train(
         # Where it was left, or where it branches off.
         rates = rates_of(run, outcome)
         identity, past = identity_of(run, outcome, corpus), past_of(run, rates)
-        keep = run.keep_checkpoints
-        checkpoints = Checkpoints(folder / "checkpoints", identity, past, origin=origin, keep=keep)
+        checkpoints = Checkpoints(
+            folder / "checkpoints",
+            identity,
+            past,
+            origin=origin,
+            keep=run.keep_checkpoints,
+            on_sealed=on_checkpoint,
+        )
         stack.callback(checkpoints.close)
         policy = run.rollback_policy()
         rollback = Rollback(policy) if policy else None

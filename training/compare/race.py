@@ -24,10 +24,11 @@ from rich.progress import (
 from ..checkpoint import Origin, steps_of
 from ..config import RunConfig
 from ..data.bpe import corpus_of
-from ..data.buckets import check_local
+from ..data.buckets import check_local, url_of
 from ..data.corpus import Corpus
 from ..distributed import check_same, from_first, is_first, start, unanimous
 from ..run import interrupts, tensorboard
+from ..run.bucket import Bucket, bucket_folder
 from ..run.files import said
 from ..run.folder import claimed
 from ..run.meta import check_meta, write_meta
@@ -40,6 +41,7 @@ from .hardware import hardware_table
 from .race_config import (
     RaceConfig,
     buildable,
+    check_bucket,
     check_data,
     check_origins,
     check_past,
@@ -73,6 +75,7 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
     console = console or Console(file=cast(TextIO, Output()), quiet=not is_first())
     with unanimous():
         check_local(config)
+        check_bucket(config)
         if config.tensorboard is not None:
             tensorboard.check()
         if config.seeds < 1:
@@ -104,6 +107,11 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
         ]
         ended = [False for _ in entrants]
         out = Path()
+        bucket = None
+        if config.out and (url := url_of(config.out)):  # one process
+            flags = {"overwrite": config.overwrite, "resume": config.resume}
+            bucket = stack.enter_context(bucket_folder(url, **flags))
+            config = dataclasses.replace(config, out=bucket.folder)
         with unanimous():
             origins = origins_of(config, entrants, config.out)
             needed = origins if not config.resume else _needed(origins, entrants, config.out)
@@ -126,12 +134,16 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
                     write_report(out, outcomes, run, corpus)
                 except OSError as error:
                     raise ValueError(f"{said(error)}; fix that or give another --out.") from error
+                if bucket:
+                    bucket.copy()
         out = Path(from_first(str(out.absolute())))
         ended = json.loads(from_first(json.dumps(ended)))
-        for line in (f"text: {corpus.description}", f"results: {out}"):
+        target = config.target_loss
+        shown, copy = (bucket.url, bucket.try_to_copy) if bucket else (str(out), lambda: None)
+        for line in (f"text: {corpus.description}", f"results: {shown}"):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         stack.enter_context(
-            interrupts.last_words(lambda: _tell(console, outcomes, run, out, config.target_loss))
+            interrupts.last_words(lambda: _end(console, outcomes, run, shown, target, bucket))
         )
         try:
             with _progress(console) as progress:
@@ -152,21 +164,23 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
                             mesh,
                             write,
                             origin,
+                            copy,
                         )
                     if is_first():
                         outcome.save(out / entrant.label)
                         if outcome is not outcomes[-1]:
                             write_report(out, outcomes, run, corpus)
+                            copy()
         except OSError as error:
             raise RunFailed(
-                f"{said(error)}. Runs that had ended are kept in {out}; fix that and repeat the "
+                f"{said(error)}. Runs that had ended are kept in {shown}; fix that and repeat the "
                 "command with --resume."
             ) from error
         finally:
             if is_first():
                 with contextlib.suppress(OSError):  # a full disk has been reported already
                     write_report(out, outcomes, run, corpus)
-                _tell(console, outcomes, run, out, config.target_loss)
+                _tell(console, outcomes, run, shown, target)
         interrupts.check()
     return outcomes
 
@@ -182,8 +196,22 @@ def _needed(
     return [None if has_begun else origin for origin, has_begun in pairs]
 
 
+def _end(
+    console: Console,
+    outcomes: list[Outcome],
+    run: RunConfig,
+    out: str,
+    target: float,
+    bucket: Bucket | None,
+) -> None:
+    """What there is time for when the process ends without having come to a check."""
+    _tell(console, outcomes, run, out, target)
+    if bucket:
+        bucket.release()
+
+
 def _tell(
-    console: Console, outcomes: list[Outcome], run: RunConfig, out: Path, target: float
+    console: Console, outcomes: list[Outcome], run: RunConfig, out: str, target: float
 ) -> None:
     if is_first():
         console.show_cursor()
@@ -191,7 +219,7 @@ def _tell(
         console.print(hardware_table(ranked(outcomes), run))
         for line in in_words(outcomes, target) if target else ():
             console.print(line, highlight=False, markup=False, soft_wrap=True)
-        line = f"report: {out / 'report.html'}"
+        line = f"report: {out}/report.html"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -223,6 +251,7 @@ def _run_one(
     mesh: Mesh,
     write: Callable[[dict[str, float]], None],
     origin: Origin | None,
+    on_checkpoint: Callable[[], None],
 ) -> None:
     folder = out / entrant.label
     task = progress.add_task(
@@ -245,7 +274,7 @@ def _run_one(
 
     if is_first():
         folder.mkdir(exist_ok=True)
-    train(run, tx, corpus, outcome, folder, show, mesh, begin, origin)
+    train(run, tx, corpus, outcome, folder, show, mesh, begin, origin, on_checkpoint)
     for line in outcome.samples:
         progress.console.print(f"{entrant.label}: {line}", highlight=False, markup=False)
     if outcome.status == "diverged":

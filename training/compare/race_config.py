@@ -17,7 +17,7 @@ from ..checkpoint import METADATA, Checkpoints, Origin
 from ..config import RunConfig
 from ..config_file import read_config
 from ..data.batches import heldout_batches, train_batches
-from ..data.buckets import url_of
+from ..data.buckets import BUCKET, url_of
 from ..data.corpus import Corpus
 from ..distributed import LaunchConfig, is_first
 from ..identity import FREE, LATER, to_json
@@ -47,8 +47,8 @@ class RaceConfig:
     target_loss: float = dataclasses.field(default=0.0, metadata=FREE)
     """Held-out loss whose first step is printed for each optimizer, by the rule of
     ravine.training.compare.threshold over its seeds; no run stops there. 0 for none."""
-    out: Path | None = None
-    """Folder for the results; by default runs/race-DATE-TIME."""
+    out: Path | None = dataclasses.field(default=None, metadata=BUCKET)
+    """Folder for the results, gs:// and s3:// too; by default runs/race-DATE-TIME."""
     overwrite: bool = False
     """Replace the results of an earlier race in the folder; files that no race has written are never
     removed."""
@@ -118,6 +118,15 @@ def out_folder(config: RaceConfig) -> Path:
     if config.resume:
         raise ValueError("--resume needs the --out of an earlier race.")
     return Path("runs") / f"race-{datetime.datetime.now().strftime('%Y%m%d-%H%M%S')}"
+
+
+def check_bucket(config: RaceConfig) -> None:
+    """Refuses a bucket where several processes would have checkpoints on disks of their own."""
+    if config.out and (url := url_of(config.out)) and jax.process_count() > 1:
+        raise ValueError(
+            f"--out {url}: one process can write to a bucket, and {jax.process_count()} need a file "
+            "system that all of them see; give --out the folder where it is mounted."
+        )
 
 
 def check_data(config: RaceConfig, out: Path) -> None:

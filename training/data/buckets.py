@@ -5,11 +5,14 @@ import dataclasses
 import errno
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fsspec.core import url_to_fs
+
+BUCKET: Mapping[str, bool] = {"bucket": True}
+"""Metadata of a field whose path may be one in a bucket."""
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
 
@@ -38,7 +41,7 @@ def named(path: Path) -> str:
 
 
 def check_local(config: Any) -> None:
-    """Refuses paths in buckets but for those of text.
+    """Refuses paths in buckets but for those of data, and those of fields that may have one.
 
     Raises:
       ValueError: for the first, by its flag.
@@ -47,6 +50,8 @@ def check_local(config: Any) -> None:
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             check_local(value)
+        elif "bucket" in field.metadata:
+            continue
         elif isinstance(value, Path) or field.name == "branch_from":
             refuse_bucket(f"--{field.name.replace('_', '-')}", Path(value))
 
@@ -59,8 +64,8 @@ def refuse_bucket(flag: str, path: Path) -> None:
     """
     if url := url_of(path):
         raise ValueError(
-            f"{flag} {url}: only --data is read from a bucket; give a local path, or the folder "
-            "where the bucket is mounted."
+            f"{flag} {url}: only data and the --out of a race may be in a bucket; give a local path, or "
+            "the folder where the bucket is mounted."
         )
 
 
@@ -74,7 +79,7 @@ def read_texts(url: str, hidden: tuple[str, ...]) -> dict[str, bytes]:
     Raises:
       ValueError: in a line, for what is not there or cannot be read.
     """
-    with _refusals(url):
+    with refusals(url):
         files, root = url_to_fs(url)
         if files.info(root)["type"] == "file":
             return {"": files.cat_file(root)}
@@ -99,7 +104,7 @@ def downloaded(url: str) -> Iterator[Path]:
       ValueError: in a line, for what is not there, is a folder or cannot be read, or for a full disk.
     """
     with tempfile.NamedTemporaryFile(prefix="ravine-", suffix=".bin") as file:
-        with _refusals(url):
+        with refusals(url):
             files, root = url_to_fs(url)
             found = files.info(root)
             if found["type"] != "file":
@@ -112,10 +117,12 @@ def downloaded(url: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _refusals(url: str) -> Iterator[None]:
-    """What services raise, each in its own way, as a sentence."""
+def refusals(url: str, passes: Any = ()) -> Iterator[None]:
+    """What services raise, each in its own way, as a `ValueError` of one sentence, but for `passes`."""
     try:
         yield
+    except passes:
+        raise
     except FileNotFoundError:
         raise ValueError(f"{url}: no such file or folder; fix the URL.") from None
     except ImportError as error:
