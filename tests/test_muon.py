@@ -16,10 +16,11 @@ from ravine.optimizers.matrix.shape.layout import MatrixAxes
 from ravine.optimizers.roles import IN_OUT, Rule
 
 from .golden import muon as golden
+from .tolerances import HALF, UNIT, double, furthest
 
 EVERYTHING = ((".*", "matrix", IN_OUT),)
 # Five steps enlarge the smallest singular values 485 times, and with them the rounding of two programs.
-ROUNDING = 2 * 3.4445**5 * 2.0**-24
+ROUNDING = 2 * 3.4445**5 * UNIT
 BFLOAT16 = NewtonSchulz(dtype="bfloat16", form="standard")
 # Case of the goldens: ours. Sums (heavy ball) and means have the same directions.
 BUILDERS = {
@@ -50,40 +51,83 @@ def recorded(case):
     return float32, golden.unpack(data["cases"][case]["bfloat16"], float32)
 
 
-def trajectory(case, polar):
+def with_epsilon(polar, epsilon):
+    """`polar` of matrices divided by the sum of their norm and this: by one more singular value."""
+
+    def of(matrices):
+        norms = jnp.linalg.norm(matrices, axis=(1, 2))
+        wider = jnp.pad(matrices, ((0, 0), (0, 1), (0, 1)))
+        wider = wider.at[:, -1, -1].set(jnp.sqrt(epsilon * (2 * norms + epsilon)))
+        return polar(wider)[:, :-1, :-1]
+
+    return of
+
+
+def moved(polar, key, unit):
+    """`polar` of matrices whose elements are moved by at most a unit in their last place."""
+
+    def of(matrices):
+        steps = jax.random.randint(key, matrices.shape, -1, 2).astype(matrices.dtype)
+        return polar(matrices * (1 + 2 * unit * steps))
+
+    return of
+
+
+def trajectories(case, polar, unit):
+    """Ours, and three with the last places of a dtype with this unit moved: [4, record, parameter]."""
     initial, gradients, data = goldens()
     rates = jnp.asarray(data["learning_rates"], jnp.float32)
-    tx = BUILDERS[case](lambda count: rates[count], weight_decay=0.1, rules=EVERYTHING, polar=polar)
     params = {name: jnp.asarray(leaf.T) for name, leaf in initial.items()}
     grads = {name: jnp.asarray(leaf.swapaxes(1, 2)) for name, leaf in gradients.items()}
 
-    def step(carry, grads):
-        params, state = carry
-        updates, state = tx.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-        return (params, state), params
+    def run(key, unit):
+        tx = BUILDERS[case](
+            lambda count: rates[count],
+            weight_decay=0.1,
+            rules=EVERYTHING,
+            polar=moved(polar, key, unit),
+        )
 
-    every = jax.jit(lambda p, g: jax.lax.scan(step, (p, tx.init(p)), g)[1])(params, grads)
+        def step(carry, grads):
+            params, state = carry
+            updates, state = tx.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+            return (params, state), params
+
+        return jax.lax.scan(step, (params, tx.init(params)), grads)[1]
+
+    units = unit * jnp.array([0.0, 1.0, 1.0, 1.0])
+    every = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), 4), units)
     return np.stack(
         [
-            golden.flat({name: np.asarray(leaf[t - 1]).T for name, leaf in every.items()})
-            for t in data["recorded"]
+            [
+                golden.flat({name: np.asarray(leaf[lane, t - 1]).T for name, leaf in every.items()})
+                for t in data["recorded"]
+            ]
+            for lane in range(4)
         ]
     )
 
 
-def relative_difference(actual, expected):
-    return np.max(np.abs(actual - expected)) / np.max(np.abs(expected))
+def check_parity(case, polar, unit, expected):
+    """As near as eight times what moving the last places of what is orthogonalized does.
+
+    The two codes differ in the order of sums, which later steps of an iteration magnify in the same way.
+    """
+    found, *others = trajectories(case, polar, unit)
+    assert furthest(found, expected) <= 8 * max(furthest(other, found) for other in others)
 
 
 @pytest.mark.parametrize("case", BUILDERS)
 def test_parity_in_float32(case):
-    assert relative_difference(trajectory(case, NewtonSchulz()), recorded(case)[0]) <= 1e-5
+    # Of gradients as small as those of the tall matrix, the authors' epsilon shows.
+    polar = with_epsilon(NewtonSchulz(), 1e-7) if case in ("keller", "normuon") else NewtonSchulz()
+    check_parity(case, polar, UNIT, recorded(case)[0])
 
 
 @pytest.mark.parametrize("case", BUILDERS)
 def test_parity_in_bfloat16(case):
-    assert relative_difference(trajectory(case, BFLOAT16), recorded(case)[1]) <= 2e-2
+    check_parity(case, BFLOAT16, 2.0**-9, recorded(case)[1])
 
 
 def test_norms_embedding_and_head_go_to_the_fallback():
@@ -158,6 +202,7 @@ def test_cautious_decay_decays_where_update_and_parameter_agree():
     np.testing.assert_allclose(found, expected, atol=0.1 * ROUNDING)
 
 
+@pytest.mark.usefixtures("float64")
 def test_fixed_norm_keeps_norms():
     tx = optax.chain(
         ravine.scale_by_muon(),
@@ -165,34 +210,36 @@ def test_fixed_norm_keeps_norms():
         ravine.scale_by_learning_rate(0.3),
         ravine.keep_parameter_norm(),
     )
-    params = start = draw(2, 6, 8)
+    params = start = double(draw(2, 6, 8))
     state, update = tx.init(params), jax.jit(tx.update)
     for seed in range(10):
-        updates, state = update(draw(2, 6, 8, seed=seed + 1), state, params)
+        updates, state = update(double(draw(2, 6, 8, seed=seed + 1)), state, params)
         params = params + updates
     norms = lambda x: jnp.sqrt(jnp.sum(jnp.square(x), axis=(1, 2)))
-    np.testing.assert_allclose(norms(params), norms(start), rtol=1e-6)
+    np.testing.assert_allclose(norms(params), norms(start), rtol=HALF)
     assert jnp.max(jnp.abs(params - start)) > 0.1
 
 
+@pytest.mark.usefixtures("float64")
 def test_neuron_rms_keeps_the_frobenius_norm_and_evens_neurons_out():
-    x = draw(6, 8)
+    x = double(draw(6, 8))
     found = one_update(ravine.scale_by_neuron_rms(), x)
-    np.testing.assert_allclose(jnp.linalg.norm(found), jnp.linalg.norm(x), rtol=1e-6)
+    np.testing.assert_allclose(jnp.linalg.norm(found), jnp.linalg.norm(x), rtol=HALF)
     neurons = jnp.linalg.norm(found, axis=0)
-    np.testing.assert_allclose(neurons, jnp.full(8, neurons[0]), rtol=1e-5)
+    np.testing.assert_allclose(neurons, jnp.full(8, neurons[0]), rtol=HALF)
 
 
+@pytest.mark.usefixtures("float64")
 def test_equilibrate_and_renormalize():
-    x = draw(6, 8)
+    x = double(draw(6, 8))
     columns = jnp.linalg.norm(one_update(ravine.equilibrate(), x), axis=0)
-    np.testing.assert_allclose(columns, np.ones(8), rtol=1e-6)
+    np.testing.assert_allclose(columns, np.ones(8), rtol=HALF)
     rows = jnp.linalg.norm(one_update(ravine.equilibrate(neurons="in"), x), axis=1)
-    np.testing.assert_allclose(rows, np.ones(6), rtol=1e-6)
+    np.testing.assert_allclose(rows, np.ones(6), rtol=HALF)
     muon_plus = one_update(ravine.renormalize(), x)
-    np.testing.assert_allclose(jnp.linalg.norm(muon_plus), 6**0.5, rtol=1e-6)
+    np.testing.assert_allclose(jnp.linalg.norm(muon_plus), 6**0.5, rtol=HALF)
     ada = one_update(ravine.renormalize(0.2), x)
-    np.testing.assert_allclose(jnp.sqrt(jnp.mean(jnp.square(ada))), 0.2, rtol=1e-6)
+    np.testing.assert_allclose(jnp.sqrt(jnp.mean(jnp.square(ada))), 0.2, rtol=HALF)
 
 
 def test_temporary_memory_is_bounded():

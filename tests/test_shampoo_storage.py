@@ -17,27 +17,26 @@ from .preconditioned import (
     run,
     shampoo,
 )
+from .tolerances import HALF, double, furthest
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("storage", [{}, {"packed": True}, {"packed": True, "statistics": "kl"}])
 @pytest.mark.parametrize("max_elements", [16, 100])
 def test_roots_found_and_factors_used_in_chunks(max_elements, storage):
     gradients = [{"a": normal((8, 12), s), "b": normal((4, 4), 50 + s)} for s in range(4)]
+    gradients = double(gradients)
     options = {"refresh": ravine.Refresh(every=2), "blocks": ravine.Blocks(size=4)}
     build = lambda **factors: shampoo(**options, factors=ravine.Factors(**factors))
     found, _ = run(build(max_elements=max_elements, **storage), gradients)
     expected, _ = run(build(**storage), gradients)
-    assert_trees_close(found, expected, 1e-6)
+    assert furthest(found, expected) <= HALF
 
 
-@pytest.mark.parametrize(
-    ("shape", "tolerance"),
-    [((8, 12), 1e-6), ((7, 5), 1e-6), ((3, 4, 2), 1e-6), ((6,), 2e-5)],
-    ids=str,
-)
-def test_packed_makes_no_difference(shape, tolerance):
-    """To rounding; that of a vector's singular statistics is multiplied by the ridge's root, 316."""
-    gradients = normal(shape, count=6)
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("shape", [(8, 12), (7, 5), (3, 4, 2), (6,)], ids=str)
+def test_packed_makes_no_difference(shape):
+    gradients = double(normal(shape, count=6))
     found, states = run(
         shampoo(
             refresh=ravine.Refresh(every=2),
@@ -50,7 +49,7 @@ def test_packed_makes_no_difference(shape, tolerance):
         shampoo(refresh=ravine.Refresh(every=2), blocks=ravine.Blocks(size=6)),
         gradients,
     )
-    assert_trees_close(found, expected, tolerance)
+    assert furthest(found, expected) <= HALF
     assert all_finite(states)
 
 
