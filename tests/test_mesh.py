@@ -396,6 +396,7 @@ def test_init_and_pjit_take_state_shardings():
     assert jax.tree.map(lambda x: x.sharding, state) == shardings
 
 
+@pytest.mark.usefixtures("float64")
 def test_the_old_spelling_of_jit_works_while_jax_has_it():
     try:
         with warnings.catch_warnings():
@@ -404,7 +405,7 @@ def test_the_old_spelling_of_jit_works_while_jax_has_it():
     except ImportError:
         pytest.skip("this JAX has no pjit any more")
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
-    params = jax.device_put(tree(0)["a"], NamedSharding(mesh, P("x")))
+    params = jax.device_put(double(tree(0))["a"], NamedSharding(mesh, P("x")))
     tx = ravine.on_mesh(
         ravine.scale_by_shampoo(blocks=ravine.Blocks(size=4), refresh=ravine.Refresh(every=2)),
         P("x"),
@@ -414,7 +415,7 @@ def test_the_old_spelling_of_jit_works_while_jax_has_it():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         found, _ = pjit(tx.update)(params, state)
-    np.testing.assert_allclose(found, jax.jit(tx.update)(params, state)[0], rtol=1e-6)
+    assert furthest(found, jax.jit(tx.update)(params, state)[0]) <= HALF
 
 
 @pytest.mark.parametrize(
