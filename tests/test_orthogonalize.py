@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 import ravine
+from ravine.optimizers.matrix.algebra import halves
 from ravine.optimizers.matrix.algebra.coefficients import (
     PRESETS,
     check_coefficients,
@@ -206,6 +207,18 @@ def test_halvings_make_no_difference_to_the_iterations():
     for form in ("standard", "gram"):
         whole, halved = (compiled(form=form, halvings=n)(x) for n in (0, 2))
         assert furthest(halved, whole) <= HALF
+
+
+@pytest.mark.parametrize("form", ["standard", "gram"])
+def test_matrices_in_halves_have_the_same_factors(form, monkeypatch):
+    x = matrices((2, 32, 48))
+    whole = np.asarray(compiled(form=form)(x))
+    monkeypatch.setattr(halves, "SMALLEST", 16)
+    products = str(jax.make_jaxpr(NewtonSchulz(form=form))(x))
+    assert "f32[2,16,16]" in products
+    assert "f32[2,32,32]" not in products
+    found = np.asarray(jax.jit(NewtonSchulz(form=form))(x))
+    assert np.linalg.norm(found - whole) <= 1e-5 * np.linalg.norm(whole)
 
 
 def test_wide_matrices_take_the_gram_form_and_square_ones_the_standard():

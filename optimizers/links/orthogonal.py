@@ -36,7 +36,7 @@ def orthogonalize(
         ``NewtonSchulz()``: five of Keller Jordan's steps in float32.
       axes: which axes of a leaf are rows and columns; by default the last two, ``[..., in, out]``.
       max_elements: bound on the elements processed at once, and so on temporary memory; ``None``
-        takes 2**21 on CPU and 2**25 elsewhere.
+        takes 2**19 on CPU and 2**25 elsewhere.
 
     Raises:
       ValueError: for `max_elements` below one, and at `init` or the update for a leaf that is not a

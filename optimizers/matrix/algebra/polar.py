@@ -30,6 +30,7 @@ from ..mesh.exchange import largest, total
 from ..mesh.placement import Names
 from ..mesh.traffic import Distribution
 from .coefficients import Steps, check_coefficients, named_coefficients
+from .halves import Halves, worth_halving
 from .symmetric import cost_share, halvings, product, symmetric_product
 
 Form = Literal["auto", "standard", "gram"]
@@ -54,7 +55,7 @@ class NewtonSchulz:
         1e-5 of the standard form for singular values from 0.01 to 1 in float32 (relative Frobenius
         norm); without any restart within 1e-4, and a sixth faster.
       halvings: how often symmetric products are halved, see :mod:`.symmetric`; ``None`` decides by
-        size.
+        size, and on CPU keeps matrices with 512 rows or more in halves, see :mod:`.halves`.
       precision: precision of products in float32, which accelerators would otherwise round to fewer
         bits.
       distribution: how matrices that a mesh cuts are distributed: ``"whole"``, ``"ragged"``,
@@ -134,14 +135,22 @@ class NewtonSchulz:
         if rows > columns and not summed:
             return jnp.swapaxes(self(jnp.swapaxes(matrices_KxMxN, 1, 2)), 1, 2)
         steps, form = self.table(), self._cut_form()
+        chosen = self.halvings is None and self.dtype == "float32" and not summed
+        halved = chosen and worth_halving(rows)
         if form == "gram" and self.form == "auto" and not summed:
-            form = cheapest(rows, columns, steps, self.restarts, self.halvings)
+            depth = 1 if halved else self.halvings
+            form = cheapest(rows, columns, steps, self.restarts, depth)
         wide = jnp.float64 if matrices_KxMxN.dtype == jnp.float64 else jnp.float32
         dtype = wide if self.dtype == "float32" else jnp.dtype(self.dtype)
-        arithmetic = _Arithmetic(dtype, self.halvings, self.precision, summed)
-        x = normalize(matrices_KxMxN.astype(wide), summed).astype(dtype)
-        iterate = _gram if form == "gram" else _standard
-        return iterate(x, steps, arithmetic, self.restarts).astype(matrices_KxMxN.dtype)
+        products: Any = (
+            Halves(dtype, self.precision)
+            if halved
+            else _Whole(dtype, self.halvings, self.precision, summed)
+        )
+        x = products.cut(normalize(matrices_KxMxN.astype(wide), summed).astype(dtype))
+        restarts = self.restarts
+        x = _gram(x, steps, products, restarts) if form == "gram" else _standard(x, steps, products)
+        return products.joined(x).astype(matrices_KxMxN.dtype)
 
 
 OPTIONS.add(NewtonSchulz)
@@ -222,56 +231,74 @@ def cheapest(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Arithmetic:
-    """Products with inputs rounded to one dtype, and wide results."""
+class _Whole:
+    """Products with inputs rounded to one dtype, and wide results; `Halves` has the same of halves."""
 
     dtype: Any
     depth: int | None
     precision: Any
     summed: Names
 
-    def full(self, left: jax.Array, right: jax.Array) -> jax.Array:
-        return product(left.astype(self.dtype), right.astype(self.dtype), precision=self.precision)
+    def cut(self, x: jax.Array) -> jax.Array:
+        return x
+
+    def joined(self, x: jax.Array) -> jax.Array:
+        return x
+
+    def identity(self, like: jax.Array) -> jax.Array:
+        return jnp.eye(like.shape[1], dtype=like.dtype)[None]
+
+    def gram(self, x: jax.Array) -> jax.Array:
+        return total(self.symmetric(x, jnp.swapaxes(x, 1, 2)), self.summed)
 
     def symmetric(self, left: jax.Array, right: jax.Array) -> jax.Array:
         left, right = left.astype(self.dtype), right.astype(self.dtype)
         return symmetric_product(left, right, self.depth, precision=self.precision)
 
-    def gram(self, x: jax.Array) -> jax.Array:
-        return total(self.symmetric(x, jnp.swapaxes(x, 1, 2)), self.summed)
+    def full(self, left: jax.Array, right: jax.Array) -> jax.Array:
+        return product(left.astype(self.dtype), right.astype(self.dtype), precision=self.precision)
+
+    def congruent(self, q: jax.Array, r: jax.Array) -> jax.Array:
+        return self.symmetric(self.full(q, r), jnp.swapaxes(q, 1, 2))
 
 
-def _standard(
-    x: jax.Array, steps: Steps, arithmetic: _Arithmetic, restarts: tuple[int, ...]
-) -> jax.Array:
-    del restarts
+def _standard(x: Any, steps: Steps, products: Any) -> Any:
+    """The steps in standard form, on `x` as the products cut it."""
     for a, b, c in steps:
-        gram = arithmetic.gram(x)
-        inner = b * gram + c * arithmetic.symmetric(gram, gram) if c else b * gram
-        x = (a * x.astype(inner.dtype) + arithmetic.full(inner, x)).astype(arithmetic.dtype)
+        gram = products.gram(x)
+        inner = jax.tree.map(lambda r, b=b: b * r, gram)
+        if c:
+            square = products.symmetric(gram, gram)
+            inner = jax.tree.map(lambda p, s, c=c: p + c * s, inner, square)
+        x = jax.tree.map(
+            lambda x, y, a=a: (a * x.astype(y.dtype) + y).astype(products.dtype),
+            x,
+            products.full(inner, x),
+        )
         # Otherwise XLA for TPU keeps the wide products of all steps, to add them up in one kernel at
         # the end.
         x = jax.lax.optimization_barrier(x)
     return x
 
 
-def _gram(
-    x: jax.Array, steps: Steps, arithmetic: _Arithmetic, restarts: tuple[int, ...]
-) -> jax.Array:
-    start = r = arithmetic.gram(x)
-    eye, q = jnp.eye(x.shape[1], dtype=r.dtype)[None], None
+def _gram(x: Any, steps: Steps, products: Any, restarts: tuple[int, ...]) -> Any:
+    """The steps in Gram form, on `x` as the products cut it."""
+    start = r = products.gram(x)
+    eye, q = products.identity(r), None
     for index, (a, b, c) in enumerate(steps):
-        p = a * eye + b * r + (c * arithmetic.symmetric(r, r) if c else 0)
-        q = p if q is None else arithmetic.symmetric(p, q)
+        p = jax.tree.map(lambda eye, r, a=a, b=b: a * eye + b * r, eye, r)
+        if c:
+            p = jax.tree.map(lambda p, s, c=c: p + c * s, p, products.symmetric(r, r))
+        q = p if q is None else products.symmetric(p, q)
         if index + 1 == len(steps):
             break
         if index + 1 in restarts:
-            x = arithmetic.full(q, x).astype(arithmetic.dtype)
-            start, q = arithmetic.gram(x), None
+            x = jax.tree.map(lambda y: y.astype(products.dtype), products.full(q, x))
+            start, q = products.gram(x), None
             r = start
         else:
             # Not P R P: with rounding, Q and R would drift apart. This way R is the Gram matrix of the
             # current QX, as in the standard form, and the error is two to four times smaller.
-            r = arithmetic.symmetric(arithmetic.full(q, start), jnp.swapaxes(q, 1, 2))
+            r = products.congruent(q, start)
     assert q is not None
-    return arithmetic.full(q, x)
+    return products.full(q, x)

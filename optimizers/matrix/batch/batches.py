@@ -22,6 +22,9 @@ MAX_ELEMENTS = {"cpu": 2**21}
 """Elements processed at once, by platform; `MAX_ELEMENTS_ELSEWHERE` on all others. A CPU gains nothing
 from more than its caches hold, and pays for every new page of temporary memory."""
 MAX_ELEMENTS_ELSEWHERE = 2**25
+WHOLE_MATRICES = {"cpu": 2**19}
+"""The same for `map_matrices`: a step of Newton–Schulz reads each matrix several times, and 2 MB of them
+stay in the caches of two cores."""
 
 Pieces = Sequence[jax.Array]  # of [L, M, N], the shapes may differ
 
@@ -44,7 +47,7 @@ def map_matrices(
       function: maps a batch `[K, m, n]`, m <= n, to one of the same shape, matrix by matrix.
       pieces: batches `[L, M, N]`.
       max_elements: bound on the elements processed at once, and so on temporary memory; at least one
-        matrix is processed. ``None`` takes 2**21 on CPU and 2**25 (128 MB in float32) elsewhere.
+        matrix is processed. ``None`` takes 2**19 on CPU and 2**25 (128 MB in float32) elsewhere.
       names: inside `per_shard`, for each piece the mesh axes that cut its batch, rows and columns.
       sizes: inside `per_shard`, the sizes of all mesh axes.
 
@@ -63,6 +66,7 @@ def map_matrices(
       >>> shapes, [result.shape for result in results]
       ([(3, 3, 4), (1, 2, 2)], [(2, 3, 4), (1, 4, 3), (1, 2, 2)])
     """
+    bound = WHOLE_MATRICES.get(platform()) if max_elements is None else max_elements
     sizes = {} if sizes is None else sizes
     cuts = [((), (), ())] * len(pieces) if names is None else names
     parts = lambda names: math.prod(sizes[name] for name in names)
@@ -90,7 +94,7 @@ def map_matrices(
             sharing = {name: size for name, size in sharing.items() if name not in kept}
             work = functools.partial(function, summed=kept)
         else:
-            most = largest_chunk((rows, columns), max_elements)
+            most = largest_chunk((rows, columns), bound)
             work = functools.partial(in_chunks, function, most=most)
         exchanged = tuple(name for name in column_names if name not in kept)
         done = whole_matrices(work, batch, row_names, exchanged, sharing, ragged=way.ragged)
