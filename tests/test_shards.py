@@ -40,7 +40,9 @@ def test_shards_are_joined_and_held_out_tokens_are_taken_from_the_first_on(shard
     assert corpus.for_races() is corpus.for_tuning() is corpus
     rows = heldout_batches(corpus, batch_size=2, context=8, batches=2).reshape(4, 9)
     np.testing.assert_array_equal(rows, 500 + 8 * np.arange(4)[:, None] + np.arange(9))
-    assert corpus.fingerprint != load_corpus(shards[:2]).fingerprint
+    others = load_corpus(shards), load_corpus(shards[:1], heldout=shards[1:])  # the same files
+    assert len({corpus.fingerprint, *(other.fingerprint for other in others)}) == 3
+    assert others[0].description.endswith("last 10% of the last file held out")
     starts = list(
         itertools.islice(train_batches(corpus, batch_size=5, context=10, seed=0), 3)
     )  # an epoch: 9 windows of the first, 6 of the second

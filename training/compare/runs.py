@@ -55,7 +55,7 @@ class Runs:
         self._run, self._corpus = dataclasses.replace(run, model=model), corpus
         self._kept, self._console, self._until = kept, console, until
         self._make, self._decides = trials, decides
-        fields = to_json(dataclasses.replace(self._run, data=()))
+        fields = to_json(dataclasses.replace(self._run, data=(), heldout_data=()))
         self._task = digest([fields, corpus.fingerprint])
 
     def loss(self, entrant: Entrant, repeat: int, steps: int) -> float:

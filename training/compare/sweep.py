@@ -183,7 +183,7 @@ def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _task(config: SweepConfig, fingerprint: str) -> str:
     """What all trials of a sweep have in common; numbers of another task are not comparable."""
-    run = to_json(dataclasses.replace(config.run, steps=1, data=()))
+    run = to_json(dataclasses.replace(config.run, steps=1, data=(), heldout_data=()))
     text = json.dumps([run, fingerprint, config.sample_seed, config.trials], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -106,7 +106,7 @@ class Trials:
 
 
 USED = {"model", "batch_size", "seed", "clip_norm", "eval_batches", "data"}
-USED |= {"bpe", "tokenizer", "bytes_per_token"}
+USED |= {"bpe", "tokenizer", "bytes_per_token", "heldout_data", "order"}
 """The settings of a run that trials use."""
 
 

@@ -195,6 +195,7 @@ def _tokens(paths: list[Path], heldout: list[Path], vocabulary: int | None) -> C
         raise ValueError(f"{named(min(repeated))} is given twice; name each file once.")
     shards, stamps = zip(*map(_opened, every), strict=True)
     sizes = " ".join(str(size) for size, _, _ in stamps)
+    sizes += f" {len(heldout)} held out" if heldout else ""
     digest, largest = hashlib.sha256(sizes.encode()), 0
     for path, shard in zip(every, shards, strict=True):
         highest = inspected(shard, digest, len(shards))
@@ -206,6 +207,8 @@ def _tokens(paths: list[Path], heldout: list[Path], vocabulary: int | None) -> C
     train, held = list(shards[: len(paths)]), list(shards[len(paths) :])
     split = f"{sum(map(len, held)):,} given tokens held out" if held else "last 10% held out"
     if not held:
+        if paths[1:]:
+            split = "last 10% of the last file held out"
         train[-1], tail = _cut_tail(train[-1])
         held = [tail]
     size = sum(2 * len(shard) for shard in shards[: len(paths)])
