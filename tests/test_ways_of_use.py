@@ -27,7 +27,8 @@ from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
 from .optimizers_table import builder
-from .tolerances import UNIT, double, furthest, without_residuals
+from .run_rounding import rounding_of
+from .tolerances import double, furthest, without_residuals
 
 STEPS = 3
 SPECS = {
@@ -140,20 +141,10 @@ def plain(name):
 
 @functools.cache
 def rounding(name):
-    """How far another program's parameters and state may be, relative to each leaf's largest element.
-
-    Eight times as far as they are after runs whose gradients are moved by at most a unit in their last
-    place, and at least 16 units.
-    """
-    worst = 0.0
-    for seed in range(3):
-        rng = np.random.default_rng(seed)
-        move = lambda x, rng=rng: x * np.float32(1 + 2 * UNIT * rng.integers(-1, 2, x.shape))
-        tx, params = compiled(name), tree()
-        gradients = [jax.tree.map(move, tree(at)) for at in range(1, STEPS + 1)]
-        found = go_on(tx, params, tx.init(params), gradients)
-        worst = max(worst, furthest(*map(without_residuals, (found, plain(name)))))
-    return max(8 * worst, 16 * UNIT)
+    """How far another program's parameters and state may be, relative to each leaf's largest element."""
+    tx, params = compiled(name), tree()
+    end = lambda gradients: without_residuals(go_on(tx, params, tx.init(params), gradients))
+    return rounding_of(end, [tree(seed) for seed in range(1, STEPS + 1)])
 
 
 def assert_same(found, expected):
