@@ -442,13 +442,18 @@ def test_missing_mesh_and_missing_shardings():
         ravine.state_shardings(ravine.scale_by_adam(), {})
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("method", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(8, 32), (32, 8), (3, 4, 24)], ids=str)
 def test_gram_matrices_are_summed_where_columns_stay_cut(shape, method):
-    """The same update as of whole matrices; nothing is exchanged but sums."""
+    """The same update as of whole matrices; nothing is exchanged but sums.
+
+    "float32" takes the products of matrices in float64 in float64.
+    """
     mesh = jax.make_mesh((2, 4), ("x", "y"))
     names = P(*[None] * (len(shape) - 2), *(("x", "y") if shape[-1] > shape[-2] else ("y", "x")))
-    g = jnp.array(np.float32(np.random.default_rng(0).normal(size=shape)))
+    dtype = np.float64 if method == "float32" else np.float32
+    g = jnp.array(np.random.default_rng(0).normal(size=shape), dtype)
     updates, programs = {}, {}
     for distribution in ("whole", "ragged", "gram"):
         polar = NewtonSchulz(dtype=method, distribution=distribution)
@@ -460,7 +465,7 @@ def test_gram_matrices_are_summed_where_columns_stay_cut(shape, method):
         programs[distribution] = {c.kind for c in collectives(compiled.as_text())}
     alone = NewtonSchulz(dtype=method, form="gram" if method == "float32" else "standard")
     expected = jax.jit(ravine.orthogonalize(alone).update)(g, optax.EmptyState())[0]
-    tolerance = 1e-5 if method == "float32" else 3e-2
+    tolerance = HALF if method == "float32" else 3e-2
     for found in updates.values():
         assert np.linalg.norm(found - expected) <= tolerance * np.linalg.norm(expected)
     # XLA for CPU has no ragged exchange; it is made of even ones.
