@@ -6,7 +6,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -133,9 +133,9 @@ def _run(command: str, words: list[str]) -> int:
         if command in measurements:
             kind, act = measurements[command]
             out: Any = Output()
-            act(
-                _parse(kind, command, words), Console(file=out, width=None if out.isatty() else 120)
-            )
+            config = _parse(kind, command, words)
+            with _writing(config.out):
+                act(config, Console(file=out, width=None if out.isatty() else 120))
             return 0
         if command == "plan":
             import jax
@@ -155,6 +155,24 @@ def _run(command: str, words: list[str]) -> int:
             "every optimizer diverged; lower --learning-rates or lengthen the warm-up.", 1
         )
     return 0
+
+
+@contextlib.contextmanager
+def _writing(out: Path | None) -> Iterator[None]:
+    """An `OSError` about a path of the results as a sentence."""
+    from .run.outcome import RunFailed
+
+    try:
+        yield
+    except OSError as error:
+        if out is None or not isinstance(error.filename, str):
+            raise
+        file = Path(error.filename)
+        if file != out and file not in out.parents and out not in file.parents:
+            raise
+        if error.errno in (errno.ENOSPC, errno.EIO):  # after all that had been done
+            raise RunFailed(f"{error.filename}: {error.strerror}.") from error
+        raise ValueError(f"{error.filename}: {error.strerror}; give another --out.") from error
 
 
 STUDIES = {

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import os
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,8 @@ def out_folder(config: RaceConfig) -> Path:
             raise ValueError(
                 f"{config.out} is not UTF-8, which Orbax needs; give another --out."
             ) from None
-        return config.out
+        # Else what is before a .. would be made, and then left.
+        return Path(os.path.realpath(config.out)) if ".." in config.out.parts else config.out
     if config.resume:
         raise ValueError("--resume needs the --out of an earlier race.")
     return Path("runs") / f"race-{datetime.datetime.now().strftime('%Y%m%d-%H%M%S')}"
@@ -132,8 +134,13 @@ def check_bucket(config: RaceConfig) -> None:
 def check_data(config: RaceConfig, out: Path) -> None:
     """Refuses a text in the folder that is to be cleared."""
     for path in (*config.run.data, *config.run.heldout_data):
-        if config.overwrite and not url_of(path) and path.resolve().is_relative_to(out.resolve()):
+        if config.overwrite and not url_of(path) and _lies_in(path, out):
             raise ValueError(f"{path} lies in {out}, which --overwrite clears; give another --out.")
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    """Whether a path is a folder's or inside; one that goes in circles is refused where it is opened."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def origins_of(
@@ -153,7 +160,7 @@ def origins_of(
             f"{config.branch_from!r}."
         )
     race = Path(folder)
-    if out is not None and race.resolve().is_relative_to(out.resolve()):
+    if out is not None and _lies_in(race, out):
         raise ValueError(f"{race} lies in {out}, which this race writes to; give another --out.")
     return [Origin(race / entrant.label, int(step)) for entrant in entrants]
 

@@ -156,7 +156,7 @@ def load_corpus(
         name = f"standard library of Python {platform.python_version()}"
         library = _folder(Path(sysconfig.get_path("stdlib")), _NOT_LIBRARY, _LIBRARY_SUFFIXES)
         return _bytes(name, library, vocabulary)
-    first = paths[0] if url_of(paths[0]) else paths[0].resolve()
+    first = paths[0] if url_of(paths[0]) else Path(os.path.realpath(paths[0]))
     name = first.name + (f" and {len(paths) - 1} more" if paths[1:] else "")
     return _bytes(name, (content for path in paths for content in _given(path)), vocabulary)
 
@@ -311,6 +311,8 @@ def _text(path: Path) -> bytes | None:
 
 def _size(path: Path, name: str = "") -> int:
     """The size in bytes of a file that must be there and hold something."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{name or path}: a pipe or a device; write it to a file, which is read.")
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file or directory; fix the path, from {Path.cwd()}.")
     if not os.access(path, os.R_OK):

@@ -192,6 +192,8 @@ def bucket_folder(url: str, *, resume: bool = False, overwrite: bool = False) ->
     """
     if url.startswith("file:"):
         raise ValueError(f"{url} is on this machine; give --out the path itself.")
+    if not PurePosixPath(url.partition("://")[2]).name:
+        raise ValueError(f"{url} names no bucket; give --out one, and a folder in it.")
     above = Path(tempfile.mkdtemp(prefix="ravine-"))
     folder = above / PurePosixPath(url).name
     folder.mkdir()

@@ -98,6 +98,7 @@ def study_decay(config: DecayStudyConfig, console: Console) -> dict[str, DecayRu
       ValueError: for a text that cannot be used.
     """
     corpus = load_corpus(config.data)
+    config.out.mkdir(parents=True, exist_ok=True)
     plain = _run(config, corpus, 0.0)
     decayed = _run(config, corpus, config.weight_decay)
     runs = {
@@ -122,7 +123,6 @@ def study_decay(config: DecayStudyConfig, console: Console) -> dict[str, DecayRu
         f"{tokens:,} of {len(corpus.train):,} training tokens seen",
         highlight=False,
     )
-    config.out.mkdir(parents=True, exist_ok=True)
     write_json(config.out / "decay.json", {name: run._asdict() for name, run in runs.items()})
     draw_decay(config.out / "decay.png", runs)
     return runs

@@ -110,6 +110,7 @@ def coordinate_check(config: CoordinateConfig, console: Console) -> dict[str, di
         corpus, batch_size=config.batch_size, context=model.context, seed=config.seed
     )
     batches = [next(stream) for _ in range(config.steps)]
+    config.out.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[bool, Sizes]] = {}
     for entrant in config.line_up():
         mine: dict[bool, Sizes] = {False: {}, True: {}}
@@ -132,7 +133,6 @@ def coordinate_check(config: CoordinateConfig, console: Console) -> dict[str, di
 
 
 def _write(config: CoordinateConfig, found: dict[str, dict[bool, Sizes]]) -> None:
-    config.out.mkdir(parents=True, exist_ok=True)
     told = {name: {str(key): sizes for key, sizes in both.items()} for name, both in found.items()}
     write_json(config.out / "changes.json", {"config": to_json(config), "rms_of_change": told})
     draw(config.out / "coordinate_check.png", found, "layers" if config.depths else "width")
