@@ -23,6 +23,8 @@ from ravine.training.data.corpus import load_corpus
 from ravine.training.identity import to_json
 from ravine.training.run.outcome import Outcome
 
+SIX_DIGITS = 5e-6  # half of the last
+
 RUN = RunConfig(steps=300)
 
 
@@ -108,7 +110,7 @@ def test_growing_batches_are_counted_as_each_optimizer_has_them(tmp_path):
         for bar in specification(outcomes, run)["concat"][0]["data"]["values"]
         if bar["optimizer"] == "muon"
     )
-    assert bar == pytest.approx(last["adamw"] / tokens, rel=1e-5)
+    assert bar == pytest.approx(last["adamw"] / tokens, rel=SIX_DIGITS)
     assert f"after {tokens:,.0f} of {last['adamw']:,.0f} tokens." in headline(outcomes, run)
     column = summary_columns(outcomes, run).index("million tokens to adamw's loss")
     found = {row[0]: row[column] for row in summary_rows(outcomes, run)}
@@ -133,7 +135,7 @@ def test_curves_have_few_points_and_a_band_over_seeds():
         300 / outcome("muon", 1.4, k).reaching(outcome("adamw", 1.5, k).final_loss)["step"]
         for k in range(3)
     ]
-    assert muon["speedup"] == pytest.approx(np.mean(ratios), rel=1e-5)
+    assert muon["speedup"] == pytest.approx(np.mean(ratios), rel=SIX_DIGITS)
     assert {bar["optimizer"] for bar in spec["concat"][0]["data"]["values"]} == {"adamw", "muon"}
 
 

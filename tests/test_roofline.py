@@ -15,6 +15,8 @@ from ravine.training.plan.network import Network
 from ravine.training.plan.roofline import Estimate, passed_over, seconds_of, sent_in
 from ravine.training.shapes.presets import PRESETS
 
+from .tolerances import HALF
+
 GOLDEN = Path(__file__).parent / "golden"
 V5P, V5E, H100 = (CHIPS[name].at_peak() for name in ("v5p", "v5e", "h100"))
 LLAMA = PRESETS["llama2-7b"]
@@ -78,7 +80,7 @@ NODES = Network.of(H100, range(16))
     ],
 )
 def test_seconds_of_collectives(network, found, seconds):
-    assert network.seconds(found) == pytest.approx(seconds, rel=1e-6)
+    assert network.seconds(found) == pytest.approx(seconds, rel=HALF)
 
 
 def test_rates_of_products():
@@ -216,7 +218,7 @@ def test_a_pipeline_by_hand():
     assert model_seconds(fused, H100) == pytest.approx(last + 7 / 16 * other)
     sending = exposed_seconds(fused, H100, last + 0.1)
     assert sending == pytest.approx(0.1 * (16 + 7) / 16)
-    assert exposed_seconds(fused, H100, last) == pytest.approx(0, abs=1e-9)
+    assert exposed_seconds(fused, H100, last) == pytest.approx(0, abs=HALF * last)
     (sent,) = (c for c in piped.exchanges() if c.kind == "collective-permute")
     assert (sent.sent, sent.times, sent.group) == (stream, 2 * 16, tuple(range(0, 16, 2)))
     # Copies of embedding and head, in two parts, add up their gradients once.
@@ -254,7 +256,8 @@ def test_the_last_part_of_a_sequence_has_most_keys():
     work = Work(LLAMA, {"fsdp": 2, "context": 4}, tokens=2 * 4096)
     # Of 4096 queries the last 1024 see 3073 to 4096 keys, all of them 1 to 4096: 7/4 of the mean.
     last, mean = 1024 * (3073 + 4096) / 2, 4096 * 4097 / 2 / 4
-    assert imbalance(work) == pytest.approx(last / mean) == pytest.approx(7 / 4, rel=1e-3)
+    assert imbalance(work) == pytest.approx(last / mean)
+    assert last / mean == pytest.approx(7 / 4, rel=1 / 4096)  # but for the diagonal
     flat = dataclasses.replace(work, sizes={"fsdp": 8})
     assert imbalance(flat) == 1
     # Queries times keys, and scores times values, in 32 layers: twice forward, again, and 5 backward.
@@ -267,7 +270,7 @@ def test_the_last_part_of_a_sequence_has_most_keys():
     # An encoder sees all from everywhere: of three attentions over 512 tokens one is causal.
     t5 = dataclasses.replace(work, shape=PRESETS["t5-11b"])
     causal = 513 / 2 / (513 / 2 + 2 * 512)
-    assert imbalance(t5) == pytest.approx(1 + 3 / 4 * causal, rel=1e-3)
+    assert imbalance(t5) == pytest.approx(1 + 3 / 4 * causal, rel=1 / 512)  # but for the diagonal
 
 
 def test_exchanges_by_hand():
@@ -283,6 +286,7 @@ def test_exchanges_by_hand():
 
 def test_the_compiled_step_of_llama_is_what_is_counted_by_hand():
     found = collectives((GOLDEN / "llama2_7b_step.txt").read_text(), 8)
+    # The estimate's own bar is a tenth (docs/log.md): the compiler also sends what is not in the count.
     by_hand = Work(LLAMA, {"fsdp": 4, "tensor": 2}, tokens=4 * 4096).exchanges()
 
     def sent(found, *kinds):

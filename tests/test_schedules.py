@@ -11,6 +11,7 @@ import ravine
 from ravine import schedules as s
 
 from .schedules_table import PEAK, SCHEDULES, SHAPES, STEPS
+from .tolerances import UNIT
 
 COUNTS = jnp.arange(STEPS + 20)
 every_schedule = pytest.mark.parametrize("name", SCHEDULES)
@@ -65,7 +66,7 @@ def test_a_fall_never_rises_and_stays_in_bounds(name):
 
 @pytest.mark.parametrize("name", sorted(set(SHAPES) - {"cyclic, exp_range"}))
 def test_a_shape_reaches_its_peak_and_no_more(name):
-    np.testing.assert_allclose(values(name).max(), PEAK, rtol=2e-7)
+    np.testing.assert_allclose(values(name).max(), PEAK, rtol=3 * UNIT)
 
 
 @every_schedule
@@ -88,7 +89,7 @@ def test_a_schedule_goes_wherever_optax_takes_one():
         state = tx.init(params)
         for count in range(4):
             updates, state = tx.update(grads, state, params)
-            np.testing.assert_allclose(updates, -schedule(count) * grads, rtol=1e-6)
+            np.testing.assert_array_equal(updates, -schedule(count) * grads)
 
 
 @pytest.mark.parametrize("count", [1.0, np.float32(2), True])

@@ -8,6 +8,8 @@ import pytest
 import ravine
 from flax import nnx
 
+from .tolerances import UNIT
+
 RULES = [("kernel$", "matrix"), ("bias$", "bias")]
 PARAMS = {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full((4,), 2.0)}
 
@@ -67,7 +69,7 @@ def test_norms_of_bfloat16_gradients_are_float32():
     _, state = tx.update(params, tx.init(params), params)
     norm = ravine.telemetry(state)["gradient_norm/matrix"]
     assert norm.dtype == jnp.float32
-    np.testing.assert_allclose(norm, 100.0, rtol=1e-6)
+    assert float(norm) == 100.0  # whole numbers
 
 
 def test_nan_shows_in_its_role_only():
@@ -93,7 +95,9 @@ def test_readable_from_nnx_optimizer():
     step(model, optimizer)
     found = ravine.telemetry(optimizer.opt_state)
     assert float(found["learning_rate"]) == 0.25
-    np.testing.assert_allclose(found["gradient_norm/matrix"], 6**0.5, rtol=1e-6)
+    np.testing.assert_allclose(
+        found["gradient_norm/matrix"], 6**0.5, rtol=2 * UNIT
+    )  # of a whole number
 
 
 def test_a_parameter_that_no_rule_covers_is_watched_as_other():
@@ -103,8 +107,8 @@ def test_a_parameter_that_no_rule_covers_is_watched_as_other():
     _, after = tx.update(params, state, params)
     assert jax.tree.structure(after) == jax.tree.structure(state)
     found = ravine.telemetry(after)
-    np.testing.assert_allclose(found["gradient_norm/other"], 18**0.5, rtol=1e-6)
-    np.testing.assert_allclose(found["gradient_norm"], 34**0.5, rtol=1e-6)
+    np.testing.assert_allclose(found["gradient_norm/other"], 18**0.5, rtol=2 * UNIT)
+    np.testing.assert_allclose(found["gradient_norm"], 34**0.5, rtol=2 * UNIT)
 
 
 def test_faults():

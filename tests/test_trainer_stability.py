@@ -19,7 +19,9 @@ from ravine.training.model import ModelConfig
 from ravine.training.run.outcome import Outcome
 from ravine.training.step import init_params, init_state, make_train_step
 
+from .run_rounding import rounding_of
 from .short_race import records
+from .tolerances import UNIT, furthest
 
 MODEL = ModelConfig(width=16, layers=2, heads=2, kv_heads=1, context=16)
 BAD = 255  # a byte that no text has
@@ -167,7 +169,7 @@ def test_the_logged_rate_is_the_one_used_even_after_skipped_steps(monkeypatch, t
     assert [record["skipped"] for record in found.steps] == [0, 1, 2, 2, 2, 2]
     made = [record for record in found.steps if record["step"] not in (1, 2)]
     for record in made:
-        assert record["learning_rate"] == pytest.approx(record["used"], rel=1e-6)
+        assert record["learning_rate"] == record["used"]
     assert len({record["learning_rate"] for record in made}) == len(made)
 
 
@@ -190,7 +192,7 @@ def test_monitors_say_what_goes_on_and_change_nothing(monkeypatch, tmp_path, cor
         assert ("update_ratio/matrix" in record) == sampled
         if sampled:
             assert 1 < record["momentum_rank/matrix"] <= 16
-            assert 0 < record["entropy"] <= np.log(256) + 1e-3
+            assert 0 < record["entropy"] <= np.log(256) * (1 + 16 * UNIT)
             assert np.isfinite(record["max_attention_logit"])
             assert 0 <= record["spike_score/loss"] < 0.5
 
@@ -205,19 +207,26 @@ def test_measurements_of_micro_batches_are_those_of_the_batch(getkey, micro_batc
     step = jax.jit(make_train_step(graphdef, tx, micro_batches, monitor_every=1))
     state, _ = step(init_state(params, tx), batch)
     measured = state.opt_state.metrics
-    logits, highest = nnx.merge(graphdef, params).with_attention_logits(batch[:, :-1])
-    shares = jax.nn.softmax(logits)
-    entropy = -jnp.mean(jnp.sum(shares * jnp.log(shares), axis=-1))
-    assert highest.shape == (2, 2)
-    assert float(measured["max_attention_logit"]) == pytest.approx(float(highest.max()), rel=1e-5)
-    assert float(measured["max_logit"]) == pytest.approx(float(logits.max()), rel=1e-5)
-    assert float(measured["entropy"]) == pytest.approx(float(entropy), rel=1e-5)
+
+    @jax.jit
+    def by_hand(params):
+        logits, highest = nnx.merge(graphdef, params).with_attention_logits(batch[:, :-1])
+        shares = jax.nn.softmax(logits)
+        entropy = -jnp.mean(jnp.sum(shares * jnp.log(shares), axis=-1))
+        assert highest.shape == (2, 2)
+        found = {"max_attention_logit": highest.max(), "max_logit": logits.max()}
+        return found | {"entropy": entropy}
+
+    expected = by_hand(params)
+    assert furthest({k: measured[k] for k in expected}, expected) <= rounding_of(by_hand, params)
 
 
 def test_qk_clip_scales_exactly_the_heads_whose_logits_are_too_large(getkey):
     graphdef, params = init_params(MODEL, 0)
     batch = jax.random.randint(getkey(), (4, 17), 0, 256)
-    _, highest = nnx.merge(graphdef, params).with_attention_logits(batch[:, :-1])
+    logits_of = lambda p: nnx.merge(graphdef, p).with_attention_logits(batch[:, :-1])[1]
+    logits_of = jax.jit(logits_of)
+    highest = logits_of(params)
     threshold = float(jnp.median(highest))
     (entrant,) = line_up("adamw")
     ends = []
@@ -232,9 +241,14 @@ def test_qk_clip_scales_exactly_the_heads_whose_logits_are_too_large(getkey):
     # One key head for both query heads: it takes the root of the larger factor.
     kappa = np.sqrt(gamma.max(axis=1, keepdims=True))
     query = np.repeat(gamma / kappa, MODEL.head_width, axis=1)[:, None]
-    compare = lambda name, factor: np.testing.assert_allclose(
-        clipped[name]["kernel"], factor * plain[name]["kernel"], rtol=2e-6, atol=1e-7
-    )
+    # The rounding of the logits is in the factors, and few more are those of the new weights.
+    bound = rounding_of(logits_of, params) + 4 * UNIT
+
+    def compare(name, factor):
+        most = bound * np.max(abs(plain[name]["kernel"]))
+        expected = factor * plain[name]["kernel"]
+        np.testing.assert_allclose(clipped[name]["kernel"], expected, rtol=0, atol=most)
+
     compare("query", query)
     compare("key", kappa[:, :, None])
     compare("value", 1.0)
