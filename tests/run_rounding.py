@@ -91,7 +91,7 @@ def rounding(run, expected, measure=furthest_loss):
     for seed in range(3):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
-                loop, "train_batches", lambda *a, order=seed, **k: Permuted(batches(*a, **k), order)
+                loop, "train_batches", lambda *a, _seed=seed, **k: Permuted(batches(*a, **k), _seed)
             )
             patch.setattr(Placed, "init", starting_moved(init, seed))
             worst = max(worst, measure(run(), expected))
