@@ -66,7 +66,7 @@ COMMAND_LINE = [
         "a path of a text that is no text", ["--data", os.fsdecode(b"\xff\xfe.txt")], "no such file"
     ),
     Fault("an empty folder as text", empty_folder, "no UTF-8 text"),
-    Fault("a pipe as text", pipe, "no such file"),
+    Fault("a pipe as text", pipe, "a pipe or a device"),
     Fault("more context than text", ["--context", "99999"], "more text"),
 ]
 

@@ -248,7 +248,7 @@ def _pipe(folder):
     [
         (lambda folder: [folder / "x.txt"], r"x\.txt: no such file or directory; fix the path"),
         (lambda folder: [folder / "x.bin"], r"x\.bin: no such file or directory; fix the path"),
-        (_pipe, r"x\.txt: no such file"),
+        (_pipe, r"x\.txt: a pipe or a device"),
         (_empty("x.txt"), r"x\.txt: the file is empty; fill it or leave it out"),
         (_empty("x.bin"), r"x\.bin: the file is empty; fill it or leave it out"),
         (_binary, r"x\.txt: not UTF-8 text; .* \*\.bin"),
