@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..core.arithmetic import wide_dtype, wide_zeros_like
 from ..stability import MicroBatches
 
 
@@ -19,8 +20,8 @@ def micro_batch_value_and_grad(
 ) -> Callable[[Any, Any], tuple[Any, ...]]:
     r"""``jax.value_and_grad(loss, has_aux=has_aux)`` with the memory of one micro-batch.
 
-    A ``lax.scan`` over micro-batches sums in float32, so there is one optimizer step, one tick of the
-    schedule and no buffer in the optimizer's state:
+    A ``lax.scan`` over micro-batches sums in at least float32, so there is one optimizer step, one tick
+    of the schedule and no buffer in the optimizer's state:
 
     .. math:: \bar g = \sum_i w_i g_i \Big/ \sum_i w_i
 
@@ -82,20 +83,24 @@ def micro_batch_value_and_grad(
             value, aux = value if has_aux else (value, None)
             found = (value, grads, jnp.ones([], jnp.float32))
 
-            def weighted(x: jax.Array) -> jax.Array:
+            def added(sum_: jax.Array, x: jax.Array) -> jax.Array:
                 # The mean over no tokens is often not a number.
-                return jnp.where(weight == 0, 0, weight * x.astype(jnp.float32))
+                x, by = x.astype(sum_.dtype), weight.astype(sum_.dtype)
+                return sum_ + jnp.where(by == 0, 0, by * x)
 
             measured = None if measure is None else (measure(grads), weight)
-            return jax.tree.map(lambda s, x: s + weighted(x), sums, found), (aux, measured)
+            return jax.tree.map(added, sums, found), (aux, measured)
 
-        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.float32), params)
-        start = (jnp.zeros([], jnp.float32), zeros, jnp.zeros([], jnp.float32))
         micro = jax.tree.map(dealt, batch)
+        widest = wide_dtype(*(p.dtype for p in jax.tree.leaves(params)))
+        start = (jnp.zeros([], widest), wide_zeros_like(params), jnp.zeros([], jnp.float32))
         (loss_sum, grads, total), (aux, measured) = jax.lax.scan(add, start, micro)
-        by = jnp.where(total > 0, total, 1)
-        grads = jax.tree.map(lambda g, p: (g / by).astype(p.dtype), grads, params)
-        value = (loss_sum / by, aux) if has_aux else loss_sum / by
+        total = jnp.where(total > 0, total, 1)
+        grads = jax.tree.map(
+            lambda g, p: (g / total.astype(g.dtype)).astype(p.dtype), grads, params
+        )
+        loss_mean = loss_sum / total.astype(loss_sum.dtype)
+        value = (loss_mean, aux) if has_aux else loss_mean
         return (value, grads) if measured is None else (value, grads, MicroBatches(*measured))
 
     return whole if micro_batches == 1 else mean
