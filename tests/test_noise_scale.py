@@ -83,7 +83,6 @@ def test_preconditioned_by_the_second_moment():
     variances, means = (CURVATURES * SPREADS) ** 2, CURVATURES * START
     p = 1 / np.sqrt(means**2 + variances / total)  # of E v, up to its fluctuation
     expected = np.sum(p * variances) / np.sum(p * means**2)
-    # Four deviations: with twice the examples the variance above is half at most.
     assert float(found["preconditioned_noise_scale"]) == pytest.approx(expected, rel=0.1)
     assert abs(expected / exact() - 1) > 0.3  # it is another number
 

@@ -286,7 +286,7 @@ def test_exchanges_by_hand():
 
 def test_the_compiled_step_of_llama_is_what_is_counted_by_hand():
     found = collectives((GOLDEN / "llama2_7b_step.txt").read_text(), 8)
-    # The estimate's own bar is a tenth (docs/log.md): the compiler also sends what is not in the count.
+    # The bar of the estimate is a tenth (docs/log.md).
     by_hand = Work(LLAMA, {"fsdp": 4, "tensor": 2}, tokens=4 * 4096).exchanges()
 
     def sent(found, *kinds):

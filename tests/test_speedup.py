@@ -15,7 +15,6 @@ STEPS = (100, 200, 400, 800, 1600)
 @pytest.mark.parametrize(("a", "b", "c"), [(1.2, 30.0, 0.6), (0.0, 5.0, 0.2), (2.0, 400.0, 1.1)])
 def test_a_power_law_with_an_offset_is_found_and_inverted(a, b, c):
     curve = fitted(STEPS, [a + b * s**-c for s in STEPS])
-    # The fit stops at a finite distance: a tenth of a per cent is a thirtieth of what seeds differ by.
     np.testing.assert_allclose(curve, (a, b, c), rtol=1e-3, atol=1e-3)
     assert steps_for(a + b * 700**-c, curve) == pytest.approx(700, rel=1e-3)
     assert steps_for(a - 0.1, curve) == math.inf
