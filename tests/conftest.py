@@ -1,7 +1,9 @@
 """Strict JAX for every test: 8 CPU devices, no silent promotion of dtypes or ranks."""
 
+import functools
 import gc
 import importlib.metadata
+import inspect
 import math
 import os
 from pathlib import Path
@@ -39,6 +41,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+# tyro reads the sources of all configurations again at each command.
+inspect.getsource = functools.cache(inspect.getsource)
 # The garbage collector walks through all that JAX has traced: less often, it saves a tenth of the time.
 gc.freeze()
 gc.set_threshold(200_000, 50, 50)

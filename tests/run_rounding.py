@@ -52,7 +52,9 @@ def moved(params, rng):
 
     def one(x):
         factors = 1 + 2 * UNIT * rng.integers(-1, 2, x.shape).astype(np.float32)
-        return jax.device_put(np.asarray(x) * factors.astype(x.dtype), x.sharding)
+        found = np.asarray(x) * factors.astype(x.dtype)
+        # What is committed to a device that `x` is not would be another program's argument.
+        return jax.device_put(found, x.sharding if x.committed else None)
 
     return jax.tree.map(one, params)
 

@@ -60,7 +60,8 @@ def graft_problem():
     return params, gradients
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+# Without decay also Adam's, below.
+@pytest.mark.parametrize("weight_decay", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
 @pytest.mark.parametrize("graft", GRAFTED)
 def test_graft_before_the_start_is_the_plain_optimizer(graft, weight_decay):
     """To the last bit."""
