@@ -254,7 +254,7 @@ def test_uncounted_positions_hold_anything():
 
 
 @pytest.mark.parametrize(
-    ("fields", "culprit"),
+    ("fields", "complaint"),
     [
         ({"layers": 0}, "layers must be at least 1, got 0"),
         ({"width": 30, "heads": 4}, "width 30 must be an even multiple of heads 4"),
@@ -262,8 +262,8 @@ def test_uncounted_positions_hold_anything():
         ({"final_soft_cap": 0.0}, "final_soft_cap must be positive and finite"),
     ],
 )
-def test_impossible_models_are_refused(fields, culprit):
-    with pytest.raises(ValueError, match=culprit):
+def test_impossible_models_are_refused(fields, complaint):
+    with pytest.raises(ValueError, match=complaint):
         ModelConfig(**fields)
 
 

@@ -75,7 +75,7 @@ def test_a_train_step_that_is_compiled_here():
 
 
 @pytest.mark.parametrize(
-    ("name", "culprit"),
+    ("name", "complaint"),
     [
         ("gpt3-175b", "learned positions, biases"),
         ("gemma2-9b", "local attention, GEGLU"),
@@ -84,8 +84,8 @@ def test_a_train_step_that_is_compiled_here():
         ("olmo2-7b", "norms over all queries and keys"),
     ],
 )
-def test_a_model_that_the_trainer_cannot_build_is_refused(name, culprit):
-    with pytest.raises(ValueError, match=f"{name} has .*{culprit}.*leave out --train-step"):
+def test_a_model_that_the_trainer_cannot_build_is_refused(name, complaint):
+    with pytest.raises(ValueError, match=f"{name} has .*{complaint}.*leave out --train-step"):
         trainer_model(name, PRESETS[name])
 
 

@@ -40,7 +40,7 @@ def test_newton_schulz_names_what_it_can_do(exponent):
 
 
 @pytest.mark.parametrize(
-    ("build", "culprit"),
+    ("build", "complaint"),
     [
         (lambda: PseudoInverse(rtol=1.0), r"rtol must lie in \[0, 1\), got 1"),
         (lambda: PseudoInverse(rtol=-1e-3), r"rtol must lie in \[0, 1\), got -"),
@@ -52,6 +52,6 @@ def test_newton_schulz_names_what_it_can_do(exponent):
         (lambda: CoupledNewtonSchulz(lower=1.0), r"lower in \(0, 1\), got .*lower=1\.0"),
     ],
 )
-def test_bad_method(build, culprit):
-    with pytest.raises(ValueError, match=culprit):
+def test_bad_method(build, complaint):
+    with pytest.raises(ValueError, match=complaint):
         build()

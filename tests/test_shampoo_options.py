@@ -47,10 +47,10 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("options", "culprit"), BAD, ids=str)
+@pytest.mark.parametrize(("options", "complaint"), BAD, ids=str)
 @pytest.mark.parametrize("build", [ravine.scale_by_shampoo, ravine.shampoo])
-def test_bad_option(build, options, culprit):
-    with pytest.raises(ValueError, match=culprit):
+def test_bad_option(build, options, complaint):
+    with pytest.raises(ValueError, match=complaint):
         build(**options)
 
 

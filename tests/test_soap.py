@@ -154,7 +154,7 @@ def test_one_sided_bases_and_blocks():
 
 
 @pytest.mark.parametrize(
-    ("make", "culprit"),
+    ("make", "complaint"),
     [
         (
             lambda: ravine.scale_by_soap(refresh=ravine.Refresh(every=0)),
@@ -180,8 +180,8 @@ def test_one_sided_bases_and_blocks():
         ),
     ],
 )
-def test_bad_input_is_named(make, culprit):
-    with pytest.raises(ValueError, match=culprit):
+def test_bad_input_is_named(make, complaint):
+    with pytest.raises(ValueError, match=complaint):
         make()
 
 

@@ -126,8 +126,9 @@ def _fused(
     model: Transformer, hidden: jax.Array, targets: jax.Array, z_loss: float = 0.0
 ) -> jax.Array:
     hidden, kernel = model.before_head(hidden)
-    cap: Any = {"cap": model.config.final_soft_cap, "cap_form": model.config.soft_cap_form}
-    return fused_loss(hidden, kernel, targets, z_loss=z_loss, **cap)[0].astype(jnp.float32)
+    cap, form = model.config.final_soft_cap, model.config.soft_cap_form
+    found = fused_loss(hidden, kernel, targets, z_loss=z_loss, cap=cap, cap_form=form)
+    return found[0].astype(jnp.float32)
 
 
 MEASURED = ("entropy", "log_normalizer", "max_attention_logit", "max_logit")
