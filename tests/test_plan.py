@@ -22,7 +22,7 @@ from ravine.training.plan.compile import (
     trainer_model,
 )
 from ravine.training.plan.cost import Plan, plan_of
-from ravine.training.plan.plan import PlanConfig
+from ravine.training.plan.plan import ALIGNED, POLAR, PlanConfig, assumed
 from ravine.training.plan.verdict import verdict
 from ravine.training.shapes.presets import PRESETS
 from ravine.training.sharding import mesh_sizes, parameter_spec, sharded_parameters
@@ -133,6 +133,15 @@ def test_a_train_step_assumes_nothing_of_attention(capsys):
 
 def test_every_registered_optimizer_is_one_of_all():
     assert PlanConfig(compare="all").names == ravine.names()
+
+
+@pytest.mark.parametrize("name", ravine.names())
+def test_every_optimizer_is_planned_as_it_runs_on_accelerators(name):
+    """Blocks and orthogonalization alike, also where one has both."""
+    config = ravine.OptimizerConfig(name)
+    wanted = {key: value for key, value in {**ALIGNED, **POLAR}.items() if config.accepts(key)}
+    assert assumed(name, {}) == wanted
+    assert assumed(name, {"polar": None}).keys() == wanted.keys() - {"polar"}
 
 
 @pytest.mark.parametrize("name", ["sophia_g", "mars", "schedule_free_adamw"])

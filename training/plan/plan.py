@@ -38,8 +38,9 @@ from .verdict import spare
 ALIGNED = {"blocks": Blocks(size=128, vocabulary=65_536)}
 POLAR = {"polar": NewtonSchulz(dtype="bfloat16", halvings=0)}
 OPTIONS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("shampoo", "soap", "soap_muon", "kl_shampoo"), ALIGNED),
+    **dict.fromkeys(("shampoo", "soap", "kl_shampoo"), ALIGNED),
     **dict.fromkeys(("muon", "normuon", "adamuon"), POLAR),
+    "soap_muon": ALIGNED | POLAR,
 }
 """What differs from the defaults: blocks that shards of large matrices do not cross, and products
 in bfloat16 for orthogonalization, as it is run on accelerators."""
