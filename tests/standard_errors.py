@@ -1,0 +1,40 @@
+"""The standard error of a noise scale, from the moments of what its gradients are drawn from."""
+
+import numpy as np
+
+
+def independent(decay, steps):
+    """A mean of as many numbers has the variance of a moving average that began at 0, once corrected."""
+    gone = decay**steps
+    return (1 + decay) / (1 - decay) * (1 - gone) / (1 + gone)
+
+
+def of_noise_scale(mean, covariance, tokens, parts, averaged, skew=0.0, kurtosis=0.0):
+    r"""Relative to it, to first order, of tr S / |G|^2 where both are means of `averaged` estimates.
+
+    Of one step of n micro-batches and W tokens, with `_estimates`' S of the trace T and A of |G|^2::
+
+        Var S = 2 tr C^2 / (n - 1) + k / W
+        Var A = 4 G'CG / W + 2 n tr C^2 / ((n - 1) W^2)
+        Cov(S, A) = 2 s / W - 2 tr C^2 / ((n - 1) W)
+
+    for micro-batches of any sizes where gradients are normal, and of one size otherwise: then of a
+    token's x = g - G, s is the mean of (G'x) |x|^2, and k the variance of |x|^2 less 2 tr C^2.
+
+    Args:
+      mean: G. In a norm P this is P^(1/2) G, and the covariance P^(1/2) C P^(1/2).
+      covariance: C, of the gradient of one token.
+      tokens: W.
+      parts: n.
+      averaged: how many independent steps; of a moving average, `independent`.
+      skew: s.
+      kurtosis: k.
+    """
+    trace, fourth = np.trace(covariance), np.sum(covariance**2)
+    ratio = trace / np.sum(mean**2)
+    of_trace = 2 * fourth / (parts - 1) + kurtosis / tokens
+    of_square = 4 * mean @ covariance @ mean / tokens
+    of_square += 2 * fourth * parts / ((parts - 1) * tokens**2)
+    of_both = 2 * skew / tokens - 2 * fourth / ((parts - 1) * tokens)
+    variance = of_trace + ratio**2 * of_square - 2 * ratio * of_both
+    return np.sqrt(variance / averaged) / trace
