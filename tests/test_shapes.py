@@ -1,6 +1,7 @@
 """Shapes of published models: their counts, what follows from them, and rules for new ones."""
 
 import dataclasses
+from decimal import ROUND_DOWN, ROUND_HALF_EVEN, Decimal
 from pathlib import Path
 
 import jax
@@ -27,12 +28,6 @@ PUBLISHED = [
     for name, shape in PRESETS.items()
     for i, count in enumerate(shape.published)
 ]
-# Two digits, cut or rounded; Kimi K2's report prints 1.04 trillion as well, which its weights have not.
-COARSE = {
-    ("qwen3-30b-a3b", 3.3): 3.353,
-    ("qwen3-235b-a22b", 22): 22.19,
-    ("kimi-k2", 32.6): 32.86,
-}
 TINY = ModelShape(
     layers=2,
     width=8,
@@ -47,12 +42,20 @@ TINY = ModelShape(
 
 @pytest.mark.parametrize(("name", "count"), PUBLISHED)
 def test_recounted_parameters_are_the_published_ones(name, count):
-    found = PRESETS[name].recount(count) / 1e9
-    if (name, count.billions) in COARSE:
-        assert found == pytest.approx(COARSE[name, count.billions], rel=3e-4)
-        assert found == pytest.approx(count.billions, rel=0.017)
-    else:
-        assert found == pytest.approx(count.billions, rel=5e-3)
+    """In every digit that is printed, the last of them rounded or cut."""
+    found = Decimal(PRESETS[name].recount(count)) / 10**9
+    printed = Decimal(repr(count.billions))
+    if name == "kimi-k2":
+        if count.active:  # of its report, which its weights have not (docs/shapes.md)
+            assert (round(found, 1), printed) == (Decimal("32.9"), Decimal("32.6"))
+            return
+        # Of its weights, with scales of 128x128 elements of the experts, and of most others. Matrices
+        # are 512 or wider: at most one block in five is there for what is left over at an edge.
+        least = PRESETS[name].by_part()["experts"] / 128**2
+        assert least <= (printed - found) * 10**9 <= 5 / 4 * PRESETS[name].count / 128**2
+        return
+    ways = (ROUND_HALF_EVEN, ROUND_DOWN)
+    assert printed in [found.quantize(printed, rounding=way) for way in ways]
 
 
 def test_counts_of_released_weights_are_exact():
@@ -60,7 +63,7 @@ def test_counts_of_released_weights_are_exact():
         abs(PRESETS[name].recount(count) - count.billions * 1e9) < 0.5
         for name, count in (parameter.values for parameter in PUBLISHED)
     ]
-    assert (len(exact), sum(exact)) == (72, 42)
+    assert (len(exact), sum(exact)) == (72, 43)
 
 
 def test_every_model_is_there_and_says_where_from():
@@ -141,7 +144,7 @@ def test_caches_of_keys_and_values(name, size):
 
 def test_deepseeks_own_count_of_operations():
     # The same paper, table 2: 250 GFLOP per token of training, at sequences of 4096.
-    assert PRESETS["deepseek-v3"].flops(4096) / 1e9 == pytest.approx(250, rel=5e-3)
+    assert round(PRESETS["deepseek-v3"].flops(4096) / 1e9) == 250
 
 
 def test_the_table_of_the_course_notes(capsys):
@@ -243,13 +246,19 @@ def test_helpers_give_published_widths():
     assert padded(100_278) == PRESETS["olmo2-7b"].vocabulary
 
 
+def within_half_a_layer(shape, parameters):
+    """Layers are what is rounded last."""
+    one_more = dataclasses.replace(shape, layers=shape.layers + 1)
+    return abs(shape.count - parameters) <= (one_more.count - shape.count) / 2
+
+
 @pytest.mark.parametrize(
     ("parameters", "devices"), [(1.25e8, 1), (1e9, 8), (7e9, 64), (7e10, 512), (5e11, 1024)]
 )
 def test_suggestions_keep_the_rules_and_divide(parameters, devices):
     found = suggest(parameters=parameters, devices=devices)
     shape = found.shape
-    assert shape.count == pytest.approx(parameters, rel=0.05)
+    assert within_half_a_layer(shape, parameters)
     for size in (shape.width, shape.feed_forward, shape.vocabulary):
         assert size % devices == 0
     assert found.tokens == 20 * shape.count
@@ -264,7 +273,7 @@ def test_what_three_devices_cost():
 
 def test_suggestions_from_tokens_and_against_the_rule():
     found = suggest(tokens=2e10)
-    assert found.shape.count == pytest.approx(1e9, rel=0.05)
+    assert within_half_a_layer(found.shape, 1e9)
     trained_longer = suggest(parameters=1e9, tokens=1e12)
     assert not RULES[-1].holds(trained_longer.shape)
     assert "broken (1010)" in trained_longer.lines()[-1]

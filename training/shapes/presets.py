@@ -178,7 +178,7 @@ PRESETS: dict[str, ModelShape] = {
     "llama3.2-3b": _llama3(28, 3072, 8192, 24, 3.212749824, trillions=9.0, tied=True),
     "llama3-8b": _llama3(32, 4096, 14336, 32, 8.030261248, trillions=15.0),
     "llama3-70b": _llama3(80, 8192, 28672, 64, 70.553706496, trillions=15.0),
-    "llama3-405b": _llama3(126, 16384, 53248, 128, 405.0, trillions=15.6),
+    "llama3-405b": _llama3(126, 16384, 53248, 128, 405, trillions=15.6),
     "gemma2-2b": _gemma2(
         *(26, 2304, 9216, 8, 2.614636800, _without_embeddings(2.024517888)),
         kv_heads=4,
@@ -250,7 +250,7 @@ PRESETS: dict[str, ModelShape] = {
         source="Kimi Team, 2025, https://arxiv.org/abs/2507.20534, table 2; released weights",
     ),
     "ravine": _family()(
-        *(4, 128, 352, 4, 0.000868),
+        *(4, 128, 352, 4, 0.000869504),
         vocabulary=256,
         context=64,
         source="the trainer's own model, `ModelConfig()`",
