@@ -31,7 +31,8 @@ def test_arithmetic_of_loops_branches_and_shards():
     mesh = jax.make_mesh((2, 4), ("x", "y"))
     halves = jax.shard_map(product, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
     assert counted(halves, x, devices=8) == (128, 0)
-    assert counted(lambda x: jnp.linalg.eigh(x)[1], x)[0] == pytest.approx(9 * 4**3, rel=0.2)
+    vectors = lambda x: jax.lax.linalg.eigh(x, symmetrize_input=False)[0]
+    assert counted(vectors, x) == (9 * 4**3, 0)
     assert counted(lambda x: jnp.swapaxes(x, 0, 1).reshape(16)[::2] + 1, x) == (8, 0)
     assert counted(lambda x: jnp.sum(x, axis=0), x) == (16, 0)
     assert counted(lambda x: x + 1, jnp.int32(1)) == (0, 0)
@@ -103,13 +104,35 @@ def attention(x, w, v):
     )
 
 
-@pytest.mark.parametrize("function", [layer, backward, polynomial, attention])
-def test_arithmetic_agrees_with_the_compiler_where_that_counts(function):
+LAST = 2 * 64 * 256 * (128 + 32)  # x @ w @ v
+HYPERBOLIC, SOFTMAX = 64 * 256, 64 * (5 * 32 + 1)
+
+
+@pytest.mark.parametrize(
+    ("function", "products", "others"),
+    [
+        (layer, LAST, HYPERBOLIC + SOFTMAX),
+        # A gradient costs at most five times its function (Griewank and Walther, 2008, chapter 4).
+        (
+            backward,
+            LAST + 2 * 64 * 256 * (32 + 32 + 128),
+            5 * (HYPERBOLIC + SOFTMAX + 2 * 64 * 32),
+        ),
+        (
+            polynomial,
+            3 * (2 * 2 * 64 * 64 * 128 + 2 * 64**3) + LAST,
+            3 * (2 * 64 * 128 + 64 * 64),
+        ),
+        (attention, 4 * 2 * 2 * 16 * 16 * 128 + LAST, 4 * 16 * (6 * 16 + 1)),
+    ],
+)
+def test_arithmetic_agrees_with_the_compiler_where_that_counts(function, products, others):
+    """In all products; XLA drops some of the others, and counts some apart, as transcendental."""
     arguments = [jnp.ones(shape) for shape in ((64, 128), (128, 256), (256, 32))]
     compiled = jax.jit(function).lower(*arguments).compile()
-    assert counted(function, *arguments)[0] == pytest.approx(
-        compiled.cost_analysis()["flops"], rel=0.05
-    )
+    found = counted(function, *arguments)[0]
+    assert products < found <= products + others
+    assert found == pytest.approx(compiled.cost_analysis()["flops"], rel=0, abs=others)
 
 
 def test_what_is_not_counted_is_listed():
@@ -124,10 +147,10 @@ def test_arithmetic_of_optimizers():
         return counted(tx.update, params, tx.init(params), params)
 
     # Blocks of 32: two Gram matrices and two products of each of eight.
-    assert of(ravine.shampoo(0.1, blocks=ravine.Blocks(size=32)))[0] == pytest.approx(
-        4 * 8 * 2 * 32**3, rel=0.2
-    )
-    assert of(ravine.shampoo(0.1, blocks=ravine.Blocks(size=32)))[1] >= 2 * 8 * 9 * 32**3
+    tx = ravine.shampoo(0.1, blocks=ravine.Blocks(size=32))
+    products = arithmetic(jax.jit(tx.update).trace(params, tx.init(params), params), 1).products
+    assert sum(p.operations * times for p, times in products.items()) == 4 * 8 * 2 * 32**3
+    assert of(tx)[1] >= 2 * 8 * 9 * 32**3
     assert of(ravine.adamw(0.1))[1] == 0
 
 
