@@ -153,15 +153,16 @@ def test_state_is_a_fixed_point_for_every_mix_of_dtypes(
         assert any(s.dtype == state_dtype for s in floating)
 
 
+@pytest.mark.usefixtures("float64")
 @every_optimizer
 def test_injected_hyperparameters_and_a_schedule_of_updates_made_give_the_same_updates(row):
-    params, grads = row.tree(0), row.tree(1)
+    # In float32, 1 - b2 of an injected b2 is off by 5e-5 of itself.
+    params, grads = double((row.tree(0), row.tree(1)))
     twice = lambda count: jnp.where(count < 2, row.learning_rate, 0.0)
     injected = ravine.inject_hyperparams(row.builder)(learning_rate=twice, **row.hyperparameters)
     update, init = jax.jit(injected.update), jax.jit(injected.init)
     found = run(injected, params, grads, 2, update, init)[1]
-    # 1 - b2 of a float32 b2 is off by up to 5e-5 of itself; the corrections take most of it back.
-    assert_close(found, run_plain(row, params, grads, 2)[1], 1e-5)
+    assert furthest(found, run_plain(row, params, grads, 2)[1]) <= HALF
     if not row.averages:
         third = run(injected, params, grads, 3, update, init)[1]
         assert_equal(third, jax.tree.map(jnp.zeros_like, grads))
@@ -179,15 +180,16 @@ def test_masked(row):
     assert_equal(updates | {"first": None}, grads | {"first": None})
 
 
+@pytest.mark.usefixtures("float64")
 def test_slow_momentum_warms_up_with_injected_decay_rates():
-    params, grads = {"w": jnp.ones(3)}, {"w": jnp.array([1.0, -2.0, 0.5])}
+    params, grads = double(({"w": np.ones(3)}, {"w": np.array([1.0, -2.0, 0.5])}))
     warmups = ("alpha_warmup", "b3_warmup")
     injected = optax.inject_hyperparams(ravine.ademamix, static_args=warmups)
     options = {"learning_rate": 0.1, "b3": 0.99, "alpha_warmup": 4, "b3_warmup": 4}
     found, expected = (
         run(make(**options), params, grads, 6)[1] for make in (injected, ravine.ademamix)
     )
-    assert_close(found, expected, 1e-5)
+    assert furthest(found, expected) <= HALF
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
+SCALARS = 64
+"""Bytes at most of what an optimizer has one of: counts and rates."""
 LLAMA = {"model": "llama2-70b", "topology": "v5p:8x8x8", "mesh": "fsdp=64,tensor=8"}
 
 
@@ -32,23 +34,25 @@ def test_element_wise_optimizers_communicate_nothing():
     found = planned("adamw")
     assert found.collectives == ()
     # Two means in float32, of parameters in bfloat16.
-    assert found.state == pytest.approx(4 * found.parameters, rel=1e-2)
+    assert 0 < found.state - 4 * found.parameters <= SCALARS
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "options", "factors", "limit"),
+    ("optimizer", "options", "numbers", "limit"),
     [
-        # Statistics, and roots or bases, of each of two sides in float32.
-        ("shampoo", {"factors": {"packed": True}}, 4, 3.5e9),
-        ("soap", {}, 8, 3.9e9),
+        # Of a block of 128: statistics, and roots or bases, of each of two sides. Packed, they are
+        # n (n + 1) / 2; and Shampoo has residual, condition and two counts of each, and one norm.
+        ("shampoo", {"factors": {"packed": True}}, 2 * (2 * 128 * 129 // 2 + 4) + 1, 3.5e9),
+        ("soap", {}, 2 * 2 * 128**2, 3.9e9),
     ],
 )
-def test_aligned_blocks_are_not_communicated_and_fit(optimizer, options, factors, limit):
+def test_aligned_blocks_are_not_communicated_and_fit(optimizer, options, numbers, limit):
     found = planned(optimizer, options=json.dumps(options))
     assert found.collectives == ()
     assert not found.repeated
-    # Two means in float32, of parameters in bfloat16.
-    assert found.state == pytest.approx((4 + factors) * found.parameters, rel=1e-2)
+    # Two means in float32, of parameters in bfloat16, and the blocks' own numbers.
+    blocks = found.parameters // (2 * 128**2)
+    assert 0 < found.state - 4 * found.parameters - 4 * numbers * blocks <= SCALARS
     assert found.state + found.temporary <= limit
 
 
@@ -79,13 +83,14 @@ def test_a_train_step_of_the_trainers_own_model():
     found = planned("adamw", **small, layers_only=False, train_step=True)
     assert {"all-reduce", "all-gather"} <= {c.kind for c in found.collectives}
     # Two means in float32, of parameters in bfloat16.
-    assert found.state == pytest.approx(4 * found.parameters, rel=1e-3)
+    assert 0 < found.state - 4 * found.parameters <= SCALARS
 
 
 def test_a_state_on_the_host_is_compiled_to_stay_there():
     small = {"model": "llama3.2-1b", "topology": "v5e:4x4", "mesh": "fsdp=16"}
     here, there = (planned("adamw", **small, state_on_host=on_host) for on_host in (False, True))
-    assert there.host == pytest.approx(here.state, rel=1e-3)
+    assert there.host == 4 * here.parameters
+    assert 0 < here.state - there.host <= SCALARS
     # The state is on the chip while it is updated, some of it twice: on its way in and on its way out.
     assert here.state <= there.temporary - here.temporary <= 2.5 * here.state
 

@@ -296,12 +296,12 @@ def test_the_compiled_step_of_llama_is_what_is_counted_by_hand():
     norms, width, tokens = 65, 4096, 4096
     square, embedding = (0.75 * 2 * rows * width / 2 for rows in (width, LLAMA.vocabulary))
     # FSDP: the compiler gathers queries', keys' and values' matrices a third time, and pads their
-    # gradients by a 64th. The embedding it neither gathers nor scatters, but adds up its gradients.
+    # gradients by a 64th; embedding and head once, and the embedding's gradient it does not scatter.
     fsdp = ("all-gather", "reduce-scatter")
     more = 3 * LLAMA.layers * square * (1 + 1 / 64) - 3 * embedding
     assert sent(found, *fsdp) == sent(by_hand, *fsdp) + more
-    # The tensor axis' sums, and gradients of norms, the largest logit of a token, the sum of their
-    # exponentials and the target's; and scalars.
+    # The tensor axis' sums, and gradients of the embedding and of norms; each token's largest logit, sum
+    # of exponentials and target's logit; and scalars.
     more = 2 * embedding + 1.5 * 2 * norms * width + (1 + 1 + 1) * 4 * tokens
     assert 0 < sent(found, "all-reduce") - sent(by_hand, "all-reduce") - more < 100
     assert all(c.times in (1, LLAMA.layers) for c in found)
