@@ -3,7 +3,7 @@
     PYTHONPATH=.cache/tpu python docs/pods_tables.py [WORD ...]
 
 after `make .cache/tpu/.installed`. With words, only commands that have all of them; the whole page
-takes about seven minutes on two cores. A command is a block of the page that starts with
+takes about eight minutes on two cores. A command is a block of the page that starts with
 ``$ python -m ravine plan``.
 """
 

@@ -134,7 +134,7 @@ def test_the_best_is_planned(capsys):
     assert main([*WORDS, "--train-step"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert (
-        "19 meshes of 8 chips, without pipeline stages, which the trainer's step does not have,"
+        "19 meshes of 8 chips, without pipeline stages, which are tried only without --train-step,"
         in printed
     )
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import io
 import json
 import re
 import shlex
@@ -23,10 +24,13 @@ from ravine.training.plan.compile import (
 )
 from ravine.training.plan.cost import Plan, plan_of
 from ravine.training.plan.plan import ALIGNED, POLAR, PlanConfig, assumed
+from ravine.training.plan.table import print_whole
 from ravine.training.plan.verdict import verdict
 from ravine.training.shapes.presets import PRESETS
 from ravine.training.sharding import mesh_sizes, parameter_spec, sharded_parameters
 from ravine.training.step import init_params
+from rich.console import Console
+from rich.table import Table
 
 
 def test_the_trainers_own_model_is_what_the_trainer_has():
@@ -119,6 +123,17 @@ def test_a_plan_for_gpus_is_printed(capsys):
     printed = capsys.readouterr().out
     assert "muon: fits in 80 GB" in printed
     assert "muon: 4 all-to-all sending" in printed
+
+
+def test_a_narrow_console_cuts_no_number():
+    console = Console(width=40, file=io.StringIO())
+    table = Table("optimizer")
+    for heading in ("state", "sum", "sent", "update", "step"):
+        table.add_column(heading, no_wrap=True)
+    table.add_row("adamw", *["123.45 GB"] * 5)
+    print_whole(console, table)
+    assert console.file.getvalue().count("123.45 GB") == 5
+    assert console.width == 40
 
 
 def test_a_train_step_assumes_nothing_of_attention(capsys):
@@ -269,7 +284,10 @@ def test_verdicts_name_the_first_change_that_helps(found, tokens, says):
             ["--topology", "h100:3", "--mesh", "context=3", "--model", "ravine"],
             "3 does not divide sequences",
         ),
-        ([*GPUS[:4], "--mesh", "stage=2,fsdp=4", "--train-step"], "no pipeline stages"),
+        (
+            [*GPUS[:4], "--mesh", "stage=2,fsdp=4", "--train-step"],
+            "give --micro-batches 2 or a mul",
+        ),
         ([*GPUS, "--micro-batches", "3"], "give --batch 768 or a multiple"),
         ([*GPUS, "--train-step", "--layers-only"], "leave out --layers-only"),
         ([*GPUS, "--train-step", "--remat", "products"], "leave out --train-step"),

@@ -5,6 +5,7 @@ import json
 import jax
 import pytest
 from ravine.training.plan.plan import PlanConfig, plan
+from ravine.training.shapes.presets import PRESETS
 from rich.console import Console
 
 pytestmark = [
@@ -103,3 +104,23 @@ def test_mesh_that_does_not_match():
 def test_unknown_chips():
     with pytest.raises(ValueError, match=r"unknown topology 'v5e:3x5x7' .*known: v4:8x8x8"):
         planned("adamw", topology="v5e:3x5x7")
+
+
+def test_a_train_step_in_stages_sends_what_is_counted_by_hand():
+    stages, fsdp, micro = 4, 4, 8
+    small = {"model": "ravine", "topology": "v5e:4x4", "mesh": f"stage={stages},fsdp={fsdp}"}
+    options = {"layers_only": False, "train_step": True, "micro_batches": micro, "batch": 2048}
+    found = planned("adamw", **small, **options)
+    shape = PRESETS["ravine"]
+    # The stream of one sequence in bfloat16, at every tick forward and backward, from three of four
+    # stages; then the last one deals what it has to the others, and is sent the gradient.
+    stream, ticks = 2 * shape.context * shape.width, micro + stages - 1
+    sent = 2 * (ticks + micro / stages) * stream * (stages - 1) / stages
+    between = [c for c in found.collectives if len({at // fsdp for at in c.group}) > 1]
+    permuted = [c for c in between if c.kind == "collective-permute"]
+    assert sum(c.total for c in permuted) == sent
+    assert {c.times for c in permuted if c.in_loop} == {ticks}
+    # Every stage has a copy of embedding and head, whose gradients in bfloat16 are summed; and of norms.
+    ends = 2 * 2 * shape.vocabulary * shape.width / fsdp
+    summed = sum(c.total for c in between if c.kind == "all-reduce" and len(c.group) == stages)
+    assert summed == pytest.approx(2 * ends * (stages - 1) / stages, rel=0.02)

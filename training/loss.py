@@ -9,11 +9,11 @@ import functools
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from ..stability import CrossEntropy, fused_cross_entropy
 from ..stability.soft_cap import CapForm
-from .sharding import ROWS
+from .sharding import ROWS, auto_axes
 
 LARGE = 8192
 """Vocabularies above this take the fused loss by default."""
@@ -67,12 +67,13 @@ def fused_loss(
     """
     mesh = jax.sharding.get_abstract_mesh()
     options: dict[str, Any] = {"z_loss": z_loss, "cap": cap, "cap_form": cap_form}
-    if mesh.empty or mesh.size == 1 or set(mesh.axis_types) != {AxisType.Auto}:
+    axes = auto_axes(mesh)
+    if mesh.size == 1 or not axes:
         options["chunk"] = chunk or chunk_of(kernel_DxV.shape[1], jax.default_backend())
         return fused_cross_entropy(hidden_BxTxD, kernel_DxV, targets_BxT, **options)
-    rows = tuple(name for name in ROWS if name in mesh.shape)
-    context = "context" if "context" in mesh.shape else None
-    columns = "tensor" if "tensor" in mesh.shape else None
+    rows = tuple(name for name in ROWS if name in axes)
+    context = "context" if "context" in axes else None
+    columns = "tensor" if "tensor" in axes else None
     local = kernel_DxV.shape[1] // (mesh.shape[columns] if columns else 1)
     options["chunk"] = chunk or chunk_of(local, jax.default_backend())
     of_device = functools.partial(
@@ -88,5 +89,6 @@ def fused_loss(
         mesh=mesh,
         in_specs=specs,
         out_specs=(PartitionSpec(), CrossEntropy(each, each, each)),
+        axis_names=frozenset(axes),
     )
     return placed(hidden_BxTxD, kernel_DxV, targets_BxT)

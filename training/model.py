@@ -198,21 +198,16 @@ class Transformer(nnx.Module):
 
         With a key, elements drop out at the rate of the model's `dropout`.
         """
-
-        @nnx.scan(in_axes=(nnx.Carry, 0, 0), out_axes=(nnx.Carry, 0), unroll=self.config.unroll)
-        def through_layers(
-            x_BxTxD: jax.Array, layer: Block, keys_2: jax.Array | None
-        ) -> tuple[jax.Array, jax.Array | None]:
-            call = lambda layer, x_BxTxD, keys_2: layer(x_BxTxD, measured, keys_2)
-            call = nnx.remat(call) if self.config.remat else call
-            x_BxTxD, highest_H = call(layer, x_BxTxD, keys_2)
-            return constrained(x_BxTxD, "rows", "context", None), highest_H
-
         first, keys_Lx2 = None, None
         if dropout_key is not None and self.config.dropout:
             first, rest = jax.random.split(dropout_key)
             keys_Lx2 = jax.random.split(rest, (self.config.layers, 2))
+        x_BxTxD = self.embedded(tokens_BxT, first)
+        x_BxTxD, highest_LxH = self.through_layers(x_BxTxD, measured, keys_Lx2)
+        return self.final_norm(x_BxTxD), highest_LxH
 
+    def embedded(self, tokens_BxT: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+        """The stream that enters the first layer."""
         # Whole rows for the lookup: the compiler finds no good way to look up parts of them.
         table_VxD = constrained(self.embed.embedding[...], "tensor", None)
         x_BxTxD = jnp.take(table_VxD.astype(self.config.dtype), tokens_BxT, axis=0)
@@ -220,10 +215,24 @@ class Transformer(nnx.Module):
             x_BxTxD = x_BxTxD * jnp.asarray(self.config.width**0.5, x_BxTxD.dtype)
         if self.config.embedding_norm:
             x_BxTxD = self.embedding_norm(x_BxTxD)
-        x_BxTxD = dropped(x_BxTxD, self.config.dropout, first)
-        x_BxTxD = constrained(x_BxTxD, "rows", "context", None)
-        x_BxTxD, highest_LxH = through_layers(x_BxTxD, self.layers, keys_Lx2)
-        return self.final_norm(x_BxTxD), highest_LxH
+        x_BxTxD = dropped(x_BxTxD, self.config.dropout, dropout_key)
+        return constrained(x_BxTxD, "rows", "context", None)
+
+    def through_layers(
+        self, x_BxTxD: jax.Array, measured: bool = False, keys_Lx2: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The stream behind the last of the layers that are here, and the largest logits `[L, H]`."""
+
+        @nnx.scan(in_axes=(nnx.Carry, 0, 0), out_axes=(nnx.Carry, 0), unroll=self.config.unroll)
+        def through(
+            x_BxTxD: jax.Array, layer: Block, keys_2: jax.Array | None
+        ) -> tuple[jax.Array, jax.Array | None]:
+            call = lambda layer, x_BxTxD, keys_2: layer(x_BxTxD, measured, keys_2)
+            call = nnx.remat(call) if self.config.remat else call
+            x_BxTxD, highest_H = call(layer, x_BxTxD, keys_2)
+            return constrained(x_BxTxD, "rows", "context", None), highest_H
+
+        return through(x_BxTxD, self.layers, keys_Lx2)
 
     def unembedding(self) -> jax.Array:
         """The head's matrix, `[D, V]`."""

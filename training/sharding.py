@@ -179,18 +179,28 @@ def local_shards(sharding: NamedSharding, batch_size: int) -> tuple[tuple[int, .
     return tuple(sorted(start // size for start in starts)), batch_size // size
 
 
+def auto_axes(mesh: Any) -> tuple[str, ...]:
+    """Axes that are left to the compiler, of a mesh without `Explicit` ones."""
+    if mesh.empty or AxisType.Explicit in mesh.axis_types:
+        return ()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in kinds if kind == AxisType.Auto)
+
+
 def constrained(x: jax.Array, *entries: str | None) -> jax.Array:
     """`x` cut by mesh axes, under an `Auto` mesh that has them; elsewhere `x` itself.
+
+    Inside of a `jax.shard_map` over some axes of such a mesh, by the others.
 
     Args:
       x: an array within a jitted function.
       entries: by axis of `x`: "rows" for those that cut the batch, the name of a mesh axis, or None.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or set(mesh.axis_types) != {AxisType.Auto}:
+    if not (axes := auto_axes(mesh)):
         return x
-    rows = tuple(name for name in ROWS if name in mesh.shape)
-    named = {"rows": rows, **{name: name for name in mesh.axis_names}}
+    rows = tuple(name for name in ROWS if name in axes)
+    named: dict[str | None, Any] = {"rows": rows, **{name: name for name in axes}}
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*map(named.get, entries)))
 
 

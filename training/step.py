@@ -27,6 +27,7 @@ from .gradients import micro_batch_value_and_grad, sampled_value_and_grad
 from .loss import fused_loss
 from .model import Transformer
 from .model_config import ModelConfig
+from .staged import staged_value_and_grad
 
 Batch = Any  # int32 [B, T + 1]: inputs are [:, :-1], targets [:, 1:]
 
@@ -122,6 +123,15 @@ def _trained_loss(
     return loss
 
 
+def _head_loss(
+    model: Transformer, hidden: jax.Array, targets: jax.Array, z_loss: float, fused: bool
+) -> jax.Array:
+    if fused:
+        return _fused(model, hidden, targets, z_loss)
+    parts = cross_entropy(model.logits(hidden), targets, z_loss=z_loss)
+    return token_mean(parts.loss + parts.z_loss)
+
+
 def _fused(
     model: Transformer, hidden: jax.Array, targets: jax.Array, z_loss: float = 0.0
 ) -> jax.Array:
@@ -155,6 +165,7 @@ def make_train_step(
     attention_logits: bool = True,
     fused: bool = False,
     noise_scale_every: int = 0,
+    staged: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """`step(state, batch) -> state, metrics`: jit it with ``donate_argnums=0``.
 
@@ -163,15 +174,21 @@ def make_train_step(
     ``max_logits=``, as QK-clip does. With `monitor_every`, the optimizer is to be one `with_monitors` of
     that period, which is given `MEASURED`. `fused` takes the loss without holding logits, which monitors
     need. With `noise_scale_every`, the optimizer holds one `with_noise_scale`, which is told every so
-    many steps.
+    many steps. `staged` passes the micro-batches through the stages of the mesh, see
+    `ravine.training.staged`, and measures nothing.
 
     Raises:
-      ValueError: for a fused loss with monitors, or a noise scale of one micro-batch beside attention
-        logits.
+      ValueError: for a fused loss with monitors, a noise scale of one micro-batch beside attention
+        logits, or stages with anything that is measured, or with dropout.
     """
     if fused and monitor_every:
         raise ValueError(
             "monitors need logits, which the fused loss never holds; use one of the two."
+        )
+    if staged and (attention_logits or monitor_every or noise_scale_every):
+        raise ValueError(
+            "a staged step measures nothing; leave out attention_logits, monitor_every and "
+            "noise_scale_every."
         )
     attention_logits = attention_logits or bool(monitor_every)
     if noise_scale_every and micro_batches == 1 and attention_logits:
@@ -191,11 +208,22 @@ def make_train_step(
                 lambda grads: squared_norms(grads, rules=RAVINE_RULES, **own),
                 lambda batch: float(batch[:, 1:].size),
             )
+        elif staged:
+            head = functools.partial(_head_loss, z_loss=z_loss, fused=fused)
+            loss_and_grads = staged_value_and_grad(graphdef, micro_batches, head)
         else:
             loss_and_grads = micro_batch_value_and_grad(trained, micro_batches, has_aux=True)
         (loss, (highest_NxLxH, said)), grads, *micro = loss_and_grads(state.params, batch)
         inputs = batch[::micro_batches, :-1]
-        logits = lambda params: nnx.merge(graphdef, params)(inputs)
+
+        def logits(params: Any) -> jax.Array:
+            if staged:
+                raise ValueError(
+                    "an estimate of the curvature passes through all layers at once, which a staged "
+                    "step has not; leave out the stages."
+                )
+            return nnx.merge(graphdef, params)(inputs)
+
         extra = {
             "loss": loss,
             "curvature": gauss_newton_bartlett(logits, params=state.params),

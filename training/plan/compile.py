@@ -102,7 +102,8 @@ def compiled_train_step(
       tx: the optimizer.
       mesh: with `Auto` axes, as the trainer's.
       batch_size: sequences per step, over all devices.
-      micro_batches: parts of it, worked on one after the other.
+      micro_batches: parts of it, worked on one after the other, or passed along the stages of a mesh
+        that has them (`ravine.training.staged`).
       fused: takes the loss without all logits at once.
       on_host: as of `compiled_update`.
 
@@ -117,7 +118,9 @@ def compiled_train_step(
         rows = batch_sharding(mesh, batch_size)
         batch = jax.ShapeDtypeStruct((batch_size, config.context + 1), jnp.int32, sharding=rows)
         metrics = NamedSharding(mesh, PartitionSpec())
-        own, kept = make_train_step(placed.graphdef, tx, micro_batches, fused=fused), state
+        staged = mesh.shape.get("stage", 1) > 1
+        options = {"fused": fused, "staged": staged, "attention_logits": not staged}
+        own, kept = make_train_step(placed.graphdef, tx, micro_batches, **options), state
         if on_host:
             kept = state._replace(opt_state=kept_on_host(state.opt_state))
             shardings = jax.tree.map(lambda x: x.sharding, kept)

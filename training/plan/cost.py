@@ -13,7 +13,7 @@ from .by_hand import ELEMENT, Work
 from .collectives import Collective, collectives
 from .compile import Compiled
 from .flops import Arithmetic
-from .model_time import exposed_seconds, model_seconds, passes
+from .model_time import exposed_seconds, model_seconds, passes_of_step
 from .network import Network
 from .roofline import Estimate, passed_over, seconds_of, sent_in
 
@@ -154,7 +154,7 @@ def _estimate(
     rate = network.chip.products["bfloat16"]
     useful = work.operations(recomputed=False) / rate
     if is_step:  # the products of model and optimizer are one program's
-        products += passes(work) / network.chip.bandwidth
+        products += passes_of_step(work) / network.chip.bandwidth
         exposed = max(0.0, sent - products)
         return Estimate(passed, 0.0, at_times, products, exposed, work.tokens, useful)
     model = model_seconds(work, network.chip)

@@ -15,6 +15,7 @@ from ..shapes.shape import ModelShape
 from .by_hand import Work, against_stages
 from .devices import devices_of, laid_out
 from .search import Candidate, candidates, stages_of
+from .table import print_whole
 from .verdict import milliseconds, readable, thousands
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def find_mesh(
             f"{config.model} and a step of {tokens:,} tokens; by hand, {fitting} of them fit. The "
             "fastest, and those that need least:"
         )
-        console.print(_table(found))
+        print_whole(console, _table(found))
     best = found[0]
     return dataclasses.replace(
         config,
@@ -76,7 +77,7 @@ def _tried(config: "PlanConfig", shape: ModelShape, stages: list[int]) -> str:
     if len(stages) > 1:
         return f"of {', '.join(map(str, stages[:-1]))} and {stages[-1]} pipeline stages"
     if config.train_step:
-        return "without pipeline stages, which the trainer's step does not have"
+        return "without pipeline stages, which are tried only without --train-step"
     if "another" in against_stages(shape, 2):
         return "without pipeline stages, which need a model with one stack of layers"
     return "without pipeline stages, of which no number divides both layers and chips"

@@ -130,3 +130,20 @@ def passes(work: Work, *, head: bool = True) -> float:
     layers = work.layers * each * (3 if work.remat == "none" else 4)
     logits = 0 if work.fused_loss or not head else 4 * 4 * shape.vocabulary / tensor
     return tokens * (layers + logits)
+
+
+def passes_of_step(work: Work) -> float:
+    """The same of a compiled step, whose stages share the head and work in the bubble, for nothing.
+
+    Example:
+      >>> from ravine.training.plan.by_hand import Work
+      >>> from ravine.training.plan.model_time import passes, passes_of_step
+      >>> from ravine.training.shapes.presets import PRESETS
+      >>> work = Work(PRESETS["llama2-7b"], {"stage": 2}, 4 * 4096, micro_batches=4)
+      >>> layers = passes(work, head=False)
+      >>> passes_of_step(work) == 5 / 4 * layers + 4 * 4 * 32000 * 4 * 4096 / 2  # logits in float32
+      True
+    """
+    stages, layers = work.size("stage"), passes(work, head=False)
+    ticks = work.micro_batches + stages - 1
+    return layers * ticks / work.micro_batches + (passes(work) - layers) / stages

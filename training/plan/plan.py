@@ -86,7 +86,7 @@ class PlanConfig:
     peak: bool = False
     """Take the published peaks for the rates of products and attention: times become lower bounds."""
     find_mesh: bool = False
-    """Try all meshes that divide, pipeline stages too unless with --train-step, and plan for the best;
+    """Try all meshes that divide, with pipeline stages unless with --train-step, and plan for the best;
     --mesh and --micro-batches are not used."""
     json: bool = False
     """Print JSON, for machines."""
@@ -189,8 +189,12 @@ def _program(config: PlanConfig, shape: ModelShape, mesh: Mesh, work: Work) -> A
     if not config.train_step:
         params = sharded_parameters(shape, mesh, layers_only=config.layers_only)
         return lambda tx: compiled_update(tx, params, mesh, on_host=config.state_on_host)
-    if mesh.shape.get("stage", 1) > 1:
-        raise ValueError("the trainer's step has no pipeline stages; leave out --train-step.")
+    stages = mesh.shape.get("stage", 1)
+    if config.micro_batches % stages:
+        raise ValueError(
+            f"in a compiled step {stages} stages share the loss of the micro-batches; give "
+            f"--micro-batches {stages} or a multiple."
+        )
     if config.layers_only:
         raise ValueError("a train step needs all of the model; leave out --layers-only.")
     if config.remat == "products":

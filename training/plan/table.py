@@ -43,10 +43,10 @@ def show(made: Shown, plans: list[Plan], console: Console) -> None:
     )
     done = [found for found in plans if not found.refused]
     if done and config.compare:
-        console.print(_compared(made, done))
+        print_whole(console, _compared(made, done))
     elif done:
-        console.print(_memory(made, done))
-        console.print(_time(done))
+        print_whole(console, _memory(made, done))
+        print_whole(console, _time(done))
     for found in plans:
         for line in _short(made, found) if config.compare else _lines(made, found):
             console.print(line)
@@ -66,6 +66,16 @@ def show(made: Shown, plans: list[Plan], console: Console) -> None:
             "No compiler for GPUs is at hand: temporaries and collectives are those that XLA for CPU "
             "makes of as many devices."
         )
+
+
+def print_whole(console: Console, table: Table) -> None:
+    """Prints all columns, on a console that is too narrow as well: rich would cut their numbers."""
+    width = console.width
+    console.width = max(
+        width, console.measure(table, options=console.options.update(width=1000)).maximum
+    )
+    console.print(table)
+    console.width = width
 
 
 def _compared(made: Shown, plans: list[Plan]) -> Table:
