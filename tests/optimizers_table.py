@@ -211,8 +211,8 @@ TABLE = (
     preconditioned("kl_shampoo", 0.1, {"refresh": ravine.Refresh(every=2)}),
 )
 _NAMES = [row.name for row in TABLE]
-# Settings of an optimizer for matrices, besides its first: what others do with them is tried in the
-# slow tests only.
+# Settings of an optimizer for matrices, besides its first: what others do with them, and injection, is
+# tried in the slow tests only.
 VARIANTS = frozenset(
     row for at, row in enumerate(TABLE) if row.needs_matrices and row.name in _NAMES[:at]
 )

@@ -12,12 +12,19 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
-from .optimizers_table import FAMILIES, TABLE
+from .optimizers_table import FAMILIES, TABLE, VARIANTS
 from .run_rounding import rounding_of
 from .tolerances import HALF, double, furthest, without_residuals
 
 DECAYING = [row for row in TABLE if row.accepts("weight_decay")]
 every_optimizer = pytest.mark.parametrize("row", TABLE, ids=[row.label for row in TABLE])
+every_first = pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, id=row.label, marks=[pytest.mark.slow] * (row in VARIANTS))
+        for row in TABLE
+    ],
+)
 every_family = pytest.mark.parametrize(
     "row",
     [
@@ -154,7 +161,7 @@ def test_state_is_a_fixed_point_for_every_mix_of_dtypes(
 
 
 @pytest.mark.usefixtures("float64")
-@every_optimizer
+@every_first
 def test_injected_hyperparameters_and_a_schedule_of_updates_made_give_the_same_updates(row):
     # In float32, 1 - b2 of an injected b2 is off by 5e-5 of itself.
     params, grads = double((row.tree(0), row.tree(1)))

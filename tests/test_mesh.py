@@ -112,7 +112,6 @@ def train_on_one_device(name):
 # same program inside; the rest as slow tests.
 WAYS = (
     "shampoo",
-    "one-sided",
     "unblocked",
     "soap",
     "kl_shampoo",
