@@ -1,5 +1,6 @@
 """How Shampoo stores its state: factors packed, in chunks or in bfloat16, with the same updates."""
 
+import itertools
 import math
 
 import jax
@@ -7,54 +8,41 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import ravine
-from ravine.optimizers.preconditioners.inverse_roots import Preconditioner
-from ravine.optimizers.preconditioners.storage import Storage
+from ravine.optimizers.matrix.algebra.roots import Eigh
 
 from .arrays import single
 from .preconditioned import (
     all_finite,
     factors,
     normal,
+    refreshed_roots,
     run,
     shampoo,
 )
+from .roots import attainable, relative, roots_of
 from .run_rounding import rounding_of
-from .tolerances import HALF, double, furthest
+from .tolerances import HALF, double, furthest, without_residuals
 
 
-def rounded(x):
-    """To bfloat16, but kept in float32."""
-    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+def assert_only_kept_numbers_are_rounded(exact, gradients, updates, states):
+    """From every state, `exact`, of float32, goes on as these did.
 
-
-class Rounded(Storage):
-    """Matrices are rounded where they are kept."""
-
-    def keep(self, matrices):
-        return rounded(super().keep(matrices))
-
-
-def assert_only_kept_numbers_are_rounded(found, gradients, options, kept, *, moments=False):
-    """The last update is that of float32 whose roots or statistics are rounded where they are kept.
-
-    Where another order of sums moves one of them over the middle of two numbers, it is rounded to the
-    other one: moved gradients show how far that goes.
+    But for half of a last place of what is kept in bfloat16, and in updates only where no root is new.
     """
-    with pytest.MonkeyPatch.context() as patch:
-        storage = property(lambda self: Rounded(packed=self.factor_options.packed))
-        patch.setattr(Preconditioner, f"{kept}_storage", storage)
-        tx = ravine.scale_by_shampoo(**options)
-        init, update = jax.jit(tx.init), jax.jit(tx.update)
-
-        def last(gradients):
-            state = init(gradients[0])
-            for gradient in gradients:
-                updates, state = update(gradient, state)
-                if moments:
-                    state = state._replace(mu=rounded(state.mu), nu=rounded(state.nu))
-            return updates
-
-        assert furthest(found, last(gradients)) <= rounding_of(last, gradients)
+    step, narrow = jax.jit(exact.update), jnp.bfloat16
+    for gradient, before, after, found in zip(
+        gradients[1:], states, states[1:], updates[1:], strict=False
+    ):
+        start = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == narrow else x, before)
+        go = lambda gradient, start=start: without_residuals(step(gradient, start))
+        expected, state = go(gradient)
+        float32 = rounding_of(go, gradient)
+        for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
+            if a.dtype == narrow:
+                a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+                assert np.all(np.abs(a - b) <= 2.0**-8 * np.abs(b) + float32 * np.max(np.abs(b)))
+        if not np.any(refreshed_roots(before, after)):
+            assert furthest(found, expected) <= float32
 
 
 @pytest.mark.usefixtures("float64")
@@ -115,12 +103,12 @@ def test_dtypes_are_kept(staggered, packed):
         assert not np.any(factor.refused)
     assert states[-1].mu.dtype == states[-1].nu.dtype == jnp.bfloat16
     assert updates[-1].dtype == jnp.float32
-    options = {
-        "refresh": ravine.Refresh(every=3, staggered=staggered),
-        "blocks": ravine.Blocks(size=4),
-        "factors": ravine.Factors(packed=packed),
-    }
-    assert_only_kept_numbers_are_rounded(updates[-1], gradients, options, "root", moments=True)
+    exact = shampoo(
+        refresh=ravine.Refresh(every=3, staggered=staggered),
+        blocks=ravine.Blocks(size=4),
+        factors=ravine.Factors(packed=packed),
+    )
+    assert_only_kept_numbers_are_rounded(exact, gradients, updates, states)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +138,7 @@ def power_law(shape, count, decay=1.5, seed=0):
 
 
 def of_rounded_roots(state):
-    """The root mean square of how far a step is off, relative to it, where roots are rounded to bfloat16.
+    """How far a step is off, relative to it, where roots are rounded to bfloat16: root mean square.
 
     An element is off by up to half of a last place, by a third of its square in the mean of squares.
     """
@@ -180,13 +168,21 @@ def test_narrow_roots_of_a_power_law(packed):
 
 
 def test_narrow_statistics_of_a_power_law():
-    """No root is refused, and nothing is rounded to bfloat16 but the statistics that are kept."""
+    """No root is refused, and nothing is rounded but statistics that are kept, which roots are of."""
     gradients = power_law((64, 48), 24)
     options = {"refresh": ravine.Refresh(every=6), "roots": ravine.Roots(ridge=0.03)}
     narrow = ravine.Factors(statistics_dtype="bfloat16")
     found, states = run(shampoo(**options, factors=narrow), gradients)
     assert not any(np.any(factor.refused) for factor in factors(states[-1]))
-    assert_only_kept_numbers_are_rounded(found[-1], gradients, options, "statistics")
+    assert_only_kept_numbers_are_rounded(shampoo(**options), gradients, found, states)
+    for before, after in itertools.pairwise(states):
+        if np.any(refreshed_roots(before, after)):
+            for n, factor in zip((64, 48), factors(after), strict=True):
+                kept = factor.statistics.reshape(1, n, n).astype(jnp.float32)
+                mean = kept / (1 - 0.99 ** int(after.count))
+                expected = roots_of(mean, -1 / 4, Eigh(), ridge=0.03).root
+                bound = attainable(1 + 1 / 0.03, 4, "eigh", n)
+                assert relative(factor.root.reshape(1, n, n), expected).max() <= bound
 
 
 def test_narrow_statistics_are_refused_without_a_ridge():
