@@ -4,9 +4,18 @@ import json
 
 import jax
 import pytest
-from ravine.training.plan.plan import PlanConfig, plan
+import ravine
+from ravine.training.plan.by_hand import Work
+from ravine.training.plan.compile import auto
+from ravine.training.plan.cost import plan_of
+from ravine.training.plan.devices import mesh_of
+from ravine.training.plan.plan import POLAR, PlanConfig, plan
+from ravine.training.shapes.parts import Experts
 from ravine.training.shapes.presets import PRESETS
+from ravine.training.shapes.shape import ModelShape
 from rich.console import Console
+
+from .mixture import compiled_step
 
 pytestmark = [
     pytest.mark.pods,
@@ -124,3 +133,36 @@ def test_a_train_step_in_stages_sends_what_is_counted_by_hand():
     ends = 2 * 2 * shape.vocabulary * shape.width / fsdp
     summed = sum(c.total for c in between if c.kind == "all-reduce" and len(c.group) == stages)
     assert summed == pytest.approx(2 * ends * (stages - 1) / stages, rel=0.02)
+
+
+MIXTURE = ModelShape(
+    layers=2,
+    width=512,
+    feed_forward=512,
+    heads=4,
+    head_width=128,
+    kv_heads=4,
+    vocabulary=512,
+    context=256,
+    experts=Experts(8, 2, 512),
+)
+
+
+def test_a_train_step_of_a_mixture_exchanges_tokens_by_hand_and_no_experts():
+    sizes = {"expert": 8, "fsdp": 2}
+    mesh, _ = mesh_of("v5e:4x4", sizes)
+    rules = [ravine.Rule("attention/", "other"), *ravine.COMMON_RULES]
+    tx = ravine.muon(1e-3, polar=POLAR["polar"], rules=rules)
+    found = plan_of("muon", compiled_step(MIXTURE, tx, auto(mesh), 16), mesh, is_step=True)
+    between = [c for c in found.collectives if len({at // 2 for at in c.group}) > 1]
+    # Forward, again and backward, in each of two layers tokens go to their experts and come back:
+    # of two experts per token, seven in eight on other chips, 512 elements of two bytes.
+    sent = sum(c.total for c in between if c.kind == "all-to-all")
+    assert sent == pytest.approx(2 * 6 * 256 * 2 * 7 / 8 * 512 * 2, rel=0.1)
+    by_hand = Work(MIXTURE, sizes, 16 * 256).exchanges()
+    assert sent == pytest.approx(sum(c.total for c in by_hand if c.kind == "all-to-all"), rel=0.1)
+    # All else that crosses experts are sums of gradients of what every chip has.
+    assert {c.kind for c in between} == {"all-to-all", "all-reduce"}
+    # Muon exchanges rows and columns of each expert's six matrices, which two chips have halves of.
+    (whole, back) = (c for c in found.collectives if c.kind == "all-to-all" and c not in between)
+    assert whole.bytes == back.bytes == 6 * 512 * 512 // 2 * 2
