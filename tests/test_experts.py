@@ -95,13 +95,14 @@ def test_copies_of_the_attention_share_its_blocks(mesh):
     # Of two copies of every block one sends its update, in float32 by XLA for CPU.
     assert {(c.kind, c.group) for c in found.collectives} == {("all-gather", (0, 4))}
     assert found.sent == 4 * attention / 2
-    # SOAP's two moments in float32 are of half of the blocks, Shampoo's of all of them.
+    # SOAP's two moments in float32 are of half of the blocks, Shampoo's of all of them. Of six blocks
+    # on a device Shampoo has residuals, conditions and two counts of two sides as well, and a norm.
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(shampoo.init, params)
         state = with_shardings(shapes, ravine.state_shardings(shampoo, params))
     assert not found.repeated
-    more = bytes_per_device(state) - found.state  # and scalars
-    assert more == pytest.approx(2 * 4 * attention / 2, rel=1e-2)
+    more = bytes_per_device(state) - found.state - 2 * 4 * attention // 2 - 6 * 4 * (2 * 4 + 1)
+    assert abs(more) <= 64  # bytes of counts and rates
 
 
 def test_tokens_of_experts_by_hand():
