@@ -191,6 +191,24 @@ def test_zclip_is_that_of_its_authors():
     assert 0.1 < np.mean(is_clipped) < 0.9
 
 
+def test_zclip_by_hand_where_no_bound_hides_its_rule():
+    norms, threshold, decay = [1.0, 1.5, 1.25, 4.0, 1.25, 9.0, 1.5], 2.0, 0.75
+    mean, variance = np.mean(norms[:3]), np.var(norms[:3])
+    expected = norms[:3]
+    for norm in norms[3:]:
+        deviation = np.sqrt(variance)
+        z = (norm - mean) / deviation
+        clipped = mean + threshold**2 * deviation / z if z > threshold else norm
+        expected.append(clipped)
+        mean = decay * mean + (1 - decay) * clipped
+        variance = decay * variance + (1 - decay) * (clipped - mean) ** 2
+    assert np.sum(np.not_equal(expected, norms)) == 2
+    tx = s.zclip(threshold, decay, max_norm=None, warmup=3, eps=1e-12)
+    found, _ = run(tx, [jnp.array([norm]) for norm in norms], jnp.zeros(1))
+    # Of seven steps, twenty roundings each.
+    np.testing.assert_allclose(np.ravel(found), expected, rtol=140 * UNIT)
+
+
 def test_adagc_by_hand_and_with_gradients_that_start_at_zero():
     tx = s.adagc(1.05, 0.5, warmup=2, warmup_norm=1.0)
     params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}

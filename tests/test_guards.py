@@ -225,8 +225,10 @@ def test_non_finite_values_are_never_let_in():
     assert int(state.outliers) == 0
 
 
-def test_a_constant_series_has_no_outliers():
-    clean = at(series(), 0)
+@pytest.mark.parametrize("size", [1, 0])
+def test_a_constant_series_has_no_outliers(size):
+    """One of zeros has none either, such as a policy's loss where all rewards are the same."""
+    clean = jax.tree.map(lambda x: x * np.float32(size), at(series(), 0))
     batches = jax.tree.map(lambda x: np.broadcast_to(x, (STEPS, *np.shape(x))), clean)
     batches["loss"] = np.float32(batches["loss"] * (1 + 1e-6 * np.arange(STEPS)))
     assert int(at(runner("skip")(batches), -1)[1].skipped) == 0

@@ -90,6 +90,13 @@ def test_a_chain_with_a_fallback_has_one_learning_rate():
     np.testing.assert_allclose(found["learning_rate/fallback"], 0.03)
 
 
+def test_a_fallback_follows_the_schedule_at_its_ratio():
+    for build, ratio in ((ravine.muon, 0.015), (ravine.adamuon, 1.0)):
+        state = build(s.linear(0.1, 4)).init(PARAMS)
+        found = (optax.tree.get(state, f"{name}learning_rate") for name in ("", "fallback_"))
+        np.testing.assert_allclose(list(found), [0.1, 0.1 * ratio], rtol=2 * UNIT)
+
+
 def test_telemetry_follows_a_schedule_that_was_replaced():
     before, after = (ravine.with_telemetry(ravine.sgd(rate)) for rate in (s.constant(0.5), 0.25))
     state = steps(before, before.init(PARAMS), 2)[1]

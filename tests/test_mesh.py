@@ -164,6 +164,32 @@ def test_ten_steps_equal_those_of_one_device(name, layout, kind, request):
     assert step._cache_size() <= 2
 
 
+ROWS_ALONE = {"blocks": ravine.Blocks(bound=8), "refresh": ravine.Refresh(every=1)}
+
+
+def first_step(tx, gradient):
+    """The first update and state, the columns of the gradient cut in two."""
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        cut = jax.device_put(jnp.array(gradient), NamedSharding(mesh, P(None, "x")))
+        return jax.jit(tx.update)(cut, jax.jit(tx.init)(cut))
+
+
+@pytest.mark.usefixtures("float64")
+def test_sums_over_columns_that_shards_cut():
+    """With a factor or a basis of the short side alone, the long one stays cut."""
+    gradient = np.random.default_rng(0).normal(size=(4, 16))
+    roots = ravine.Roots(ridge=0.0)
+    update, _ = first_step(ravine.scale_by_shampoo(eps=0.0, roots=roots, **ROWS_ALONE), gradient)
+    # The polar factor, as long as Adam's first step, which is of ones.
+    left, _, right = np.linalg.svd(gradient, full_matrices=False)
+    assert furthest(update, left @ right * np.sqrt(4 * 16 / 4)) <= HALF
+    _, state = first_step(ravine.scale_by_soap(b2=0.75, **ROWS_ALONE), gradient)
+    ((rows, columns),) = state.bases
+    assert columns is None
+    assert furthest(jnp.squeeze(rows.statistics), 0.25 * gradient @ gradient.T) <= HALF
+
+
 def exchanges(tx, specs, sizes, shapes=SHAPES | SQUARES):
     """The collectives in the compiled update."""
     mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes))

@@ -125,6 +125,11 @@ def test_a_tied_head_is_the_embedding(getkey):
     # Rows come in at unit size, and logits of a normalised state are about as large.
     assert 0.8 < np.std(table) * SMALL.width**0.5 < 1.2
     assert np.std(logits) < 2
+    apart = Transformer(SMALL, rngs=nnx.Rngs(0))
+    nnx.update(apart.layers, nnx.state(model.layers))
+    apart.embed.embedding[...] = SMALL.width**0.5 * model.embed.embedding[...]
+    # Half of the digits; without the factor the first one is off.
+    assert furthest(nnx.jit(lambda m: m.hidden(tokens)[0])(apart), hidden) <= UNIT**0.5
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -140,17 +140,18 @@ def test_norms_embedding_and_head_go_to_the_fallback():
     params = jax.tree.map(jnp.ones, shapes, is_leaf=is_shape)
     rng = np.random.default_rng(0)
     draw = lambda s: jnp.array(np.float32(rng.normal(size=s)))
-    grads = jax.tree.map(draw, shapes, is_leaf=is_shape)
     tx = ravine.muon(0.02, weight_decay=0.1, fallback=ravine.Fallback(learning_rate=1e-3))
-    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
     other = ravine.adamw(1e-3, b2=0.95, weight_decay=0.1)
-    expected, _ = jax.jit(other.update)(grads, other.init(params), params)
-    for part, name in (("embed", "embedding"), ("head", "kernel")):
-        np.testing.assert_array_equal(updates[part][name], expected[part][name])
-    scale = lambda tree: tree["layers"]["norm"]["scale"]
-    np.testing.assert_array_equal(scale(updates), scale(expected))
-    kernel = lambda tree: tree["layers"]["attention"]["query"]["kernel"]
-    assert jnp.max(jnp.abs(kernel(updates) - kernel(expected))) > 1e-3
+    states, steps = [x.init(params) for x in (tx, other)], [jax.jit(x.update) for x in (tx, other)]
+    for _ in range(2):  # corrected for its start, the first step is the same for all decay rates
+        grads = jax.tree.map(draw, shapes, is_leaf=is_shape)
+        found = [step(grads, state, params) for step, state in zip(steps, states, strict=True)]
+        (updates, expected), states = zip(*found, strict=True)
+        # Of moments, corrections, which a rate near one magnifies tenfold, root and quotient.
+        others = lambda tree: [tree["embed"], tree["head"], tree["layers"]["norm"]]
+        assert furthest(others(updates), others(expected)) <= 40 * UNIT
+        kernel = lambda tree: tree["layers"]["attention"]["query"]["kernel"]
+        assert jnp.max(jnp.abs(kernel(updates) - kernel(expected))) > 1e-3
 
 
 def test_a_vector_called_a_matrix_is_refused():
@@ -218,6 +219,9 @@ def test_fixed_norm_keeps_norms():
     norms = lambda x: jnp.sqrt(jnp.sum(jnp.square(x), axis=(1, 2)))
     np.testing.assert_allclose(norms(params), norms(start), rtol=HALF)
     assert jnp.max(jnp.abs(params - start)) > 0.1
+    # The norm at `init`, not that of the parameters now.
+    updates, _ = update(updates, state, 2 * params)
+    np.testing.assert_allclose(norms(2 * params + updates), norms(start), rtol=HALF)
 
 
 @pytest.mark.usefixtures("float64")

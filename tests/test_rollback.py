@@ -77,6 +77,16 @@ def test_a_short_spike_is_sat_out_and_a_nan_is_not():
     assert (back.step, back.skip_batches) == (12, 5)
 
 
+def test_the_margin_counts_back_from_the_first_bad_loss():
+    watch = Rollback(POLICY)
+    for step in range(1, 13):
+        watch.observe(step, jnp.full(1, step), 1.0 + 0.01 * (step % 2))
+    for step in (13, 14):
+        assert watch.observe(step, jnp.full(1, step), 9.0) is None
+    # The snapshot of 12 is one update older than the first bad loss, and three than the last.
+    assert watch.observe(15, jnp.full(1, 15), 9.0).step == 8
+
+
 def test_gives_up_in_plain_words():
     watch = Rollback(POLICY)
     with pytest.raises(RuntimeError, match="no snapshot 2 updates before update 1"):
