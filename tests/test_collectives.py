@@ -78,6 +78,31 @@ def test_forms_that_compilers_write():
     assert found["all-to-all"].sent == 7 / 8 * 8
 
 
+CONTINUED = """
+%started (p: f32[4]) -> f32[32] {
+  %g.1 = f32[32]{0} all-gather(%p), channel_id=1, replica_groups=[2,8]<=[16]
+}
+%async_collective_fusion.2 (p: f32[4], c: u32[]) -> f32[32] {
+  %m = f32[8,8]{1,0} convolution(%a, %b)
+  %g.2 = f32[32]{0} all-gather(%p), channel_id=1, replica_groups=[2,8]<=[16]
+}
+%ended (p: f32[4], c: u32[]) -> f32[32] {
+  %g.3 = f32[32]{0} all-gather(%p), channel_id=1, replica_groups=[2,8]<=[16]
+}
+ENTRY %main (x: f32[4]) -> f32[32] {
+  %async-collective-start.1 = (f32[4], f32[32], u32[]) fusion(%x), kind=kCustom, calls=%started
+  %fusion.2 = (f32[8,8], f32[4], f32[32], u32[]) fusion(%e, %f), calls=%async_collective_fusion.2
+  ROOT %async-collective-done.1 = f32[32] fusion(%h), kind=kCustom, calls=%ended
+}
+"""
+
+
+def test_a_collective_that_xla_spreads_over_products_is_one():
+    """On v5e and v6e, which write it once where it starts, beside every product, and where it ends."""
+    found = collectives(CONTINUED, 16)
+    assert [(c.kind, c.bytes, c.sent, c.times) for c in found] == [("all-gather", 128, 112, 1)]
+
+
 @pytest.mark.parametrize(
     ("start", "step", "limit", "times"), [(0, 1, 7, 7), (2, 1, 7, 5), (0, 3, 7, 3), (7, 1, 7, 0)]
 )

@@ -43,6 +43,9 @@ _AXIS = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
 _PAIRS = re.compile(r"source_target_pairs=\{(.*?\})\}")
 # XLA for TPU writes a reduce-scatter as an all-reduce and a slice, in a computation named so.
 _SCATTERED = "all-reduce-scatter"
+# It writes a collective that runs beside products three times or more: in a computation that an
+# instruction named async-collective-start calls, in every fusion with a product, and where it ends.
+_BESIDE, _ENDED = "async_collective_fusion", "async-collective-done"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +89,10 @@ def collectives(text: str, devices: int = 1) -> list[Collective]:
       [('all-gather', 32, 16.0)]
     """
     program, found = Program.parse(text), []
-    looped = _looped(program)
+    looped, continued = _looped(program), _continued(program)
     for name, lines in program.computations.items():
+        if name in continued:
+            continue
         for line in lines:
             kind = line.op.removesuffix("-start")
             if kind not in KINDS:
@@ -121,6 +126,18 @@ def _collective(
         "collective-permute": _senders(line) / max(1, devices) if devices > 1 else 1,
     }.get(kind, share) * size
     return Collective(kind, size, sent, runs.times, runs.always, in_loop, members)
+
+
+def _continued(program: Program) -> set[str]:
+    """Computations whose collectives were started, and counted, elsewhere."""
+    ended = {
+        called
+        for name, lines in program.computations.items()
+        for line in lines
+        if line.name.startswith(_ENDED)
+        for called, _ in program.calls(name, line)
+    }
+    return ended | {name for name in program.computations if name.startswith(_BESIDE)}
 
 
 def _looped(program: Program) -> set[str]:
