@@ -17,6 +17,7 @@ COMMANDS = {
     "memory": "bytes of state, bfloat16 and float32",
     "stability": "losses, guards and attention devices",
     "schedules": "what evaluating a schedule costs in a step (printed only)",
+    "gpu": "updates, guards and train steps on a GPU, against its limits and PyTorch",
     "hard": "problems on which optimizers fail: pass or fail, ours and Optax's",
     "guard": "a fast subset, its ratios against the bounds of guard.json; status 1 if one is exceeded",
 }

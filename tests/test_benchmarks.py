@@ -13,6 +13,7 @@ TINY = {
     "peers": "--without-torch --width 16 --layers 1 --turns 1",
     "train_step": "--without-torch --layers 1 --turns 1 --steps 1",
     "limit": "--width 16 --megabytes 1 --sides 16 32 --repeats 2",
+    "gpu": "--small --any-device --without-torch --turns 1",
     "growth": "--only adamw muon --parameters --leaves 1 2 --total 1024",
 }
 
@@ -50,6 +51,13 @@ def test_every_command_runs_small(command, capsys, name):
     assert command(name, *TINY[name].split()) == 0
     assert capsys.readouterr().out.count("| ") > 0
     assert page.read_bytes() == before
+
+
+def test_every_part_on_a_gpu_has_its_place_on_the_page(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    parts = runpy.run_path(str(FOLDER / "gpu.py"), run_name="gpu")["PARTS"]
+    page = (FOLDER.parent / "docs" / "benchmarks.md").read_text()
+    assert all(f"<!-- gpu_{part} -->" in page and f"<!-- /gpu_{part} -->" in page for part in parts)
 
 
 def test_unknown_commands_are_answered_with_the_known_ones(command, capsys):

@@ -65,7 +65,7 @@ def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 class Transformer(nn.Module):
-    """Tokens in, logits out."""
+    """Tokens in, logits out; without a head, tied to an embedding that is scaled."""
 
     def __init__(self, weights: dict[str, np.ndarray], heads: int, context: int, base: float):
         super().__init__()
@@ -79,7 +79,7 @@ class Transformer(nn.Module):
             Block({k: v[at] for k, v in layers.items()}, heads) for at in range(count)
         )
         self.final_norm = norm(weights["final_norm/scale"])
-        self.head = linear(weights["head/kernel"])
+        self.head = linear(weights["head/kernel"]) if "head/kernel" in weights else None
         width = table.shape[1] // heads
         angle = torch.outer(torch.arange(context), base ** (-torch.arange(0, width, 2) / width))
         self.register_buffer("cos", torch.cos(angle))
@@ -87,19 +87,35 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x = self.embed(tokens)
+        if self.head is None:
+            x = x * x.shape[-1] ** 0.5
         for layer in self.layers:
             x = layer(x, self.cos, self.sin)
-        return self.head(self.final_norm(x))
+        x = self.final_norm(x)
+        return functional.linear(x, self.embed.weight) if self.head is None else self.head(x)
 
 
 class Training:
-    """Steps of the model with clipping and AdamW, which decays only matrices."""
+    """Steps of the model with clipping and AdamW, which decays only matrices.
 
-    def __init__(self, file: str, compiled: bool, model: dict, optimizer: dict, clip_norm: float):
+    Products are in `dtype`, parameters in float32, as with ours.
+    """
+
+    def __init__(
+        self,
+        file: str,
+        compiled: bool,
+        model: dict,
+        optimizer: dict,
+        clip_norm: float,
+        device: str = "cpu",
+        dtype: str = "float32",
+    ):
         with np.load(file) as held:
             arrays = dict(held)
-        self._batches = torch.from_numpy(arrays.pop("batches")).long()
-        self._model = Transformer(arrays, **model)
+        self._batches = torch.from_numpy(arrays.pop("batches")).long().to(device)
+        self._model = Transformer(arrays, **model).to(device)
+        self._precision = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
         matrices = [p for p in self._model.parameters() if p.ndim > 1]
         others = [p for p in self._model.parameters() if p.ndim < 2]
         decay = optimizer.pop("weight_decay")
@@ -114,8 +130,9 @@ class Training:
     def step(self) -> torch.Tensor:
         batch = self._batches[self._at % len(self._batches)]
         self._at += 1
-        logits = self._forward(batch[:, :-1])
-        loss = functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        with self._precision:
+            logits = self._forward(batch[:, :-1])
+            loss = functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self._model.parameters(), self._clip)
@@ -130,5 +147,6 @@ class Training:
         """Seconds per step, over this many steps."""
         started = time.perf_counter()
         for _ in range(steps):
-            self.step()
+            loss = self.step()
+        loss.item()  # a GPU has worked until here
         return (time.perf_counter() - started) / steps
