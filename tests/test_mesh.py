@@ -20,6 +20,7 @@ from ravine.optimizers.roles import IN_OUT
 from ravine.training.plan.collectives import collectives
 
 from .arrays import normal_leaves, single
+from .newton_schulz import of_bfloat16, relative_norm
 from .tolerances import HALF, double, furthest, without_residuals
 
 RULES = ((".*", "matrix", IN_OUT),)
@@ -473,7 +474,9 @@ def test_missing_mesh_and_missing_shardings():
 def test_gram_matrices_are_summed_where_columns_stay_cut(shape, method):
     """The same update as of whole matrices; nothing is exchanged but sums.
 
-    "float32" takes the products of matrices in float64 in float64.
+    "float32" takes the products of matrices in float64 in float64. In "bfloat16" a sum in another order
+    may be rounded to the other side, and a single element moves all: each of two results is off by what
+    rounding at random makes of the products, and their difference by less than twice the root of both.
     """
     mesh = jax.make_mesh((2, 4), ("x", "y"))
     names = P(*[None] * (len(shape) - 2), *(("x", "y") if shape[-1] > shape[-2] else ("y", "x")))
@@ -490,9 +493,11 @@ def test_gram_matrices_are_summed_where_columns_stay_cut(shape, method):
         programs[distribution] = {c.kind for c in collectives(compiled.as_text())}
     alone = NewtonSchulz(dtype=method, form="gram" if method == "float32" else "standard")
     expected = jax.jit(ravine.orthogonalize(alone).update)(g, optax.EmptyState())[0]
-    tolerance = HALF if method == "float32" else 3e-2
+    wide = g if shape[-1] > shape[-2] else g.T
+    of_one = of_bfloat16(wide.reshape(-1, *wide.shape[-2:]), "standard")
+    tolerance = HALF if method == "float32" else 2 * 2**0.5 * of_one
     for found in updates.values():
-        assert np.linalg.norm(found - expected) <= tolerance * np.linalg.norm(expected)
+        assert relative_norm(found, expected) <= tolerance
     # XLA for CPU has no ragged exchange; it is made of even ones.
     assert programs["whole"] == programs["ragged"] == {"all-to-all"}
     assert "all-reduce" in programs["gram"]
