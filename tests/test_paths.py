@@ -47,6 +47,16 @@ def test_a_bucket_without_a_folder():
             pass
 
 
+@pytest.mark.parametrize("profile", ["circle", "circle/traces", "text.txt", "text.txt/traces"])
+def test_profiles_that_cannot_be_written(profile):
+    at = profile.split("/")[0]
+    with pytest.raises(
+        ValueError, match=f"^profile {profile} cannot be a folder, as {at} is none; "
+    ):
+        RunConfig(profile=Path(profile))
+    assert RunConfig(profile=Path("traces/new")).profile == Path("traces/new")
+
+
 @pytest.mark.parametrize(
     ("command", "out"),
     [

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -140,8 +141,13 @@ class RunConfig:
             )
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must lie in [0, 1), 0.999 is common; got {self.ema}.")
-        if self.profile is not None and self.profile.exists() and not self.profile.is_dir():
-            raise ValueError(f"profile {self.profile} is a file; give the folder of a new one.")
+        if self.profile is not None:
+            ways = (self.profile, *self.profile.parents)
+            there = next((path for path in ways if os.path.lexists(path)), None)
+            if there is not None and not there.is_dir():
+                raise ValueError(
+                    f"profile {self.profile} cannot be a folder, as {there} is none; give another."
+                )
         if self.bpe and not 256 < self.bpe <= 1 << 20:
             raise ValueError(
                 f"bpe must be above 256, the bytes, and at most 2**20, got {self.bpe}."
