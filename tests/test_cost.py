@@ -48,7 +48,7 @@ def test_operations_and_memory_of_the_optimizer(outcomes):
     n = outcomes[0].parameters
     # Two averages, their corrections, the root, the quotient, decay and rate.
     assert 10 * n <= adamw.optimizer_flop <= 25 * n
-    assert adamw.state_bytes == pytest.approx(8 * n, rel=1e-3)
+    assert 0 < adamw.state_bytes - 8 * n <= 64  # and counts and rates
     assert adamw.peak_bytes >= 12 * n
     # One moment of matrices; five steps of X X' and (b A + c A A) X with X of [64, m], or what the Gram
     # form spares of those with m above 64.

@@ -475,8 +475,8 @@ def test_gram_matrices_are_summed_where_columns_stay_cut(shape, method):
     """The same update as of whole matrices; nothing is exchanged but sums.
 
     "float32" takes the products of matrices in float64 in float64. In "bfloat16" a sum in another order
-    may be rounded to the other side, and a single element moves all: each of two results is off by what
-    rounding at random makes of the products, and their difference by less than twice the root of both.
+    may be rounded to the other side, and a single element moves all: either result is off by what
+    rounding at random makes of the products, and their difference is below twice that, times root 2.
     """
     mesh = jax.make_mesh((2, 4), ("x", "y"))
     names = P(*[None] * (len(shape) - 2), *(("x", "y") if shape[-1] > shape[-2] else ("y", "x")))
