@@ -98,7 +98,7 @@ ENTRY %main (x: f32[4]) -> f32[32] {
 
 
 def test_a_collective_that_xla_spreads_over_products_is_one():
-    """On v5e and v6e, which write it once where it starts, beside every product, and where it ends."""
+    """On v5e: XLA writes it where it starts, beside every product, and where it ends."""
     found = collectives(CONTINUED, 16)
     assert [(c.kind, c.bytes, c.sent, c.times) for c in found] == [("all-gather", 128, 112, 1)]
 

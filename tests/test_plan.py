@@ -26,6 +26,7 @@ from ravine.training.plan.cost import Plan, plan_of
 from ravine.training.plan.plan import ALIGNED, POLAR, PlanConfig, assumed
 from ravine.training.plan.table import print_whole
 from ravine.training.plan.verdict import verdict
+from ravine.training.shapes.parts import Experts
 from ravine.training.shapes.presets import PRESETS
 from ravine.training.sharding import mesh_sizes, parameter_spec, sharded_parameters
 from ravine.training.step import init_params
@@ -134,6 +135,15 @@ def test_a_narrow_console_cuts_no_number():
     print_whole(console, table)
     assert console.file.getvalue().count("123.45 GB") == 5
     assert console.width == 40
+
+
+def test_a_model_given_by_its_sizes_is_planned(capsys):
+    model = '{"like": "ravine", "layers": 2, "experts": {"count": 4, "per_token": 2, "width": 128}}'
+    assert main(["plan", *GPUS[2:], "--model", model, "--optimizer", "adamw", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    ravine_, experts = PRESETS["ravine"], Experts(4, 2, 128)
+    shape = dataclasses.replace(ravine_, layers=2, experts=experts)
+    assert found["model"]["parameters"] == shape.count
 
 
 def test_a_train_step_assumes_nothing_of_attention(capsys):
@@ -262,6 +272,11 @@ def test_verdicts_name_the_first_change_that_helps(found, tokens, says):
     ("words", "complaint"),
     [
         (["--model", "llama2-71b"], "unknown model 'llama2-71b'"),
+        (["--model", '{"like": "llama2-8b"}'], "unknown model 'llama2-8b'; did you mean llama"),
+        (["--model", '{"layers": 2, "width": 64}'], "model lacks feed_forward, heads, vocabulary"),
+        (["--model", '{"like": "ravine", "layers": 1.5}'], "layers must be a whole number"),
+        (["--model", '{"like": "ravine", "heads": 0}'], "heads must be"),
+        (["--model", "{layers"], "model must be a name or a JSON object"),
         (["--optimizer", "shampo"], "unknown optimizer 'shampo'; did you mean shampoo"),
         (["--mesh", "fsdq=8"], "the mesh has no axis 'fsdq'"),
         (["--mesh", "fsdp=8,fsdp=8"], "give every mesh axis one size"),

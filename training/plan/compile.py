@@ -175,7 +175,8 @@ def trainer_model(name: str, shape: ModelShape) -> ModelConfig:
     found = [what for what, has in lacks.items() if has]
     if found:
         raise ValueError(
-            f"{name} has {', '.join(found)}, which the trainer's model has not; leave out --train-step."
+            f"{name} has {', '.join(found)}, which the trainer's model does not have; leave out "
+            "--train-step."
         )
     return ModelConfig(
         vocabulary=shape.vocabulary,

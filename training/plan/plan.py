@@ -17,12 +17,12 @@ import optax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from ...core.checks import check_amount, near
+from ...core.checks import check_amount
 from ...optimizers import Blocks
 from ...optimizers.matrix.algebra.polar import NewtonSchulz
 from ...optimizers.registry import OptimizerConfig
 from ...optimizers.registry import names as registered
-from ..shapes.presets import PRESETS
+from ..shapes.given import given_shape
 from ..shapes.shape import ModelShape
 from ..sharding import PLANNED, mesh_sizes, rows_of, sharded_parameters
 from .by_hand import Remat, Work, against_stages
@@ -51,13 +51,13 @@ class PlanConfig:
     """Find what an optimizer costs per chip of a TPU pod or GPU cluster, without one."""
 
     model: str = "llama2-70b"
-    """A model of `ravine.training.shapes.presets`."""
+    """A published model, or sizes as JSON: '{"like": "llama3-8b", "layers": 16}'."""
     optimizer: str = "shampoo"
-    """A registered name."""
+    """The optimizer to plan."""
     compare: str = ""
-    """Names, separated by commas, or all: one table of them, the fastest that fits first."""
+    """Several of them in one table, separated by commas, or all; the fastest that fits comes first."""
     options: str = "{}"
-    """Hyperparameters of the optimizer, as JSON; by default those of `OPTIONS`."""
+    """Hyperparameters, as JSON. The plan says where it takes others than the library's defaults."""
     topology: str = "v5p:8x8x8"
     """Generation and chips, as v5p:8x8x8; or GPUs and their number, as h100:64."""
     mesh: str = "fsdp=64,tensor=8"
@@ -65,29 +65,25 @@ class PlanConfig:
     slices: int = 1
     """Slices of that topology, joined by the data centre's network along the mesh's first axis."""
     batch: int = 0
-    """Tokens per step over all chips; 0 is one sequence for each shard of the rows, data x fsdp x
-    expert."""
+    """Tokens per step over all chips. 0 takes one sequence for each of data x fsdp x expert shards."""
     micro_batches: int = 1
-    """Parts of the batch that are processed one after the other, their gradients summed."""
+    """Parts of the batch, processed one after the other, or passed along the pipeline's stages."""
     remat: Remat = "full"
     """What is recomputed in the backward pass: whole layers, all but products, or nothing."""
     master_copy: bool = False
     """Keep a float32 copy of the parameters, which the update reads and writes."""
     state_on_host: bool = False
-    """Keep the optimizer's state in the memory of the host, and compile so (memory_kind="pinned_host").
-    """
+    """Keep the optimizer's state in the host's memory, and compile for that (pinned_host)."""
     fused_loss: bool = False
     """The loss without all logits at once, `ravine.stability.fused_cross_entropy`."""
     layers_only: bool = False
     """Leave out embedding, head and norms."""
     train_step: bool = False
-    """Compile the whole train step, of the trainer's model in these shapes, instead of the
-    update."""
+    """Compile a whole train step of the trainer's model with these sizes, instead of the update."""
     peak: bool = False
     """Take the published peaks for the rates of products and attention: times become lower bounds."""
     find_mesh: bool = False
-    """Try all meshes that divide, with pipeline stages unless with --train-step, and plan for the best;
-    --mesh and --micro-batches are not used."""
+    """Try all meshes that divide, and plan for the best; --mesh and --micro-batches are ignored."""
     json: bool = False
     """Print JSON, for machines."""
 
@@ -112,7 +108,7 @@ def plan(config: PlanConfig, console: Console | None = None) -> list[Plan]:
         object, or without the TPU compiler.
     """
     console = console or Console()
-    shape = _known("model", config.model, PRESETS)
+    shape = given_shape(config.model)
     sizes = mesh_sizes(config.mesh, PLANNED)
     optimizers = {name: _build(name, config.options) for name in config.names}
     if config.find_mesh:
@@ -222,9 +218,3 @@ def _build(name: str, options: str) -> optax.GradientTransformation:
 def assumed(name: str, given: dict[str, Any]) -> dict[str, Any]:
     """Where the planner differs from the optimizer's own defaults, unless given."""
     return {k: v for k, v in OPTIONS.get(name, {}).items() if k not in given}
-
-
-def _known(what: str, name: str, table: Any) -> Any:
-    if name not in table:
-        raise ValueError(f"unknown {what} {name!r}; {near(name, table)}")
-    return table[name]
