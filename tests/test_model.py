@@ -178,7 +178,12 @@ def test_recomputed_layers_give_the_same_gradients(getkey):
 
 def test_parameters_are_stacked_and_every_one_has_a_role():
     _, params = init_params(SMALL, 0)
-    assert params["layers"]["attention"]["query"]["kernel"].shape == (2, 16, 16)
+    attention = params["layers"]["attention"]
+    assert attention["query"]["kernel"].shape == (2, 16, 16)
+    # Of two layers four branches add up, so each starts at half its size; the deviation of 512 numbers
+    # has a standard error of 1/32.
+    value, output = (np.std(attention[name]["kernel"]) for name in ("value", "output"))
+    assert abs(2 * output / value - 1) <= 5 * 2**0.5 / 32
     roles = assign_roles(params)
     assert roles["layers"]["attention_norm"]["scale"] == "norm"  # 2-D, and yet no matrix
     assert roles["layers"]["feed_forward"]["down"]["kernel"] == "matrix"

@@ -197,7 +197,7 @@ def test_reaching_interpolates_between_evaluations():
     outcome = Outcome("adamw", 1e-3)
     for step, loss in ((10, 4.0), (20, 3.0), (30, 1.0)):
         outcome.evaluations.append({"step": step, "seconds": step / 10, "heldout_loss": loss})
-    assert outcome.reaching(2.0) == {"step": 25, "seconds": 2.5}
+    assert outcome.reaching(1.5) == {"step": 27.5, "seconds": 2.75}
     assert outcome.reaching(5.0) == {"step": 10, "seconds": 1.0}
     assert outcome.reaching(0.5) is None
 
