@@ -179,7 +179,7 @@ def _lines(made: Shown, found: Plan) -> list[str]:
     if copies > 1:
         paths = [path for path, n in found.repeated.items() if n == copies]
         lines.append(
-            f"{name}: {len(paths)} arrays of the state are on {copies} chips each, as {paths[0]}"
+            f"{name}: {len(paths)} arrays of the state have {copies} copies each, as {paths[0]}"
         )
     if found.on_host:
         lines.append(
