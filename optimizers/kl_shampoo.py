@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from ..core.arguments import checked
-from ..core.arithmetic import cast, ema, increment, wide, wide_zeros_like
+from ..core.arithmetic import cast, ema, increment, wide_dtype, wide_zeros_like
 from ..core.checks import check_decay_rates, check_non_negative, check_positive
 from ..core.own_norm import OwnNorm
 from .by_role import FALLBACK, Fallback, by_role
@@ -140,7 +140,8 @@ def scale_by_kl_shampoo(
         count = increment(state.count)
         is_first = count == 1
         learning = eigenbasis._replace(learns=refresh.learning_from_first(count))
-        blocks, means = tensors.opened_together(updates, jax.tree.map(wide, state.mu))
+        means = jax.tree.map(lambda m, u: cast(m, wide_dtype(m.dtype, u.dtype)), state.mu, updates)
+        blocks, means = tensors.opened_together(updates, means)
         directions, usable, factors = stepped(
             tensors,
             blocks,

@@ -161,6 +161,26 @@ def test_state_is_a_fixed_point_for_every_mix_of_dtypes(
 
 
 @pytest.mark.usefixtures("float64")
+@every_family
+@pytest.mark.parametrize(
+    ("params_dtype", "grads_dtype", "state_dtype"),
+    [
+        (jnp.float64, jnp.float64, jnp.bfloat16),
+        (jnp.float64, jnp.float32, None),
+        (jnp.float32, jnp.float64, None),
+        (jnp.float64, jnp.bfloat16, jnp.bfloat16),
+    ],
+)
+def test_state_is_a_fixed_point_beside_float64(row, params_dtype, grads_dtype, state_dtype):
+    dtypes = {k: state_dtype for k in ("mu_dtype", "nu_dtype") if row.accepts(k)}
+    tx = row.build(**(dtypes if state_dtype else {}))
+    params, grads = row.tree(0, params_dtype), row.tree(1, grads_dtype)
+    step = lambda state, _: tx.update(grads, state, params)[::-1]
+    _, updates = jax.eval_shape(lambda p: jax.lax.scan(step, tx.init(p), length=2), params)
+    assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(grads_dtype)}
+
+
+@pytest.mark.usefixtures("float64")
 @every_first
 def test_injected_hyperparameters_and_a_schedule_of_updates_made_give_the_same_updates(row):
     # In float32, 1 - b2 of an injected b2 is off by 5e-5 of itself.

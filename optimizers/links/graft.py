@@ -20,7 +20,17 @@ import jax.numpy as jnp
 import optax
 
 from ...core.arguments import checked
-from ...core.arithmetic import bias_correction, ema, increment, root, scalar, wide, wide_zeros_like
+from ...core.arithmetic import (
+    bias_correction,
+    cast,
+    ema,
+    increment,
+    root,
+    scalar,
+    wide,
+    wide_dtype,
+    wide_zeros_like,
+)
 from ...core.checks import check_decay_rates, check_non_negative
 from ...core.kinds import MaybeInfinite
 from ...core.transformation import transformation
@@ -119,7 +129,8 @@ def magnitude(name: Graft, b2: float = 0.999, eps: float = 1e-8, nu_dtype: Any =
 
     def update(g: Any, mean: Any, nu: Any, count: jax.Array) -> tuple[Any, Any]:
         if name == "adagrad":
-            moments = jax.tree.map(lambda x, v: wide(v) + jnp.square(wide(x)), g, nu)
+            wider = lambda x, v: cast(v, wide_dtype(v.dtype, x.dtype)) + jnp.square(wide(x))
+            moments = jax.tree.map(wider, g, nu)
         else:
             moments = ema(g, nu, b2, jnp.square)
         weight = bias_correction(b2, count) if name in ("adam", "adamw") else None

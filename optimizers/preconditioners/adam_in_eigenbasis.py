@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ...core.arithmetic import cast, lerp, wide
+from ...core.arithmetic import cast, lerp, wide, wide_dtype
 from ...core.once import if_due
 from ...core.own_norm import OwnNorm
 from ..matrix.algebra.eigenbasis import eigenbasis, followed, off_diagonal
@@ -67,8 +67,8 @@ class Step(NamedTuple):
         for axis, basis in zip(axes, vectors, strict=True):
             turn[axis] = basis
         rotated = without_rounding(rotate(seen, turn, back=True), seen, axes)
-        new_mu = jnp.where(self.moves, lerp(rotated, mu, self.b1), wide(mu))
-        new_nu = jnp.where(self.moves, lerp(jnp.square(rotated), nu, self.b2), wide(nu))
+        new_mu = jnp.where(self.moves, lerp(rotated, mu, self.b1), cast(mu, seen.dtype))
+        new_nu = jnp.where(self.moves, lerp(jnp.square(rotated), nu, self.b2), cast(nu, seen.dtype))
         adam = new_mu / (jnp.sqrt(new_nu) + jnp.asarray(self.eps, new_nu.dtype))
         adam = jnp.where(self.moves, adam * self.correction.astype(adam.dtype), 0)
 
@@ -126,7 +126,7 @@ def norms(
         turn: list[jax.Array | None] = [None] * (blocks.ndim - 1)
         for axis, basis in zip(axes, vectors, strict=True):
             turn[axis] = basis
-        root = jnp.sqrt(wide(nu))
+        root = jnp.sqrt(cast(nu, wide_dtype(nu.dtype, blocks.dtype)))
         weights = jnp.where(nu > 0, 1 / (root + jnp.asarray(eps, root.dtype)), 0)
         return in_basis(blocks, turn, weights, insides)
 
@@ -204,9 +204,14 @@ def _followed(axes: Any, carry: Any, statistics: Sequence[jax.Array], floor: Any
             -1, *(columns.shape[1] if at == axis else 1 for at in range(mu.ndim - 1))
         )
         permuted = jnp.take_along_axis(permuted, index, axis=1 + axis)
-    turned = without_rounding(_turned(axes, wide(mu), vectors, new), wide(mu), axes)
+    mean = cast(mu, wide_dtype(mu.dtype, *(basis.dtype for basis in vectors)))
+    turned = without_rounding(_turned(axes, mean, vectors, new), mean, axes)
     proven = jnp.square(turned) * jnp.asarray(floor, turned.dtype)
-    return new, cast(turned, mu.dtype), cast(jnp.maximum(wide(permuted), proven), nu.dtype)
+    return (
+        new,
+        cast(turned, mu.dtype),
+        cast(jnp.maximum(cast(permuted, proven.dtype), proven), nu.dtype),
+    )
 
 
 def _off(_: Any, carry: Any, statistics: Sequence[jax.Array]) -> jax.Array:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ...core.arithmetic import cast, wide_dtype
 from ...core.leaves import at_leaves, from_leaves
 from ...core.own_norm import OwnNorm, replicated_norms, with_norm
 from ...core.paths import path_string
@@ -176,6 +177,18 @@ class Tensors:
         )
 
 
+def _as_wide_as(params: optax.Params | None, updates: optax.Updates) -> optax.Updates:
+    """Updates in what the state of these parameters is kept in, float64 or not."""
+    if params is None:
+        return updates
+
+    def of(update: jax.Array, param: jax.Array) -> jax.Array:
+        kept = wide_dtype(param.dtype)
+        return update if wide_dtype(update.dtype) == kept else cast(update, kept)
+
+    return jax.tree.map(of, updates, params)
+
+
 def blockwise(
     name: str,
     blockings: Callable[[Any], list[Blocking]],
@@ -204,8 +217,8 @@ def blockwise(
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, Any]:
-        del params
-        return update_anywhere(updates, state)
+        found, state = update_anywhere(_as_wide_as(params, updates), state)
+        return jax.tree.map(lambda u, g: cast(u, g.dtype), found, updates), state
 
     def describe(params: optax.Params) -> dict[str, list[str]]:
         return {

@@ -68,7 +68,9 @@ class KLEigenbasis(NamedTuple):
         unlearned = (usable_blocks(wide(blocks), order), kept)
         usable, new = if_due(self.learns, learned, unlearned)
         seen = jnp.where(usable.reshape(-1, *(1,) * order), wide(blocks), 0)
-        mean = jnp.where(is_first, mean, wide(cast(lerp(seen, mean, self.b1), mu_dtype)))
+        mean = jnp.where(
+            is_first, mean, cast(cast(lerp(seen, mean, self.b1), mu_dtype), mean.dtype)
+        )
         return _whitened(mean, _by_axis(kept, axes, order), self.eps), usable, new
 
     def _learned(
