@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from ..core.paths import key_names, path_string
 from ..core.transformation import Link, watching
@@ -67,7 +66,7 @@ def probe(tx: Any, params: Any) -> tuple[dict[str, Found], int]:
         _note(link, found)
     shared = 0
     for names, kinds, leaf in _leaves(state, (), ()):
-        size = leaf.size * jnp.dtype(leaf.dtype).itemsize
+        size = leaf.size * leaf.dtype.itemsize  # of random keys too, which NumPy has no dtype for
         owners = [(len(own), path) for path, own in keys if own and _contains(names, own)]
         if len(keys) == 1 and not keys[0][1] and leaf.ndim:
             owners = [(0, keys[0][0])]

@@ -94,6 +94,13 @@ def test_optimizers_of_other_libraries():
     assert {row.learning_rate for row in found.values()} == {""}
 
 
+def test_a_key_in_the_state_counts_with_its_bytes():
+    tx = optax.chain(optax.add_noise(0.01, 0.55, jax.random.key(0)), ravine.muon(1e-3))
+    found = ravine.explain(tx, KNOWN)
+    total = sum(row.state_bytes for row in found.rows) + found.shared_bytes
+    assert total == state_bytes(tx, KNOWN)
+
+
 def test_a_table_of_an_nnx_model():
     class Model(nnx.Module):
         def __init__(self, rngs):
