@@ -65,6 +65,15 @@ def test_what_no_rule_covers_is_refused_by_path():
         axes_of_path("deep/odd", [("kernel$", "matrix")])
 
 
+@pytest.mark.parametrize("leaf", [jnp.arange(3), jnp.ones(3, complex), jax.random.key(0), True])
+def test_what_is_not_a_parameter_is_refused_as_such_without_a_rule_for_it(leaf):
+    params = {"dense": {"kernel": jnp.ones((2, 3))}, "table": leaf}
+    with pytest.raises(
+        TypeError, match=r"parameter \['table'\] has dtype .*; cast it, or leave it"
+    ):
+        ravine.muon(0.1).init(params)
+
+
 def test_a_rule_without_parameters_is_refused_unless_optional():
     params = {"kernel": jnp.ones((2, 3))}
     with pytest.raises(ValueError, match=r"'scale\$' decides no parameter.*required=False"):

@@ -9,7 +9,7 @@ import numpy as np
 
 from ...core.checks import near
 from ...core.paths import path_string
-from ...core.tree_checks import is_part
+from ...core.tree_checks import check_real_leaves, is_part
 from ..matrix.shape.layout import Layout, MatrixAxes, layout
 from .refusal import refusal
 from .rules import COMMON_RULES, IN_OUT, Role, Rule, Rules, window
@@ -89,6 +89,7 @@ def decide(
     Raises:
       ValueError: unless `lenient`, for all parameters that no rule matches or that have needed but
         unknown axes, together; or a required rule that decides no parameter.
+      TypeError: if one of these parameters is not a real floating-point array, so that no rule helps.
 
     Example:
       >>> import jax.numpy as jnp
@@ -126,6 +127,12 @@ def decide(
         return decided
     unclear = [d for d in decided if d.role is None or (d.role in needed and d.axes is None)]
     if unclear:
+        paths = {d.path for d in unclear}
+        check_real_leaves(
+            jax.tree_util.tree_map_with_path(
+                lambda path, leaf: leaf if path_string(path) in paths else None, params
+            )
+        )
         raise ValueError(refusal(unclear, dict(leaves), default=rules is None))
     unused = [r.pattern for i, r in enumerate(ready) if r.required and i not in used]
     if unused and decided and not is_part(params):
