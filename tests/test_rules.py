@@ -144,6 +144,16 @@ def test_a_refusal_can_be_pasted():
     assert found["stages/1/odd thing"] == "bias"
 
 
+def test_what_is_suggested_for_stacked_layers_goes_by_their_biases():
+    params = shapes({"stack": {"up": {"kernel": (3, 8, 16), "bias": (3, 16)}}})
+    with pytest.raises(ValueError, match="1 of 2 parameters") as refused:
+        ravine.muon(0.1).init(params)
+    pasted = {}
+    message = str(refused.value)
+    exec(message[message.index("rules=") :], {"ravine": ravine}, pasted)
+    assert decided(params, pasted["rules"])["stack/up/kernel"] == ("matrix", (3, 8, 16))
+
+
 # Stacked layers.
 
 

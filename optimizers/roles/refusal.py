@@ -58,8 +58,9 @@ def _suggestion(d: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, str
     role = d.role or ("embedding" if "emb" in name else "matrix")
     if ndim == 2:
         return role, "", "matrix, embedding, head, norm (of stacked layers) or other?"
-    # The axes of a bias are those of the outputs.
+    # The axes of a bias are those of the outputs, or of stacked layers and the output.
     bias = shapes.get(re.sub(r"[^/]+$", "bias", d.path), ())
     outputs = len(bias) if 0 < len(bias) < ndim and d.shape[-len(bias) :] == bias else 1
-    axes = MatrixAxes(tuple(range(-ndim, -outputs)), tuple(range(-outputs, 0)))
+    stacked = outputs == 1 and len(bias) == ndim - 1 and bias == (*d.shape[:-2], d.shape[-1])
+    axes = MatrixAxes(tuple(range(-2 if stacked else -ndim, -outputs)), tuple(range(-outputs, 0)))
     return role, f", ravine.MatrixAxes({axes.rows}, {axes.columns})", f"{d.shape}: in, out?"
