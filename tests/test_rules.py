@@ -242,6 +242,7 @@ def test_every_layer_of_equinox():
         "conv_1": n.Conv1d(3, 8, 5, key=KEY),
         "upconv": n.ConvTranspose2d(3, 8, 5, key=KEY),
         "embed": n.Embedding(11, 4, key=KEY),
+        "emb": n.Embedding(11, 4, key=KEY),
         "attention": n.MultiheadAttention(2, 8, use_query_bias=True, key=KEY),
         "gru": n.GRUCell(4, 6, key=KEY),
         "lstm": n.LSTMCell(4, 6, key=KEY),
@@ -260,7 +261,7 @@ def test_every_layer_of_equinox():
     assert found["layers/0/weight"] == ("matrix", (1, 4, 5))
     assert found["conv/weight"] == found["upconv/weight"] == ("convolution", (1, 75, 8))
     assert found["conv_1/weight"] == ("convolution", (1, 15, 8))
-    assert found["embed/weight"] == ("embedding", (1, 11, 4))
+    assert found["embed/weight"] == found["emb/weight"] == ("embedding", (1, 11, 4))
     assert found["attention/query_proj/weight"] == ("matrix", (1, 8, 8))
     assert found["gru/weight_ih"] == ("matrix", (1, 4, 18))
     assert found["before/weight"] == found["rms/weight"] == found["weighted/g"] == "norm"
@@ -280,6 +281,7 @@ def haiku_layers(x):
     hk.VanillaRNN(5)(x[:, 0], jnp.ones((2, 5)))
     hk.nets.MLP([3, 4])(x)
     hk.Embed(11, 4)(jnp.ones(2, int))
+    hk.Embed(11, 4, name="emb")(jnp.ones(2, int))
     hk.Linear(11, name="logits")(hk.RMSNorm(-1)(hk.Bias()(y)))
 
 
@@ -328,11 +330,13 @@ def test_layers_of_haiku():
         (
             {
                 "wte": (11, 4),
+                "emb": (11, 4),
                 "blocks": [{"ln1": (4,), "wq": (4, 4), "w_out": (4, 4)}],
                 "lm_head": (4, 11),
             },
             {
                 "wte": ("embedding", (1, 11, 4)),
+                "emb": ("embedding", (1, 11, 4)),
                 "blocks/0/ln1": "norm",
                 "blocks/0/wq": ("matrix", (1, 4, 4)),
                 "blocks/0/w_out": ("matrix", (1, 4, 4)),
@@ -362,6 +366,25 @@ def test_layers_of_haiku():
 )
 def test_names_of_plain_jax(params, expected):
     assert decided(shapes(params)) == expected
+
+
+def test_b_beside_a_is_no_bias_if_they_multiply():
+    adapter = {"a": (8, 2), "b": (2, 6)}
+    assert asked(shapes({"adapter": adapter})) == {"adapter/a", "adapter/b"}
+    assert asked(shapes(adapter)) == {"a", "b"}
+    # A bias remains one, of stacked layers too.
+    layer = {"w": (3, 8, 6), "b": (3, 6), "scale": (3, 6)}
+    assert decided(
+        shapes({"adapter": {"a": (8, 2), "w": (8, 2), "b": (2,)}, "trunk": layer}),
+        [("a$", "other"), *ravine.COMMON_RULES],
+    ) == {
+        "adapter/a": "other",
+        "adapter/b": "bias",
+        "adapter/w": ("matrix", (1, 8, 2)),
+        "trunk/b": "bias",
+        "trunk/scale": "norm",
+        "trunk/w": ("matrix", (3, 8, 6)),
+    }
 
 
 def test_hugging_face():

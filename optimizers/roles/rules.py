@@ -88,12 +88,20 @@ def _is_ravine(shapes: Shapes) -> bool:
     return any(len(shapes.get(f"{name}/kernel", ())) == 3 for name in ("output", "down"))
 
 
+def _has_no_pair(shapes: Shapes) -> bool:
+    """Whether no ``b`` is the second factor of a product with the ``a`` beside it (LoRA)."""
+    seconds = {path: shape for path, shape in shapes.items() if path.split("/")[-1] == "b"}
+    firsts = [shapes.get(f"{path[:-1]}a", ()) for path in seconds]
+    pairs = zip(firsts, seconds.values(), strict=True)
+    return not any(len(a) == len(b) > 1 and a[-1] == b[-2] for a, b in pairs)
+
+
 _HEAD = (
     r"(^|/)(?!\w*(multi|attention|per)_?head)((\w+_)?head|(\w+_)?logits(_dense)?|(\w+_)?classifier"
     r"|unembed(ding|der)?|embed_out|qa_outputs)"
 )
 _NORM = r"(^|/)([^/]*[nN]orm[^/]*|ln_?[^/]*|[^/]*_ln(_[^/]*)?)"
-_EMBED = r"(^|/)([^/]*[eE]mbed[^/]*|wte|wpe|(tok|token|pos|word)_emb[^/]*)"
+_EMBED = r"(^|/)([^/]*[eE]mbed[^/]*|wte|wpe|emb|(tok|token|pos|word)_emb[^/]*)"
 _WINDOWS = (3, 4, 5)
 
 _NAMED = (
@@ -102,11 +110,13 @@ _NAMED = (
     _maybe(r"(^|/)(cls|cls_token|class_token|class_embedding|mask_token|dist\w*_token)$", "other"),
     _maybe(r"(^|/)negative_slope$", "other"),
     _maybe(r"(^|/)pos\w*_?emb\w*$", "embedding", IN_OUT, ndim=3),  # [1, positions, width]
-    _maybe(r"embedd?ings?$|(^|/)(wte|wpe|embed|(tok|token|pos|word)_emb\w*)$", "embedding"),
+    _maybe(r"embedd?ings?$|(^|/)(wte|wpe|embed|emb|(tok|token|pos|word)_emb\w*)$", "embedding"),
     _maybe(r"(^|[/_])scale$", "norm"),
     _maybe(rf"{_NORM}/(weight|gamma|gain|w|g)$", "norm"),
     _maybe(rf"{_NORM}$", "norm", ndim=1),
-    _maybe(r"(^|[/_])bias(_\w+)?$|(^|/)(b\d*|b_\w+|offset|beta)$", "bias"),
+    _maybe(r"(^|[/_])bias(_\w+)?$|(^|/)(b\d+|b_\w+|offset|beta)$", "bias"),
+    _maybe(r"(^|/)b$", "bias", ndim=1),
+    _maybe(r"(^|/)b$", "bias", where=_has_no_pair),
     _maybe(r"(^|[/_])router(/(kernel|weight|w))?$", "router"),
     _maybe(r"(^|/)[^/]*[mM][oO][eE][^/]*/gate(/(kernel|weight|w))?$", "router"),
 )
