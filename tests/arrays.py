@@ -1,4 +1,4 @@
-"""Random and rounded arrays that several tests start from."""
+"""Random and rounded arrays that several tests use as inputs."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,11 +9,11 @@ import numpy as np
 
 
 def single(x: Any) -> jax.Array:
-    """In float32, whatever it was computed in."""
+    """Converted to float32, whatever dtype the tree was computed in."""
     return jnp.array(np.asarray(x, np.float32))
 
 
 def normal_leaves(shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, np.ndarray]:
-    """Standard normal numbers in float64, by name: parameters, or with another seed their gradients."""
+    """Standard normal float64 leaves by name: parameters, or their gradients when given another seed."""
     rng = np.random.default_rng(seed)
     return {name: rng.normal(size=shape) for name, shape in shapes.items()}

@@ -1,4 +1,4 @@
-"""What a fault finds on a bad day, and what damages it."""
+"""What a run meets when something has gone wrong, and the functions that cause the damage."""
 
 import contextlib
 import math
@@ -20,7 +20,7 @@ METRICS = "sgd/metrics.jsonl"
 
 
 class Day:
-    """What a fault finds: a text, a finished race of sgd in `out`, an empty folder beside it."""
+    """What a fault works on: a text, a finished sgd race in `out`, and an empty folder beside it."""
 
     def __init__(self, path, text, race, patch):
         self.lock = None
@@ -34,14 +34,14 @@ class Day:
         (self.elsewhere / "mine.txt").write_text("mine")
 
     def unfinished(self):
-        """As if cut off after step 4."""
+        """Makes the run look as if it was cut off after step 4."""
         (self.run / "outcome.json").unlink()
         shutil.rmtree(self.run / "checkpoints" / "6")
 
 
 @pytest.fixture(scope="module")
 def race(tmp_path_factory, text):
-    """A race of sgd with checkpoints, made once and copied for each fault."""
+    """An sgd race with checkpoints, run once and copied for each fault."""
     where = tmp_path_factory.mktemp("made")
     shutil.copy(text, where / "text.txt")
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(where):
@@ -60,7 +60,7 @@ def day(tmp_path, text, race, untimed, monkeypatch):
 
 
 def launch(words):
-    """A command in the test's folder, with the flags of the race that was made."""
+    """Runs a command in the test's folder with the flags of the prepared race."""
     full = ["race", "--optimizers", "sgd", *WORDS, *words]
     for flag, value in (("--data", "text.txt"), ("--out", "new")):
         if not any(word == flag or word.startswith(f"{flag}=") for word in words):
@@ -69,7 +69,7 @@ def launch(words):
 
 
 def tree(root):
-    """Every path with its content, locks left out."""
+    """Every path and its content, except for locks."""
     found = {}
     for path in sorted(root.rglob("*")):
         if path.name.startswith("race.lock"):
@@ -96,7 +96,7 @@ def write_bin(day, tokens=(7, 300), count=4000):
 
 
 def damaged(name, change, *, unfinished=False):
-    """A file of the race, changed."""
+    """Changes one file of the race."""
 
     def make(day):
         if unfinished:
@@ -114,7 +114,7 @@ def damaged(name, change, *, unfinished=False):
 
 
 def line(number, change):
-    """Lines of records, one of them changed: cut, doubled or spoilt."""
+    """Changes one line of the records: cuts, duplicates or corrupts it."""
 
     def change_all(content):
         lines = content.splitlines(keepends=True)

@@ -1,4 +1,4 @@
-"""Strict JAX for every test: 8 CPU devices, no silent promotion of dtypes or ranks."""
+"""Strict JAX for every test: 8 CPU devices, no implicit promotion of dtypes or ranks."""
 
 import functools
 import gc
@@ -9,19 +9,20 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# On a busy machine its threads wait for each other: a QR of 512 took 230 ms for 23, one of 128 18 for 1.
+# OpenBLAS threads wait for each other on a busy machine: QR took 230 ms instead of 23 (n = 512), 18
+# instead of 1 (n = 128).
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# An XLA that does not know a flag ends the process, hence the version.
+# XLA aborts the process if it does not know a flag, so the flags depend on the version.
 if importlib.metadata.version("jaxlib").startswith("0.10."):
-    # Nearly all of the time of small tests is compilation, which takes a third where XLA does without
-    # optimizations that such programs do not need. XLA_FLAGS="" compiles as for users, as the slow
-    # tests are, which run longer than they compile. Workers and other processes inherit what is set.
+    # Small tests spend nearly all of their time on compilation, and skipping XLA optimizations cuts that
+    # to a third. XLA_FLAGS="" compiles as for users; so do the slow tests, which run longer than they
+    # compile. Workers and other processes inherit this setting.
     if "XLA_FLAGS" not in os.environ:
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
         os.environ["XLA_FLAGS"] = (
             "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
         )
-    # On a busy machine a device may be late: XLA ends a process that waits 40 s in a collective.
+    # A device may be late on a busy machine, and XLA aborts a process that waits 40 s in a collective.
     if "collective_call_terminate" not in os.environ["XLA_FLAGS"]:
         os.environ["XLA_FLAGS"] += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 
@@ -32,7 +33,8 @@ from jax.experimental.compilation_cache import compilation_cache
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# One cache for all processes and later runs of this checkout; JAX's key has its version and the flags.
+# All processes and later runs of this checkout share one cache; JAX's key covers its version and the
+# flags.
 _CACHE = Path(__file__).parents[1] / ".cache" / "jax"
 jax.config.update(
     "jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
@@ -41,31 +43,32 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-# tyro reads the sources of all configurations again at each command.
+# tyro reads the source of every configuration again for each command.
 inspect.getsource = functools.cache(inspect.getsource)
-# The garbage collector walks through all that JAX has traced: less often, it saves a tenth of the time.
+# The garbage collector walks through everything JAX has traced; running it less often saves a tenth of
+# the time.
 gc.freeze()
 gc.set_threshold(200_000, 50, 50)
 
 
 def pytest_unconfigure():
-    """The process ends without a search of all that is left for what could be freed."""
+    """Exit without searching everything that is left for objects to free."""
     gc.freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def forget():
-    """What a file has compiled is of no use to the next, and grows to gigabytes."""
+    """Drop what a file has compiled: other files cannot use it, and it would grow to gigabytes."""
     yield
     jax.clear_caches()
 
 
 @pytest.fixture
 def uncached():
-    """Programs are compiled, not read from the cache.
+    """Compile programs instead of reading them from the cache.
 
-    XLA for CPU (jaxlib 0.10.2) corrupts memory where a program comes out of the cache that sums over
-    devices in a loop or a branch (docs/log.md, 29 November 2026).
+    XLA for CPU (jaxlib 0.10.2) corrupts memory when a program loaded from the cache sums over devices
+    inside a loop or a branch (docs/log.md, 29 November 2026).
     """
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
@@ -76,14 +79,14 @@ def uncached():
 
 @pytest.fixture
 def float64():
-    """Arrays may be in float64."""
+    """Allow float64 arrays."""
     with jax.enable_x64(True):
         yield
 
 
 @pytest.fixture
 def untimed(monkeypatch):
-    """Runs do not time the optimizer by itself at their end, which compiles it once more."""
+    """Skip the separate timing of the optimizer at the end of a run, which needs another compilation."""
     from ravine.training import train
 
     monkeypatch.setattr(train, "optimizer_milliseconds", lambda *args: math.nan)
@@ -115,7 +118,7 @@ def corpus(text):
 
 @pytest.fixture
 def getkey():
-    """A function that returns a fresh random key at each call, the same sequence in every run."""
+    """A function that returns a new random key per call; the sequence is the same in every run."""
     key = jax.random.key(0)
 
     def next_key():

@@ -1,4 +1,4 @@
-"""What rules decide about parameters, of which only the shapes are given."""
+"""What the rules decide about parameters, given only their shapes."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ def shapes(tree):
 
 
 def decided(params, rules) -> dict[str, tuple]:
-    """Path to (role, pieces)."""
+    """A dictionary from each path to (role, pieces)."""
     roles = jax.tree_util.tree_leaves_with_path(assign_roles(params, rules))
     found = jax.tree.leaves(layouts(params, rules), is_leaf=lambda leaf: leaf is None)
     return {

@@ -1,7 +1,7 @@
-"""A small mixture of experts as GShard writes it, to compile a train step with an axis of experts.
+"""A small mixture of experts in the style of GShard, for compiling a train step with an expert axis.
 
-Source: Lepikhin et al., 2020, https://arxiv.org/abs/2006.16668, algorithm 1, with room in every expert
-for its even share of the tokens of a sequence; further ones are dropped.
+Source: Lepikhin et al., 2020, https://arxiv.org/abs/2006.16668, algorithm 1. The capacity of each expert
+is its even share of the tokens of a sequence; tokens beyond the capacity are dropped.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ from ravine.training.sharding import ROWS, batch_sharding, constrained, sharded_
 def compiled_step(
     shape: ModelShape, tx: optax.GradientTransformation, mesh: Any, sequences: int
 ) -> Compiled:
-    """A train step of a mixture, its layers recomputed, on a mesh with `Auto` axes."""
+    """Compiles a train step of the mixture, with rematerialized layers, on a mesh with `Auto` axes."""
     with jax.set_mesh(mesh):
         params = sharded_parameters(shape, mesh)
         tx = ravine.on_mesh(tx, jax.tree.map(lambda x: x.sharding.spec, params), mesh)
@@ -44,7 +44,7 @@ def compiled_step(
 
 
 def loss_of(params: dict[str, jax.Array], tokens: jax.Array, shape: ModelShape) -> jax.Array:
-    """Of tokens `[B, T + 1]`."""
+    """The loss of tokens `[B, T + 1]`."""
     table = constrained(params["embed/embedding"], None, None)
     x = constrained(table[tokens[:, :-1]], "rows", None, None)
     layers = {k.removeprefix("layers/"): v for k, v in params.items() if k.startswith("layers/")}
@@ -74,7 +74,7 @@ def _experts(x_BxTxD: jax.Array, layer: dict[str, jax.Array], shape: ModelShape)
     top, at = jax.lax.top_k(weights, chosen)
     expert = jax.nn.one_hot(at, count)  # [B, T, k, E]
     before = jnp.cumsum(expert.reshape(batch, -1, count), 1).reshape(expert.shape) - expert
-    place = jax.nn.one_hot(jnp.sum(before * expert, -1), room)  # none for those without room
+    place = jax.nn.one_hot(jnp.sum(before * expert, -1), room)  # zero beyond the capacity
     combine = jnp.einsum("btk,btke,btkc->btec", top, expert, place).astype(x_BxTxD.dtype)
     dispatch = (combine > 0).astype(x_BxTxD.dtype)
     inputs = jnp.einsum("btec,btd->ebcd", dispatch, x_BxTxD)
@@ -89,7 +89,7 @@ def _experts(x_BxTxD: jax.Array, layer: dict[str, jax.Array], shape: ModelShape)
 
 
 def _to_experts(x_ExBxCxD: jax.Array) -> jax.Array:
-    """Every expert's tokens where it is; the rows stay cut by the other axes."""
+    """Sends tokens to the devices of their experts; rows stay sharded over the other axes."""
     mesh = jax.sharding.get_abstract_mesh()
     rows = tuple(axis for axis in ROWS if axis != "expert" and axis in mesh.shape)
     return jax.lax.with_sharding_constraint(x_ExBxCxD, P("expert", rows, None, None))

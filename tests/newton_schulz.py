@@ -1,4 +1,4 @@
-"""Newton-Schulz in float64, and how far rounding to bfloat16 moves it at random."""
+"""Newton-Schulz in float64, and how far random rounding to bfloat16 moves the result."""
 
 import numpy as np
 from ravine.optimizers.matrix.algebra.coefficients import named_coefficients
@@ -9,9 +9,9 @@ def turned(x):
 
 
 def by_hand(x, form, rounded=lambda x: x):
-    """Keller's five steps of [K, m, n], m up to n, where what is multiplied is rounded.
+    """Keller's five steps for matrices [K, m, n] with m <= n; the inputs of every product are rounded.
 
-    In Gram form the fourth step starts again from the matrices.
+    In Gram form, the fourth step starts again from the matrices.
     """
     times = lambda left, right: rounded(left) @ rounded(right)
     x = rounded(x / np.linalg.norm(x, axis=(1, 2), keepdims=True))
@@ -35,10 +35,10 @@ def relative_norm(found, expected):
 
 
 def of_bfloat16(x, form):
-    """The norm of what rounding to bfloat16 adds at random, relative to the result.
+    """The norm of the error that random rounding to bfloat16 adds, relative to the result.
 
-    An element is moved by up to half of a last place. Of three tries, which agree to a few percent where
-    the elements are many, the largest.
+    Rounding moves an element by up to half a unit in the last place. This is the largest error of three
+    tries, which agree to within a few percent for large matrices.
     """
 
     def moved(x, rng):

@@ -1,4 +1,4 @@
-"""Every optimizer, one row each: what the common tests need to know about it."""
+"""Every optimizer in one row each: what the common tests need to know about it."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from ravine.optimizers.roles import IN_OUT
 
 
 def builder(name: str):
-    """A builder of ravine's; Sophia is given the curvature of the sum of squares at every update."""
+    """Our builder of this name; Sophia gets the curvature of the sum of squares at every update."""
     build = getattr(ravine, name)
     if not name.startswith("sophia"):
         return build
@@ -42,17 +42,17 @@ class Row:
     """A registered optimizer with some hyperparameters."""
 
     name: str
-    # Decayed linearly to zero over `steps`, it solves the small problems.
+    # Solves the small problems when it decays linearly to zero over `steps`.
     learning_rate: float
     hyperparameters: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     steps: int = 300
-    # A constant rate, as it has to be in Optax's own tests, for Rosenbrock's function among others.
+    # A constant rate, as Optax's own tests require, for instance for Rosenbrock's function.
     constant_learning_rate: float = 1e-2
-    # Takes leaves of two axes or more only: the tests leave out vectors and scalars.
+    # Accepts only leaves with two or more axes: the tests leave out vectors and scalars.
     needs_matrices: bool = False
-    # Puts zeros in the place of gradients that are not finite, block by block.
+    # Replaces non-finite gradients by zeros, block by block.
     survives_nan: bool = False
-    # Averages its iterates, so that parameters move at a learning rate of zero, too.
+    # Averages its iterates, so parameters move even when the learning rate is zero.
     averages: bool = False
 
     @property
@@ -75,12 +75,12 @@ class Row:
         return self.build(learning_rate, **no_decay)
 
     def tree(self, seed: int = 0, dtype: Any = jnp.float32) -> dict[str, jax.Array]:
-        """Parameters, or gradients with another seed."""
+        """Parameters, or gradients when given another seed."""
         shapes = {"first": (4, 8), "second": (8, 4)}
         if not self.needs_matrices:
             shapes |= {"vector": (8,), "scalar": ()}
         if self.survives_nan:
-            # Square: where gradients have no part, the basis is anybody's choice.
+            # Square, because the basis is arbitrary in directions where gradients have no component.
             shapes = {"first": (4, 4), "second": (5, 5)}
         if self.needs_matrices:
             shapes |= {"stack": (4, 3, 3) if self.survives_nan else (4, 3, 5)}
@@ -92,7 +92,7 @@ class Row:
 
 
 def matrices(name: str, learning_rate: float, hyperparameters: Any = (), **fields: Any) -> Row:
-    """A row for an optimizer of the Muon family, with all parameters its matrices."""
+    """A row for an optimizer of the Muon family, with all parameters as matrices."""
     return Row(
         name,
         learning_rate,
@@ -103,7 +103,7 @@ def matrices(name: str, learning_rate: float, hyperparameters: Any = (), **field
 
 
 def preconditioned(name: str, learning_rate: float, hyperparameters: Any, **fields: Any) -> Row:
-    """A row for an optimizer with Kronecker factors, with all parameters its matrices."""
+    """A row for an optimizer with Kronecker factors, with all parameters as matrices."""
     return matrices(
         name,
         learning_rate,
@@ -164,7 +164,8 @@ TABLE = (
     matrices("muon", 0.2, {"scale": "moonlight", "nesterov": False}, steps=1000),
     matrices("normuon", 0.1),
     matrices("adamuon", 0.3),
-    # A b2 that float32 holds exactly, as `optax.inject_hyperparams` makes it an array.
+    # float32 represents this b2 exactly, which matters because `optax.inject_hyperparams` makes it an
+    # array.
     preconditioned("shampoo", 0.1, {"refresh": ravine.Refresh(every=2), "b2": 0.96875}),
     preconditioned(
         "shampoo",
@@ -186,8 +187,8 @@ TABLE = (
             "b2": 0.96875,
         },
     ),
-    # Decay rates that float32 holds exactly, again. One gradient for ever is diagonal in its eigenbasis
-    # up to rounding, which a tiny eps would let SOAP divide by its own size.
+    # float32 represents these decay rates exactly, too. A gradient that never changes is diagonal in its
+    # own eigenbasis up to rounding, and with a tiny eps SOAP would divide that rounding by its own size.
     preconditioned(
         "soap", 0.1, {"refresh": ravine.Refresh(every=2), "eps": 1e-2, "b1": 0.9375, "b2": 0.9375}
     ),
@@ -211,14 +212,14 @@ TABLE = (
     preconditioned("kl_shampoo", 0.1, {"refresh": ravine.Refresh(every=2)}),
 )
 _NAMES = [row.name for row in TABLE]
-# Settings of an optimizer for matrices, besides its first: what others do with them, and injection, is
-# tried in the slow tests only.
+# Further settings of a matrix optimizer. Wrapping these and injecting their hyperparameters are tested
+# only in the slow tests.
 VARIANTS = frozenset(
     row for at, row in enumerate(TABLE) if row.needs_matrices and row.name in _NAMES[:at]
 )
-# One cheap row of each family: what wraps an optimizer, as masks and accumulation do, and what a mesh
-# does to it, is tried around these, and around all others in the slow tests only. By moments element by
-# element, with averages, with curvature, whole matrices, and Kronecker factors.
+# One cheap row for each family: elementwise moments, averages, curvature, whole matrices, Kronecker
+# factors. Wrappers (such as masks and accumulation) and meshes are tested with these rows, and with all
+# others only in the slow tests.
 FAMILIES = tuple(
     TABLE[_NAMES.index(name)]
     for name in ("adamw", "schedule_free_sgd", "sophia_g", "muon", "shampoo", "soap")

@@ -1,4 +1,4 @@
-"""What the tests of optimizers with Kronecker factors share."""
+"""Helpers shared by the tests of optimizers with Kronecker factors."""
 
 import functools
 from typing import Any
@@ -10,7 +10,7 @@ import ravine
 
 from .arrays import single
 
-# The same options are one transformation, which is compiled once.
+# The same options return the same transformation, so it is compiled once.
 shampoo = functools.cache(ravine.scale_by_shampoo)
 soap = functools.cache(ravine.scale_by_soap)
 
@@ -23,14 +23,14 @@ def normal(shape, seed=0, count=None, scale=1.0) -> Any:
 
 
 def conditioned(n, seed, low=0.5, high=2.0):
-    """A square matrix with singular values between these."""
+    """A square matrix with singular values in the given range."""
     rng = np.random.default_rng(seed)
     left, right = (np.linalg.qr(rng.normal(size=(n, n)))[0] for _ in range(2))
     return (left * np.geomspace(low, high, n)) @ right
 
 
 def run(tx, gradients, params=None):
-    """All updates, and the state after each; parameters move if there are any."""
+    """All updates and the state after each; parameters, if given, are updated too."""
     given = params is not None
     params = params if given else jax.tree.map(np.zeros_like, gradients[0])
     state, step = jax.jit(tx.init)(params), jax.jit(tx.update)
@@ -55,7 +55,7 @@ def all_finite(tree):
 
 
 def assert_trees_close(found, expected, tolerance):
-    """Relative to each leaf's largest element."""
+    """Compares trees, relative to the largest element of each leaf."""
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         difference = np.max(np.abs(a - b))
@@ -63,7 +63,7 @@ def assert_trees_close(found, expected, tolerance):
 
 
 def refreshed_roots(before, after):
-    """Which roots differ, one flag each."""
+    """One flag per root: whether it differs."""
     return np.concatenate(
         [
             np.any(np.asarray(a.root != b.root), axis=(-1, -2)).ravel()

@@ -1,4 +1,4 @@
-"""Inverse roots in float64, and how near those in float32 can come to them."""
+"""Inverse roots in float64, and how close float32 can come to them."""
 
 import functools
 import math
@@ -23,7 +23,7 @@ roots_of = jax.jit(inverse_root, static_argnames=("exponent", "method", "ridge",
 
 
 def spd(values, seed=0):
-    """`[1, n, n]` with these eigenvalues, in float64."""
+    """Matrices `[1, n, n]` with these eigenvalues, in float64."""
     n = len(values)
     basis = np.linalg.qr(np.random.default_rng(seed).normal(size=(n, n)))[0]
     return ((basis * np.asarray(values)) @ basis.T)[None]
@@ -35,37 +35,39 @@ def _decomposed(contents, shape):
 
 
 def exact(matrices, exponent):
-    """Their powers, in float64."""
+    """The exact powers of the matrices, in float64."""
     matrices = np.asarray(matrices, np.float64)
     values, vectors = _decomposed(matrices.tobytes(), matrices.shape)
     return (vectors * values[:, None, :] ** exponent) @ np.swapaxes(vectors, 1, 2)
 
 
 def relative(found, expected):
-    """The largest difference of each matrix, relative to its largest element."""
+    """The largest difference within each matrix, relative to its largest element."""
     found, expected = (np.asarray(x, np.float64) for x in (found, expected))
     return np.abs(found - expected).max((1, 2)) / np.abs(expected).max((1, 2))
 
 
 def attainable(condition, p, method="eigh", n=1):
-    """How near a root of exponent -1/p comes to the true one in float32, relative to it.
+    """How close a float32 root of exponent -1/p can come to the true one, as a relative error.
 
-    A rounding unit of the largest eigenvalue is `condition` units of the smallest, which A^(-1/p) passes
-    on divided by p. Four such: one for A, which float32 does not hold exactly, the others for the
-    decomposition or the products that the method consists of (measured on three instruction sets:
-    0.1 to 1.3 of one). Two products of n terms, or eigenvectors orthogonal to n units, come to it
-    whatever the condition, and where the method would stop without rounding.
+    A rounding unit of the largest eigenvalue is `condition` units of the smallest, and A^(-1/p) divides
+    that by p. The bound allows four of these: one for A, which float32 cannot represent exactly, and
+    three for the decomposition or the products of the method, whose measured error on three instruction
+    sets is 0.1 to 1.3 of these. Added to this are two products of n terms (or eigenvectors orthogonal to
+    n units), whatever the condition number, and the distance at which the method would stop without
+    rounding.
     """
     return (4 * condition / p + 2 * n) * UNIT + unfinished(method, condition, p, n)
 
 
 def unfinished(method, condition, p, n):
-    """How far from the root a method may stop, in exact arithmetic, relative to the root."""
+    """How far from the root a method may stop in exact arithmetic, relative to the root."""
     if method == "newton":
-        # No element of X^p A - I is above the tolerance; as a norm, n of it, and of X a p-th of that.
+        # No element of X^p A - I exceeds the tolerance, so its norm is at most n times that; X is off by
+        # a p-th of it.
         return n * CoupledNewton().tolerance / p
     if method == "schulz":
-        # The iteration acts on each eigenvalue by itself; its second pair starts from the first one's.
+        # The iteration acts on each eigenvalue separately; its second pair starts from the first one's.
         chosen, worst = CoupledNewtonSchulz(), 0.0
         for stage in (1, 2)[: p // 2]:
             x = np.geomspace(1 / (MARGIN * condition), 1, 1000) ** (1 / (2 * stage))
@@ -78,5 +80,5 @@ def unfinished(method, condition, p, n):
 
 
 def certified(condition, p, method="eigh", n=1):
-    """What the certificate of such a root may show, where an error of the smallest counts p-fold."""
+    """What the certificate may report for such a root: the smallest eigenvalue counts p times."""
     return p * condition ** (1 / p) * attainable(condition, p, method, n)

@@ -1,4 +1,4 @@
-"""How much rounding changes the losses of a run, or anything that is computed."""
+"""How much rounding changes the losses of a run, or any other computed values."""
 
 import jax
 import numpy as np
@@ -10,7 +10,7 @@ from .tolerances import UNIT, furthest
 
 
 def furthest_loss(found, expected):
-    """The largest difference of a loss between the records of two runs, relative to it."""
+    """The largest relative difference between the losses in the records of two runs."""
     assert [record["step"] for record in found] == [record["step"] for record in expected]
     losses = [
         [record.get("loss", record.get("heldout_loss")) for record in run]
@@ -20,9 +20,9 @@ def furthest_loss(found, expected):
 
 
 def furthest_record(found, expected):
-    """The largest difference of any number in the records of two runs, relative to it.
+    """The largest relative difference between any numbers in the records of two runs.
 
-    Only what `expected` records is compared.
+    Compares only the fields that `expected` contains.
     """
     return np.max(
         [
@@ -34,7 +34,7 @@ def furthest_record(found, expected):
 
 
 class Permuted:
-    """Batches with the same rows in another order: the same gradients, but for rounding."""
+    """Batches with their rows in another order: the gradients are the same except for rounding."""
 
     def __init__(self, batches, seed):
         self.batches, self.rng = batches, np.random.default_rng(seed)
@@ -48,19 +48,19 @@ class Permuted:
 
 
 def moved(params, rng):
-    """Each parameter moved by at most one unit in its last place."""
+    """Moves each parameter by at most one unit in the last place."""
 
     def one(x):
         factors = 1 + 2 * UNIT * rng.integers(-1, 2, x.shape).astype(np.float32)
         found = np.asarray(x) * factors.astype(x.dtype)
-        # What is committed to a device that `x` is not would be another program's argument.
+        # An array committed to a device where `x` is not committed would need another program.
         return jax.device_put(found, x.sharding if x.committed else None)
 
     return jax.tree.map(one, params)
 
 
 def starting_moved(init, seed):
-    """`Placed.init` with moved parameters."""
+    """`Placed.init` with the parameters moved in their last place."""
 
     def start(*args):
         state = init(*args)
@@ -70,10 +70,10 @@ def starting_moved(init, seed):
 
 
 def rounding_of(function, tree):
-    """A bound on what rounding may do to `function(tree)`, relative to the largest element of a leaf.
+    """A bound on the rounding error of `function(tree)`, relative to the largest element of each leaf.
 
-    Eight times what moving each number of the tree by one unit in its last place does, and at least 16
-    units, as in `rounding`.
+    Eight times the change from moving every number in the tree by one unit in its last place, and at
+    least 16 units, as in `rounding`.
     """
     expected = function(tree)
     rngs = [np.random.default_rng(seed) for seed in range(3)]
@@ -82,12 +82,13 @@ def rounding_of(function, tree):
 
 
 def rounding(run, expected, measure=furthest_loss):
-    """A bound on what rounding may do to the losses of `run()`, relative to them.
+    """A bound on the relative rounding error in the losses of `run()`.
 
-    Later steps magnify it, up to chaos. How far is seen in runs that differ only in the last place of
-    their first parameters and in the order of the rows of their batches. The bound is eight times the
-    furthest of three, since on a mesh all sums of all steps have another order; and at least 16 units,
-    as of a mean of 64 float32 losses. With `furthest_record` it is on all numbers of the records.
+    Later steps magnify rounding, in the worst case chaotically. To measure how far, we compare runs that
+    differ only in the last place of their initial parameters and in the row order of their batches. The
+    bound is eight times the largest difference among three such runs, since a mesh changes the order of
+    every sum in every step, and at least 16 units, as for a mean of 64 float32 losses. With
+    `furthest_record`, the bound covers all numbers in the records.
     """
     worst, batches, init = 0.0, loop.train_batches, Placed.init
     for seed in range(3):

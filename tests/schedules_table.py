@@ -1,4 +1,4 @@
-"""Every schedule, built over a run of 1,000 updates: the rows of the common tests."""
+"""Every schedule, built for a run of 1,000 updates: the rows of the common tests."""
 
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ itself, the products and the sums after it are the other four.
 
 class Row(NamedTuple):
     build: object
-    end: float | None = None  # schedule(STEPS), where it ends there
+    end: float | None = None  # schedule(STEPS), for schedules that end there
     falls: bool = False
 
 

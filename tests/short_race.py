@@ -1,4 +1,4 @@
-"""A race of six steps of a tiny model, from the command line, and what a run has written."""
+"""A six-step race of a tiny model, started from the command line, and the records that a run writes."""
 
 import json
 
@@ -9,12 +9,12 @@ SHORT = ["--steps", "6", "--eval-every", "3", "--eval-batches", "2", *SMALL]
 
 
 def race(*words, text, out):
-    """Its exit status."""
+    """Runs the race and returns its exit status."""
     return main(["race", *SHORT, "--data", text, "--out", str(out), *words])
 
 
 def timed_records(run):
-    """The records in the folder of a run, which must be strict JSON."""
+    """The records in a run's folder, which must be strict JSON."""
 
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
@@ -24,7 +24,7 @@ def timed_records(run):
 
 
 def records(run):
-    """The records in the folder of a run, without what depends on the clock."""
+    """The records in a run's folder, without the fields that depend on the clock."""
     return [
         {name: x for name, x in record.items() if name != "seconds"}
         for record in timed_records(run)

@@ -1,18 +1,19 @@
-"""The standard error of a noise scale, from the moments of what its gradients are drawn from."""
+"""The standard error of a noise scale, from the moments of the gradient distribution."""
 
 import numpy as np
 
 
 def independent(decay, steps):
-    """A mean of as many numbers has the variance of a moving average that began at 0, once corrected."""
+    """How many independent values have a mean as certain as a bias-corrected moving average."""
     gone = decay**steps
     return (1 + decay) / (1 - decay) * (1 - gone) / (1 + gone)
 
 
 def of_noise_scale(mean, covariance, tokens, parts, averaged, skew=0.0, kurtosis=0.0):
-    r"""Relative to it, to first order, of tr S / |G|^2 where both are means of `averaged` estimates.
+    r"""Relative standard error of tr S / |G|^2, to first order; both are means of `averaged` estimates.
 
-    Of one step of n micro-batches and W tokens, with `_estimates`' S of the trace T and A of |G|^2::
+    For one step of n micro-batches and W tokens, where `_estimates` gives S of the trace T and A of
+    |G|^2::
 
         Var S = 2 tr C^2 / (n - 1) + k / W
         Var A = 4 G'CG / W + 2 n tr C^2 / ((n - 1) W^2)

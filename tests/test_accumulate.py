@@ -1,4 +1,4 @@
-"""Accumulation: the inner optimizer runs when there is something to do, and sees the right mean."""
+"""Accumulation: the inner optimizer runs only when an update is due, and gets the right mean."""
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def test_the_inner_optimizer_runs_once_per_emission():
         found.append(float(updates[0]))
     jax.effects_barrier()
     assert len(runs) == 2
-    # Means 1.5 and 5.5; the second emission is the schedule's second tick.
+    # The means are 1.5 and 5.5; the second emission is the second count of the schedule.
     assert found == [0, 0, 0, -1.5, 0, 0, 0, -11.0]
     assert int(state.count) == 2
 
@@ -41,7 +41,7 @@ def test_the_mean_is_weighted_by_tokens_and_kept_in_float32():
     params = jnp.zeros(1, jnp.bfloat16)
     state = tx.init(params)
     assert state.buffer.dtype == jnp.float32
-    # In bfloat16 256 + 1 is 256.
+    # In bfloat16, 256 + 1 is 256.
     for grads, tokens in ((256.0, 1), (1.0, 2), (-256.0, 1)):
         assert float(state.count) == 0
         updates, state = tx.update(jnp.array([grads], jnp.bfloat16), state, params, tokens=tokens)
@@ -74,7 +74,7 @@ def test_equals_one_large_batch_for_an_optimizer_with_state():
             mean = jax.tree.map(lambda *g: sum(g) / 3, *grads[at - 2 : at + 1])
             updates, plain_state = plain.update(mean, plain_state, other)
             other = optax.apply_updates(other, updates)
-    # Of two updates of 0.1, 16 roundings each; of the parameter, one for each, and so of both.
+    # Two updates of 0.1 have 16 roundings each; the parameter has one for each update, in both programs.
     np.testing.assert_allclose(params["w"], other["w"], rtol=8 * UNIT)
 
 
@@ -149,12 +149,12 @@ def test_scanned_gradients_weight_micro_batches_by_tokens():
         values, mask = batch
         return jnp.sum(params * values * mask) / jnp.sum(mask)
 
-    # The third micro-batch has no token: its mean is 0/0.
+    # The third micro-batch has no tokens: its mean is 0/0.
     values, mask = jnp.arange(6.0), jnp.array([1.0, 1, 0, 0, 1, 0])
     tokens = lambda batch: jnp.sum(batch[1])
     found = micro_batch_value_and_grad(masked_mean, 3, tokens)(jnp.float32(1.0), (values, mask))
     expected = jax.value_and_grad(masked_mean)(jnp.float32(1.0), (values, mask))
-    # A mean, its weight, and their product and sum.
+    # A mean, its weight, their product and the sum.
     np.testing.assert_allclose(found, expected, rtol=4 * UNIT)
 
 
@@ -191,7 +191,7 @@ def test_sharded_parameters_keep_their_sharding(kind):
         params, grads = jax.device_put((value, value / 7), NamedSharding(mesh, P("data")))
         updates, state = run(params, grads)
     assert updates.sharding.is_equivalent_to(params.sharding, 2)
-    if kind == AxisType.Explicit:  # where `init` knows the shardings
+    if kind == AxisType.Explicit:  # `init` knows the shardings there
         assert state.inner.buffer.sharding.is_equivalent_to(params.sharding, 2)
     expected, plain = run(value, value / 7)
     assert furthest(updates, expected) <= HALF

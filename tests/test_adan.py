@@ -1,4 +1,4 @@
-"""Adan's restarts, and the coefficient that others have wrong."""
+"""Adan's restarts, and the coefficient that other implementations get wrong."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +23,7 @@ def directions(tx, grads=GRADS, restart_at=None):
 
 
 def test_the_authors_coefficient():
-    """By hand from the authors' file; optax.adan 0.2.8 gives 1, 0.935, 0.532, 0.679, 0.614."""
+    """Computed by hand from the authors' file; optax.adan 0.2.8 gives 1, 0.935, 0.532, 0.679, 0.614."""
     m, v, n, last, expected = 0.0, 0.0, 0.0, 1.0, []
     for k, g in enumerate(np.asarray(GRADS, np.float64)[:, 0], 1):
         change, last = g - last, g
@@ -32,7 +32,7 @@ def test_the_authors_coefficient():
         direction = m / (1 - 0.98**k) + 0.92 * v / (1 - 0.92**k)
         expected.append(direction / np.sqrt(n / (1 - 0.99**k)))
     np.testing.assert_allclose(expected, [1, 0.7195, -0.0334, 0.4142, 0.2358], rtol=0, atol=5e-5)
-    # Three roundings per step in each of the moments, whose quotients are 1 or less, and their sum.
+    # Three roundings per step in each moment; their quotients are at most 1, and are then summed.
     found, _ = directions(ravine.scale_by_adan())
     np.testing.assert_allclose(found, expected, rtol=0, atol=32 * UNIT)
 
@@ -53,12 +53,12 @@ def test_the_condition_restarts_by_itself_and_counts_its_own_path():
     assert int(state.count) == 2
 
     _, state = directions(ravine.scale_by_adan(restart_condition=lambda count, path: path < 0))
-    # The path by hand: the sum of u^2 sqrt(n).
+    # The path, computed by hand: the sum of u^2 sqrt(n).
     length, n, last = 0.0, 0.0, None
     for u, g in zip(plain, np.asarray(GRADS)[:, 0], strict=True):
         n = 0.99 * n + 0.01 * (g + 0.92 * (0.0 if last is None else g - last)) ** 2
         length, last = length + u**2 * np.sqrt(n), g
-    # Five terms; of the root of n, half of three roundings per step and of the square's.
+    # Five terms, and half the roundings under the root of n: three per step and those of the square.
     np.testing.assert_allclose(state.path, length, rtol=16 * UNIT)
 
 

@@ -1,4 +1,4 @@
-"""QK-norm, safe softmax, largest logits and QK-clip, for MHA, GQA, MQA and MLA."""
+"""QK-norm, safe softmax, largest logits and QK-clip, with MHA, GQA, MQA and MLA."""
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +23,12 @@ B, T, H, K, R, D = 2, 5, 4, 6, 3, 7
 
 
 def normal(rng, *shape):
-    """Normal, float32; in float64 where `jax.enable_x64` holds."""
+    """Normal arrays in float32, or in float64 under `jax.enable_x64`."""
     return jnp.array(rng.normal(size=shape))
 
 
 def plain_attention(q, k, v, cap=None):
-    """Causal, head by head in NumPy, float64; also the largest logit of each head."""
+    """Causal attention, head by head in float64 NumPy; also returns the largest logit of each head."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out, highest = np.zeros((*q.shape[:3], v.shape[-1])), np.full(q.shape[2], -np.inf)
     for b in range(q.shape[0]):
@@ -94,8 +94,8 @@ def test_finite_under_extreme_logits_and_masks(dtype):
         return jnp.sum(found.mixed.astype(jnp.float32)), found
 
     (_, found), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(q)
-    np.testing.assert_array_equal(found.max_logits, 2e4)  # whole numbers and powers of two
-    np.testing.assert_array_equal(found.mixed[0, 1], 0)  # it sees nothing
+    np.testing.assert_array_equal(found.max_logits, 2e4)  # exact: whole numbers and powers of two
+    np.testing.assert_array_equal(found.mixed[0, 1], 0)  # this query sees no keys
     assert bool(jnp.all(jnp.isfinite(found.mixed)))
     assert bool(jnp.all(jnp.isfinite(grads)))
 
@@ -118,8 +118,8 @@ def test_qk_norm_bounds_the_logits_whatever_the_weights(full_width):
     small = qk_norm(q, k, full_width=full_width)
     large = qk_norm(1e3 * q, 1e3 * k, full_width=full_width)
     mean_square = lambda x: np.mean(np.float64(x) ** 2, axis=(-2, -1) if full_width else -1)
-    # A mean of at most 24 squares, its root and two products: 16 units. What eps = 1e-6 adds to the
-    # smallest mean is lost of it.
+    # A mean of at most 24 squares, its root and two products: 16 units. In addition, eps = 1e-6 removes
+    # this share of the smallest mean square.
     rounding, lost = 16 * UNIT, 1e-6 / mean_square(q).min()
     np.testing.assert_allclose(small[0], large[0], rtol=lost / 2 + 2 * rounding)
     bound = K**0.5 * (1 if not full_width else (H * 2) ** 0.5)
@@ -158,13 +158,13 @@ def test_qk_clip_multiplies_the_logits_of_each_head_by_its_own_factor(groups):
     after = clip_weights(params, weights)
     expected = logits(params) * jnp.array(GAMMA)[None, :, None, None]
     assert furthest(logits(after), expected) <= HALF
-    for name in params:  # nothing grows
+    for name in params:  # no weight grows
         assert bool(jnp.all(jnp.abs(after[name]) <= jnp.abs(params[name])))
-    if groups == 4:  # the rule of Kimi K2
+    if groups == 4:  # this is the rule of Kimi K2
         factor = np.repeat(np.sqrt(GAMMA), K)[None]
         for name in params:
             np.testing.assert_allclose(after[name], params[name] * factor, rtol=HALF)
-    if groups == 2:  # head 1 is within bounds, so the key it shares with head 0 stays
+    if groups == 2:  # head 1 is within bounds, so the key it shares with head 0 does not change
         np.testing.assert_array_equal(after["key"][:, :K], params["key"][:, :K])
         factor = np.repeat([1, np.sqrt(0.5)], K)[None]
         np.testing.assert_allclose(after["key"], params["key"] * factor, rtol=HALF)

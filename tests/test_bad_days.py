@@ -1,6 +1,6 @@
-"""Bad days: one bad gradient, or one at every step, and what is left of the run.
+"""Bad gradients, at one step or at every step, and how the run recovers.
 
-A poisoned step is data to one compiled run an optimizer: which value stands where, from which step on.
+The poison is an input to one compiled run per optimizer: the value, its position and its first step.
 """
 
 import functools
@@ -16,7 +16,7 @@ import ravine
 from .optimizers_table import builder
 
 POISONED, STEPS = 40, 150
-LATER = slice(POISONED + 90, POISONED + 101)  # when sizes are compared
+LATER = slice(POISONED + 90, POISONED + 101)  # the steps at which update sizes are compared
 BAD = (math.nan, math.inf, -math.inf, 1e20, 1e30, -1e38)
 PLACES = ("element", "block", "bias", "everything")
 SHAPES = {"kernel": (8, 12), "bias": (12,)}
@@ -26,7 +26,7 @@ OTHERS = tuple(sorted(set(ravine.names()) - set(GATED)))
 
 @functools.cache
 def gradients():
-    """Of correlated rows and columns, their spectrum a power law."""
+    """Gradients with correlated rows and columns and a power-law spectrum."""
     rng = np.random.default_rng(0)
     sides = [np.linalg.qr(rng.normal(size=(n, n)))[0] / np.arange(1, n + 1) for n in (8, 12)]
     noise = rng.normal(size=(STEPS, 8, 12)) + 0.3 * rng.normal(size=(8, 12))
@@ -36,7 +36,7 @@ def gradients():
 
 
 def poison(place, bad):
-    """What takes the gradients' place, NaN-safe: masks and a value."""
+    """Overwrites gradients with a value where a mask is set; handles NaN correctly."""
     masks = {name: np.zeros(shape, bool) for name, shape in SHAPES.items()}
     if place in ("block", "everything"):
         masks["kernel"][:] = True
@@ -49,7 +49,7 @@ def poison(place, bad):
 
 @functools.cache
 def runner(name, guarded=False):
-    """From a poison and the steps it is given at, to the norms of updates, and the state at the end."""
+    """Maps a poison and its steps to the norms of all updates and the final state."""
     tx = builder(name)(1e-2)
     tx = ravine.stability.finite_gate(tx) if guarded else tx
     params = {name: jnp.zeros(shape) for name, shape in SHAPES.items()}
@@ -76,7 +76,7 @@ def clean(name, guarded=False):
 
 
 def recovers(name, bad, place, guarded=False):
-    """Everything stays finite, and updates are soon of the size they would have been."""
+    """Checks that everything stays finite and that updates soon return to their normal size."""
     when = np.arange(STEPS) == POISONED
     (params, state), norms = runner(name, guarded)(*poison(place, bad), when)
     for path, x in jax.tree_util.tree_leaves_with_path((params, state)):
@@ -122,24 +122,25 @@ def test_bad_gradients_at_every_step_leave_everything_finite_and_calm(name, guar
     )
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((params, state)))
     for leaf, undisturbed in clean(name, guarded).items():
-        # What momentum is left ebbs away; only SOAP-Muon's steps are of one size, whatever is left.
+        # Remaining momentum decays; only SOAP-Muon takes steps of one size however small the momentum
+        # is.
         bound = 1 if name == "soap_muon" else 0.25
         assert np.max(norms[leaf][LATER]) <= bound * np.max(undisturbed)
 
 
 def test_adam_alone_freezes_where_squares_overflow():
-    """As its docstring says: the second moment is infinite for ever, the step zero."""
+    """As its docstring says: the second moment stays infinite, so the step stays zero."""
     when = np.arange(STEPS) == POISONED
     (_, state), norms = runner("adamw")(*poison("block", 1e20), when)
     assert np.all(np.isinf(optax.tree.get(state, "nu")["kernel"]))
-    # What is left is weight decay.
+    # Only weight decay is left.
     assert np.max(norms["kernel"][POISONED + 1 :]) < 0.01 * np.min(norms["kernel"][:POISONED])
     assert np.max(norms["bias"][LATER]) > 0.1 * np.max(norms["bias"][:POISONED])
 
 
 @pytest.mark.parametrize("name", ["soap", "kl_shampoo", "soap_muon"])
 def test_parameters_do_not_decay_before_the_first_update_that_moves_them(name):
-    """Their first update sets the bases only; one that a guard skips is none."""
+    """The first update only sets the bases; an update skipped by a guard does not count as one."""
     tx = ravine.stability.finite_gate(getattr(ravine, name)(1e-2, weight_decay=0.5))
     params = {"kernel": jnp.ones((4, 6))}
     state = tx.init(params)
@@ -159,7 +160,7 @@ GUARDS = {
 
 @functools.cache
 def regression(name, guard):
-    """From one bad element and its step to the loss at the end: least squares, 8 x 12 weights, noise."""
+    """Maps a bad element and its step to the final loss: least squares, 8 x 12 weights, noise."""
     tx = GUARDS[guard](getattr(ravine, name)(ravine.schedules.cosine(0.01, LAST)))
     tx = optax.with_extra_args_support(tx)
     rng = np.random.default_rng(0)
@@ -201,7 +202,7 @@ _slow = functools.partial(pytest.param, marks=pytest.mark.slow)
         ("kl_shampoo", "clip_by_global_norm", 1e4, FIRST),
         _slow("shampoo", None, 1e20, FIRST),
         _slow("kl_shampoo", None, 1e20, FIRST),
-        # Before its 64 steps of warm-up, skip_step lets everything in.
+        # skip_step accepts everything during its 64 steps of warm-up.
         *(
             _slow(name, guard, bad, at)
             for name in ("shampoo", "soap", "kl_shampoo")

@@ -1,7 +1,7 @@
-"""Bad days of a run and its folder: what a race survives, and what ends it between two steps.
+"""Bad days of a run and its folder: what a race survives, and what makes it stop between two steps.
 
-docs/reliability.md has the promises. Refusals are in test_bad_days_refused.py; what needs real
-processes, a full disk or signals at random times is in test_bad_days_processes.py.
+docs/reliability.md states the guarantees. Refusals are tested in test_bad_days_refused.py; cases that
+need real processes, a full disk or signals at random times are in test_bad_days_processes.py.
 """
 
 import errno
@@ -33,7 +33,8 @@ race, day = bad_days.race, bad_days.day
 
 def sealed_and_flipped(day):
     (day.run / "outcome.json").unlink()
-    # In a name, which Orbax would refuse by itself if it read it before the seal is compared.
+    # Flips a bit in a name: Orbax itself would reject the file if it read it before the seal is
+    # compared.
     path = day.run / "checkpoints" / "6" / "_CHECKPOINT_METADATA"
     flipped = path.read_bytes().replace(b"init_timestamp", b"init_timestam0")
     assert flipped != path.read_bytes()
@@ -42,7 +43,7 @@ def sealed_and_flipped(day):
 
 
 def older_flipped(day):
-    """The newest is sound; Orbax reads the metadata of all."""
+    """The newest checkpoint is intact, but Orbax reads the metadata of all checkpoints."""
     (day.run / "outcome.json").unlink()
     path = day.run / "checkpoints" / "4" / "_CHECKPOINT_METADATA"
     path.write_bytes(path.read_bytes().replace(b"init_timestamp", b"init_timestam0"))
@@ -117,7 +118,7 @@ def full_at_a_checkpoint(day):
 
 
 def text_changes(change):
-    """Tokens on disk, changed once the second run has made two steps."""
+    """Tokens on disk that change once the second run has made two steps."""
 
     def make(day):
         path = write_bin(day, (7, 60), count=40_000)
@@ -186,7 +187,7 @@ def test_a_signal_ends_a_race_between_two_steps_and_it_resumes(number, status, d
             on_record(record)
             if outcome.name == "lion" and record["step"] == 2:
                 signal.raise_signal(number)
-                for _ in range(1000):  # the thread that notes it
+                for _ in range(1000):  # waits for the thread that records it
                     if interrupts.pending():
                         break
                     time.sleep(0.01)
@@ -233,7 +234,7 @@ def test_races_are_not_read_as_text_and_names_and_vocabularies_are_taken_as_give
 
 
 def test_a_subfolder_that_cannot_be_read_is_named():
-    """Root may read anything, so the process is another user while it looks."""
+    """Root may read everything, so the process switches to another user for the check."""
     with tempfile.TemporaryDirectory() as made:
         root = Path(made)
         root.chmod(0o755)
@@ -290,7 +291,7 @@ def test_a_race_in_which_all_diverge_fails_and_its_records_are_json(day, capsys)
     last = records(day.new / "sgd")[-1]
     assert None in last.values()
     assert json.loads((day.new / "sgd" / "outcome.json").read_text())["status"] == "diverged"
-    # Null is read back as NaN, and the race comes out the same.
+    # Null is read back as NaN, and the result of the race is the same.
     assert launch([*words, "--resume"]) == 1
 
 
@@ -301,7 +302,7 @@ def test_divergence_before_the_first_update_is_not_blamed_on_the_optimizer(day, 
 
 
 class Broken(io.StringIO):
-    """A stream that works once."""
+    """A stream that works only once."""
 
     written = 0
 

@@ -34,14 +34,14 @@ def environment(**changes):
         **os.environ,
         "PYTHONPATH": str(Path(ravine.__file__).parents[1]),
         "JAX_PLATFORMS": "cpu",
-        # What was compiled before would leave nothing to interrupt.
+        # With programs from the cache, there would be no compilation to interrupt.
         "JAX_ENABLE_COMPILATION_CACHE": "false",
         **changes,
     }
 
 
 def finished(words, before=(), **changes):
-    """A process that ran to its end: status, stdout, stderr."""
+    """A process that ran to completion: status, stdout, stderr."""
     done = subprocess.run(
         [*before, sys.executable, "-m", "ravine", *words],
         env=environment(**changes),
@@ -54,7 +54,7 @@ def finished(words, before=(), **changes):
 
 @contextlib.contextmanager
 def started(words):
-    """A process whose command line has been reached; none outlives it."""
+    """A process that has reached its command line; the context kills it at the end."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     arguments = [sys.executable, "-m", "ravine", *words]
     process = subprocess.Popen(arguments, env=environment(), **pipes)
@@ -68,7 +68,7 @@ def started(words):
 
 
 def mask(status):
-    """The signals that a process catches, SIGTERM among them once its command line is reached."""
+    """The signals that a process catches; SIGTERM is one of them once the command line is reached."""
     line = next(line for line in status.read_text().splitlines() if line.startswith("SigCgt"))
     return int(line.split()[1], 16)
 
@@ -87,7 +87,7 @@ def ended(process):
 
 
 def assert_kept(out, told, names):
-    """What had ended is there, is reported and may be resumed."""
+    """Everything that was finished is still there, appears in the report and can be resumed."""
     for name in names:
         assert json.loads((out / name / "outcome.json").read_text())["status"] == "finished"
         assert name in told
@@ -97,7 +97,7 @@ def assert_kept(out, told, names):
 def test_ctrl_c_while_compiling_is_no_crash_and_the_folder_is_free_again(text, tmp_path):
     out = tmp_path / "race"
     with started(command(text, out, optimizers="adamw")) as process:
-        wait((out / "adamw" / "metrics.jsonl").exists, process)  # then it compiles
+        wait((out / "adamw" / "metrics.jsonl").exists, process)  # compilation starts now
         process.send_signal(signal.SIGINT)
         time.sleep(0.1)
         process.send_signal(signal.SIGINT)
@@ -123,7 +123,7 @@ def test_signals_at_any_time_end_a_race_with_their_status(seed, text, tmp_path):
             time.sleep(chance.random())
             process.send_signal(number)
         status, told, err = ended(process)
-    if status == 0:  # it had ended by then
+    if status == 0:  # it had already finished
         assert "report:" in told
         return
     assert status == 128 + number, (twice, err)
@@ -142,7 +142,7 @@ def test_a_killed_race_is_resumed_bitwise_and_a_live_one_is_left_alone(text, tmp
     words = {"optimizers": "sgd,lion", "steps": 300}
     with started(command(text, out, "--checkpoint-every", "20", **words)) as process:
         wait((out / "lion" / "checkpoints" / "100").exists, process)
-        process.send_signal(signal.SIGSTOP)  # alive, and it ends no sooner than it is killed
+        process.send_signal(signal.SIGSTOP)  # still alive, and it runs until it is killed
         for flag in ("--overwrite", "--resume"):
             assert main(command(text, out, "--checkpoint-every", "20", flag, **words)) == 2
             assert f"in use by process {process.pid} on " in capsys.readouterr().err
@@ -161,7 +161,7 @@ mounts = pytest.mark.skipif(
 
 
 def mounted(where, options):
-    """A prefix of a command that gives it a small file system of its own."""
+    """A command prefix that gives the process a small file system of its own."""
     where.mkdir()
     script = f'mount -t tmpfs -o {options} tmpfs "$0" && exec "$@"'
     return ["unshare", "-m", "sh", "-c", script, str(where)]
@@ -197,7 +197,7 @@ def test_a_read_only_disk_is_refused_in_one_line(text, tmp_path):
 ENVIRONMENTS = [
     ({"JAX_PLATFORMS": "cuda"}, 2, "no device of JAX_PLATFORMS=cuda"),
     ({"JAX_PLATFORMS": "abacus"}, 2, "JAX_PLATFORMS=abacus"),
-    ({"MPLBACKEND": "bogus"}, 0, ""),  # a race does not draw with Matplotlib
+    ({"MPLBACKEND": "bogus"}, 0, ""),  # a race does not use Matplotlib
     ({"PYTHONIOENCODING": "ascii"}, 0, ""),
     ({"LC_ALL": "C", "COLUMNS": "20"}, 0, ""),
     ({"HOME": "/nonexistent", "TMPDIR": "/nonexistent"}, 0, ""),

@@ -1,6 +1,7 @@
-"""Refusals of the command line, the folder and a resumed race: status 2, one line, every file as it was.
+"""Refusals by the command line, the folder and a resumed race: status 2, one line, no file changed.
 
-docs/reliability.md has the promises; what a race survives, or ends with, is in test_bad_days_folder.py.
+docs/reliability.md states the guarantees; what a race survives or stops on is in
+test_bad_days_folder.py.
 """
 
 import errno
@@ -72,7 +73,7 @@ COMMAND_LINE = [
 
 
 def at(name, content="mine"):
-    """A file of the user's in the race's folder."""
+    """A file of the user's inside the race's folder."""
 
     def make(day):
         (day.out / name).parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +84,7 @@ def at(name, content="mine"):
 
 
 def linked(name):
-    """A link in the race's folder that leads out of it."""
+    """A link in the race's folder that points outside it."""
 
     def make(day):
         path = day.out / name
@@ -108,7 +109,7 @@ def dangling(day):
 
 
 def project(content):
-    """Somebody's project, with a file that is named like a race's."""
+    """Somebody's project, with a file that has the same name as a race's file."""
 
     def make(day):
         day.elsewhere.joinpath("race.json").write_text(content)
@@ -146,7 +147,7 @@ def held(*words):
 
 
 def refusing(method, number, words):
-    """The system refuses what a `Path` does below the folder `new`; as root no file's mode does."""
+    """Makes a `Path` operation fail below the folder `new`: file modes do not stop root."""
 
     def make(day):
         original = getattr(Path, method)
@@ -215,7 +216,7 @@ def halved(content):
 
 
 def edited(*path, value):
-    """JSON with another value."""
+    """JSON with one value changed."""
 
     def change(content):
         whole = tree = json.loads(content)
@@ -315,8 +316,8 @@ def test_a_fault_is_refused_in_one_line_and_nothing_is_changed(fault, day, capsy
     assert status == 2
     assert complaint.count("\n") == 1
     after = tree(day.path)
-    if fault.name == "the disk is full at once":  # what is made by then is an empty folder
+    if fault.name == "the disk is full at once":  # only an empty folder was created by then
         after.pop(day.new)
-    elif fault.name == "every checkpoint zeroed":  # found by the run, when the race had begun
+    elif fault.name == "every checkpoint zeroed":  # found by the run after the race had begun
         after.pop(day.out / "report.html"), before.pop(day.out / "report.html")
     assert after == before

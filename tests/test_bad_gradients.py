@@ -1,4 +1,4 @@
-"""Gradients that do not fit the parameters are refused at the first update, by path and both shapes."""
+"""Gradients that do not fit the parameters are refused at the first update by path and both shapes."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ SIZES = (2, 3, 4, 6)
 
 
 def tree_of(names, draw):
-    """Parameters under some of the names, as shapes alone, and their gradients."""
+    """Parameters (shapes only) under some of the names, and their gradients."""
     tree = {}
     for name in names:
         *rooms, last = name.split("/")
@@ -28,7 +28,7 @@ def tree_of(names, draw):
 
 
 def replaced(tree, path, new):
-    """The tree with another leaf there; None takes it out."""
+    """The tree with one leaf replaced, or removed if the new leaf is None."""
     key, *rest = path
     inside = {k: v for k, v in tree.items() if k != key}
     inner = replaced(tree[key], rest, new) if rest else new
@@ -39,7 +39,7 @@ def struct(*shape, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-# From a shape to what stands there instead, and what is said of it.
+# Each fault: a function from the shape to the wrong leaf, and the expected words of the error.
 FAULTS = {
     "broadcasts": lambda shape: (struct(*shape[:-1], 1), "has shape"),
     "has an axis more": lambda shape: (struct(5, *shape), "has shape"),
@@ -56,7 +56,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("row", TABLE, ids=[row.label for row in TABLE])
 def test_gradients_that_do_not_fit_are_refused(row):
-    """Twenty trees for every optimizer: nothing is computed before it refuses."""
+    """Twenty trees per optimizer: each is refused before anything is computed."""
     draw = np.random.default_rng(sum(map(ord, row.label)))
     tx = row.build()
     for number in range(2 * len(FAULTS)):

@@ -1,6 +1,6 @@
-"""Every builder, every argument, every kind of bad value: refused by the argument's name, or it works.
+"""Every builder, every argument, every kind of bad value: it is refused by name, or it works.
 
-The cases are made from the signatures, so that what is added is attacked too. Nothing is compiled here.
+The cases are generated from the signatures, so new arguments are covered too. Nothing is compiled here.
 """
 
 import inspect
@@ -30,11 +30,11 @@ GUARD = stability.finite_gate(ravine.sgd(0.1))
 
 @pytest.fixture(autouse=True)
 def own_registry(monkeypatch):
-    """Names that `register` accepts here are not registered for the tests of other files."""
+    """Names that `register` accepts here do not reach the tests of other files."""
     monkeypatch.setattr(registry, "_BUILDERS", dict(registry._BUILDERS))
 
 
-# What is required, by name; by builder where a name means different things.
+# Required arguments, by name; by builder where a name has several meanings.
 VALID = {
     "amount": 4,
     "base": ravine.sgd(0.1),
@@ -179,7 +179,7 @@ ARRAYS = {
     "NumPy's negative",
     "JAX's negative",
 }
-# What an argument is called in a sentence.
+# What error messages call an argument.
 SAID = {
     "boundaries": "boundary",
     "checkpoints": "checkpoint",
@@ -190,7 +190,7 @@ SAID = {
     "schedules": "schedule",
     "text": "option",
 }
-# Of these a mesh decides, and JAX says so.
+# Whether these are valid depends on the mesh, and JAX reports the error.
 AXIS_NAMES = {"axis_name", "vocabulary_axis", "token_axes"}
 
 
@@ -199,8 +199,9 @@ def builders():
         for name in package.__all__:
             thing = getattr(package, name)
             is_state = inspect.isclass(thing) and issubclass(thing, tuple)
-            # Axes are refused where they meet a parameter, by its path (tests/test_layout.py), and
-            # `gathered` is called inside `shard_map` (tests/test_noise_scale.py).
+            # Axes are checked when they are applied to a parameter, and the error gives its path
+            # (tests/test_layout.py); `gathered` is called inside `shard_map`
+            # (tests/test_noise_scale.py).
             is_elsewhere = name in ("MatrixAxes", "gathered")
             is_other = is_elsewhere or (is_state and name not in ("HeadWeights", "Stacked"))
             if callable(thing) and not is_other:
@@ -209,7 +210,7 @@ def builders():
 
 
 def refused(annotation: Any, name: str) -> set[str]:
-    """What must be refused, told by the annotation alone."""
+    """The values that must be refused, derived from the annotation alone."""
     if annotation in (Any, optax.Params, inspect.Parameter.empty):
         return set(VALUES) - {"None", "a class"} if name.endswith("dtype") else set()
     origin, inside = get_origin(annotation), get_args(annotation)
@@ -218,7 +219,7 @@ def refused(annotation: Any, name: str) -> set[str]:
     if origin in (Union, types.UnionType):
         if set(get_args(optax.Params)) <= set(inside):
             return set()
-        # An array beside a number is a number in an array.
+        # Where an annotation allows both an array and a number, the array is a number in an array.
         kinds = [each for each in inside if not (each is jax.Array and float in inside)]
         return set.intersection(*(refused(kind, name) for kind in kinds))
     if annotation is types.NoneType:
@@ -251,7 +252,7 @@ def valid_arguments(name, builder):
 
 
 def cases(name, builder):
-    """Every argument with every value, but what only shapes or a mesh can tell."""
+    """Every argument with every bad value, except those that only shapes or a mesh can reveal."""
     arguments = valid_arguments(name, builder)
     for p in inspect.signature(builder).parameters.values():
         bad = refused(p.annotation, p.name)

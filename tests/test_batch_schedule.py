@@ -1,4 +1,4 @@
-"""Batches that grow: the same data in other pieces, rates by rule, exact after an interruption."""
+"""Growing batches: the same data in other pieces, rates by rule, exact after an interruption."""
 
 import dataclasses
 import itertools
@@ -32,7 +32,7 @@ SIZES = {"model": MODEL, "batch_size": 8, "eval_batches": 1, "eval_every": 100}
 
 
 def train(corpus, folder, stop=None, **options):
-    """The outcome and records of a run that may be stopped after a step."""
+    """The outcome and records of a run, which may be stopped after a given step."""
     run = RunConfig(**SIZES | options)
     (entrant,) = line_up("adamw")
     folder.mkdir(exist_ok=True)
@@ -55,7 +55,7 @@ def test_a_ramp_that_is_interrupted_is_the_one_that_is_not(corpus, tmp_path, mon
     def counted(graphdef, tx, micro_batches, **options):
         step = make(graphdef, tx, micro_batches, **options)
 
-        def counting(state, batch):  # called while it is traced, once per program
+        def counting(state, batch):  # runs while tracing: once per program
             sizes.append(batch.shape[0])
             events.append("traced")
             return step(state, batch)
@@ -70,12 +70,12 @@ def test_a_ramp_that_is_interrupted_is_the_one_that_is_not(corpus, tmp_path, mon
     monkeypatch.setattr(programs, "make_train_step", counted)
     monkeypatch.setattr(loop, "cost_of", priced)
     options = {"steps": 4, "batches": RAMP, "checkpoint_every": 1, "log_every": 1}
-    # Time stops for a program once the step before is done.
+    # The clock must not stop for a program before the previous step is done.
     events, stop, wait = [], loop.Clock.stop, jax.block_until_ready
     monkeypatch.setattr(loop.Clock, "stop", lambda clock: events.append("stopped") or stop(clock))
     waited = lambda x: (events.append("waited") if isinstance(x, TrainState) else None) or wait(x)
     monkeypatch.setattr(jax, "block_until_ready", waited)
-    # 32 examples: 2 + 2 + 4 of the ramp, then three batches of 8.
+    # 32 examples: 2 + 2 + 4 in the ramp, then three batches of 8.
     run = RunConfig(**SIZES | options)
     assert [run.batch_sizes.at(at) for at in range(run.updates)] == [2, 2, 4, 8, 8, 8]
     outcome, whole = train(corpus, tmp_path / "whole", **options)
@@ -84,10 +84,10 @@ def test_a_ramp_that_is_interrupted_is_the_one_that_is_not(corpus, tmp_path, mon
     assert [record["step"] for record in whole] == [0, 1, 2, 3, 4, 5, 6]
     train(corpus, tmp_path / "cut", stop=3, **options)
     assert train(corpus, tmp_path / "cut", **options)[1] == whole
-    # The cost is that of the largest batch, and tokens are counted in this run's batches.
+    # The cost is that of the largest batch, and the tokens are those of this run's batches.
     two, four, eight = (cost.step_flop for cost in costs[:3])
     assert Cost(**outcome.cost) == costs[2]
-    assert eight - four == 2 * (four - two) > 0  # but for what is done once, a step
+    assert eight - four == 2 * (four - two) > 0  # except for work done once per step
     assert outcome.batch_sizes == run.batch_sizes
 
 
@@ -98,15 +98,15 @@ def test_the_data_are_those_of_a_constant_batch_in_other_pieces(corpus):
     many = OfManySizes(each, 4, (0,), 1)
     np.testing.assert_array_equal(np.concatenate([many.take(n) for n in (2, 4, 6, 8)]), expected)
     assert many.get_state() == {"next_example": 20}
-    # Whether the file has changed is asked once per batch.
+    # The file is checked for changes once per batch.
     asked, watched = [], dataclasses.replace(corpus)
     object.__setattr__(watched, "check_unchanged", lambda: asked.append(True))
     OfManySizes(train_rows(watched, context=16, seed=3), 4, (0, 1), 2).take(8)
     assert len(asked) == 1
-    # Of two shards each has its half of every batch.
+    # Each of two shards has its half of every batch.
     half = OfManySizes(each, 4, (1,), 2)
     np.testing.assert_array_equal(half.take(8), expected[4:8])
-    # Either goes on from where the other was.
+    # Either one resumes from the position of the other.
     one = OfOneSize(train_batches(corpus, batch_size=4, context=16, seed=3), 4)
     one.set_state({"next_example": 12})
     np.testing.assert_array_equal(one.take(4), expected[12:16])
@@ -146,8 +146,9 @@ def test_seesaw_has_the_rates_of_its_rule_and_a_bound():
         rtol=8 * UNIT,
     )
     by_line = np.asarray(run.learning_rate(1.0, "linear")(counts))
-    np.testing.assert_allclose(by_line[free], 1.0, rtol=8 * UNIT)  # SGD's stay where they are
-    # At its bound the batch stays, and the rate falls to the reference's end.
+    np.testing.assert_allclose(by_line[free], 1.0, rtol=8 * UNIT)  # the rates of SGD do not change
+    # Once the batch reaches its bound it stays there, and the rate falls to the end of the reference
+    # schedule.
     bound = np.asarray(run.learning_rate(1.0, "sqrt")(counts))[sizes == 32]
     offsets = np.array([run.batch_sizes.data_offset(at) for at in range(run.updates)])[sizes == 32]
     # Half of a schedule, times two.

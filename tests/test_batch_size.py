@@ -1,4 +1,4 @@
-"""The critical batch size: of a problem where it is known, of a small model, and what is refused."""
+"""The critical batch size: where it is known exactly, for a small model, and refused input."""
 
 import argparse
 import json
@@ -13,11 +13,11 @@ from ravine.training.batch_size.fit import fit_critical_batch
 from ravine.training.batch_size.rescale import rescaled
 from ravine.training.cli import main
 
-NOISE = 64.0  # the variance of a gradient's coordinate over its square: the critical batch size
+NOISE = 64.0  # the critical batch size: a gradient coordinate's variance over its square
 
 
 def descend(batch, factor, seed, target=0.05):
-    """Steps of SGD on a ravine whose noise is proportional to the gradient, coordinate by coordinate.
+    """SGD on a ravine-shaped loss whose gradient noise is proportional to each gradient coordinate.
 
     A step is theta (1 - e c (1 + xi)), with xi of variance NOISE / B. Steep coordinates stay bounded up
     to e = 2 / (1 + NOISE / B), so the fastest descent along the flat ones takes steps in proportion to
@@ -25,7 +25,7 @@ def descend(batch, factor, seed, target=0.05):
     """
     rng = np.random.default_rng(seed)
     steep, flat = np.ones(256), np.ones(256)
-    rate = factor * batch / NOISE  # linear, as the rule for SGD has it
+    rate = factor * batch / NOISE  # linear, following the rule for SGD
     for step in range(1, 4000):
         for theta, curvature in ((steep, 1.0), (flat, 0.02)):
             noise = rng.normal(size=256) * math.sqrt(NOISE / batch)
@@ -44,14 +44,14 @@ def test_a_known_critical_batch_size_is_found():
     found = fit_critical_batch(steps)
     assert found.batch == pytest.approx(NOISE, rel=0.3)
     assert found.low < found.batch < found.high
-    assert best[256] < best[16]  # beyond the critical size the linear rule asks for too much
+    assert best[256] < best[16]  # beyond the critical size, the linear rule asks for too much
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():
-    """Of 100 problems with a known answer, 90 are expected inside; fewer than 78 has a chance of 1e-4.
+    """With 100 known answers, 90 should be inside; fewer than 78 has a probability of 1e-4.
 
-    A bootstrap over n = 8 runs is too narrow by sqrt(7 / 8): 88 are expected of it, and 76 has a chance
-    of 1e-3.
+    A bootstrap over n = 8 runs is too narrow by sqrt(7 / 8), so 88 are expected, and 76 has a
+    probability of 1e-3.
     """
     rng = np.random.default_rng(0)
     hits = 0
@@ -85,7 +85,7 @@ def test_steps_to_a_loss(losses, expected):
 def test_rules_by_optimizer(name, rate, decay):
     found = rescaled(OptimizerConfig(name), 1.0, 1.0, 4)
     assert (found.learning_rate, found.weight_decay) == (rate, decay)
-    # What a token decays stays: learning rate times decay grows with the batch.
+    # The decay per token stays the same: learning rate times decay grows with the batch.
     assert found.learning_rate * found.weight_decay == 4.0
 
 
@@ -114,7 +114,7 @@ SMALL = {
 
 
 def test_the_command_goes_on_where_it_was_stopped(tmp_path, capsys):
-    text_file = Path(argparse.__file__)  # a hundred kilobytes of Python
+    text_file = Path(argparse.__file__)  # 100 kB of Python
     small = " ".join(f"--{name} {value}" for name, value in SMALL.items()).split()
     words = ["batch-size", *small, "--data", str(text_file), "--out", str(tmp_path)]
     assert main(words) == 0
@@ -128,7 +128,7 @@ def test_the_command_goes_on_where_it_was_stopped(tmp_path, capsys):
 
     (tmp_path / "branches.jsonl").write_text("\n".join(rows[:2]) + "\n")
     assert main(words) == 0
-    assert (tmp_path / "branches.jsonl").read_text().splitlines() == rows  # to the last digit
+    assert (tmp_path / "branches.jsonl").read_text().splitlines() == rows  # every digit matches
     assert json.loads((tmp_path / "answer.json").read_text()) == answer
 
     capsys.readouterr()

@@ -1,4 +1,4 @@
-"""The benchmarks take their flags, and run at a tiny size without peers; no figure is looked at."""
+"""The benchmarks accept their flags and run at a tiny size without peers; no measurement is checked."""
 
 import runpy
 import sys
@@ -20,13 +20,13 @@ TINY = {
 
 @pytest.fixture
 def command(monkeypatch):
-    """Runs a subcommand as from the shell; modules of the benchmarks are forgotten afterwards."""
+    """Runs a subcommand as from the shell; afterwards the benchmark modules are unloaded."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     before = set(sys.modules)
 
     def run(name, *flags):
         monkeypatch.setattr(sys, "argv", ["benchmarks", name, *flags])
-        # Optax promotes dtypes.
+        # Optax relies on dtype promotion.
         with jax.numpy_dtype_promotion("standard"), pytest.raises(SystemExit) as ended:
             runpy.run_path(str(FOLDER / "__main__.py"), run_name="__main__")
         return ended.value.code

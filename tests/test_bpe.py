@@ -1,4 +1,4 @@
-"""Text in tokens of byte-pair encoding: nothing lost, and losses that bytes can be compared with."""
+"""Text as byte-pair tokens: nothing is lost, and losses can be compared with those over bytes."""
 
 import json
 import math
@@ -30,7 +30,7 @@ def test_the_text_comes_back_and_its_ratio_is_counted(asked, text):
     assert corpus.bytes_per_token > 1.5
     assert f"{corpus.bytes_per_token:.2f} bytes per token" in corpus.description
     assert text_of(corpus.train[:3], corpus) == repr(corpus.decode(corpus.train[:3]))
-    # The same merges again are the same text; others are another.
+    # The same merges give the same text, other merges another one.
     again, other = corpus_of(asked(bpe=300)), corpus_of(asked(bpe=290))
     np.testing.assert_array_equal(again.train, corpus.train)
     assert again.fingerprint == corpus.fingerprint
@@ -52,7 +52,7 @@ def test_a_file_of_merges_is_read(asked, tmp_path):
     corpus = corpus_of(asked(tokenizer=tmp_path / "bpe.json"))
     assert corpus.vocabulary == 320
     assert "bpe.json" in corpus.description
-    # Numbers with holes between them reach beyond their count.
+    # Token numbers with gaps are larger than their count.
     merges = json.loads((tmp_path / "bpe.json").read_text())
     merges["model"]["vocab"]["Ġ"] = 1000
     (tmp_path / "bpe.json").write_text(json.dumps(merges))
@@ -62,7 +62,7 @@ def test_a_file_of_merges_is_read(asked, tmp_path):
 
 
 def test_every_held_out_piece_is_checked_for_loss(tmp_path):
-    """Lower case loses nothing of the training text, nor of the first piece of the held-out one."""
+    """Lower case loses nothing in the training text or in the first piece of the held-out text."""
     made = tokenizers.ByteLevelBPETokenizer(lowercase=True)
     made.train_from_iterator(["line after line"], vocab_size=260, show_progress=False)
     made.save(str(tmp_path / "lower.json"))
@@ -106,6 +106,6 @@ def test_impossible_options_are_refused(words, expected, text, tmp_path, capsys)
 def test_without_the_package_it_says_what_to_install(text, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(
         sys.modules, "tokenizers", None
-    )  # as Python has it for what cannot be imported
+    )  # Python's own marker for a module that cannot be imported
     assert race("--bpe", "300", text=text, out=tmp_path / "race") == 2
     assert "pip install 'ravine[bpe]'" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Cooldowns that branch off a checkpoint: the same past, another end, and the run left as it is."""
+"""Cooldowns that branch off a checkpoint: the same past, another end, and an unchanged original run."""
 
 import json
 import math
@@ -23,7 +23,7 @@ def tree(folder):
 
 @pytest.fixture(scope="module")
 def long(text, tmp_path_factory):
-    """A run of six steps at a constant rate, all checkpoints of which are kept."""
+    """A six-step run at a constant rate that keeps all of its checkpoints."""
     out = tmp_path_factory.mktemp("race") / "long"
     words = [*LONG, "--checkpoint-every", "1", "--keep-checkpoints", "0"]
     with pytest.MonkeyPatch.context() as patch:
@@ -44,12 +44,12 @@ def test_a_cooldown_is_the_run_that_was_to_end_there(long, text, tmp_path, capsy
     meta = json.loads((branch / "sgd" / "meta.json").read_text())
     assert meta["branched_from"] == {"run": str(long / "sgd"), "step": 3}
     assert json.loads((branch / "race.json").read_text())["configuration"]["branch_from"]
-    # Resumed, it needs the run no more.
+    # On resumption, the branch no longer needs the original run.
     (branch / "sgd" / "outcome.json").unlink()
     again = [*ends, "--branch-from", f"{long}@3", "--resume"]
     assert race(*again, text=text, out=branch) == 0
     assert records(branch / "sgd") == records(whole / "sgd")
-    # Without a checkpoint of its own it does, and says so before it writes anything.
+    # Without a checkpoint of its own it still does, and says so before it writes anything.
     (branch / "sgd" / "outcome.json").unlink()
     shutil.rmtree(branch / "sgd" / "checkpoints")
     capsys.readouterr()

@@ -1,4 +1,4 @@
-"""A race whose results lie in a bucket, by fsspec's file system in memory."""
+"""A race whose results are in a bucket, using fsspec's in-memory file system."""
 
 import json
 import os
@@ -159,7 +159,7 @@ def test_what_cannot_be_copied_in_the_end_is_kept(memory, monkeypatch, capsys):
 
 
 def unplugged(monkeypatch, kind):
-    """A race that loses its network."""
+    """A race that loses its network connection."""
     with bucket_folder(URL) as bucket:
         bucket.copy()
         (bucket.folder / "race.json").write_text(MANIFEST)
@@ -189,7 +189,7 @@ def test_a_race_in_a_bucket_goes_on_from_there(memory, temporary, tmp_path, caps
     assert "race.lock" not in whole
     assert not os.listdir(temporary)
 
-    # As if it had been killed while its last checkpoint was copied.
+    # As if the run was killed while it copied its last checkpoint.
     memory.rm("/bucket/run/adamw/outcome.json")
     memory.rm("/bucket/run/adamw/checkpoints/6/files.json")
     with pytest.warns(UserWarning, match="step 6 .* was cut off .* going on from that of step 3"):

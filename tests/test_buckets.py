@@ -1,4 +1,4 @@
-"""Text and tokens in buckets, by fsspec's file system in memory; all else in one is refused."""
+"""Text and tokens in buckets, in fsspec's in-memory file system; other uses are refused."""
 
 import errno
 import os
@@ -74,7 +74,7 @@ def test_tokens_in_a_bucket_are_those_on_disk_and_leave_nothing_there(
         for path in (tmp_path / "tokens.bin", Path("memory://bucket/tokens.bin"))
     )
     assert not os.listdir(tmp_path / "tmp")
-    memory.rm("/bucket/tokens.bin")  # what has been read does not change
+    memory.rm("/bucket/tokens.bin")  # data that were already read do not change
     found.check_unchanged()
     for name in ("fingerprint", "description", "vocabulary", "bytes_per_token"):
         assert getattr(found, name) == getattr(local, name)
@@ -134,7 +134,7 @@ def test_what_cannot_be_read_is_refused_in_a_line(memory, url, said):
 
 
 class Broken(fsspec.AbstractFileSystem):
-    """As a bucket that is asked without credentials."""
+    """Fails like a bucket that is accessed without credentials."""
 
     protocol = "broken"
 
@@ -143,7 +143,7 @@ class Broken(fsspec.AbstractFileSystem):
 
 
 class Short(fsspec.AbstractFileSystem):
-    """As a connection that ends early."""
+    """Fails like a connection that closes early."""
 
     protocol = "short"
 
@@ -155,7 +155,7 @@ class Short(fsspec.AbstractFileSystem):
 
 
 class Full(Short):
-    """As a temporary folder on a disk that is full."""
+    """Fails like a temporary folder on a full disk."""
 
     protocol = "full"
 
@@ -203,4 +203,4 @@ def test_a_url_survives_a_printed_configuration(tmp_path):
     config = RaceConfig(run=RunConfig(data=(Path("gs://bucket/text"),)))
     (tmp_path / "config.json").write_text(printed(config))
     assert read_config(tmp_path / "config.json", RaceConfig()) == config
-    check_data(RaceConfig(overwrite=True, run=config.run), Path())  # no folder here is cleared
+    check_data(RaceConfig(overwrite=True, run=config.run), Path())  # no local folder is cleared

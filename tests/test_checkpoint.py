@@ -1,4 +1,4 @@
-"""Checkpoints: whole or refused, the last ones kept, restored onto any mesh."""
+"""Checkpoints: complete or refused, the newest ones kept, and restorable onto any mesh."""
 
 import itertools
 import json
@@ -27,7 +27,7 @@ def batches():
 
 
 def state(step, mesh):
-    """The state of a step, recognizable by its values."""
+    """The state after a step, recognizable by its values."""
     tree = {"w": jnp.arange(64.0).reshape(8, 8) + step, "b": jnp.full(3, float(step))}
     place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
     params = {name: place(x, SPECS[name]) for name, x in tree.items()}
@@ -51,7 +51,7 @@ def write(folder, steps=(2, 4), identity=IDENTITY):
 
 
 def read(folder, identity=IDENTITY, text=MESH, count=8):
-    """What is restored, and how often the data had been read."""
+    """The restored state, and how often the data were read."""
     checkpoints, data = Checkpoints(folder, identity), batches()
     try:
         found = checkpoints.restore(state(0, mesh_of(text, count)), data)
@@ -112,7 +112,7 @@ def flip(path):
     path.write_bytes(content)
 
 
-# Each takes the folder of a checkpoint and does to it what a full disk or a lost copy does.
+# Each damages a checkpoint's folder in the way that a full disk or an incomplete copy does.
 DAMAGE = {
     "data truncated": lambda folder: halve(largest(folder)),
     "data lost": lambda folder: largest(folder).unlink(),
@@ -131,7 +131,7 @@ DAMAGE = {
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """A folder of two checkpoints."""
+    """A folder with two checkpoints."""
     folder = tmp_path_factory.mktemp("checkpoints")
     write(folder)
     return folder
@@ -147,7 +147,7 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_is_used(damage, writ
         found, position = read(tmp_path)
     assert equal(found, 2)
     assert position == 2
-    # A run that goes on writes step 4 again.
+    # A resumed run writes step 4 again.
     write(tmp_path, steps=(4,))
     assert equal(read(tmp_path)[0], 4)
 
@@ -200,7 +200,7 @@ def test_a_checkpoint_of_other_hyperparameters_is_set_aside_and_the_one_before_i
             found, position = read(folder)
         assert equal(found, 2)
         assert position == 2
-        # A run that goes on writes step 6 of its own; the other one is whole, if it is wanted.
+        # A resumed run writes its own step 6; the other one stays complete in case it is needed.
         write(folder, steps=(6,))
         assert equal(read(folder)[0], 6)
         shutil.rmtree(folder / "6")

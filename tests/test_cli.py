@@ -1,4 +1,4 @@
-"""The command line as a whole: help, version, unknown words."""
+"""The command line as a whole: help, version and unknown words."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Clipping: by hand, layer by layer, and against the authors' own code (`golden/clipping.py`)."""
+"""Clipping: by hand, per layer, and against the authors' own code (`golden/clipping.py`)."""
 
 import itertools
 import json
@@ -47,7 +47,7 @@ def tree(seed=0, dtype=jnp.float32, scale=1.0):
 
 
 def run(tx, gradients, params):
-    """All updates, and the last state."""
+    """All updates, and the final state."""
     state, found, update = tx.init(params), [], jax.jit(tx.update)
     for grads in gradients:
         updates, state = update(grads, state, params)
@@ -65,14 +65,14 @@ def test_state_is_constant_and_bfloat16_stays_near_float32(name):
     low = [jax.tree.map(lambda g: g.astype(jnp.bfloat16), g) for g in gradients]
     for a, b in zip(run(tx, low, params)[0], found, strict=True):
         assert {x.dtype for x in jax.tree.leaves(a)} == {jnp.dtype(jnp.bfloat16)}
-        # Rounded to 8 bits are the gradient, what is given back, and through gradients the norm, and
-        # what has been learnt of earlier norms or second moments: five units.
+        # Five values are rounded to 8 bits: the gradient, the result, the norm (through the gradients),
+        # and the statistics of earlier norms or second moments.
         assert furthest(jax.tree.map(lambda x: x.astype(jnp.float32), a), b) <= 5 * 2.0**-8
 
 
 @pytest.mark.parametrize("name", [name for name in EVERY if name not in WHOLE_TREE])
 def test_stacked_layers_are_clipped_one_by_one(name):
-    """A stack is what a dictionary of its layers is; the whole of it would give another result."""
+    """Clipped like a dictionary of its layers; clipping the whole would give another result."""
     stacked = lambda t: {"layers": {"kernel": t["layers"]["kernel"]}}
     apart = lambda t: {str(i): t["layers"]["kernel"][i] for i in range(3)}
     uneven = jnp.array([1e-3, 1.0, 1e3])[:, None, None]
@@ -86,7 +86,7 @@ def test_stacked_layers_are_clipped_one_by_one(name):
     other, _ = run(EVERY[name](), list(map(apart, gradients)), apart(params))
     for a, b in zip(one, other, strict=True):
         together = jnp.stack([b[str(i)] for i in range(3)])
-        # Both add up at most 20 squares and take the root, then have four updates in an average.
+        # Both sum at most 20 squares and take the root; then the average goes through four updates.
         np.testing.assert_allclose(a["layers"]["kernel"], together, rtol=(20 + 4 * 3) * UNIT)
 
 
@@ -108,11 +108,11 @@ def test_global_norm_neither_overflows_nor_depends_on_the_mesh():
     tx = s.clip_by_global_norm(1.0)
     grads = jnp.full(100, 300.0, jnp.float16)
     clipped, _ = tx.update(grads, tx.init(grads))
-    # A hundred squares and their root in float32, then float16.
+    # A sum of a hundred squares and its root in float32, then a rounding to float16.
     rtol = 2.0**-11 + 64 * UNIT
     np.testing.assert_allclose(clipped.astype(jnp.float32), 0.1, rtol=rtol)
     np.testing.assert_array_equal(optax.clip_by_global_norm(1.0).update(grads, None)[0], 0)
-    huge = jnp.full(16, 1e30)  # finite, its squares are not
+    huge = jnp.full(16, 1e30)  # finite, but its squares are not
     np.testing.assert_allclose(tx.update(huge, tx.init(huge))[0], 0.25, rtol=16 * UNIT)
     mesh = jax.make_mesh((8,), ("x",), (AxisType.Explicit,))
     grads = jnp.arange(16.0)
@@ -145,7 +145,7 @@ def test_update_clipping_is_that_of_the_paper():
     m = v = 0.0
     expected = []
     for t, g in enumerate(gradients, start=1):
-        # Algorithm 2: the betas corrected, in place of the moments.
+        # Algorithm 2 corrects the betas instead of the moments.
         beta1 = b1 * (1 - b1 ** (t - 1)) / (1 - b1**t)
         beta2 = b2 * (1 - b2 ** (t - 1)) / (1 - b2**t)
         m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
@@ -155,8 +155,8 @@ def test_update_clipping_is_that_of_the_paper():
     for transformation in (tx, theirs):
         with jax.numpy_dtype_promotion("standard"):  # Optax's needs it
             found, _ = run(transformation, gradients, jnp.zeros(5))
-        # Three roundings per update of a moment, and 1 - b^t, of which a rounding of b^t is up to ten
-        # and twenty: once of the first moment, twice of the root of the second.
+        # Three roundings per update of a moment. In addition 1 - b^t magnifies a rounding of b^t ten
+        # times (first moment, once) and twenty times (second moment, twice, halved by the root).
         bound = (3 * 12 + 10 + 2 * 20 / 2 + 8) * UNIT
         assert furthest(found, expected) <= bound
     with pytest.raises(ValueError, match="needs a direction whose state has one second moment"):
@@ -205,7 +205,7 @@ def test_zclip_by_hand_where_no_bound_hides_its_rule():
     assert np.sum(np.not_equal(expected, norms)) == 2
     tx = s.zclip(threshold, decay, max_norm=None, warmup=3, eps=1e-12)
     found, _ = run(tx, [jnp.array([norm]) for norm in norms], jnp.zeros(1))
-    # Of seven steps, twenty roundings each.
+    # Seven steps with twenty roundings each.
     np.testing.assert_allclose(np.ravel(found), expected, rtol=140 * UNIT)
 
 
@@ -215,8 +215,8 @@ def test_adagc_by_hand_and_with_gradients_that_start_at_zero():
     gradients = [(3.0, 4.0), (0.3, 0.0), (2.0, 0.4), (2.0, 0.4)]
     made = [{"a": jnp.array([a]), "b": jnp.array([b])} for a, b in gradients]
     found, _ = run(tx, made, params)
-    # Clipped to norm 1 as a whole; as it is, within it; 1.05 times the smallest norm so far, of which
-    # the zero of b is none; then the mean of usual and clipped norm.
+    # Clipped to norm 1 as a whole; within bounds, so unchanged; 1.05 times the smallest norm so far,
+    # ignoring the zero norm of b; then the mean of the usual norm and the clipped one.
     a3 = 1.05 * 0.3
     a4 = 1.05 * (0.5 * 0.3 + 0.5 * a3)
     expected = [(0.6, 0.8), (0.3, 0.0), (a3, 0.4), (a4, 0.4)]
@@ -240,8 +240,8 @@ def test_spam_is_that_of_its_authors():
     expected = [
         {k: np.asarray(old[k]) - new[k] for k in new} for old, new in itertools.pairwise(params)
     ]
-    # Moments live for 12 updates, each with three roundings, of which the root of the second halves
-    # its own; and 1 - b^t, of which a rounding of b^t is up to 10 and 100.
+    # Moments last for 12 updates with three roundings each, which the root halves for the second moment.
+    # In addition 1 - b^t magnifies a rounding of b^t up to 10 and 100 times.
     bound = (12 * 3 * 1.5 + 10 + 100 / 2 + 8) * UNIT
     assert furthest(found, expected) <= bound
 

@@ -1,4 +1,4 @@
-"""What a program communicates: read from texts of two compilers, and counted by hand."""
+"""What a program communicates: read from the output of two compilers, and counted by hand."""
 
 import json
 from pathlib import Path
@@ -9,9 +9,9 @@ from ravine.training.plan.hlo import Program
 
 TEXTS = json.loads((Path(__file__).parent / "golden" / "hlo.json").read_text())
 DEVICES = {"tpu": 16, "cpu": 8}
-BLOCK = 256 * 512 * 4  # bytes of what each device holds; groups are of four
+BLOCK = 256 * 512 * 4  # bytes on each device; groups have four devices
 SENT = {
-    "all-gather": 3 * BLOCK,  # a quarter of [1024, 512] is there, three come and as many go
+    "all-gather": 3 * BLOCK,  # a quarter of [1024, 512] is local; three come and go
     "reduce-scatter": 3 * BLOCK,
     "all-reduce": 2 * 3 / 4 * BLOCK,
     "all-to-all": 3 / 4 * BLOCK,
@@ -64,17 +64,17 @@ ENTRY %main (x: f32[4]) -> f32[4] {
 
 def test_forms_that_compilers_write():
     found = {c.kind: c for c in collectives(WRITTEN, devices=8)}
-    # In a loop of unknown length: counted once, and not among what always happens.
+    # In a loop of unknown length: counted once, and excluded from the operations that always happen.
     summed = found["all-reduce"]
     assert (summed.sent, summed.times, summed.always) == (2 * 3 / 4 * 32, 1, False)
     assert summed.in_loop
-    # Operands come before results in what is started, and counters after them.
+    # In asynchronous starts, operands come before results, and counters after them.
     assert found["all-gather"].sent == 3 / 4 * 96
-    # Two of eight devices send to another.
+    # Two of the eight devices send data to another one.
     assert found["collective-permute"].sent == 2 / 8 * 16
-    # A slice of a sum: eight bytes are kept of thirty-two.
+    # A slice of a sum: eight of thirty-two bytes are kept.
     assert (found["reduce-scatter"].bytes, found["reduce-scatter"].sent) == (8, 24)
-    # Groups that the text leaves out are of all devices.
+    # Where the text lists no groups, one group contains all devices.
     assert found["all-to-all"].sent == 7 / 8 * 8
 
 
@@ -98,7 +98,7 @@ ENTRY %main (x: f32[4]) -> f32[32] {
 
 
 def test_a_collective_that_xla_spreads_over_products_is_one():
-    """On v5e: XLA writes it where it starts, beside every product, and where it ends."""
+    """On v5e, XLA lists it where it starts, beside every product, and where it ends."""
     found = collectives(CONTINUED, 16)
     assert [(c.kind, c.bytes, c.sent, c.times) for c in found] == [("all-gather", 128, 112, 1)]
 

@@ -1,4 +1,4 @@
-"""`combine_by_role`: who gets what, and what is refused."""
+"""`combine_by_role`: which parameters each optimizer gets, and what is refused."""
 
 import jax
 import jax.numpy as jnp

@@ -1,8 +1,8 @@
-"""The cache of compiled programs that all processes of the tests share.
+"""The cache of compiled programs that all test processes share.
 
-JAX writes an entry in place, so that another process may read one that is not whole, and a process
-that was killed leaves one behind. JAX compiles such a program again and says so in a warning, which
-pyproject.toml takes out of the warnings that are errors here.
+JAX writes an entry in place, so another process may read an incomplete one, and a process that is killed
+leaves one behind. JAX then compiles the program again and warns; pyproject.toml exempts that warning
+from being an error here.
 """
 
 import jax

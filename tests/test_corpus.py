@@ -1,4 +1,4 @@
-"""The corpus: which texts it takes, how it is split, bad files."""
+"""The corpus: which texts it includes, how it is split, and bad files."""
 
 import hashlib
 import itertools
@@ -89,7 +89,7 @@ def test_split_is_by_content_and_independent_of_names(tmp_path):
     assert "200 files" in corpus.description
     assert "by file" in corpus.description
 
-    # A held-out file that is there again under another name stays held out, and counts once.
+    # A held-out file that also exists under another name stays held out and counts once.
     twin = tmp_path / "zzz.txt"
     twin.write_bytes(expected[1][0])
     again = load_corpus([*paths, twin])
@@ -97,7 +97,7 @@ def test_split_is_by_content_and_independent_of_names(tmp_path):
     np.testing.assert_array_equal(again.heldout, corpus.heldout)
     assert expected[1][0] not in again.train.tobytes()
 
-    # The directory is its files in order; other content is another fingerprint.
+    # The directory stands for its files in order; other content has another fingerprint.
     assert load_corpus([tmp_path]).fingerprint == corpus.fingerprint
     paths[0].write_text("something else")
     assert load_corpus(paths).fingerprint != corpus.fingerprint
@@ -178,8 +178,8 @@ def test_large_bin_is_sampled_and_guarded(tmp_path, monkeypatch):
     monkeypatch.setattr(shards_module, "MOST_BLOCKS", 4)
     path = tmp_path / "t.bin"
     tokens = np.zeros(2000, "<u2")
-    tokens[1999] = 99  # in the last block, which is always looked at
-    tokens[150] = 500  # in the second of 20, which is not
+    tokens[1999] = 99  # in the last block, which is always checked
+    tokens[150] = 500  # in the second of 20 blocks, which is not
     tokens.tofile(path)
     corpus = load_corpus([path])
     assert corpus.vocabulary == 128
@@ -189,7 +189,7 @@ def test_large_bin_is_sampled_and_guarded(tmp_path, monkeypatch):
     batches = train_batches(named, batch_size=1, context=100, seed=0)
     assert max(int(batch.max()) for batch in itertools.islice(batches, 20)) == 500
 
-    # 32 GB of nothing, sparse on disk: opened in no time, because it is not read.
+    # 32 GB of zeros, sparse on disk: opening it takes no time, because it is not read.
     monkeypatch.undo()
     with path.open("wb") as file:
         file.truncate(1 << 35)
@@ -278,12 +278,12 @@ def test_bad_vocabulary(tmp_path):
 
 @pytest.mark.parametrize("files", [1, 200])
 def test_train_and_heldout_are_disjoint(tmp_path, files):
-    for i in range(files):  # every line is there once
+    for i in range(files):  # every line occurs exactly once
         lines = (f"{i:04} {j:06}\n" for j in range(8000 // files + 50))
         (tmp_path / f"{i:03}.txt").write_text("".join(lines))
     corpus = load_corpus([tmp_path])
     train = set(corpus.train.tobytes().split(b"\n"))
     heldout = set(corpus.heldout.tobytes().split(b"\n"))
-    # A cut in the middle of a line leaves a piece of it on either side.
+    # A cut in the middle of a line leaves a piece of it on each side.
     assert {line for line in train & heldout if len(line) == 11} == set()
     assert len(heldout) > 50

@@ -1,4 +1,4 @@
-"""What a race says of the machine: operations and memory by hand, and the front of loss against time."""
+"""A race's costs: operations and memory by hand, and the front of loss against time."""
 
 import argparse
 import io
@@ -34,24 +34,24 @@ def outcomes(tmp_path_factory):
 
 
 def test_operations_of_the_model_are_those_counted_by_hand(outcomes):
-    """6 per parameter of a product and token, 12 per pair of tokens, layer and width of attention."""
+    """6 per matrix parameter and token; 12 per pair of tokens, layer and unit of attention width."""
     cost = Cost(**outcomes[0].cost)
     tokens, width, hidden = 4 * 32, 64, MODEL.hidden
     multiplied = 2 * (4 * width**2 + 3 * width * hidden) + 256 * width
     by_hand = 6 * multiplied * tokens + 12 * 2 * width * 32 * tokens
-    # Norms, rotations, SiLU, softmax and the loss: a few operations per activation.
+    # Norms, rotations, SiLU, softmax and the loss take a few operations per activation.
     assert 1.0 <= (cost.step_flop - cost.optimizer_flop) / by_hand <= 1.1
 
 
 def test_operations_and_memory_of_the_optimizer(outcomes):
     adamw, muon, shampoo = (Cost(**outcome.cost) for outcome in outcomes)
     n = outcomes[0].parameters
-    # Two averages, their corrections, the root, the quotient, decay and rate.
+    # Two averages, their bias corrections, the root, the quotient, the decay and the rate.
     assert 10 * n <= adamw.optimizer_flop <= 25 * n
-    assert 0 < adamw.state_bytes - 8 * n <= 64  # and counts and rates
+    assert 0 < adamw.state_bytes - 8 * n <= 64  # the rest are counts and rates
     assert adamw.peak_bytes >= 12 * n
-    # One moment of matrices; five steps of X X' and (b A + c A A) X with X of [64, m], or what the Gram
-    # form spares of those with m above 64.
+    # One moment for the matrices; five steps of X X' and (b A + c A A) X for X of shape [64, m], less
+    # what the Gram form saves where m exceeds 64.
     assert muon.state_bytes < adamw.state_bytes < shampoo.state_bytes
     sides = 2 * (4 * [64] + 3 * [MODEL.hidden])
     products = sum(2 * (2 * 64 * 64 * m + 64**3) for m in sides)

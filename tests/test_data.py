@@ -1,4 +1,4 @@
-"""Batches: bad input, order, processes, positions that can be restored."""
+"""Batches: bad input, order, processes and restorable positions."""
 
 import doctest
 import itertools
@@ -16,7 +16,7 @@ from ravine.training.data.batches import Corpus, heldout_batches, load_corpus, t
 
 
 def counting_corpus(tokens: int = 1000, heldout: int = 200) -> Corpus:
-    """Token i is i, so a batch tells where it was taken from."""
+    """Token i has the value i, so a batch shows its position in the corpus."""
     numbers = np.arange(tokens + heldout, dtype=np.uint16)
     return Corpus(
         train=numbers[:tokens],
@@ -74,7 +74,7 @@ def test_windows_overlap_by_one_token():
 
 
 def test_every_window_once_per_epoch_and_reshuffled():
-    # 99 windows; 11 batches of 9 are an epoch.
+    # There are 99 windows, and 11 batches of 9 make an epoch.
     starts = take(train_batches(counting_corpus(), batch_size=9, context=10, seed=0), 33)[:, :, 0]
     epochs = starts.reshape(3, 99)
     for epoch in epochs:
@@ -84,7 +84,7 @@ def test_every_window_once_per_epoch_and_reshuffled():
 
 
 def test_last_token_and_exact_fit():
-    # 101 tokens hold 10 windows of 10 + 1, 100 tokens hold 9.
+    # 101 tokens hold 10 windows of 10 + 1; 100 tokens hold 9.
     for tokens, windows in [(101, 10), (100, 9), (11, 1)]:
         batches = train_batches(counting_corpus(tokens), batch_size=windows, context=10, seed=0)
         batch = next(batches)
@@ -105,7 +105,7 @@ def test_seeds_differ_and_repeat():
 
     np.testing.assert_array_equal(order(1), order(1))
     assert (order(0) == order(1)).mean() < 0.1
-    # Grain shuffles epoch e with seed + e; neighbouring seeds must not share epochs all the same.
+    # Grain shuffles epoch e with seed + e; even so, neighbouring seeds must not share epochs.
     assert (order(0)[99:] == order(1)[:99]).mean() < 0.1
     order(-1, 1)
     order(2**40, 1)
@@ -151,7 +151,7 @@ def test_restored_state_continues_bitwise(taken):
     again = fresh()
     again.set_state(json.loads(saved))
     assert take(again, 30).tobytes() == expected.tobytes()
-    # An iterator that has moved on can be set back, too.
+    # An iterator that has advanced can also be set back.
     batches.set_state(json.loads(saved))
     assert take(batches, 30).tobytes() == expected.tobytes()
 

@@ -1,4 +1,4 @@
-"""Weight decay: every form by hand, its place in the chain, its masks and faults."""
+"""Weight decay: every form by hand, its place in the chain, its masks, and bad input."""
 
 import jax
 import jax.numpy as jnp

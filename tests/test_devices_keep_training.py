@@ -1,14 +1,14 @@
-"""The demonstration that counts: where the plain model diverges, each device alone keeps it training.
+"""The main demonstration: the plain model diverges, and each device alone keeps it training.
 
-The model is the smallest whose logits grow: one attention head that has to find the token which the
-query is a noisy copy of. Its logits are products of two weight matrices, so the gradient of each is
-as large as the other; under SGD the curvature rises while it learns, until the step is too long for
-it, and then both grow without bound. One batch in fifty has inputs half as large again. The
+The model is the smallest one whose logits grow: one attention head that has to find the token of which
+the query is a noisy copy. Its logits are products of two weight matrices, so the gradient of each is
+proportional to the other. Under SGD the curvature rises during training until the step is too long for
+it, and then both grow without bound. One batch in fifty has inputs that are half as large again. The
 notebook `notebooks/staying_alive.ipynb` shows the curves.
 
-A diverging run is chaotic: rounding decides where it ends. So the bounds leave the spread of eight
-seeds room (five standard deviations of what they bound, at least), and what skipping steps does is
-proved on bad batches, which it is made for, bit by bit.
+A diverging run is chaotic: rounding decides where it ends. So the bounds leave room for the spread of
+eight seeds (at least five standard deviations of the bounded quantity). The effect of skipping steps is
+verified bit by bit on bad batches, the case it is made for.
 """
 
 import functools
@@ -32,8 +32,8 @@ GUARDS = {
     "clipping": lambda tx: optax.chain(stability.clip_by_global_norm(1.0), tx),
 }
 DEVICES = ("z-loss", "QK-norm", "soft-cap", "clipping")
-# Steps whose batch is bad, large and wrongly labelled, after the guard has warmed up: once, twice in a
-# row, once more.
+# Steps with a bad batch (large and mislabelled) after the guard has warmed up: a single one, two in a
+# row, another single one.
 BAD = np.array([100, 200, 201, 320])
 
 
@@ -50,7 +50,7 @@ def draw(key):
 
 @functools.cache
 def start_and_data():
-    """Weights and the batch of every step `[steps, seeds, ...]`: drawn once for all devices."""
+    """Weights and the batches of all steps `[steps, seeds, ...]`, drawn once for all devices."""
 
     def one(key):
         start, data = jax.random.split(key)
@@ -76,7 +76,7 @@ def loss_of(params, batch, device):
 
 @functools.cache
 def trainer(device):
-    """A program from rate, start and data to the loss of every step and seed, without z-loss."""
+    """A program that maps rate, start and data to the losses of all steps and seeds, without z-loss."""
 
     def train(rate, params, data):
         tx = GUARDS.get(device, lambda tx: tx)(ravine.sgd(lambda count: rate))
@@ -96,31 +96,31 @@ def trainer(device):
 
 @functools.cache
 def last(device, rate=RATE):
-    """Median loss of the last fifty steps, of every seed."""
+    """The median loss of the last fifty steps, for every seed."""
     params, data = start_and_data()
     losses = trainer(device)(jnp.float32(rate), params, data)
     return np.median(losses[-50:], axis=0)
 
 
 def test_the_plain_model_diverges_plainly_and_trains_at_a_lower_rate():
-    # The logarithm of where a run ends has a standard deviation of 1.5; its mean here, of 0.5.
+    # The logarithm of the final loss has a standard deviation of 1.5, and its mean here one of 0.5.
     assert np.mean(np.log(np.nan_to_num(last("plain"), nan=np.inf))) > np.log(4 * CHANCE)
     assert np.all(last("plain", SAFE_RATE) < CHANCE / 2)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_each_device_alone_keeps_it_training(device):
-    assert np.all(last(device) < CHANCE / 2)  # no NaN is
+    assert np.all(last(device) < CHANCE / 2)  # also rules out NaN
 
 
 def with_bad_batches(device):
-    """Losses `[steps, seeds]` with bad batches, and with these put off until after the last step."""
+    """Losses `[steps, seeds]` with bad batches, and with those moved to after the last step."""
     params, data = start_and_data()
     wreck = lambda x, wrong: x.at[BAD].set(wrong(x[BAD]))
     large = lambda x: wreck(x, lambda x: 10 * x)
     data = (large(data[0]), large(data[1]), wreck(data[2], lambda labels: (labels + 1) % KEYS))
     put_off = np.argsort(np.isin(np.arange(STEPS + len(BAD)), BAD), kind="stable")
-    # One program, run twice: what is equal in it is equal to the last bit.
+    # Both come from one program, so what should be equal is equal to the last bit.
     train = functools.partial(trainer(device), jnp.float32(SAFE_RATE), params)
     return np.asarray(train(data)), np.asarray(train(jax.tree.map(lambda x: x[put_off], data)))
 
@@ -131,7 +131,7 @@ def test_bad_batches_wreck_the_plain_model():
 
 
 def test_skipped_steps_leave_no_trace():
-    """With `skip_step` as it comes, bad batches are as if they had never been, and it trains."""
+    """With the defaults of `skip_step`, bad batches leave no trace, and the model trains."""
     with_bad, without = with_bad_batches("skip-step")
     np.testing.assert_array_equal(np.delete(with_bad, BAD, axis=0), without[:STEPS])
     assert np.all(np.median(without[STEPS - 50 : STEPS], axis=0) < CHANCE / 2)

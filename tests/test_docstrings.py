@@ -1,4 +1,4 @@
-"""Every example in a docstring runs, and every public function has one."""
+"""Every example in a docstring runs, and every public function has an example."""
 
 import doctest
 import importlib
@@ -8,7 +8,7 @@ import pkgutil
 import pytest
 import ravine
 
-# Importing it is running the command line; it has no functions of its own.
+# Importing this module runs the command line; it has no functions of its own.
 NOT_A_LIBRARY = {"ravine.__main__"}
 MODULES = [
     "ravine",
@@ -43,9 +43,9 @@ def test_public_names_are_documented(name):
     thing = FUNCTIONS[name]
     doc = inspect.getdoc(thing)
     assert doc
-    # States are tuples of arrays that users look at, not make.
+    # States are tuples of arrays that users read but do not construct.
     if not (inspect.isclass(thing) and issubclass(thing, tuple)):
         assert "Example:" in doc
         assert doctest.DocTestParser().get_examples(doc)
-        # Otherwise the example is one that test_examples_run does not see.
+        # Otherwise test_examples_run would miss the example.
         assert thing.__module__ in MODULES

@@ -15,7 +15,7 @@ DOCUMENTS = [
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
     if "```python\n" in path.read_text()
 ]
-# What a reader has at hand already.
+# What readers already have at hand.
 GIVEN = {
     "pods.md": """
 import jax, jax.numpy as jnp, ravine

@@ -1,4 +1,4 @@
-"""What every optimizer has to do, whatever its algorithm: the rows are in `optimizers_table.py`."""
+"""What every optimizer must do, whatever its algorithm; `optimizers_table.py` has the rows."""
 
 import functools
 
@@ -36,7 +36,7 @@ every_family = pytest.mark.parametrize(
 
 @jax.jit
 def add(params, updates):
-    """`optax.apply_updates` for mixed dtypes: it refuses them under strict promotion."""
+    """`optax.apply_updates` for mixed dtypes, which it refuses under strict promotion."""
     wide = lambda x: x if x.dtype == jnp.float64 else x.astype(jnp.float32)
     return jax.tree.map(lambda p, u: (wide(p) + wide(u)).astype(p.dtype), params, updates)
 
@@ -52,7 +52,7 @@ def run(tx, params, grads, steps, update=None, init=None):
 
 
 class Plain:
-    """An optimizer as its row has it, compiled once: most tests run it or compare with it."""
+    """An optimizer built from its row and compiled once: most tests run it or compare with it."""
 
     def __init__(self, row):
         self.tx, self.traces = row.build(), []
@@ -74,7 +74,7 @@ def run_plain(row, params, grads, steps):
 
 @functools.cache
 def rounding(row):
-    """How far another program's first update may be, relative to each leaf's largest."""
+    """How far another program's first update may be off, relative to each leaf's largest element."""
     return rounding_of(lambda grads: run_plain(row, row.tree(0), grads, 1)[1], row.tree(1))
 
 
@@ -84,7 +84,7 @@ def assert_equal(actual, expected):
 
 
 def assert_close(actual, expected, tolerance):
-    """Differences below `tolerance` of the largest magnitude of each leaf."""
+    """Checks that differences are below `tolerance` times the largest magnitude of each leaf."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
@@ -118,7 +118,7 @@ def test_converges(row):
         np.testing.assert_allclose(found, expected, atol=1e-2)
 
 
-# Every pair of two dtypes is among these four.
+# Every pair of two dtypes occurs among these four.
 @every_optimizer
 @pytest.mark.parametrize(
     ("params_dtype", "grads_dtype", "state_dtype"),
@@ -141,7 +141,7 @@ def test_state_is_a_fixed_point_for_every_mix_of_dtypes(
         updates, state = tx.update(grads, state, params)
         return (add(params, updates), state), updates
 
-    # Tracing a scan is enough for it to refuse a carry that changes.
+    # Tracing is enough here: a scan refuses a carry that changes its type.
     init, (carry, updates) = jax.eval_shape(
         lambda p: ((p, tx.init(p)), jax.lax.scan(step, (p, tx.init(p)), length=2)), params
     )
@@ -183,7 +183,7 @@ def test_state_is_a_fixed_point_beside_float64(row, params_dtype, grads_dtype, s
 @pytest.mark.usefixtures("float64")
 @every_first
 def test_injected_hyperparameters_and_a_schedule_of_updates_made_give_the_same_updates(row):
-    # In float32, 1 - b2 of an injected b2 is off by 5e-5 of itself.
+    # In float32, the relative error of 1 - b2 for an injected b2 is 5e-5.
     params, grads = double((row.tree(0), row.tree(1)))
     twice = lambda count: jnp.where(count < 2, row.learning_rate, 0.0)
     injected = ravine.inject_hyperparams(row.builder)(learning_rate=twice, **row.hyperparameters)
@@ -202,7 +202,7 @@ def test_masked(row):
     masked = optax.masked(row.build(), {k: k == "first" for k in params})
     updates = run(masked, params, grads, 2)[1]
     alone = run(row.build(), {"first": params["first"]}, {"first": grads["first"]}, 2)[1]
-    # Not the same bits: the compiler may fuse the smaller program differently.
+    # Not bit for bit: the compiler may fuse the smaller program differently.
     assert furthest(updates["first"], alone["first"]) <= HALF
     assert_equal(updates | {"first": None}, grads | {"first": None})
 
@@ -230,7 +230,7 @@ def test_slow_momentum_warms_up_with_injected_decay_rates():
         )
         for row in TABLE
         for dtype in (jnp.float32, jnp.bfloat16)
-        # Those for matrices take all gradients to float32 first, whatever accumulates them.
+        # Optimizers for matrices convert all gradients to float32 first, whatever accumulates them.
         if dtype == jnp.float32 or not row.needs_matrices
     ],
 )
@@ -252,7 +252,7 @@ def test_accumulates_under_multi_steps(row, dtype):
 
 @every_optimizer
 def test_checkpoint_round_trip(row, tmp_path):
-    """Of a state of the structure, shapes and dtypes that `init` gives, with other values."""
+    """The state has the structure, shapes and dtypes from `init`, but other values."""
     low = {"mu_dtype": jnp.bfloat16} if row.accepts("mu_dtype") else {}
     params = {k: p for k, p in row.tree().items() if p.size}  # Orbax refuses empty arrays
     rng = np.random.default_rng(0)
@@ -277,7 +277,7 @@ def test_map_params_finds_the_parameters_in_the_state(row):
 
 
 def train(tx, params, target):
-    """Parameters and state after ten steps, and the state before them."""
+    """Parameters and state after ten steps, and the initial state."""
     state = jax.jit(tx.init)(params)
     first = state
 
@@ -313,7 +313,7 @@ def train_unsharded(row):
 def test_sharded_equals_unsharded(row, kind):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
     specs = {"first": P("data", "model"), "vector": P("data"), "stack": P("data")}
-    # An odd shape is whole on every device.
+    # An odd shape is replicated on all devices.
     specs["second"] = P() if row.survives_nan else P("model")
     shardings = {k: NamedSharding(mesh, specs.get(k, P())) for k in row.tree()}
     tx = plain(row).tx
@@ -330,7 +330,7 @@ def test_sharded_equals_unsharded(row, kind):
     same = lambda x, sharding: x.sharding.is_equivalent_to(sharding, x.ndim)
     assert all(jax.tree.leaves(jax.tree.map(same, params, shardings)))
 
-    of_shape = {p.shape: p.sharding for p in jax.tree.leaves(params)}  # no two are alike
+    of_shape = {p.shape: p.sharding for p in jax.tree.leaves(params)}  # all shapes differ
 
     def check(moment):
         if moment.shape in of_shape:
@@ -357,7 +357,7 @@ def test_what_is_not_finite_shows_and_stays_in_its_leaf(row, bad):
 def test_zero_gradients_give_zero_updates(row):
     params = row.tree(0)
     if row.accepts("weight_decay"):
-        params = jax.tree.map(jnp.zeros_like, params)  # which decay leaves alone
+        params = jax.tree.map(jnp.zeros_like, params)  # weight decay has no effect on zeros
     grads = jax.tree.map(jnp.zeros_like, params)
     _, updates, state = run_plain(row, params, grads, 3)
     assert_equal(updates, grads)
@@ -368,7 +368,7 @@ def test_zero_gradients_give_zero_updates(row):
 def test_jit_compiles_once(row):
     run_plain(row, row.tree(0), row.tree(1), 3)
     traces = plain(row).traces
-    assert len(traces) == len(set(traces))  # once for gradients of each dtype
+    assert len(traces) == len(set(traces))  # one trace for each gradient dtype
 
 
 NAN = float("nan")
@@ -391,8 +391,9 @@ def test_bad_hyperparameters_are_named(row):
     for argument, values in BAD.items():
         for value in values if row.accepts(argument) else ():
             if row.hyperparameters.get(argument) == value:
-                continue  # good for this row: sums have a decay rate of one
-            # Its subject, alone or with another argument, or that of the part that takes it.
+                continue  # valid in this row: sums have a decay rate of one
+            # The argument is the subject of the sentence, alone, beside another one, or as that of the
+            # inner part.
             named = rf"(^|\.|\band ){argument} (must|act)\b"
             with pytest.raises(ValueError, match=named):
                 row.build(**{argument: value})
@@ -437,8 +438,8 @@ def test_float32_moments_of_bfloat16_parameters_converge_where_bfloat16_moments_
 
         def step(carry, t):
             params, state = carry
-            # Ten large gradients first. To forget them the second moment has to shrink by 0.3 %
-            # a step, less than half a unit in the last place of a bfloat16.
+            # Ten large gradients come first. To forget them, the second moment has to shrink by 0.3 %
+            # per step, which is less than half a unit in the last place of bfloat16.
             grads = jnp.where(t < 10, 1000.0, 1.0).astype(jnp.bfloat16) * params
             updates, state = tx.update(grads, state, params)
             return (optax.apply_updates(params, updates), state), None

@@ -1,4 +1,4 @@
-"""What one does with a trainer every day: files of options, hyperparameters, gradient accumulation."""
+"""Everyday use of the trainer: option files, hyperparameters, gradient accumulation."""
 
 import json
 import sys
@@ -148,7 +148,7 @@ def test_micro_batches_make_the_same_run(tmp_path, text):
 
 
 class Writer:
-    """As that of tensorboardX."""
+    """Has the interface of tensorboardX's writer."""
 
     files: typing.ClassVar = {}
 
@@ -176,7 +176,7 @@ def test_everything_beside_a_run_leaves_it_what_it_is(tmp_path, text, capsys, mo
     assert race(*words, *beside, *folders, text=text, out=out) == 0
 
     plain, found = (records(tmp_path / name / "adamw") for name in ("plain", "run"))
-    # The same arithmetic in a program that holds more, and may be fused otherwise: 16 units.
+    # The same arithmetic in a larger program that may be fused differently: 16 units.
     assert furthest_record(found, plain) <= 16 * UNIT
     ends = [record for record in found if "heldout_loss" in record]
     assert all(abs(r["heldout_loss_ema"] - r["heldout_loss"]) < 0.5 for r in ends)

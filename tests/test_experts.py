@@ -1,4 +1,4 @@
-"""Mixtures of experts on a mesh with an axis of experts."""
+"""Mixtures of experts on a mesh with an expert axis."""
 
 import jax
 import numpy as np
@@ -50,7 +50,7 @@ def test_experts_are_cut_by_their_axis(mesh):
     assert parameter_spec("layers/shared_expert/up/kernel", (2, 8, 8), sizes) == P(
         None, "fsdp", "tensor"
     )
-    # Of three experts a mesh axis of two has no share.
+    # Three experts cannot be sharded over a mesh axis of size two.
     assert parameter_spec("layers/experts/up/kernel", (2, 3, 8, 8), sizes)[1] is None
 
 
@@ -77,14 +77,15 @@ def test_the_trainers_shardings_cut_experts_too(mesh):
 def test_nothing_is_exchanged_between_experts(tx, mesh):
     params = experts(mesh)
     found = plan_of("it", compiled_update(tx, params, mesh), mesh)
-    # Positions 0 to 3 have the same experts. Muon exchanges rows and columns, the others nothing.
+    # Positions 0 to 3 have the same experts. Muon exchanges rows and columns; the others exchange
+    # nothing.
     for c in found.collectives:
         assert set(c.group) <= {0, 1, 2, 3}
     assert not found.repeated
 
 
 def test_copies_of_the_attention_share_its_blocks(mesh):
-    """As in the plan of a mixture in docs/pods.md: the only exchange of SOAP."""
+    """As in the mixture's plan in docs/pods.md: SOAP exchanges nothing else."""
     whole = sharded_parameters(SHAPE, mesh, layers_only=True)
     params = {f"layers/{name}/kernel": whole[f"layers/{name}/kernel"] for name in KERNELS}
     soap, shampoo = (
@@ -92,11 +93,12 @@ def test_copies_of_the_attention_share_its_blocks(mesh):
     )
     found = plan_of("soap", compiled_update(soap, params, mesh), mesh)
     attention = 2 * 2 * 256 * 256 // 4
-    # Of two copies of every block one sends its update, in float32 by XLA for CPU.
+    # Of the two devices that hold a block, one sends its update; XLA for CPU sends it in float32.
     assert {(c.kind, c.group) for c in found.collectives} == {("all-gather", (0, 4))}
     assert found.sent == 4 * attention / 2
-    # SOAP's two moments in float32 are of half of the blocks, Shampoo's of all of them. Of six blocks
-    # on a device Shampoo has residuals, conditions and two counts of two sides as well, and a norm.
+    # SOAP's two float32 moments cover half of the blocks, Shampoo's cover all. For each of the six
+    # blocks on a device, Shampoo also has a residual, a condition and two counts for both sides, and one
+    # norm.
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(shampoo.init, params)
         state = with_shardings(shapes, ravine.state_shardings(shampoo, params))
@@ -106,16 +108,16 @@ def test_copies_of_the_attention_share_its_blocks(mesh):
 
 
 def test_tokens_of_experts_by_hand():
-    # Qwen 3 30B-A3B: 48 layers, 8 of 128 experts a token, width 2048; 4096 tokens in each of 16 shards.
+    # Qwen 3 30B-A3B: 48 layers, 8 of 128 experts per token, width 2048; 16 shards of 4096 tokens each.
     shape = PRESETS["qwen3-30b-a3b"]
     work = Work(shape, {"expert": 16}, tokens=16 * 4096)
     sent = [c for c in work.exchanges() if c.kind == "all-to-all"]
     assert [(c.sent, c.times) for c in sent] == [(15 / 16 * 8 * 4096 * 2048 * 2, 48 * 6)]
-    # Gradients of all but experts are added up over the shards.
+    # Gradients of everything but the experts are summed over the shards.
     dense = 2 * (shape.count - 48 * 128 * 3 * 2048 * 768 - 48 * (2 * 2048 + 2 * 128) - 2048)
     (copies,) = (c for c in work.exchanges() if c.kind == "all-reduce")
     assert copies.sent == 2 * 15 / 16 * dense
-    # A token meets eight experts 768 wide.
+    # Each token passes through eight experts of width 768.
     keys = shape.kv_heads * shape.head_width
     elements = 4 * 2048 + 2 * 32 * 128 + 2 * keys + 3 * 8 * 768
     assert work.activations()["at work"] == 2 * 2 * 4096 * elements

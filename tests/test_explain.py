@@ -1,4 +1,4 @@
-"""Explanations are read off the optimizer: what they say is what it does."""
+"""Explanations are derived from the optimizer itself: they describe what it really does."""
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,7 @@ def test_it_sees_through_wrappers():
 
 
 def test_each_parameter_gets_what_the_table_says():
-    """The updates show it: Muon's have the RMS of its scale, and frozen parameters have none."""
+    """The updates confirm it: Muon's have the RMS of its scale, and frozen parameters have none."""
     tx = ravine.combine_by_role(
         {"m": ravine.muon(0.5), "s": ravine.sgd(0.25)},
         {"matrix": "m", "head": "s", "norm": "s", "bias": "s"},
@@ -144,7 +144,7 @@ def test_blocks_whose_roots_were_refused():
 
 
 def test_with_blocks_only_a_vocabulary_or_an_explicit_bound_takes_a_factor():
-    """`limit=8192` beside `block=512` left a 4096 x 11008 kernel without the factor of its columns."""
+    """`limit=8192` with `block=512` left a 4096 x 11008 kernel without a factor for its columns."""
     shapes = {
         "up": {"kernel": (4096, 11_008)},
         "embed": {"embedding": (32_000, 4096)},

@@ -1,4 +1,4 @@
-"""Meshes tried by hand."""
+"""The mesh search, checked against meshes worked out by hand."""
 
 import dataclasses
 import math
@@ -29,7 +29,7 @@ def test_every_mesh_divides_the_model_and_the_batch():
         assert LLAMA.heads % sizes["tensor"] == 0
         assert LLAMA.width % (sizes["fsdp"] * sizes["tensor"]) == 0
         assert 64 % (sizes["data"] * sizes["fsdp"] * candidate.work.micro_batches) == 0
-    # Powers of two of four axes, whose exponents add up to four.
+    # Four axes with sizes that are powers of two; the exponents add up to four.
     assert len(found()) == 35
 
 
@@ -38,7 +38,7 @@ def test_those_that_fit_come_first_and_then_the_fastest():
     assert [c.order for c in candidates] == sorted(c.order for c in candidates)
     assert all(c.memory <= 80e9 for c in candidates if c.fits)
     assert candidates[0].fits
-    # Sixteen copies of 13.5 GB, as much in gradients and four times that in state do not fit.
+    # Sixteen copies do not fit: 13.5 GB each, as much again for gradients and four times that for state.
     (copies,) = (c for c in candidates if c.work.sizes["data"] == 16)
     assert not copies.fits
     assert copies.memory > 6 * 2 * LLAMA.count
@@ -47,13 +47,13 @@ def test_those_that_fit_come_first_and_then_the_fastest():
 def test_micro_batches_are_the_fewest_with_which_it_fits():
     (tight,) = (c for c in found(memory=16e9) if c.mesh == "fsdp=16")
     (wide,) = (c for c in found() if c.mesh == "fsdp=16")
-    # 5.1 GB are held; four sequences of each shard take 12.8 GB more, two of them half of it, and 1.7 GB
-    # for sums of gradients.
+    # 5.1 GB are resident. Four sequences per shard take 12.8 GB more; two take half of that, plus 1.7 GB
+    # for gradient sums.
     assert (wide.work.micro_batches, tight.work.micro_batches) == (1, 2)
 
 
 def test_few_long_sequences_are_cut():
-    # Of two sequences sixteen chips have work only where the axes context or tensor cut them.
+    # With two sequences, sixteen chips all have work only where the context or tensor axis shards them.
     cut = [c.work.size("context", "tensor") for c in found(sequences=2)]
     assert min(cut) == 8
     assert "data=2,context=8" in {c.mesh for c in found(sequences=2)}
@@ -69,23 +69,23 @@ PIPED = stages_of(LLAMA, 16)
 def test_stages_divide_the_layers():
     assert PIPED == [1, 2, 4, 8, 16]
     meshes = found(stages=PIPED)
-    # Powers of two of five axes, whose exponents add up to four.
+    # Five axes with sizes that are powers of two; the exponents add up to four.
     assert len(meshes) == 70
     assert all(math.prod(c.work.sizes.values()) == 16 for c in meshes)
     assert {c.work.size("stage") for c in meshes} == set(PIPED)
-    # An encoder's micro-batches would pass twice; dense first layers make one stage longer.
+    # An encoder's micro-batches would pass twice; dense first layers would make one stage longer.
     assert stages_of(PRESETS["t5-11b"], 16) == stages_of(PRESETS["deepseek-v3"], 16) == [1]
     assert stages_of(LLAMA, 3) == [1]
 
 
 def test_micro_batches_of_a_pipeline_are_those_of_the_fastest_step():
     meshes = {c.mesh: c for c in found(stages=PIPED)}
-    # 32 sequences in each of two shards of rows: as many micro-batches, and the smallest bubble.
+    # 32 sequences in each of two row shards: as many micro-batches, and so the smallest bubble.
     piped = meshes["stage=8,fsdp=2"]
     assert (piped.work.micro_batches, piped.waiting) == (32, 7 / 39)
     chip = CHIPS["h100"]
     model = model_seconds(piped.work, chip)
-    # The last stage has all of the head, an eighth of which is in the mean; others work while it waits.
+    # The last stage has the whole head, of which the mean has an eighth; the others work while it waits.
     mean = model_seconds(dataclasses.replace(piped.work, sizes={"fsdp": 16}), chip)
     head = busy(piped.work, chip) - busy(piped.work, chip, head=False)
     assert model == pytest.approx(mean + 7 / 8 * head + 7 / 32 * (mean - head / 8))
@@ -95,7 +95,7 @@ def test_micro_batches_of_a_pipeline_are_those_of_the_fastest_step():
 
 
 def test_stages_are_taken_where_the_network_is_slow():
-    """Between 16 nodes of one GPU, where FSDP sends all parameters and a stage only the stream."""
+    """For 16 nodes with one GPU: FSDP sends all parameters, a stage only the residual stream."""
     chip = dataclasses.replace(CHIPS["h100"], node=1, network=CHIPS["h100"].network / 20)
     network = Network.of(chip, range(16))
     work = Work(LLAMA, {"data": 16}, 64 * LLAMA.context)

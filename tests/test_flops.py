@@ -1,4 +1,4 @@
-"""Operations counted in a traced program: by hand, by the compiler, and of optimizers."""
+"""Operation counts of a traced program: by hand, by the compiler, and for optimizers."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ def counted(function, *arguments, devices=1):
 
 
 def test_arithmetic_of_loops_branches_and_shards():
-    x, product = jnp.ones((4, 4)), lambda x: x @ x  # of 128 operations
+    x, product = jnp.ones((4, 4)), lambda x: x @ x  # 128 operations
     assert counted(product, x) == (128, 0)
     assert counted(product, x, devices=4) == (32, 0)
     assert counted(lambda x: jax.lax.fori_loop(0, 5, lambda _, x: x @ x, x), x) == (640, 0)
@@ -25,7 +25,7 @@ def test_arithmetic_of_loops_branches_and_shards():
     assert counted(once, jnp.array(False), x) == (0, 128)
     nested = lambda due, x: jax.lax.scan(lambda c, _: (once(due, product(c))[1], None), x, None, 3)
     assert counted(nested, jnp.array(False), x) == (384, 384)
-    # Always the cheaper branch; at times the dearer one.
+    # Always the cheaper branch; sometimes the more expensive one.
     either = lambda due, x: jax.lax.cond(due, product, jnp.negative, x)
     assert counted(either, True, x) == (16, 112)
     mesh = jax.make_mesh((2, 4), ("x", "y"))
@@ -56,7 +56,7 @@ def image_products(x):
             [(6, 3), (2, 3, 5)],
             2 * 6 * 3 * 5,
         ),
-        # n² for each column on the right.
+        # n² for each column of the right-hand side.
         (
             lambda a, b: jax.lax.linalg.triangular_solve(a, b, left_side=True, lower=True),
             [(4, 4), (4, 3)],
@@ -127,7 +127,7 @@ HYPERBOLIC, SOFTMAX = 64 * 256, 64 * (5 * 32 + 1)
     ],
 )
 def test_arithmetic_agrees_with_the_compiler_where_that_counts(function, products, others):
-    """In all products; XLA drops some of the others, and counts some apart, as transcendental."""
+    """All products agree; XLA drops some other operations and calls some transcendental."""
     arguments = [jnp.ones(shape) for shape in ((64, 128), (128, 256), (256, 32))]
     compiled = jax.jit(function).lower(*arguments).compile()
     found = counted(function, *arguments)[0]
@@ -146,7 +146,7 @@ def test_arithmetic_of_optimizers():
     def of(tx):
         return counted(tx.update, params, tx.init(params), params)
 
-    # Blocks of 32: two Gram matrices and two products of each of eight.
+    # Blocks of 32: each of the eight has two Gram matrices and two products.
     tx = ravine.shampoo(0.1, blocks=ravine.Blocks(size=32))
     products = arithmetic(jax.jit(tx.update).trace(params, tx.init(params), params), 1).products
     assert sum(p.operations * times for p, times in products.items()) == 4 * 8 * 2 * 32**3

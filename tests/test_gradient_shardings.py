@@ -1,4 +1,4 @@
-"""Gradients that a mesh cuts otherwise than the parameters: they are moved, and nothing else is."""
+"""Gradients sharded differently from the parameters: they are moved, and nothing else is."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def tree(seed):
 
 
 def two_steps(tx, params, grads):
-    """Parameters and state after a scan of two steps, and the state before."""
+    """Parameters and state after a scan of two steps, and the initial state."""
     first = jax.jit(tx.init)(params)
 
     def step(carry, _):

@@ -1,4 +1,4 @@
-"""One transformation's direction with the size of another's step."""
+"""Grafting: one transformation's direction with the step size of another."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Guards: faults injected at every position of a run leave no trace in it."""
+"""Guards: a fault at any position of a run leaves no trace."""
 
 import functools
 
@@ -28,11 +28,11 @@ def params():
     rng = np.random.default_rng(0)
     tree = {"matrix": rng.normal(size=(4, 3)), "vector": rng.normal(size=3)}
     tree = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
-    return tree | {"zero": jnp.array([-0.0, 0.0])}  # -0 + 0 would be another bit pattern
+    return tree | {"zero": jnp.array([-0.0, 0.0])}  # -0 + 0 would have another bit pattern
 
 
 def series(steps=STEPS, seed=1):
-    """Losses and gradients of a quiet run."""
+    """Losses and gradients of a run without outliers."""
     rng = np.random.default_rng(seed)
     noise = lambda shape: np.asarray(1 + 0.05 * rng.normal(size=(steps, *shape)), np.float32)
     grads = {k: noise(p.shape) for k, p in params().items()}
@@ -45,7 +45,7 @@ def at(batch, index):
 
 @functools.cache
 def runner(kind):
-    """From batches to weights and states after each step, all in one compiled scan."""
+    """Maps batches to weights and states after each step, in one compiled scan."""
     step = functools.partial(one_step, guard(kind))
     whole_run = jax.jit(lambda batches: jax.lax.scan(step, start(kind), batches)[1])
     return lambda batches: jax.device_get(whole_run(batches))
@@ -125,13 +125,13 @@ SPIKES = {
 
 
 def insert(batches, position, bad):
-    """The batches with `bad`, a batch, in front of that position."""
+    """The batches with the batch `bad` inserted before that position."""
     put = lambda x, new: np.concatenate([x[:position], new[None], x[position:]])
     return jax.tree.map(put, batches, bad)
 
 
 def assert_no_trace(kind, clean, position, bad_ones):
-    """The steps after the bad batches are those of a run that never saw them, and so are the guards."""
+    """The steps and guards after the bad batches equal those of a run that never saw them."""
     batches = clean
     for bad in bad_ones:
         batches = insert(batches, position, bad)
@@ -203,11 +203,11 @@ def test_a_true_shift_of_level_is_let_in_after_patience_and_becomes_the_level(ki
     batches = jax.tree.map(lambda a, b: np.concatenate([a, b]), low, high)
     history = runner(kind)(batches)
     skipped = np.asarray(history[1].skipped)
-    # Skipped exactly as often as patience says, then never again.
+    # Skipped exactly `patience` times, then never again.
     np.testing.assert_array_equal(skipped[position : position + PATIENCE], 1 + np.arange(PATIENCE))
     assert np.all(skipped[position + PATIENCE :] == PATIENCE)
     assert int(at(history, position + PATIENCE)[1].losses.count) == 1
-    # The new level guards: a spike above it is skipped.
+    # The guard now works at the new level: a spike above it is skipped.
     weights, state = jax.tree.map(jnp.asarray, at(history, -1))
     spike = SPIKES["spike of the gradient"](at(high, -1))
     (after, state), _ = one_step(guard(kind), (weights, state), spike)
@@ -227,7 +227,7 @@ def test_non_finite_values_are_never_let_in():
 
 @pytest.mark.parametrize("size", [1, 0])
 def test_a_constant_series_has_no_outliers(size):
-    """One of zeros has none either, such as a policy's loss where all rewards are the same."""
+    """Nor has one of zeros, such as a policy's loss when all rewards are the same."""
     clean = jax.tree.map(lambda x: x * np.float32(size), at(series(), 0))
     batches = jax.tree.map(lambda x: np.broadcast_to(x, (STEPS, *np.shape(x))), clean)
     batches["loss"] = np.float32(batches["loss"] * (1 + 1e-6 * np.arange(STEPS)))
@@ -243,7 +243,7 @@ def optax_injected(rate):
 def test_schedules_go_on_while_steps_are_skipped(build, wrap):
     rates = 0.1 * 2.0 ** -np.arange(10)
     tx = wrap(build(lambda count: jnp.asarray(rates, jnp.float32)[count]))
-    weights = jnp.zeros(3)  # nothing decays
+    weights = jnp.zeros(3)  # so decay has no effect
     state, used = tx.init(weights), []
     update = jax.jit(tx.update)
     for step in range(10):
@@ -256,7 +256,7 @@ def test_schedules_go_on_while_steps_are_skipped(build, wrap):
         expected = [made] if build is ravine.adamw else []
         assert counts == expected + [step + 1] * (len(counts) - len(expected))
     expected = np.where(np.isin(np.arange(10), (3, 4, 7)), 0.0, rates)
-    # A rounding for each of the four operations of the moments, at each of the ten steps.
+    # Each of the four operations on the moments rounds once in each of the ten steps.
     np.testing.assert_allclose(used, expected, rtol=40 * UNIT)
 
 
@@ -309,11 +309,11 @@ def test_low_precision_gradients_and_extra_arguments_pass(dtype):
 
     inner = optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
     tx = skip_step(inner, warmup=1)
-    grads = jnp.full(1000, 300.0, dtype)  # its square overflows in float16
+    grads = jnp.full(1000, 300.0, dtype)  # the square overflows in float16
     updates, state = tx.update(grads, tx.init(grads), grads, loss=1.0, curvature=2.0)
     assert seen == [["curvature", "loss"]]
     assert updates.dtype == dtype
-    # A rounding for each of the 1000 squares added, which the root halves.
+    # One rounding for each of the 1000 summed squares, halved by the root.
     assert float(state.norms.values[0]) == pytest.approx(300 * 1000**0.5, rel=500 * UNIT)
 
 
@@ -339,7 +339,7 @@ def test_a_missing_loss_is_refused():
 
 @pytest.mark.parametrize("kind", ["finite", "plain", ROBUST])
 def test_a_guarded_step_is_update_and_addition(kind):
-    """In float64, as two programs may round otherwise; what is skipped leaves the very bits."""
+    """In float64, because two programs may round differently; a skipped step keeps the exact bits."""
     tx, faults = guard(kind), series()
     faults["loss"][9] = np.nan
     faults["grads"]["matrix"][11, 0, 0] = np.inf
