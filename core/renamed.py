@@ -1,6 +1,6 @@
-"""Old names of arguments: the error for an old name gives the new one.
+"""Old names of arguments, and those of other libraries: the error gives the name to use.
 
-Versions before 1.0 do not deprecate; they refuse; `CHANGELOG.md` has the names as a table.
+Versions before 1.0 do not deprecate; they refuse; `CHANGELOG.md` has the old names as a table.
 """
 
 from collections.abc import Iterable
@@ -36,6 +36,31 @@ BEFORE: dict[str, tuple[str, ...]] = {
 }
 """An old name, and what to write now: the first candidate that is an argument of the function."""
 
+ELSEWHERE: dict[str, tuple[str, ...]] = {
+    "adam_learning_rate": ("fallback=ravine.Fallback(learning_rate=...)",),
+    "adam_lr": ("fallback=ravine.Fallback(learning_rate=...)",),
+    "adjust_lr_fn": ("scale=...",),
+    "beta": ("b1=...",),
+    "beta1": ("b1=...",),
+    "beta2": ("b2=...",),
+    "betas": ("b1=... and b2=...",),
+    "block_size": ("blocks=ravine.Blocks(size=...)",),
+    "epsilon": ("eps=...",),
+    "lr": ("learning_rate=...",),
+    "mask": ("weight_decay_mask=...",),
+    "max_precond_dim": ("blocks=ravine.Blocks(bound=...)",),
+    "max_preconditioner_dim": ("blocks=ravine.Blocks(size=...)",),
+    "momentum": ("b1=...",),
+    "ns_coeffs": ("polar=ravine.NewtonSchulz(coefficients=...)",),
+    "ns_coefficients": ("polar=ravine.NewtonSchulz(coefficients=...)",),
+    "ns_steps": ("polar=ravine.NewtonSchulz(steps=...)",),
+    "precondition_frequency": ("refresh=ravine.Refresh(every=...)",),
+    "preconditioning_compute_steps": ("refresh=ravine.Refresh(every=...)",),
+    "shampoo_beta": ("shampoo_b2=...",),
+    "wd": ("weight_decay=...",),
+}
+"""A name in Optax, PyTorch or the authors' code, and what to write here, likewise."""
+
 
 def instead(name: str, known: Iterable[str]) -> str:
     """The advice for an argument that is not among the known ones of a function.
@@ -44,11 +69,14 @@ def instead(name: str, known: Iterable[str]) -> str:
       >>> from ravine.core.renamed import instead
       >>> instead("matrix_roles", ["roles", "rules"])
       'give roles=...'
-      >>> instead("beta", ["b1", "b2", "beta2"])
+      >>> instead("lr", ["learning_rate", "b1"])
+      'give learning_rate=...'
+      >>> instead("bata", ["b1", "b2", "beta2"])
       'did you mean beta2?'
     """
     known = list(known)
-    for now in BEFORE.get(name, ()):
-        if now.partition("=")[0] in known:
+    for now in (*BEFORE.get(name, ()), *ELSEWHERE.get(name, ())):
+        arguments = [part.partition("=")[0] for part in now.split(" and ")]
+        if all(argument in known for argument in arguments):
             return f"give {now}"
     return near(name, known)

@@ -66,10 +66,18 @@ def test_faults():
         (ravine.scale_by_soap, "limit", r"give blocks=ravine\.Blocks\(bound="),
         (ravine.muon, "fallback_learning_rate", r"give fallback=ravine\.Fallback\("),
         (ravine.Refresh, "evry", r"Refresh has no argument 'evry'; did you mean every"),
+        (ravine.adamw, "lr", "give learning_rate="),
+        (ravine.adamw, "betas", r"give b1=\.\.\. and b2="),
+        (ravine.muon, "betas", "known: learning_rate"),
+        (ravine.muon, "momentum", "give b1="),
+        (ravine.muon, "ns_steps", r"give polar=ravine\.NewtonSchulz\(steps="),
+        (ravine.muon, "adam_learning_rate", r"give fallback=ravine\.Fallback\(learning_rate="),
+        (ravine.soap, "precondition_frequency", r"give refresh=ravine\.Refresh\(every="),
+        (ravine.shampoo, "block_size", r"give blocks=ravine\.Blocks\(size="),
         (ravine.adamw, "weight_deacy", r"did you mean weight_decay( or \w+)*\?"),
     ],
 )
-def test_an_old_or_misspelt_name_is_refused_with_the_right_one(build, old, new):
+def test_an_old_foreign_or_misspelt_name_is_refused_with_the_right_one(build, old, new):
     with pytest.raises(TypeError, match=new):
         build(**{old: 1})
 
