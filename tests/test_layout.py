@@ -1,4 +1,4 @@
-"""Layout: every leaf goes to its matrices and back bit for bit, and so do matrices to blocks."""
+"""Layouts: every leaf is converted to matrices and back bit for bit, and so are matrices to blocks."""
 
 import itertools
 import math
@@ -27,7 +27,7 @@ def divisors(size: int) -> list[int]:
 
 
 def every_choice(ndim: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """All ways to call each axis a row, a column or batch."""
+    """All ways to assign each axis to rows, columns or the batch."""
     for sides in itertools.product("rcb", repeat=ndim):
         rows, columns = (tuple(a for a in range(ndim) if sides[a] == side) for side in "rc")
         if rows and columns:
@@ -55,7 +55,7 @@ def test_every_small_shape_and_choice_of_axes(ndim):
                 == ((leaf.size // (M * N) * p * q, M // p, N // q),)
             )
             np.testing.assert_array_equal(found.from_matrices([matrices]), leaf)
-            # One element, followed by hand.
+            # Follow one element by hand.
             at = rng.integers(shape)
             batch = [a for a in range(ndim) if a not in rows + columns]
             index, row, column = (
@@ -94,7 +94,7 @@ def test_any_parts_of_both_sides(case):
     assert tuple(piece.shape for piece in pieces) == found.pieces
     assert sum(piece.size for piece in pieces) == leaf.size
     np.testing.assert_array_equal(found.from_matrices(pieces), leaf)
-    # Each piece is a slice of the unsplit matrix, however many parts it is in.
+    # Each piece is a slice of the unsplit matrix, whatever the number of parts.
     (whole,) = layout(shape, MatrixAxes(axes.rows, axes.columns)).to_matrices(leaf)
     sizes = [
         part if isinstance(part, tuple) else (side // part,) * part
@@ -121,7 +121,7 @@ def test_heads_by_hand():
     np.testing.assert_array_equal(
         output.to_matrices(numbered((4, 2)))[0], [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
     )
-    # [in, heads, width] with layers at axis 1; pairs of heads.
+    # [in, heads, width] with layers at axis 1, in pairs of heads.
     query = layout((5, 3, 4, 2), MatrixAxes((0,), (2, 3), column_parts=2))
     assert query.pieces == ((6, 5, 4),)
     leaf = numbered((5, 3, 4, 2))
@@ -237,7 +237,7 @@ def test_any_blocks(length, rows, columns, block):
     assert b <= bound
     assert c <= bound
     assert max(1, -(-rows // bound)) == R if rows else R == 1
-    assert 0 <= R * b - rows < R  # no smaller block would do
+    assert 0 <= R * b - rows < R  # a smaller block would not do
     assert 0 <= C * c - columns < C
     matrices = numbered((length, rows, columns)) + 1
     blocks = grid.to_blocks(matrices)

@@ -1,4 +1,4 @@
-"""The learning rate in a state is the one that was used, and its clock never stands still."""
+"""The learning rate in the state is the one that was used, and its clock never stops."""
 
 import inspect
 
@@ -17,7 +17,7 @@ GRADS = {"kernel": jnp.eye(4, 3), "bias": jnp.arange(3.0)}
 
 
 def steps(tx, state, number):
-    """The sizes of the bias's update, and the state after so many updates."""
+    """The sizes of the updates of the bias, and the state after that many updates."""
     seen, update = [], jax.jit(tx.update)
     for _ in range(number):
         updates, state = update(GRADS, state, PARAMS)
@@ -83,7 +83,7 @@ def test_a_chain_with_a_fallback_has_one_learning_rate():
     np.testing.assert_allclose(seen, 0.01, rtol=8 * UNIT)  # two moments, their root and quotient
     state = optax.tree.set(state, learning_rate=0.3, fallback_learning_rate=0.03)
     seen, state = steps(tx, state, 1)
-    # And of 1 - 0.9^2 and 1 - 0.95^2, 5 and 10 units, of which the root passes on half.
+    # Also the roundings of 1 - 0.9^2 and 1 - 0.95^2, 5 and 10 units, of which the root passes on half.
     np.testing.assert_allclose(seen, 0.03, rtol=18 * UNIT)
     found = ravine.telemetry(state)
     assert float(found["learning_rate/muon"]) == np.float32(0.3)
@@ -140,7 +140,7 @@ def test_integers_may_come_from_numpy_and_options_stay_as_given(name):
 
 @pytest.mark.parametrize("name", ravine.names())
 def test_every_optimizer_takes_injected_hyperparameters(name):
-    """A rate that is set, and a schedule, are used: traced, whatever the optimizer."""
+    """A rate that is set directly and a schedule both take effect under tracing, for every optimizer."""
     builder = getattr(ravine, name)
     rules = {"rules": [("", "matrix")]} if "rules" in inspect.signature(builder).parameters else {}
     decay = {"weight_decay": s.linear(0.1, 10)}

@@ -1,4 +1,4 @@
-"""Losses: finite differences, extreme logits, masks, documents; fused against the logits held."""
+"""Losses: finite differences, extreme logits, masks, documents; the fused loss against full logits."""
 
 import functools
 import math
@@ -59,15 +59,16 @@ def naive(hidden, unembedding, labels, weights=None, **options):
 
 
 def with_gradient(function, **fixed):
-    """Loss, parts and the gradients of hidden states and unembedding."""
+    """The loss, its parts, and the gradients of the hidden states and the unembedding."""
     return jax.jit(jax.value_and_grad(functools.partial(function, **fixed), (0, 1), has_aux=True))
 
 
 def assert_gradient(function, *arguments, step=1e-5):
-    """The derivative along a random direction against central differences, in float64.
+    """Compares the derivative along a random direction with central differences, in float64.
 
-    Twice the step makes four times the truncation, so that the differences of the two steps bound it
-    three times over. The function is rounded, to at most 64 units of itself or of 1.
+    Doubling the step makes the truncation error four times as large, so the difference between the two
+    steps is three times that error. The function values are rounded to at most 64 units of themselves or
+    of 1.
     """
     rng = np.random.default_rng(7)
     directions = [rng.normal(size=x.shape) for x in arguments]
@@ -82,7 +83,7 @@ def assert_gradient(function, *arguments, step=1e-5):
     analytic, values = both()
     once, twice = (values[2] - values[1]) / (2 * step), (values[3] - values[0]) / (4 * step)
     bound = abs(twice - once) + 64 * 2.0**-53 * (1 + np.max(np.abs(values))) / step
-    assert abs(float(analytic)) > 1e4 * bound  # or the comparison would say little
+    assert abs(float(analytic)) > 1e4 * bound  # otherwise the comparison would say little
     np.testing.assert_allclose(analytic, once, rtol=0, atol=bound)
 
 
@@ -150,9 +151,9 @@ def test_fused_in_bfloat16_rounds_nothing_but_what_it_is_given_and_gradients(voc
     h, w = (np.float32(x.astype(jnp.bfloat16)) for x in (hidden, unembedding))
     expected, of_logits = jax.jit(jax.value_and_grad(held))(h @ w)
     of_logits = np.asarray(of_logits)
-    # A logit is a sum of 8 products, and twice its error is in a loss; as much again for the rest.
+    # A logit is a sum of 8 products, and its error enters a loss twice; the rest adds as much again.
     np.testing.assert_allclose(loss, expected, rtol=0, atol=32 * UNIT * np.max(abs(h) @ abs(w)))
-    # To 8 bits are rounded the logits' gradient and the sums, those of the hidden states twice.
+    # Values rounded to 8 bits: the logits' gradient and the sums, which for hidden states happens twice.
     unit = 2.0**-8 + 64 * UNIT
     bound = 3 * unit * (abs(of_logits) @ abs(w.T)), 2 * unit * (abs(h.T) @ abs(of_logits))
     for found, right, most in zip(grads, (of_logits @ w.T, h.T @ of_logits), bound, strict=True):
@@ -223,7 +224,8 @@ def test_sharded_vocabulary_exchanges_scalars_of_tokens_only():
     assert all(c.kind == "all-reduce" and c.bytes <= 3 * 8 * 4 for c in forward)  # chunks of 8
     both = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(hidden, unembedding).compile()
     found = collectives(both.as_text())
-    # One sum of the hidden states' gradient, outside the loop: every device has the part of its columns.
+    # The hidden states' gradient is summed once, outside the loop: each device has its own columns'
+    # part.
     large = [c for c in found if c.bytes > 3 * 8 * 4]
     assert [(c.kind, c.bytes, c.in_loop) for c in large] == [
         ("all-reduce", tokens * width * 4, False)
@@ -242,7 +244,7 @@ def test_extreme_logits_are_finite(dtype):
     (total, parts), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(logits)
     low = float(logits[1, 0])
     expected = [0.0, math.log(3), math.log(1 + math.exp(-1))]
-    # A loss is the difference of two numbers of up to 1e4, each rounded.
+    # A loss is the difference of two numbers of up to 1e4, each of them rounded.
     np.testing.assert_allclose(parts.loss, expected, rtol=8 * UNIT, atol=2e4 * UNIT)
     np.testing.assert_allclose(parts.log_normalizer[1], low + math.log(3), rtol=2 * UNIT)
     assert bool(jnp.isfinite(total))
@@ -291,7 +293,7 @@ def test_nan_logits_make_the_loss_nan():
 def test_parts_by_hand():
     logits = np.log(np.float32([[0.5, 0.25, 0.25]])) + 2
     parts = jitted(cross_entropy, z_loss=0.5)(logits, np.array([1]))
-    # Each is of numbers of at most 2, with about 8 roundings; a square doubles what they do.
+    # Each is computed from numbers of at most 2, with about 8 roundings; squaring doubles the errors.
     close = functools.partial(np.testing.assert_allclose, rtol=16 * UNIT)
     close(parts.loss, math.log(4))  # without the z-loss
     close(parts.log_normalizer, 2.0)
@@ -310,7 +312,7 @@ def test_documents_end_where_the_next_begins():
     logits = rng.normal(size=(2, 4, 5)).astype(np.float32)
     targets, loss = rng.integers(0, 5, (2, 4)), jax.jit(next_token_loss)
     inside = loss(logits, targets, documents_BxT1=documents)
-    # A mean of eight positive losses in another program, which may be fused otherwise: 16 units.
+    # A mean of eight positive losses in another program, which may be fused differently: 16 units.
     np.testing.assert_allclose(inside, loss(logits, targets, weights), rtol=16 * UNIT)
 
 
@@ -338,7 +340,7 @@ def test_labels_out_of_range():
     for function in (naive, fused_cross_entropy):
         with pytest.raises(ValueError, match=r"label 5 at \(2,\) is not in \[0, 5\)"):
             function(hidden, unembedding, bad)
-        # Where it cannot be seen, it is not some other token, and not passed over.
+        # Under `jit` labels cannot be checked: a bad one gives NaN, and neither another loss nor zero.
         parts = jax.jit(function)(hidden, unembedding, bad)[1]
         np.testing.assert_array_equal(np.isnan(parts.loss), [False, False, True, False])
     with jax.enable_x64(True):
@@ -348,7 +350,7 @@ def test_labels_out_of_range():
         loss, _ = jax.jit(fused_cross_entropy)(hidden, unembedding, ignored, weights=weights)
         assert furthest(loss, expected) <= HALF
         loss = jax.jit(next_token_loss)((hidden @ unembedding)[None], ignored[None], weights[None])
-    # The weights of tokens are float32 there, and these are exact.
+    # Token weights are float32 there, and these are represented exactly.
     assert furthest(loss, expected) <= HALF
 
 

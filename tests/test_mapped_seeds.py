@@ -1,4 +1,4 @@
-"""`jax.vmap` over seeds that a mesh axis deals to devices: nothing is exchanged between these."""
+"""`jax.vmap` over seeds that a mesh axis distributes over devices: they exchange nothing."""
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ def seeds(seed):
 
 
 def after_two_steps(tx, params, grads, **options):
-    """Updates and state, and the collectives of an update."""
+    """Updates and state after two steps, and the collectives of an update."""
     state = jax.jit(jax.vmap(tx.init, **options))(params)
     update = jax.jit(jax.vmap(lambda g, s, p: tx.update(g, s, p), **options))
     _, state = update(grads, state, params)
@@ -64,7 +64,7 @@ def test_seeds_on_a_mesh(build, kind):
     assert all(
         x.sharding.spec[0] == "seed" for x in jax.tree.leaves(found) if x.ndim > 1 or not is_auto
     )
-    # Devices 0 and 1 have the first seed.
+    # Devices 0 and 1 hold the first seed.
     assert all(set(c.group) <= {0, 1} for c in exchanged)
 
 

@@ -9,7 +9,7 @@ from .decided import decided, shapes
 
 
 def maxtext(layers: tuple[int, ...]) -> dict:
-    """Names and shapes of MaxText's decoders: a dense, an MLA and a mixture-of-experts layer."""
+    """Names and shapes in MaxText's decoders: a dense, an MLA and a mixture-of-experts layer."""
     d, heads, width, hidden, experts = 16, 4, 8, 24, 6
 
     def scanned(first, *rest):

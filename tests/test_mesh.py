@@ -1,4 +1,4 @@
-"""Optimizers on meshes: blocks, whole matrices, sums over shards, and what is communicated for them."""
+"""Optimizers on meshes: blocks, whole matrices, sums over shards, and the communication they need."""
 
 import functools
 import warnings
@@ -28,7 +28,7 @@ SHAPES = {"a": (8, 16), "b": (16, 8), "stack": (4, 8, 8), "odd": (6, 10), "tall"
 SQUARES = {"square": (8, 8), "turned": (8, 8)}
 COMMON = {"rules": RULES, "refresh": ravine.Refresh(every=2)}
 RARE = ravine.Refresh(every=2, statistics_every=2, need=0.05)
-# Decay rates that float32 holds exactly.
+# float32 represents these decay rates exactly.
 MOMENTS = {"b1": 0.9375, "b2": 0.9375, "eps": 1e-2}
 SHAMPOO = {**COMMON, "b2": 0.96875}
 OPTIMIZERS = {
@@ -90,7 +90,7 @@ def tree(seed):
 
 
 def train(tx, params, target):
-    """Parameters and state after ten steps, the state before, and the step."""
+    """Parameters and state after ten steps, the initial state, and the step function."""
     first = state = jax.jit(tx.init)(params)
 
     @jax.jit
@@ -109,8 +109,8 @@ def train_on_one_device(name):
     return train(OPTIMIZERS[name](), *double((tree(0), tree(1))))[0]
 
 
-# Every way through the driver on one layout, one of a kind on others and on Auto axes, which have the
-# same program inside; the rest as slow tests.
+# Every path through the driver runs on one layout. One optimizer of each kind runs on the others and on
+# Auto axes, which give the same program inside. The rest are slow tests.
 WAYS = (
     "shampoo",
     "unblocked",
@@ -124,7 +124,7 @@ WAYS = (
 )
 KINDS = ("shampoo", "muon")
 SOME = ("shampoo", "soap", "muon", "split-adamw")
-# Statistics of every second gradient, of matrices whose summed axis is cut.
+# Statistics of every second gradient, for matrices whose summed axis is sharded.
 SUMS_IN_LOOPS = ("one-sided", "soap-one-sided")
 assert set(OPTIMIZERS) >= {*WAYS, *KINDS, *SOME, *SUMS_IN_LOOPS}
 
@@ -161,7 +161,7 @@ def test_ten_steps_equal_those_of_one_device(name, layout, kind, request):
     assert all(same(x.sharding, shardings[k]) for k, x in params.items())
     for after, before in zip(jax.tree.leaves(state), jax.tree.leaves(first), strict=True):
         assert after.sharding.is_equivalent_to(before.sharding, after.ndim)
-    # Once for arguments as `device_put` made them, once for those of its own.
+    # One program for arguments from `device_put`, one for its own outputs.
     assert step._cache_size() <= 2
 
 
@@ -169,7 +169,7 @@ ROWS_ALONE = {"blocks": ravine.Blocks(bound=8), "refresh": ravine.Refresh(every=
 
 
 def first_step(tx, gradient):
-    """The first update and state, the columns of the gradient cut in two."""
+    """The first update and state when the columns of the gradient are split in two."""
     mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
     with jax.set_mesh(mesh):
         cut = jax.device_put(jnp.array(gradient), NamedSharding(mesh, P(None, "x")))
@@ -178,11 +178,11 @@ def first_step(tx, gradient):
 
 @pytest.mark.usefixtures("float64")
 def test_sums_over_columns_that_shards_cut():
-    """With a factor or a basis of the short side alone, the long one stays cut."""
+    """With a factor or basis for the short side only, the long side stays sharded."""
     gradient = np.random.default_rng(0).normal(size=(4, 16))
     roots = ravine.Roots(ridge=0.0)
     update, _ = first_step(ravine.scale_by_shampoo(eps=0.0, roots=roots, **ROWS_ALONE), gradient)
-    # The polar factor, as long as Adam's first step, which is of ones.
+    # The polar factor, scaled to the size of Adam's first step, which consists of ones.
     left, _, right = np.linalg.svd(gradient, full_matrices=False)
     assert furthest(update, left @ right * np.sqrt(4 * 16 / 4)) <= HALF
     _, state = first_step(ravine.scale_by_soap(b2=0.75, **ROWS_ALONE), gradient)
@@ -209,7 +209,7 @@ def exchanges(tx, specs, sizes, shapes=SHAPES | SQUARES):
 
 
 def communicated(*arguments):
-    """Names of the collectives in the compiled update, and of those in loops."""
+    """Names of the collectives in the compiled update, and of those inside loops."""
     found = exchanges(*arguments)
     return [c.kind for c in found], [c.kind for c in found if c.in_loop]
 
@@ -254,7 +254,7 @@ def on_matrices(name):
 
 @pytest.mark.parametrize("name", ["shampoo", "soap", "kl_shampoo", "muon"])
 def test_sharded_experts_need_no_communication(name):
-    """Wherever they stand among the axes of the batch, and if two of these are sharded."""
+    """This holds wherever the expert axis is among the batch axes, and if two of these are sharded."""
     found = communicated(on_matrices(name), EXPERTS_ALONE, {"x": 4, "y": 2}, EXPERTS)
     assert found == ([], [])
 
@@ -300,7 +300,8 @@ def test_blocks_that_shards_cross_are_seen_by_these_tests():
 @pytest.mark.parametrize(
     ("name", "gathers", "leaves", "moves"),
     [
-        # Momentum and Adam's step go together, after the gradient has told which blocks are usable.
+        # Momentum and Adam's step are sent together, after the gradient has shown which blocks are
+        # usable.
         ("shampoo", 2, 3, [1, 2, 1]),
         ("kl_shampoo", 1, 2, [2, 1]),
         ("soap", 1, 1, [1, 1]),
@@ -311,12 +312,12 @@ def test_what_travels_together_is_one_exchange(name, gathers, leaves, moves):
     whole = exchanges(tx, {"a": P("x")}, {"x": 8}, {"a": (8, 16)})
     assert [c.kind for c in whole] == ["all-gather"] * gathers
     assert sum(c.sent for c in whole) == leaves * 8 * 16 * 4 * 7 / 8
-    # Two leaves of four layers, of which every device gets some.
+    # Two leaves of four layers each; every device gets some of them.
     specs, shapes = dict.fromkeys("ab", P(None, "x")), dict.fromkeys("ab", (4, 8, 16))
     dealt = exchanges(tx, specs, {"x": 4}, shapes)
     moved = [c.sent for c in dealt if c.kind == "all-to-all"]
     assert sorted(moved) == sorted(leaf * 8 * 16 * 4 * 3 / 4 for leaf in 2 * moves)
-    # The flags of usable blocks of all leaves: a byte for each block.
+    # One byte per block of all leaves says whether it is usable.
     flags = [c.sent for c in dealt if c.kind != "all-to-all"]
     assert flags == ([] if name == "soap" else [2 * 4 * 3 / 4])
 
@@ -354,7 +355,7 @@ def test_flags_of_blocks_that_shards_cross_reach_every_element():
 
 def test_muon_exchanges_once_in_and_once_out_for_every_shape():
     found, inside = communicated(ravine.scale_by_muon(), ALIGNED, {"x": 4, "y": 2})
-    # a and b, transposed, are one batch; the stack is another.
+    # a and the transposed b form one batch, the stack another.
     assert found == ["all-to-all"] * 4
     assert not inside
 
@@ -385,7 +386,7 @@ def test_curvature_reaches_sophia(kind):
 def test_matrices_of_one_shape_are_exchanged_together_however_they_are_cut():
     specs = {"a": P("x", "y"), "b": P("x", "y"), "square": P("x", "y"), "turned": P("y", "x")}
     found, _ = communicated(ravine.scale_by_muon(), specs, {"x": 4, "y": 2})
-    # a with b turned would share a batch, but rows of one are cut as columns of the other.
+    # a and the transposed b would share a batch, but one is sharded by rows and the other by columns.
     assert found == ["all-to-all"] * 6
 
 
@@ -472,11 +473,11 @@ def test_missing_mesh_and_missing_shardings():
 @pytest.mark.parametrize("method", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(8, 32), (32, 8), (3, 4, 24)], ids=str)
 def test_gram_matrices_are_summed_where_columns_stay_cut(shape, method):
-    """The same update as of whole matrices; nothing is exchanged but sums.
+    """The update equals that of whole matrices, and only sums are exchanged.
 
-    "float32" takes the products of matrices in float64 in float64. In "bfloat16" a sum in another order
-    may be rounded to the other side, and a single element moves all: either result is off by what
-    rounding at random makes of the products, and their difference is below twice that, times root 2.
+    "float32" computes the products of float64 matrices in float64. In "bfloat16", a sum in another order
+    may round the other way, and a single element affects all others. Each result is off by what random
+    rounding does to the products, so their difference is below twice that, times the root of 2.
     """
     mesh = jax.make_mesh((2, 4), ("x", "y"))
     names = P(*[None] * (len(shape) - 2), *(("x", "y") if shape[-1] > shape[-2] else ("y", "x")))
@@ -498,13 +499,13 @@ def test_gram_matrices_are_summed_where_columns_stay_cut(shape, method):
     tolerance = HALF if method == "float32" else 2 * 2**0.5 * of_one
     for found in updates.values():
         assert relative_norm(found, expected) <= tolerance
-    # XLA for CPU has no ragged exchange; it is made of even ones.
+    # XLA for CPU has no ragged exchange; ours is emulated with even ones.
     assert programs["whole"] == programs["ragged"] == {"all-to-all"}
     assert "all-reduce" in programs["gram"]
 
 
 def test_few_long_matrices_stay_cut_unless_asked_otherwise():
-    """One of 8 by 4096 over eight devices: a Gram matrix is far less than seven more of its size."""
+    """For 8 x 4096 on eight devices, a Gram matrix is far smaller than seven more such matrices."""
     mesh = jax.make_mesh((8,), ("x",))
     g = jax.ShapeDtypeStruct((8, 4096), jnp.float32, sharding=NamedSharding(mesh, P(None, "x")))
     for distribution, kinds in (("auto", {"all-reduce"}), ("whole", {"all-to-all"})):

@@ -1,4 +1,4 @@
-"""Meshes with `Explicit` and `Auto` axes: one device's results, the exchanges of `Explicit` axes."""
+"""Meshes with `Explicit` and `Auto` axes: results as on one device, exchanges as for `Explicit`."""
 
 from collections import Counter
 
@@ -15,7 +15,7 @@ from .optimizers_table import TABLE
 from .tolerances import HALF, double, furthest, without_residuals
 
 SHAPES = {"stack": (2, 4, 8)}
-# What types say on a mesh of `Explicit` x and `Auto` y, and what only `on_mesh` knows there.
+# The types on a mesh with `Explicit` x and `Auto` y, and the shardings that only `on_mesh` knows there.
 SPECS = {
     "typed": {"stack": P(None, None, "x")},
     "told": {"stack": P(None, "y", "x")},
@@ -44,7 +44,7 @@ def tree(seed):
 
 
 def after_two_steps(tx, params, grads):
-    """Updates and state, and the collectives of an update."""
+    """Updates and state after two steps, and the collectives of an update."""
     state = jax.jit(tx.init)(params)
     update = jax.jit(tx.update).lower(grads, state, params).compile()
     kinds = Counter(c.kind for c in collectives(update.as_text()))

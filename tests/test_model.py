@@ -1,4 +1,4 @@
-"""The transformer: shapes, causality, options, and the two ways of training it."""
+"""The transformer: shapes, causality, options, and the two ways to train it."""
 
 import dataclasses
 
@@ -64,7 +64,7 @@ def test_logits_are_float32_and_see_no_later_token(options, getkey):
     logits = forward(model, tokens)
     assert logits.shape == (2, 8, 32)
     assert logits.dtype == jnp.float32
-    other = tokens.copy()  # not in place: JAX may still read the first ones
+    other = tokens.copy()  # a copy, because JAX may still be reading the original
     other[:, 5] = (tokens[:, 5] + 1) % 32
     later = forward(model, other)
     np.testing.assert_array_equal(logits[:, :5], later[:, :5])
@@ -81,10 +81,10 @@ def test_qk_norm_makes_logits_independent_of_the_scale_of_queries(getkey):
     model = build(qk_norm=True)
     tokens = jax.random.randint(getkey(), (2, 8), 0, 32)
     kernel = model.layers.attention.query.kernel
-    kernel[...] = 2.0**12 * kernel[...]  # so that eps = 1e-6 is nothing beside the mean square
+    kernel[...] = 2.0**12 * kernel[...]  # so that eps = 1e-6 is negligible beside the mean square
     before = forward(model, tokens)
     kernel[...] = 2.0**12 * kernel[...]
-    np.testing.assert_array_equal(before, forward(model, tokens))  # powers of two round nothing
+    np.testing.assert_array_equal(before, forward(model, tokens))  # powers of two cause no rounding
 
 
 def test_rotation_depends_on_the_distance_only(getkey):
@@ -93,7 +93,8 @@ def test_rotation_depends_on_the_distance_only(getkey):
     q, k = np.asarray(rotated(q)), np.asarray(rotated(k))
     q, k = np.float64(q), np.float64(k)
     lengths = np.linalg.norm(q[0]) * np.linalg.norm(k[0])
-    # Angles of up to 5 and 4, whose frequency is a power: four roundings each, and a few of the rest.
+    # Angles are at most 5 and 4, and their frequency is a power: four roundings each, and a few for the
+    # rest.
     np.testing.assert_allclose(q[1] @ k[0], q[5] @ k[4], rtol=0, atol=(4 * 9 + 8) * UNIT * lengths)
     np.testing.assert_allclose(np.linalg.norm(q[5]), np.linalg.norm(q[0]), rtol=8 * UNIT)
 
@@ -122,13 +123,13 @@ def test_a_tied_head_is_the_embedding(getkey):
     hidden = np.asarray(hidden)
     bound = 2 * SMALL.width * UNIT * (abs(hidden) @ abs(table.T))  # two sums of products
     assert np.all(abs(logits - hidden @ table.T) <= bound)
-    # Rows come in at unit size, and logits of a normalised state are about as large.
+    # Rows have unit size as inputs, and logits of a normalized state are about as large.
     assert 0.8 < np.std(table) * SMALL.width**0.5 < 1.2
     assert np.std(logits) < 2
     apart = Transformer(SMALL, rngs=nnx.Rngs(0))
     nnx.update(apart.layers, nnx.state(model.layers))
     apart.embed.embedding[...] = SMALL.width**0.5 * model.embed.embedding[...]
-    # Half of the digits; without the factor the first one is off.
+    # Half of the digits agree; without the factor, even the first one is wrong.
     assert furthest(nnx.jit(lambda m: m.hidden(tokens)[0])(apart), hidden) <= UNIT**0.5
 
 
@@ -180,12 +181,12 @@ def test_parameters_are_stacked_and_every_one_has_a_role():
     _, params = init_params(SMALL, 0)
     attention = params["layers"]["attention"]
     assert attention["query"]["kernel"].shape == (2, 16, 16)
-    # Of two layers four branches add up, so each starts at half its size; the deviation of 512 numbers
-    # has a standard error of 1/32.
+    # Two layers add up four branches, so each starts at half its size. The standard deviation of 512
+    # numbers has a standard error of 1/32.
     value, output = (np.std(attention[name]["kernel"]) for name in ("value", "output"))
     assert abs(2 * output / value - 1) <= 5 * 2**0.5 / 32
     roles = assign_roles(params)
-    assert roles["layers"]["attention_norm"]["scale"] == "norm"  # 2-D, and yet no matrix
+    assert roles["layers"]["attention_norm"]["scale"] == "norm"  # 2-D, but not a matrix
     assert roles["layers"]["feed_forward"]["down"]["kernel"] == "matrix"
     assert roles["embed"]["embedding"] == "embedding"
     assert roles["head"]["kernel"] == "head"
@@ -237,7 +238,7 @@ def test_the_trained_loss_has_the_z_loss_and_guards_get_it(getkey):
         assert float(state.opt_state.losses.values[0]) == losses[-1]
     logits = jax.jit(lambda p: nnx.merge(graphdef, p)(batch[:, :-1]))(params)
     parts = jax.jit(lambda z: cross_entropy(z, batch[:, 1:], z_loss=0.1))(logits)
-    # A difference of two losses, each of which may be 16 units off.
+    # The difference of two losses, each of which may be off by 16 units.
     most = 32 * UNIT * losses[1]
     assert losses[1] - losses[0] == pytest.approx(float(np.mean(parts.z_loss)), rel=0, abs=most)
 
@@ -246,7 +247,7 @@ def test_loss_by_hand():
     logits = jnp.log(jnp.array([[[0.5, 0.25, 0.25], [0.125, 0.125, 0.75]]]))
     targets = jnp.array([[0, 2]])
     expected = -(np.log(0.5) + np.log(0.75)) / 2
-    # Logarithms of up to 2, and about eight roundings.
+    # Logarithms of up to 2, with about eight roundings.
     assert float(next_token_loss(logits, targets)) == pytest.approx(expected, rel=16 * UNIT)
     weighted = next_token_loss(logits, targets, jnp.array([[1.0, 3.0]]))
     expected = -(np.log(0.5) + 3 * np.log(0.75)) / 4
@@ -278,7 +279,7 @@ def test_impossible_models_are_refused(fields, complaint):
 
 
 def test_dropout_is_in_training_alone_and_its_mean_is_the_model(getkey):
-    """A dropped stream is scaled up, so that its mean over keys is what goes in."""
+    """The elements that are kept are scaled up, so the mean over keys equals the input."""
     model = build(dropout=0.5)
     tokens = jax.random.randint(getkey(), (2, 8), 0, 32)
     np.testing.assert_array_equal(model(tokens), build()(tokens))
@@ -288,7 +289,7 @@ def test_dropout_is_in_training_alone_and_its_mean_is_the_model(getkey):
     np.testing.assert_array_equal(one, model.hidden(tokens, dropout_key=keys[0])[0])
     x = jnp.ones((64, 64))
     share = float(jnp.mean(dropped(x, 0.25, getkey())))
-    assert abs(share - 1) < 6 * (0.25 / 0.75) ** 0.5 / 64  # six standard errors of 4096 draws
+    assert abs(share - 1) < 6 * (0.25 / 0.75) ** 0.5 / 64  # six standard errors for 4096 draws
 
 
 def test_a_step_drops_different_elements_at_each_update_and_in_each_micro_batch(getkey):
@@ -302,7 +303,7 @@ def test_a_step_drops_different_elements_at_each_update_and_in_each_micro_batch(
     step = jax.jit(make_train_step(graphdef, ravine.sgd(0.0), 2, attention_logits=False))
     state = init_state(params, ravine.sgd(0.0))
     state, before = step(state, batch)
-    _, after = step(state, batch)  # no parameter has moved
+    _, after = step(state, batch)  # no parameter has changed
     assert float(before["loss"]) != float(after["loss"])
 
 

@@ -1,4 +1,4 @@
-"""Monitors and weight forms: what they say and keep, by hand."""
+"""Monitors and weight constraints: what they report and preserve, checked by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ def test_metrics_by_hand_and_updates_untouched():
         [np.float64(x).ravel() for x in (t["kernel"], t["layers"]["kernel"])]
     )
     rms = lambda x: np.sqrt(np.mean(np.square(np.asarray(x, np.float64))))
-    # Roots of sums of 92 squares and of 7: half as many roundings, and two more.
+    # Roots of sums of 92 and of 7 squares: half as many roundings, and two more.
     norm = np.linalg.norm(matrices(grads))
     assert found["gradient_norm/matrix"] == pytest.approx(norm, rel=48 * UNIT)
     assert found["parameter_rms/bias"] == pytest.approx(rms(params["bias"]), rel=6 * UNIT)
@@ -63,7 +63,7 @@ def test_metrics_by_hand_and_updates_untouched():
     assert found["eps_share/matrix"] == pytest.approx(share, rel=2 * UNIT)
     assert 0 < share < 1
     ranks = [effective_rank(m) for m in (grads["kernel"], *grads["layers"]["kernel"])]
-    # Squares of sums of 20 squares over sums of 16 squares of sums of 5 products: 40 + 16 + 4 * 10.
+    # Squared sums of 20 squares, over sums of 16 squares of sums of 5 products: 40 + 16 + 4 * 10.
     assert found["momentum_rank/matrix"] == pytest.approx(np.mean(ranks), rel=96 * UNIT)
     assert found["max_logit"] == 7
 
@@ -85,7 +85,7 @@ def test_samples_every_few_steps_and_scores_spikes():
 
     state, norms = jax.lax.scan(step, tx.init(params), jnp.arange(20.0))
     one = np.sqrt(sum(np.sum(np.float64(g) ** 2) for g in jax.tree.leaves(grads)))
-    # The root of a sum of 99 squares of products.
+    # The root of a sum of 99 squared products.
     np.testing.assert_allclose(norms, one * (1 + 3 * (np.arange(20) // 3)), rtol=52 * UNIT)
     assert monitored(state)["spike_score/loss"] == pytest.approx(3 / 20)
 
@@ -119,7 +119,8 @@ def test_logit_statistics_by_hand():
     found = logit_statistics(logits.at[1].set(jnp.nan), where)
     kept = np.asarray(logits, np.float64)[[0, 2]]
     shares = np.exp(kept) / np.exp(kept).sum(axis=1, keepdims=True)
-    # Sums of five and the logarithm; in the entropy the shares too, of numbers of about its size.
+    # Sums of five terms and the logarithm; for the entropy also the shares, with terms of about its
+    # size.
     entropy = np.mean(-np.sum(shares * np.log(shares), axis=1))
     assert found["entropy"] == pytest.approx(entropy, rel=32 * UNIT)
     normalizer = np.mean(np.log(np.sum(np.exp(kept), axis=1)))
@@ -142,10 +143,10 @@ def test_unit_norm_stays():
         grads = {"embedding": tree(seed)["kernel"], "bias": jnp.ones(3)}
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
-    # The root of four squares, the quotient, and two roundings of the update.
+    # The root of four squares, the quotient, and two roundings in the update.
     norms = np.linalg.norm(np.float64(params["embedding"]), axis=-1)
     np.testing.assert_allclose(norms, 1, rtol=8 * UNIT)
-    # Three times a rounded rate, and three differences.
+    # Three products with a rounded rate, and three differences.
     np.testing.assert_allclose(params["bias"], 1 - 3 * 0.3, rtol=0, atol=6 * UNIT)
     with pytest.raises(ValueError, match=r"bias has shape .* no axis 1"):
         keep_unit_norm(1).init(params | {"embedding": jnp.ones((2, 2))})
@@ -156,7 +157,7 @@ def test_sigma_reparam_is_the_matrix_at_first_and_finds_its_norm():
     matrix = jnp.array(np.float32(rng.normal(size=(2, 6, 4))))
     trained, state = sigma_reparam({"w": matrix})
     weights, state = sigma_weights(trained, state)
-    # The largest singular value twice, by SVD and by products with its vectors, and a quotient.
+    # The largest singular value twice (by SVD and by products with its vectors), and a quotient.
     rounding = 64 * UNIT
     np.testing.assert_allclose(weights["w"], matrix, rtol=rounding)
     moved = {"w": trained["w"]._replace(matrix=jnp.array(np.float32(rng.normal(size=(2, 6, 4)))))}
@@ -164,8 +165,8 @@ def test_sigma_reparam_is_the_matrix_at_first_and_finds_its_norm():
     for _ in range(60):
         weights, state = step(moved, state)
     values = np.linalg.svd(np.asarray(weights["w"], np.float64), compute_uv=False)
-    # After n rounds of power iteration (s2 / s1)^2n is left of the tangent of the angle, here less
-    # than 8 at first, and of the norm its square.
+    # After n power iterations, the tangent of the angle has shrunk by (s2 / s1)^2n, here from less than
+    # 8. The error of the norm is its square.
     left = np.max((values[:, 1] / values[:, 0]) ** (4 * 60 - 4))
     np.testing.assert_allclose(values[:, 0], trained["w"].gain, rtol=rounding + 64 * left)
     with pytest.raises(ValueError, match="takes matrices"):
@@ -182,5 +183,5 @@ def test_sigma_reparam_gradient_equals_finite_differences():
             weights, _ = sigma_weights(trained._replace(matrix=matrix, gain=gain), state)
             return jnp.sum((weights - target) ** 2)
 
-        # At the singular vectors themselves, where holding them fixed is exact.
+        # At the singular vectors themselves, where holding them fixed gives the exact gradient.
         assert_gradient(loss, trained.matrix, trained.gain)

@@ -1,4 +1,4 @@
-"""Muon and its descendants: the authors' trajectories, who gets which optimizer, and the pieces."""
+"""Muon and its descendants: the authors' trajectories, parameter assignment, and the single parts."""
 
 import functools
 import hashlib
@@ -19,10 +19,10 @@ from .golden import muon as golden
 from .tolerances import HALF, UNIT, double, furthest
 
 EVERYTHING = ((".*", "matrix", IN_OUT),)
-# Five steps enlarge the smallest singular values 485 times, and with them the rounding of two programs.
+# Five steps magnify the smallest singular values 485 times, and with them the rounding of two programs.
 ROUNDING = 2 * 3.4445**5 * UNIT
 BFLOAT16 = NewtonSchulz(dtype="bfloat16", form="standard")
-# Case of the goldens: ours. Sums (heavy ball) and means have the same directions.
+# Each golden case with our builder. Sums (heavy ball) and means have the same directions.
 BUILDERS = {
     "keller": functools.partial(ravine.muon, scale="keller"),
     "moonlight": functools.partial(ravine.muon, scale="moonlight"),
@@ -35,7 +35,7 @@ BUILDERS = {
 
 @functools.cache
 def goldens():
-    """Initial parameters and gradients, [out, in], and what was recorded."""
+    """Initial parameters and gradients, [out, in], and the recorded values."""
     data = json.loads(Path(golden.__file__).with_suffix(".json").read_text())
     initial, gradients = golden.inputs()
     for name, leaves in {"initial": initial, "gradients": gradients}.items():
@@ -45,14 +45,14 @@ def goldens():
 
 
 def recorded(case):
-    """What the authors' code gave, [record, parameter]: in float32, and in bfloat16 as published."""
+    """Results of the authors' code, [record, parameter]: in float32, and in bfloat16 as published."""
     initial, _, data = goldens()
     float32 = golden.unpack(data["cases"][case]["float32"], golden.flat(initial))
     return float32, golden.unpack(data["cases"][case]["bfloat16"], float32)
 
 
 def with_epsilon(polar, epsilon):
-    """`polar` of matrices divided by the sum of their norm and this: by one more singular value."""
+    """`polar` of matrices divided by their norm plus this, like one more singular value."""
 
     def of(matrices):
         norms = jnp.linalg.norm(matrices, axis=(1, 2))
@@ -64,7 +64,7 @@ def with_epsilon(polar, epsilon):
 
 
 def moved(polar, key, unit):
-    """`polar` of matrices whose elements are moved by at most a unit in their last place."""
+    """`polar` of matrices whose elements are moved by at most one unit in the last place."""
 
     def of(matrices):
         steps = jax.random.randint(key, matrices.shape, -1, 2).astype(matrices.dtype)
@@ -74,7 +74,7 @@ def moved(polar, key, unit):
 
 
 def trajectories(case, polar, unit):
-    """Ours, and three with the last places of a dtype with this unit moved: [4, record, parameter]."""
+    """Our trajectory, and three with this dtype's last places moved: [4, record, parameter]."""
     initial, gradients, data = goldens()
     rates = jnp.asarray(data["learning_rates"], jnp.float32)
     params = {name: jnp.asarray(leaf.T) for name, leaf in initial.items()}
@@ -110,9 +110,9 @@ def trajectories(case, polar, unit):
 
 
 def check_parity(case, polar, unit, expected):
-    """As near as eight times what moving the last places of what is orthogonalized does.
+    """Allows eight times the change from moving the last places of what is orthogonalized.
 
-    The two codes differ in the order of sums, which later steps of an iteration magnify in the same way.
+    The two codes sum in a different order, and later steps magnify that in the same way.
     """
     found, *others = trajectories(case, polar, unit)
     assert furthest(found, expected) <= 8 * max(furthest(other, found) for other in others)
@@ -120,7 +120,7 @@ def check_parity(case, polar, unit, expected):
 
 @pytest.mark.parametrize("case", BUILDERS)
 def test_parity_in_float32(case):
-    # Of gradients as small as those of the tall matrix, the authors' epsilon shows.
+    # With gradients as small as those of the tall matrix, the authors' epsilon matters.
     polar = with_epsilon(NewtonSchulz(), 1e-7) if case in ("keller", "normuon") else NewtonSchulz()
     check_parity(case, polar, UNIT, recorded(case)[0])
 
@@ -143,11 +143,11 @@ def test_norms_embedding_and_head_go_to_the_fallback():
     tx = ravine.muon(0.02, weight_decay=0.1, fallback=ravine.Fallback(learning_rate=1e-3))
     other = ravine.adamw(1e-3, b2=0.95, weight_decay=0.1)
     states, steps = [x.init(params) for x in (tx, other)], [jax.jit(x.update) for x in (tx, other)]
-    for _ in range(2):  # corrected for its start, the first step is the same for all decay rates
+    for _ in range(2):  # bias correction makes the first step the same for all decay rates
         grads = jax.tree.map(draw, shapes, is_leaf=is_shape)
         found = [step(grads, state, params) for step, state in zip(steps, states, strict=True)]
         (updates, expected), states = zip(*found, strict=True)
-        # Of moments, corrections, which a rate near one magnifies tenfold, root and quotient.
+        # Moments, corrections (which a rate near one magnifies tenfold), root and quotient.
         others = lambda tree: [tree["embed"], tree["head"], tree["layers"]["norm"]]
         assert furthest(others(updates), others(expected)) <= 40 * UNIT
         kernel = lambda tree: tree["layers"]["attention"]["query"]["kernel"]
@@ -185,7 +185,7 @@ def test_stacked_layers_equal_single_ones(name):
 
 
 def test_heads_equal_separate_matrices():
-    grads = draw(8, 4, 6)  # in, heads, head width
+    grads = draw(8, 4, 6)  # input, heads, head width
     by_head = Rule(".*", "matrix", MatrixAxes((0,), (1, 2), column_parts=4))
     split = one_update(ravine.muon(0.1, rules=[by_head]), {"query": grads})["query"]
     alone = ravine.muon(0.1, rules=EVERYTHING)
@@ -219,7 +219,7 @@ def test_fixed_norm_keeps_norms():
     norms = lambda x: jnp.sqrt(jnp.sum(jnp.square(x), axis=(1, 2)))
     np.testing.assert_allclose(norms(params), norms(start), rtol=HALF)
     assert jnp.max(jnp.abs(params - start)) > 0.1
-    # The norm at `init`, not that of the parameters now.
+    # The norm at `init`, not the current one.
     updates, _ = update(updates, state, 2 * params)
     np.testing.assert_allclose(norms(2 * params + updates), norms(start), rtol=HALF)
 

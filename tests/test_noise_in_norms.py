@@ -1,4 +1,4 @@
-"""The noise scale in the norms of Muon, Shampoo and SOAP, against their definitions."""
+"""The noise scale in the norms of Muon, Shampoo and SOAP, checked against their definitions."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ DEVIATIONS = np.outer(np.arange(1, ROWS + 1) ** -0.5, np.linspace(0.5, 1.5, COLU
 
 
 def polar_norm(state):
-    """P of Muon's state before a step, in float64: the inverse root of the momentum's Gram matrix."""
+    """P from Muon's state before a step, in float64: the inverse root of the momentum's Gram matrix."""
     (mu,) = jax.tree.leaves(optax.tree.get(state, "mu"))
     mu = np.asarray(mu, np.float64)
     values, vectors = np.linalg.eigh(mu @ mu.T)
@@ -26,7 +26,7 @@ def polar_norm(state):
 
 
 def roots_norm(state):
-    """Of Shampoo's: the Kronecker products of the roots of its six blocks of two by two."""
+    """P from Shampoo's state: Kronecker products of the roots of its six 2 x 2 blocks."""
     (factors,) = optax.tree.get(state, "factors")["kernel"]
     left, right = (np.asarray(x.root, np.float64).reshape(2, 3, 2, 2) for x in factors)
     whole = np.zeros((ROWS, COLUMNS, ROWS, COLUMNS))
@@ -38,7 +38,7 @@ def roots_norm(state):
 
 
 def basis_norm(state):
-    """Of SOAP's, of one block: 1 / sqrt(v) in the eigenbasis."""
+    """P from SOAP's state, for one block: 1 / sqrt(v) in the eigenbasis."""
     (axes,) = optax.tree.get(state, "bases")["kernel"]
     (nu,) = optax.tree.get(state, "nu")["kernel"]
     left, right = (np.asarray(x.vectors, np.float64).squeeze() for x in axes)
@@ -46,8 +46,9 @@ def basis_norm(state):
     return turned.T @ (np.asarray(nu, np.float64).reshape(-1, 1) ** -0.5 * turned)
 
 
-# What multiplies rounding to float32, from the condition of P: the number of terms of the quadratic form
-# times it; for Muon's root of a Gram matrix, of its elements' terms times the square.
+# How much float32 rounding is magnified, given the condition number of P: by that times the number of
+# terms in the quadratic form, and for the root of Muon's Gram matrix by its square times the number of
+# terms in an element.
 of_form = lambda condition: ROWS * COLUMNS * condition
 of_gram = lambda condition: COLUMNS * condition**2
 
@@ -62,10 +63,10 @@ of_gram = lambda condition: COLUMNS * condition**2
     ids=["muon", "shampoo", "soap"],
 )
 def test_in_the_norm_of_a_matrix_optimizer(tx, norm, roundings):
-    """A quadratic's gradient is H theta plus noise of a known covariance.
+    """The gradient of a quadratic is H theta plus noise of known covariance.
 
-    The optimizer learns for some steps; then its state is held, so that the norm is one norm. 2,000
-    steps of 4 micro-batches of 8 are within five standard errors.
+    The optimizer learns for some steps, and then its state is frozen so that the norm does not change.
+    2,000 steps of 4 micro-batches of 8 are within five standard errors.
     """
     params, key = {"kernel": jnp.asarray(MEAN, jnp.float32)}, jax.random.key(0)
 
@@ -103,7 +104,7 @@ def test_in_the_norm_of_a_matrix_optimizer(tx, norm, roundings):
     error = of_noise_scale(root @ MEAN.ravel(), covariance, 32, 4, 2000)
     assert float(trace.mean() / square.mean()) == pytest.approx(expected, rel=5 * error)
     plain = np.sum(DEVIATIONS**2) / np.sum(MEAN**2)
-    assert abs(expected / plain - 1) > 0.25  # it is another number
+    assert abs(expected / plain - 1) > 0.25  # a different number
     trace_of = np.trace(p) / p.shape[0]
     found = squared_norms(params, state, tx=tx)["preconditioned/matrix"]
     bound = roundings(np.linalg.cond(p)) * UNIT

@@ -1,4 +1,4 @@
-"""The noise scale against its definition: known covariances, and every example's gradient by itself."""
+"""The noise scale against its definition: known covariances, and the gradient of each single example."""
 
 import functools
 
@@ -25,7 +25,7 @@ from .tolerances import UNIT
 
 SIZE = 12
 CURVATURES = np.arange(1, SIZE + 1) ** -1.0
-SPREADS = np.arange(1, SIZE + 1) ** -0.5  # of the data: power laws, as those of real gradients
+SPREADS = np.arange(1, SIZE + 1) ** -0.5  # of the data: power laws, like those of real gradients
 START = np.linspace(0.2, 0.6, SIZE)
 VARIANCES = (CURVATURES * SPREADS) ** 2
 DECAY, STEPS = 0.9998, 4000  # nearly a plain mean
@@ -33,19 +33,19 @@ AVERAGED = independent(DECAY, STEPS)
 
 
 def of_quadratic(theta, x):
-    """The loss of a batch of targets: gradient H (theta - x), covariance H S^2 H."""
+    """The loss for a batch of targets: gradient H (theta - x), covariance H S^2 H."""
     return 0.5 * jnp.mean(
         jnp.sum(CURVATURES.astype(np.float32)[None] * jnp.square(theta["kernel"] - x), axis=1)
     )
 
 
 def exact(norm=1.0):
-    """In a diagonal norm."""
+    """The exact value in a diagonal norm."""
     return np.sum(norm * VARIANCES) / np.sum(norm * (CURVATURES * START) ** 2)
 
 
 def measured(sizes, tx, nu=None):
-    """Noise scales after some steps that leave the parameters, from micro-batches of such sizes."""
+    """Noise scales from micro-batches of these sizes, after steps that keep the parameters."""
     params = {"kernel": jnp.asarray(START[None], jnp.float32)}
     tx = with_noise_scale(tx, decay=DECAY)
     start = tx.init(params)
@@ -72,9 +72,10 @@ def measured(sizes, tx, nu=None):
 
 @pytest.mark.parametrize("sizes", [(16, 16), (8,) * 8, (2, 30), (1, 7, 24)])
 def test_a_known_covariance_is_found(sizes):
-    """Micro-batches of unequal sizes are as unbiased as equal ones: within five standard errors.
+    """Unequal micro-batches are as unbiased as equal ones: within five standard errors.
 
-    With 32 examples in two micro-batches, the noisiest, one is 3 %: most of it the trace's.
+    With 32 examples in two micro-batches, the noisiest case, one standard error is 3 %, mostly from the
+    trace.
     """
     found = measured(sizes, optax.sgd(0.0))
     of_one = CURVATURES * START, np.diag(VARIANCES)
@@ -83,7 +84,7 @@ def test_a_known_covariance_is_found(sizes):
 
 
 def test_preconditioned_by_the_second_moment():
-    """With one that stays, so that the norm is one norm: its decay is 1."""
+    """The second moment has a decay of 1, so it stays fixed and the norm does not change."""
     nu = (CURVATURES * START) ** 2 + VARIANCES / 64
     tx = optax.chain(optax.scale_by_rms(decay=1.0), optax.scale(0.0))
     found = measured((16,) * 4, tx, nu)
@@ -91,14 +92,14 @@ def test_preconditioned_by_the_second_moment():
     of_one = p**0.5 * CURVATURES * START, np.diag(p * VARIANCES)
     error = of_noise_scale(*of_one, 64, 4, AVERAGED)
     assert float(found["preconditioned_noise_scale"]) == pytest.approx(exact(p), rel=5 * error)
-    assert abs(exact(p) / exact() - 1) > 0.3  # it is another number
+    assert abs(exact(p) / exact() - 1) > 0.3  # a different number
 
 
 @functools.cache
 def brute_force():
-    """A small network on 512 examples: the noise scale from every example's gradient, in float64.
+    """A small network on 512 examples: the float64 noise scale from the gradient of each single example.
 
-    And the standard error, relative to it, of what 2,000 steps of 8 micro-batches of 8 find.
+    Also its relative standard error when measured with 2,000 steps of 8 micro-batches of 8.
     """
     rng = np.random.default_rng(1)
     inputs = rng.normal(size=(512, 6)) * np.arange(1, 7) ** -0.5
@@ -157,12 +158,12 @@ def test_devices_are_micro_batches():
 
     mapped = jax.jit(jax.shard_map(on_device, mesh=mesh, out_specs=P(), check_vma=False))
     by_device = mapped(put(x), put(y))
-    # Micro-batches take every eighth row: rows in the order that gives them a device's.
+    # Micro-batches take every eighth row; this order gives them the rows of a device.
     order = np.arange(64).reshape(8, 8).T.ravel()
     tokens = lambda batch: batch[0].shape[0]
     loss_and_grads = micro_batch_value_and_grad(loss, 8, tokens=tokens, measure=squared_norms)
     _, *by_scan = jax.jit(loss_and_grads)(params, (x[order], y[order]))
-    # Sums of 64 and 8 terms in another order: 64 roundings at most.
+    # Sums of 64 and 8 terms in another order: at most 64 roundings.
     for got, want in zip(jax.tree.leaves(by_device), jax.tree.leaves(tuple(by_scan)), strict=True):
         scale = float(np.max(np.abs(want)))
         np.testing.assert_allclose(got, want, rtol=0, atol=64 * UNIT * scale)

@@ -1,4 +1,4 @@
-"""Notebooks run from top to bottom, use public names only, and are committed with outputs."""
+"""Notebooks run from top to bottom, use only public names, and are committed with their outputs."""
 
 import ast
 import re
@@ -17,7 +17,7 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 TRAINER = (NOTEBOOKS[0].parents[1] / "docs/api/trainer.md").read_text()
 LOCAL_PATH = re.compile(r"(?<![\w.:/<])/\w[\w.-]*/\w|\b[A-Z]:\\+\w|site-packages")
 
-# Notebooks run here as they do when they are saved.
+# Run notebooks here in the same way as when they are saved.
 ThisInterpreter = runpy.run_path(str(NOTEBOOKS[0].with_name("save.py")))["ThisInterpreter"]
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -28,11 +28,11 @@ def code_cells(notebook):
 
 
 def kinds(cell):
-    """What a cell shows, in order: the types of displays, and whether it prints."""
+    """What a cell shows, in order: the types of its displays, and whether it prints."""
     shown = []
     for output in cell.outputs:
         kind = output.get("name") or tuple(sorted(output.get("data", ())))
-        # A stream may come in pieces, and what a machine warns of is not part of the lesson.
+        # A stream may arrive in pieces, and warnings about the machine are not part of the lesson.
         if kind != "stderr" and not (shown and shown[-1] == kind == "stdout"):
             shown.append(kind)
     return shown
@@ -105,14 +105,14 @@ def test_uses_only_public_names(path):
 
 
 def assert_public(dotted):
-    """No private part; under ravine, each part is exported by the module before it."""
+    """No private name; inside ravine, each part is exported by the module before it."""
     if not re.fullmatch(r"[\w.]+", dotted):
         return  # an attribute of an expression
     assert not any(part.startswith("_") for part in dotted.split(".")), dotted
     head, *parts = dotted.split(".")
     if head != "ravine":
         return
-    if parts[:1] == ["training"]:  # imported on demand; public is what its page documents
+    if parts[:1] == ["training"]:  # imported on demand; a name is public if its page documents it
         module, _, name = dotted.rpartition(".")
         page = TRAINER.partition(f".. currentmodule:: {module}\n")[2].partition("currentmodule")[0]
         assert re.search(rf"^.. auto\w+:: {name}$", page, re.MULTILINE), f"{dotted}: undocumented"

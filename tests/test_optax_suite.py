@@ -1,21 +1,21 @@
 """Optax's own common tests, run over our optimizers.
 
-They ship in Optax's wheel, but as private modules: should a release move them, this one says so.
+They ship in Optax's wheel, but as private modules: if a release moves them, this file fails.
 
 What does not apply:
 
-- complex parameters, which ours refuse by name (`test_every_optimizer.py`);
+- complex parameters, which our optimizers refuse by name (`test_every_optimizer.py`);
 - dtypes other than bfloat16 and float32 (float64 is in `test_parity.py`);
 - `AliasTest.test_explicit_dtype`, which expects a moment in the parameters' dtype when no dtype is
-  given, where ours has at least float32;
+given, while ours are at least float32;
 - `test_optimization` and the tests of extra arguments, accumulation, injection and schedules in
-  `AliasTest` and `ScheduleAsLearningRateTest`: `ContribTest` has the same ones, stricter;
-- `ContribTest.test_preserve_dtype`, which wants the parameters' dtype: with one dtype the same as
-  `AliasTest`'s, which wants the gradients';
+  `AliasTest` and `ScheduleAsLearningRateTest`: `ContribTest` has stricter versions of them;
+- `ContribTest.test_preserve_dtype`, which expects the parameters' dtype: with a single dtype this is
+  the same as `AliasTest`'s, which expects the gradients' dtype;
 - `init` from shapes alone for schedule-free optimizers, whose state holds the parameters' values
   (`jax.eval_shape(tx.init, shapes)` works);
-- types on a mesh of other settings of an optimizer for matrices than its first (`VARIANTS`), for which
-  our own tests stand; with and without `jit`, for matrices, they are compared for one of each kind;
+- types on a mesh for the further settings of matrix optimizers (`VARIANTS`), which our own tests
+  cover; for matrices, types with and without `jit` are compared for one optimizer of each kind;
 - Optax's wrappers (mechanize, schedule_free) and microbatching, which are not ours.
 """
 
@@ -37,10 +37,10 @@ from .optimizers_table import FAMILIES, TABLE, VARIANTS, builder
 with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
     # sharding_test makes a noisy_sgd in a way that Optax itself deprecates.
     warnings.filterwarnings("ignore", "Specifying a key will be required", UserWarning)
-    # sharding_test sets XLA_FLAGS when imported; leaving the context takes that back.
+    # sharding_test sets XLA_FLAGS on import; leaving the context restores it.
     patch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
     if "sklearn" not in sys.modules:
-        # alias_test imports scikit-learn for tests of L-BFGS, which are not run here.
+        # alias_test imports scikit-learn for the L-BFGS tests, which are not run here.
         stand_in = types.ModuleType("sklearn")
         stand_in.datasets = stand_in.linear_model = None
         patch.setitem(sys.modules, "sklearn", stand_in)
@@ -50,14 +50,14 @@ with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
 # The tables of Optax's tests name an optimizer; its modules look the name up here.
 alias_test._get_opt = lambda self, name: builder(name)
 contrib_test._get_opt_factory = builder
-# Optax's function digs in its own schedule_free's state.
+# Optax's function reads the internals of the state of its own schedule_free.
 contrib_test.contrib = types.SimpleNamespace(
     **{**vars(optax.contrib), "schedule_free_eval_params": ravine.schedule_free_eval_params}
 )
 
 
 def options(row, defaults=(), **arguments):
-    """A row as Optax's tables have it."""
+    """A row in the format of Optax's tests."""
     kwargs = {"learning_rate": row.constant_learning_rate, **dict(defaults), **row.hyperparameters}
     return {"opt_name": row.name, "opt_kwargs": kwargs, **arguments}
 
@@ -65,8 +65,8 @@ def options(row, defaults=(), **arguments):
 def present(row):
     """Values that keep every link in the chain.
 
-    A momentum or decay of zero leaves its link out; injected as an array, it cannot be seen to be
-    zero, and the states would differ in structure.
+    A momentum or decay of zero leaves its link out. As an injected array it is not known to be zero,
+    and the states would differ in structure.
     """
     values = {"momentum": 0.9, "inner_momentum": 0.9, "weight_decay": 0.01}
     return {name: value for name, value in values.items() if row.accepts(name)}
@@ -74,15 +74,15 @@ def present(row):
 
 NO_WRAPPER = {"wrapper_name": None, "wrapper_kwargs": None}
 DTYPES = ("bfloat16", "float32")
-# One operation at a time on a mesh takes up to a minute: of optimizers for matrices Muon alone, and
-# in the long run one of each kind.
+# One operation at a time on a mesh takes up to a minute, so of the matrix optimizers only Muon runs, and
+# one of each kind in the slow tests.
 LONG = [row for row in FAMILIES if row.name in ("shampoo", "soap")]
 EAGER = [row for row in TABLE if not row.needs_matrices or row.name == "muon"]
 OTHERS = [row for row in TABLE if row not in FAMILIES]
 
 
 def original(case, name, suffix="0"):
-    """A test of Optax's before it was parametrised."""
+    """One of Optax's tests before it was parameterized."""
     return getattr(case, name + suffix).__wrapped__
 
 
@@ -104,7 +104,7 @@ class NoSkips(parameterized.TestCase):
 
 
 def suite(rows):
-    """Optax's tests of these optimizers."""
+    """Optax's tests for these optimizers."""
     any_shape = [row for row in rows if not row.needs_matrices]
     injected = [options(row, present(row), **NO_WRAPPER) for row in any_shape]
     contributed = [options(row, **NO_WRAPPER) for row in any_shape]
@@ -144,7 +144,7 @@ def suite(rows):
 
 
 def accumulation(rows):
-    """Optax's test of these optimizers in its own accumulation."""
+    """Optax's test of its own accumulation with these optimizers."""
     contributed = [options(row, **NO_WRAPPER) for row in rows if not row.needs_matrices]
 
     class Accumulation(NoSkips):
@@ -170,12 +170,13 @@ def types_under_jit(rows):
 class OnMesh(NoSkips):
     def setUp(self):
         super().setUp()
-        # The tests skip themselves where jax is older than 0.7.2, compared as strings: "0.10" is.
+        # The tests skip themselves for jax older than 0.7.2, but compare strings, so "0.10" counts as
+        # older.
         self.enterContext(mock.patch.object(jax, "__version__", "1"))
 
 
 def shardings(rows):
-    """Optax's tests of these optimizers on a mesh."""
+    """Optax's tests for these optimizers on a mesh."""
     built = {row: (str(TABLE.index(row)), row.build()) for row in rows}
     compiled = {
         row: (name, tx._replace(update=jax.jit(tx.update))) for row, (name, tx) in built.items()
@@ -185,8 +186,8 @@ def shardings(rows):
         test_abstract_init = parameterized.named_parameters(
             [built[row] for row in rows if not row.averages]
         )(sharding("test_init_with_abstract_input"))
-        # Of compiled updates, as those of Shampoo and its kin take long one operation at a time; that
-        # types are the same with and without is what the next one shows.
+        # Updates are compiled here, because Shampoo and related optimizers are slow one operation at a
+        # time. The next test shows that types are the same with and without `jit`.
         test_type_of_update = parameterized.named_parameters(
             [compiled[row] for row in rows if row not in VARIANTS]
         )(sharding("test_state_sharding_type_init_match_update"))
@@ -195,27 +196,28 @@ def shardings(rows):
     return Sharding
 
 
-# What they see in others of a family our own common tests see, of all rows: `test_every_optimizer.py`.
+# Our own common tests in `test_every_optimizer.py` check the same for every row, so one per family is
+# enough.
 OptaxSuite, Accumulation, Sharding = (make(FAMILIES) for make in (suite, accumulation, shardings))
 
 
 @pytest.mark.slow
 class OptaxSuiteOfOthers(suite(OTHERS)):
-    """The same of all others."""
+    """The same tests for all other optimizers."""
 
 
 @pytest.mark.slow
 class AccumulationOfOthers(accumulation(OTHERS)):
-    """The same of all others."""
+    """The same tests for all other optimizers."""
 
 
 @pytest.mark.slow
 class ShardingOfOthers(shardings(OTHERS)):
-    """The same of all others."""
+    """The same tests for all other optimizers."""
 
 
 @pytest.mark.slow
 class ShardingOfMatrices(OnMesh):
-    """Types with and without `jit` of those that are slow one operation at a time."""
+    """Types with and without `jit` for optimizers that are slow one operation at a time."""
 
     test_type_under_jit = types_under_jit([(row.name, row.build()) for row in LONG])

@@ -1,4 +1,4 @@
-"""Orthogonalization: what the iterations do to singular values, their forms, and batches."""
+"""Orthogonalization: the effect of the iterations on singular values, their forms, and batches."""
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +21,14 @@ from ravine.optimizers.matrix.batch.batches import map_matrices
 from .newton_schulz import of_bfloat16, relative_norm
 from .tolerances import HALF, furthest
 
-LAST_DIGIT = 0.5e-6  # half of it, where six are given
-# What the map makes of singular values in [0.01, 1].
+LAST_DIGIT = 0.5e-6  # half a unit of the last of six digits
+# Where the iteration maps singular values in [0.01, 1].
 BANDS = {"keller": (0.68, 1.14), "quintic": (0.97, 1.04), "polar_express": (0.85, 1.15)}
 STEPS = {"keller": range(1, 11), "quintic": [5], "cubic": [5], "polar_express": range(5, 11)}
 
 
 def matrices(shape, smallest=0.01, seed=0):
-    """Matrices [K, m, n] with singular values from `smallest` to 1, in equal ratios."""
+    """Matrices [K, m, n] with singular values from `smallest` to 1 in a geometric sequence."""
     rng = np.random.default_rng(seed)
     count, rows, columns = shape
     rank = min(rows, columns)
@@ -36,7 +36,7 @@ def matrices(shape, smallest=0.01, seed=0):
     for _ in range(count):
         left, right = (np.linalg.qr(rng.normal(size=(n, rank)))[0] for n in (rows, columns))
         made.append((left * np.geomspace(smallest, 1, rank)) @ right.T)
-    return np.stack(made).astype(jnp.zeros(0).dtype)  # float64 in tests that allow it
+    return np.stack(made).astype(jnp.zeros(0).dtype)  # float64 in tests that enable it
 
 
 def compiled(*args, **options):
@@ -114,7 +114,7 @@ def test_polar_express_table_is_the_published_one():
 
 @pytest.mark.parametrize("form", ["standard", "gram"])
 def test_bfloat16_is_near_float32(form):
-    """Within twice of what rounding at random makes of the same products."""
+    """Within twice the effect of random rounding on the same products."""
     x = matrices((2, 64, 256))
     low = compiled(dtype="bfloat16", form=form)(x)
     assert low.dtype == jnp.float32
@@ -143,7 +143,7 @@ def test_batch_equals_loop_and_chunks_equal_the_whole():
     for piece, result in zip(pieces, whole, strict=True):
         one_by_one = np.concatenate([alone(matrix[None]) for matrix in piece])
         assert largest_difference(result, one_by_one) <= HALF
-    for bound in (1, 2 * 8 * 12, 3 * 8 * 12):  # seven matrices: by one, by two, by three
+    for bound in (1, 2 * 8 * 12, 3 * 8 * 12):  # seven matrices: one, two or three at a time
         chunked = jax.jit(lambda p, bound=bound: map_matrices(polar, p, bound))(pieces)
         for result, part in zip(whole, chunked, strict=True):
             assert largest_difference(result, part) <= HALF
@@ -260,7 +260,7 @@ def test_presets_refuse(preset, steps, message):
 
 
 def test_a_table_that_turns_negative_is_refused():
-    # NeMo's "aol", meant for another normalisation.
+    # NeMo's "aol", which is meant for another normalization.
     table = (
         (4.0098, -7.0585, 2.4635),
         (3.4585, -5.5479, 2.5959),

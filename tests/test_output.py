@@ -1,4 +1,4 @@
-"""Commands whose output cannot be written: a line and a status, not a page."""
+"""Commands whose output cannot be written end with one line and a status, not with a traceback."""
 
 import pytest
 from ravine.training.cli import main

@@ -1,4 +1,4 @@
-"""The norm in which a matrix optimizer sees a gradient: against its definition, its step, and a mesh."""
+"""The norm that a matrix optimizer applies to gradients: checked by definition, step and mesh."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def grads_of(shapes, seed=0):
 
 
 def filled(state, seed=0):
-    """A state as after some steps: symmetric roots, orthonormal bases, positive moments."""
+    """A state as it is after some steps: symmetric roots, orthonormal bases, positive moments."""
     random = np.random.default_rng(seed)
 
     def leaf(path, x):
@@ -62,7 +62,7 @@ def norms(tx, grads, state):
 
 @pytest.mark.usefixtures("float64")
 def test_kl_shampoo_multiplies_the_gradient_by_it():
-    """Without momentum its step is P[G], with the factors before the gradient."""
+    """Without momentum its step is P[G], with the factors from before this gradient."""
     tx = ravine.scale_by_kl_shampoo(0.0)
     state, grads = of(tx, {"kernel": (8, 6)})
     step, _ = jax.jit(tx.update)(grads, state)
@@ -89,7 +89,7 @@ def test_muon_of_an_attention_kernel_has_the_norm_of_its_matrix():
 
 
 def test_rows_of_an_equinox_matrix_are_its_inputs():
-    """[out, in], of which only the inputs have a factor."""
+    """The matrix is [out, in], and only the inputs have a factor."""
     tx = ravine.shampoo(1e-3, blocks={"sides": "rows"})
     state, grads = of(tx, {"linear": {"weight": (6, 4)}})
     is_factor = lambda node: isinstance(node, Factor)
@@ -99,7 +99,7 @@ def test_rows_of_an_equinox_matrix_are_its_inputs():
     )
     assert root.shape == (4, 4)
     found = squared_norms(grads, state, tx=tx)["preconditioned/matrix"]
-    # Two sums of at most 24 terms in float32, without cancellation that counts.
+    # Two float32 sums of at most 24 terms, without significant cancellation.
     expected = np.trace(g @ root @ g.T) / np.trace(root) * 4
     np.testing.assert_allclose(found, expected, rtol=2 * 32 * UNIT)
 
@@ -117,7 +117,7 @@ OPTIMIZERS = {
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_trace_is_that_of_the_form(name):
-    """The sum of the form over all unit matrices, with blocks that are padded."""
+    """The trace is the sum of the form over all unit matrices, here with padded blocks."""
     tx = OPTIMIZERS[name]
     state, _ = of(tx, {"kernel": (6, 5)})
     units = {"kernel": jnp.eye(30).reshape(30, 6, 5)}
@@ -177,7 +177,7 @@ def test_a_state_of_another_optimizer_is_refused():
         squared_norms(grads, ravine.sgd(0.1).init(grads))
     with pytest.raises(ValueError, match="opt_state has no state of scale_by_muon where tx has it"):
         squared_norms(grads, ravine.sgd(0.1).init(grads), tx=tx)
-    momentum = ravine.scale_by_ema_momentum()  # alone, it is not Muon
+    momentum = ravine.scale_by_ema_momentum()  # on its own, this is not Muon
     assert set(squared_norms(grads, momentum.init(grads), tx=momentum)) == {"matrix"}
 
 
@@ -185,8 +185,8 @@ def test_hyperparameters_in_the_state_are_part_of_it():
     grads = grads_of({"up": {"kernel": (4, 6)}})
     tx = ravine.inject_hyperparams(ravine.kl_shampoo)(1e-3, eps=10.0)
     norm = norms(tx, grads, jax.jit(tx.init)(grads))["up/kernel"]
-    # A sum of 24 squares in float32. At the start, the roots of all products of eigenvalues are 0.1, and
-    # bases identities.
+    # A sum of 24 squares in float32. Initially, the roots of all products of eigenvalues are 0.1 and the
+    # bases are identities.
     expected = jnp.sum(jnp.square(grads["up"]["kernel"])) / 10.1
     np.testing.assert_allclose(norm.square, expected, rtol=2 * 32 * UNIT)
     tx = optax.inject_hyperparams(lambda eps: ravine.scale_by_kl_shampoo(eps=eps))(10.0)

@@ -1,4 +1,4 @@
-"""Symmetric matrices in half the memory: exactly, and nothing else is read."""
+"""Symmetric matrices in half the memory: the conversion is exact, and reads nothing else."""
 
 import math
 

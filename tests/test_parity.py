@@ -1,4 +1,4 @@
-"""Ours against the official implementations and against Optax, step for step."""
+"""Our optimizers against the official implementations and Optax, step by step."""
 
 import pytest
 

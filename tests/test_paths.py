@@ -1,4 +1,4 @@
-"""Paths that go in circles, back, through pipes or files: refused in a line, and nothing is made."""
+"""Circular paths, paths that go back or through pipes or files: refused, and nothing is created."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Pipelines: the bubble by arithmetic and by simulation, and one that runs and learns."""
+"""Pipelines: the bubble by formula and by simulation, and a pipeline that runs and learns."""
 
 import jax
 import jax.numpy as jnp

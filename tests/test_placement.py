@@ -1,4 +1,4 @@
-"""Where leaves go on a mesh, and that they come back."""
+"""Where leaves are placed on a mesh, and that they return to where they were."""
 
 import itertools
 import math
@@ -22,7 +22,7 @@ from ravine.optimizers.matrix.mesh.placement import Move, names_of, place, spec
 from .tolerances import HALF, furthest
 
 SIZES = {"a": 2, "b": 2, "c": 2}
-# Every way in which up to three mesh axes cut the two axes of a leaf.
+# Every way to shard the two axes of a leaf over up to three mesh axes.
 OUTSIDES = [
     tuple(tuple(n for n, at in zip(SIZES, where, strict=True) if at == axis) for axis in range(2))
     for where in itertools.product([0, 1, None], repeat=3)
@@ -40,7 +40,7 @@ def test_placement_keeps_blocks_whole(cuts, sums):
         found = place(outside, cuts, SIZES, sums)
         for axis, names in enumerate(found.inside):
             assert axis in sums or cuts[axis] % cut(names) == 0
-            # What stays is what cuts slowest, so that a device's part stays in one piece.
+            # The slowest-varying mesh axes stay, so a device's part remains contiguous.
             kept = len([name for name in names if name in outside[axis]])
             assert names[:kept] == outside[axis][:kept]
         inside = [name for names in found.inside for name in names]
@@ -136,7 +136,7 @@ def test_whole_matrices_are_whole_and_return(count, work, rows, columns, ragged)
             sharded
         )
     assert names_of(found) == ((), rows, columns)
-    # Devices that hold the same matrices share them, as long as each gets one.
+    # Devices that hold the same matrices divide them up, as long as each gets at least one.
     if work is None:
         work = 1 if len(rows + columns) == 2 else 2
     assert shapes == [(work, 8, 12)]
@@ -144,9 +144,9 @@ def test_whole_matrices_are_whole_and_return(count, work, rows, columns, ragged)
 
 
 def test_a_ragged_exchange_without_the_collective():
-    """The example in JAX's documentation of it, with rows of two."""
+    """The example from JAX's documentation, with rows of two."""
     data = lambda *values: jnp.repeat(jnp.array(values, jnp.int32)[:, None], 2, axis=1)
-    # By device: operand, output, input offsets, send sizes, output offsets, receive sizes.
+    # For each device: operand, output, input offsets, send sizes, output offsets, receive sizes.
     slices = (((0, 1), (1, 2), (0, 0), (1, 1)), ((0, 1), (1, 1), (1, 2), (2, 1)))
     first, second = ([jnp.array(x, jnp.int32) for x in device] for device in slices)
     both = [data(1, 2, 2, 3, 4, 0), data(0, 0, 0, 0, 0, 0, 0, 9)]
@@ -161,7 +161,7 @@ def test_a_ragged_exchange_without_the_collective():
     )
     with jax.set_mesh(mesh):
         found = exchange(*(jax.device_put(x, NamedSharding(mesh, P("x"))) for x in both))
-    # What nothing is written to stays.
+    # Elements that nothing is written to keep their values.
     np.testing.assert_array_equal(found, data(1, 3, 0, 0, 2, 2, 4, 9))
 
 

@@ -1,4 +1,4 @@
-"""The planner's parts that need no TPU compiler: presets, shardings, plans, verdicts, bad input."""
+"""The parts of the planner that need no TPU compiler: presets, shardings, plans, verdicts, bad input."""
 
 import dataclasses
 import importlib.util
@@ -74,7 +74,7 @@ def test_a_train_step_that_is_compiled_here():
     with jax.numpy_dtype_promotion("standard"):
         compiled = compiled_train_step(model, ravine.adamw(0.1), mesh, 8, 2, fused=True)
         found = plan_of("adamw", compiled, mesh)
-    # Matrices are in four parts, two bytes an element, and Adam keeps eight.
+    # Matrices are in four parts with two bytes per element, and Adam keeps eight bytes.
     assert 3.9 <= found.state / found.parameters <= 4.1
     assert {c.kind for c in found.collectives} >= {"all-reduce", "all-gather"}
 
@@ -147,7 +147,7 @@ def test_a_model_given_by_its_sizes_is_planned(capsys):
 
 
 def test_a_train_step_assumes_nothing_of_attention(capsys):
-    """Its products are counted with all others, at their rate."""
+    """Attention's products are counted with all others, at the same rate."""
     words = ["plan", *GPUS, "--optimizer", "adamw"]
     assert main(words) == 0
     assert "and attention at 35%" in " ".join(capsys.readouterr().out.split())
@@ -162,7 +162,7 @@ def test_every_registered_optimizer_is_one_of_all():
 
 @pytest.mark.parametrize("name", ravine.names())
 def test_every_optimizer_is_planned_as_it_runs_on_accelerators(name):
-    """Blocks and orthogonalization alike, also where one has both."""
+    """Blocks and orthogonalization follow the accelerator defaults, alone and together."""
     config = ravine.OptimizerConfig(name)
     wanted = {key: value for key, value in {**ALIGNED, **POLAR}.items() if config.accepts(key)}
     assert assumed(name, {}) == wanted
@@ -176,7 +176,7 @@ def test_what_needs_more_than_gradients_is_planned(name, capsys):
 
 
 def test_json_has_what_is_printed(capsys, monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")  # as a Jupyter kernel has it
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as in a Jupyter kernel
     assert main(["plan", *GPUS, "--optimizer", "adamw", "--json", "--micro-batches", "2"]) == 2
     capsys.readouterr()
     words = [*GPUS, "--optimizer", "adamw", "--json", "--micro-batches", "2", "--batch", "512"]
@@ -184,7 +184,7 @@ def test_json_has_what_is_printed(capsys, monkeypatch):
     found = json.loads(capsys.readouterr().out)
     (adamw,) = found["plans"]
     sizes = adamw["bytes"]
-    # Gradients in bfloat16 and their float32 sums; two means in float32.
+    # Gradients in bfloat16 plus their float32 sums; two means in float32.
     assert sizes["gradients"] == 3 * sizes["parameters"]
     assert sizes["memory"] == pytest.approx(
         sizes["parameters"]
@@ -208,13 +208,13 @@ def test_a_state_on_the_host_is_moved_both_ways(capsys):
         found.append(json.loads(capsys.readouterr().out))
     (here,), (there,) = (one["plans"] for one in found)
     state = here["bytes"]["state"]
-    assert 0 < state - there["bytes"]["host"] <= 32  # all but counts
+    assert 0 < state - there["bytes"]["host"] <= 32  # everything but the counts
     held = there["bytes"]["memory"] - max(
         there["bytes"]["temporary"], there["bytes"]["activations"]
     )
     kept = sum(here["bytes"][x] for x in ("parameters", "gradients", "state"))
     assert held == kept - there["bytes"]["host"]
-    # It comes to the chip and goes back: of GPUs by hand.
+    # It comes to the chip and goes back; for GPUs this is computed by hand.
     staged = there["bytes"]["temporary"] - here["bytes"]["temporary"]
     assert staged == pytest.approx(1.5 * there["bytes"]["host"])
     moved = 2 * state / found[0]["chip"]["host"]
@@ -254,11 +254,11 @@ def planned(**sizes):
     ("found", "tokens", "says"),
     [
         (planned(), 4096, "fits in 16 GB with 10.00 GB to spare"),
-        # What comes from the host and goes back there is on the chip while it is worked on.
+        # State on the host is on the chip while it is being updated.
         (planned(state=15 * 10**9), 4096, "by 1.00 GB; shard over 2 times as many chips"),
         (planned(activations=11e9), 4096, "by 1.00 GB; with --state-on-host it does"),
         (planned(state=10**9, parameters=32 * 10**9), 4096, "shard over 3 times as many chips"),
-        # Of two sequences: 2.15 GB kept, 2.16 at work, 2.10 of logits; of four twice that.
+        # For two sequences: 2.15 GB kept, 2.16 working memory, 2.10 for logits; for four, twice that.
         (planned(activations=14 * 10**9), 8 * 4096, "with --micro-batches 4 it does"),
         (planned(activations=10.5e9), 4096, "with --fused-loss it does"),
     ],
@@ -317,7 +317,7 @@ def test_verdicts_name_the_first_change_that_helps(found, tokens, says):
     ],
 )
 def test_bad_input(words, complaint, capsys):
-    assert len(jax.devices()) == 8  # JAX has started: it is too late for more
+    assert len(jax.devices()) == 8  # JAX has started, so it is too late for more devices
     assert main(["plan", *words]) == 2
     error = capsys.readouterr().err
     assert complaint in error

@@ -1,4 +1,4 @@
-"""The optimizers compiled by the TPU's own compiler, for pods that are not there: `make test-pods`."""
+"""The optimizers compiled by the TPU's own compiler for pods that are not present: `make test-pods`."""
 
 import json
 
@@ -19,7 +19,7 @@ from .mixture import compiled_step
 
 pytestmark = [
     pytest.mark.pods,
-    # libtpu warns at import that it finds no TPU.
+    # libtpu warns on import when it finds no TPU.
     pytest.mark.filterwarnings("ignore::UserWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
@@ -30,7 +30,7 @@ LLAMA = {"model": "llama2-70b", "topology": "v5p:8x8x8", "mesh": "fsdp=64,tensor
 
 @pytest.fixture(autouse=True)
 def promotion():
-    """As users have it."""
+    """The promotion setting that users have."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
@@ -43,15 +43,16 @@ def planned(optimizer, **overrides):
 def test_element_wise_optimizers_communicate_nothing():
     found = planned("adamw")
     assert found.collectives == ()
-    # Two means in float32, of parameters in bfloat16.
+    # Two float32 means for bfloat16 parameters.
     assert 0 < found.state - 4 * found.parameters <= SCALARS
 
 
 @pytest.mark.parametrize(
     ("optimizer", "options", "numbers", "limit"),
     [
-        # Of a block of 128: statistics, and roots or bases, of each of two sides. Packed, they are
-        # n (n + 1) / 2; and Shampoo has residual, condition and two counts of each, and one norm.
+        # For each block of 128: statistics, and roots or bases, for both sides. When packed, each has n
+        # (n + 1) / 2 elements. Shampoo also has a residual, a condition and two counts per side, and one
+        # norm.
         ("shampoo", {"factors": {"packed": True}}, 2 * (2 * 128 * 129 // 2 + 4) + 1, 3.5e9),
         ("soap", {}, 2 * 2 * 128**2, 3.9e9),
     ],
@@ -60,7 +61,7 @@ def test_aligned_blocks_are_not_communicated_and_fit(optimizer, options, numbers
     found = planned(optimizer, options=json.dumps(options))
     assert found.collectives == ()
     assert not found.repeated
-    # Two means in float32, of parameters in bfloat16, and the blocks' own numbers.
+    # Two float32 means for bfloat16 parameters, plus the numbers kept for each block.
     blocks = found.parameters // (2 * 128**2)
     assert 0 < found.state - 4 * found.parameters - 4 * numbers * blocks <= SCALARS
     assert found.state + found.temporary <= limit
@@ -92,7 +93,7 @@ def test_a_train_step_of_the_trainers_own_model():
     small = {"model": "ravine", "topology": "v5e:4x4", "mesh": "data=2,fsdp=4,tensor=2"}
     found = planned("adamw", **small, layers_only=False, train_step=True)
     assert {"all-reduce", "all-gather"} <= {c.kind for c in found.collectives}
-    # Two means in float32, of parameters in bfloat16.
+    # Two float32 means for bfloat16 parameters.
     assert 0 < found.state - 4 * found.parameters <= SCALARS
 
 
@@ -101,7 +102,7 @@ def test_a_state_on_the_host_is_compiled_to_stay_there():
     here, there = (planned("adamw", **small, state_on_host=on_host) for on_host in (False, True))
     assert there.host == 4 * here.parameters
     assert 0 < here.state - there.host <= SCALARS
-    # The state is on the chip while it is updated, some of it twice: on its way in and on its way out.
+    # The state is on the chip during the update, and some of it twice: on its way in and on its way out.
     assert here.state <= there.temporary - here.temporary <= 2.5 * here.state
 
 
@@ -121,15 +122,16 @@ def test_a_train_step_in_stages_sends_what_is_counted_by_hand():
     options = {"layers_only": False, "train_step": True, "micro_batches": micro, "batch": 2048}
     found = planned("adamw", **small, **options)
     shape = PRESETS["ravine"]
-    # The stream of one sequence in bfloat16, at every tick forward and backward, from three of four
-    # stages; then the last one deals what it has to the others, and is sent the gradient.
+    # The bfloat16 residual stream of one sequence, forward and backward at every tick, from three of
+    # four stages. Then the last stage distributes its result to the others and receives the gradient.
     stream, ticks = 2 * shape.context * shape.width, micro + stages - 1
     sent = 2 * (ticks + micro / stages) * stream * (stages - 1) / stages
     between = [c for c in found.collectives if len({at // fsdp for at in c.group}) > 1]
     permuted = [c for c in between if c.kind == "collective-permute"]
     assert sum(c.total for c in permuted) == sent
     assert {c.times for c in permuted if c.in_loop} == {ticks}
-    # Every stage has a copy of embedding and head, whose gradients in bfloat16 are summed; and of norms.
+    # Every stage has a copy of the embedding, the head and the norms, whose bfloat16 gradients are
+    # summed.
     ends = 2 * 2 * shape.vocabulary * shape.width / fsdp
     summed = sum(c.total for c in between if c.kind == "all-reduce" and len(c.group) == stages)
     assert summed == pytest.approx(2 * ends * (stages - 1) / stages, rel=0.02)
@@ -155,14 +157,15 @@ def test_a_train_step_of_a_mixture_exchanges_tokens_by_hand_and_no_experts():
     tx = ravine.muon(1e-3, polar=POLAR["polar"], rules=rules)
     found = plan_of("muon", compiled_step(MIXTURE, tx, auto(mesh), 16), mesh, is_step=True)
     between = [c for c in found.collectives if len({at // 2 for at in c.group}) > 1]
-    # Forward, again and backward, in each of two layers tokens go to their experts and come back:
-    # of two experts per token, seven in eight on other chips, 512 elements of two bytes.
+    # In the forward, repeated forward and backward pass of each of two layers, tokens go to their
+    # experts and come back: for two experts per token, seven eighths on other chips, 512 elements of two
+    # bytes.
     sent = sum(c.total for c in between if c.kind == "all-to-all")
     assert sent == pytest.approx(2 * 6 * 256 * 2 * 7 / 8 * 512 * 2, rel=0.1)
     by_hand = Work(MIXTURE, sizes, 16 * 256).exchanges()
     assert sent == pytest.approx(sum(c.total for c in by_hand if c.kind == "all-to-all"), rel=0.1)
-    # All else that crosses experts are sums of gradients of what every chip has.
+    # Everything else sent across the expert axis is a sum of gradients of replicated parameters.
     assert {c.kind for c in between} == {"all-to-all", "all-reduce"}
-    # Muon exchanges rows and columns of each expert's six matrices, which two chips have halves of.
+    # Muon exchanges rows and columns of the six matrices of each expert, each split between two chips.
     (whole, back) = (c for c in found.collectives if c.kind == "all-to-all" and c not in between)
     assert whole.bytes == back.bytes == 6 * 512 * 512 // 2 * 2

@@ -1,4 +1,4 @@
-"""Real processes, joined over loopback: the losses of one process, killed and taken up again."""
+"""Real processes, joined over loopback: the losses of one process, also when killed and resumed."""
 
 import contextlib
 import json
@@ -25,8 +25,8 @@ WORDS = ["race", "--width", "16", "--layers", "2", "--heads", "2", "--context", 
 WORDS += ["--batch-size", "8", "--steps", "8", "--eval-every", "4", "--eval-batches", "2"]
 WORDS += ["--optimizers", "muon", "--checkpoint-every", "1"]
 MESH = ["--mesh", "data=2,fsdp=2,tensor=2"]
-SLURM_PORTS = (1 << 16) - (1 << 12)  # to which JAX adds the number of the job
-LIMIT = 600  # seconds that a launch may take, however busy the machine
+SLURM_PORTS = (1 << 16) - (1 << 12)  # JAX adds the job number to this
+LIMIT = 600  # seconds that a launch may take, however busy the machine is
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def words(text):
 
 @pytest.fixture(scope="module")
 def assert_close_to_one_process(words, tmp_path_factory):
-    """That records are those of this one process with 8 devices, but for the order of sums."""
+    """Checks that records equal those of one process with 8 devices, up to the order of sums."""
 
     def run():
         out = tmp_path_factory.mktemp("alone") / "race"
@@ -62,13 +62,13 @@ def free_port(wanted):
 
 @contextlib.contextmanager
 def launched(words, count, devices, logs, cache, port=None):
-    """So many processes on a free port, or by a given one as SLURM starts them; none outlives it."""
+    """Processes on a free port, or on a given one as SLURM starts them; the context ends them all."""
     slurm, port = port is not None, port or free_port(0)
     environment = {
         **os.environ,
         "PYTHONPATH": str(Path(ravine.__file__).parents[1]),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiled twice as fast
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # halves the compilation time
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
@@ -109,7 +109,7 @@ def finish(started, logs, status=0):
 
 
 def wait_for(step, started, out, logs):
-    """Waits until the run has written this step."""
+    """Waits until the run has written the record of this step."""
     metrics, deadline = out / "muon" / "metrics.jsonl", time.monotonic() + LIMIT
     while not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
         assert time.monotonic() < deadline
@@ -118,7 +118,7 @@ def wait_for(step, started, out, logs):
 
 
 def kill_at(step, started, out, logs):
-    """Kills all processes once the run has written this step."""
+    """Kills all processes once the run has written the record of this step."""
     wait_for(step, started, out, logs)
     for process in started:
         kill(process)
@@ -133,7 +133,7 @@ def test_processes_have_the_losses_of_one(count, words, assert_close_to_one_proc
     with launched(words, count, 8 // count, tmp_path, tmp_path / "cache") as started:
         finish(started, tmp_path)
     assert_close_to_one_process(records(out / "muon"))
-    # One writes and prints, and checkpoints are everyone's.
+    # One process writes and prints, and all of them write checkpoints.
     assert sorted(path.name for path in out.iterdir()) == [
         "muon",
         "race.json",
@@ -184,7 +184,7 @@ def test_after_a_kill_the_rest_is_bitwise_that_of_an_uninterrupted_run(
 def test_a_signal_to_all_processes_ends_all_and_the_run_goes_on_from_there(
     count, number, status, words, tmp_path
 ):
-    """Each may be in another step, and then waits for one that is gone: ten seconds, no longer."""
+    """Each may be in another step and wait for a process that is gone, but for at most ten seconds."""
     cache, out = tmp_path / "cache", tmp_path / "race"
     words = [*words, *MESH, "--steps", "2000", "--checkpoint-every", "5", "--out", str(out)]
     with launched(words, count, 8 // count, tmp_path, cache) as started:
@@ -196,14 +196,14 @@ def test_a_signal_to_all_processes_ends_all_and_the_run_goes_on_from_there(
     assert not any("Traceback" in log or "Fatal" in log for log in logs), logs
     assert not (out / "muon" / "outcome.json").exists()
     newest = max(int(path.name) for path in (out / "muon" / "checkpoints").iterdir())
-    assert newest > 5 if count == 1 else newest >= 5  # alone, that of the step it was in
+    assert newest > 5 if count == 1 else newest >= 5  # a single process saves the step it was in
     with launched([*words, "--resume"], count, 8 // count, tmp_path, cache) as started:
         wait_for(newest + 3, started, out, tmp_path)
 
 
 @pytest.mark.slow
 def test_killed_again_and_again_on_other_meshes(words, assert_close_to_one_process, tmp_path):
-    """8, 4, 2, 1 and 8 devices."""
+    """The run continues on 8, 4, 2, 1 and 8 devices."""
     out, cache = tmp_path / "race", tmp_path / "cache"
     resume = []
     for step, (mesh, count, size) in enumerate(
@@ -220,7 +220,7 @@ def test_killed_again_and_again_on_other_meshes(words, assert_close_to_one_proce
 
 @pytest.mark.slow
 def test_what_the_first_process_refuses_all_refuse(words, tmp_path):
-    """Only the first looks at the folder."""
+    """Only the first process looks at the folder."""
     (tmp_path / "race").mkdir()
     (tmp_path / "race" / "mine.txt").write_text("mine")
     words = [*words, *MESH, "--out", str(tmp_path / "race")]

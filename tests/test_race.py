@@ -1,4 +1,4 @@
-"""The race from its command line: results, refusals, divergence, interruption, resumption."""
+"""The race from its command line: results, refusals, divergence, interruption and resumption."""
 
 import json
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_every_schedule_is_reached_by_its_name(name):
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
 def test_the_first_schedules_keep_their_values(name):
-    """As they were before there were others: a peak, a share of it at the end, a warm-up."""
+    """The same values as before other schedules existed: a peak, its share at the end, a warm-up."""
     values = RunConfig(steps=100, schedule=name, warmup_steps=10, end_ratio=0.1).learning_rate(0.1)
     x = np.clip((np.arange(105) - 10) / 90, 0, 1)
     fall = {"cosine": 0.5 * (1 + np.cos(np.pi * x)), "linear": 1 - x, "constant": 1 + 0 * x}[name]
@@ -185,7 +185,7 @@ def test_a_checkpoint_of_another_text_is_refused(tmp_path, text, capsys):
     mine.write_text(original)
     words = ["--optimizers", "sgd", "--checkpoint-every", "2"]
     assert race(*words, text=str(mine), out=out) == 0
-    (out / "sgd" / "outcome.json").unlink()  # as if cut off before its end
+    (out / "sgd" / "outcome.json").unlink()  # as if it was cut off before its end
     before = records(out / "sgd")
     mine.write_text(original[::-1])
     assert race(*words, "--resume", text=str(mine), out=out) == 2
@@ -212,7 +212,7 @@ def test_several_seeds_have_means_errors_and_noise_named(tmp_path, text, capsys,
     programs._step.cache_clear()
     monkeypatch.setattr(programs, "_telling", counted)
     assert race("--optimizers", "adamw,sgd", "--seeds", "3", text=text, out=out) == 0
-    assert len(traced) == 2  # one step for each optimizer, for all seeds
+    assert len(traced) == 2  # one step per optimizer, shared by all seeds
     printed = capsys.readouterr().out
     last = {
         label: [r["heldout_loss"] for r in records(out / label) if "heldout_loss" in r][-1]
@@ -221,17 +221,17 @@ def test_several_seeds_have_means_errors_and_noise_named(tmp_path, text, capsys,
     }
     metas = [json.loads((out / label / "meta.json").read_text()) for label in last]
     assert [meta["run"]["seed"] for meta in metas] == [0, 1, 2, 0, 1, 2]
-    # By NumPy: the mean, its standard error, and that of the paired differences.
+    # Computed with NumPy: the mean, its standard error, and the standard error of paired differences.
     adamw, sgd = (np.array(list(last.values()))[part] for part in (slice(3), slice(3, 6)))
     error = lambda x: np.std(x, ddof=1) / 3**0.5
     assert f"{np.mean(sgd):.3g} ± {error(sgd):.2g}" in printed
     mean, noise = np.mean(sgd - adamw), error(sgd - adamw)
     said = f"{mean:+.3f} ± {noise:.3f}"
-    assert said in printed  # nothing is cut off at 80 columns
+    assert said in printed  # no line is cut off at 80 columns
     page = (out / "report.html").read_text()
     assert said in page
     assert (f"{said} (noise)" in page) == (abs(mean) < 2 * noise)
-    # Resumed, nothing is run again; with another number of seeds it is another race.
+    # Resuming runs nothing again; another number of seeds is a different race.
     before = {label: (out / label / "metrics.jsonl").stat().st_mtime_ns for label in last}
     words = ["--optimizers", "adamw,sgd", "--resume"]
     assert race(*words, "--seeds", "3", text=text, out=out) == 0
@@ -243,7 +243,7 @@ def test_several_seeds_have_means_errors_and_noise_named(tmp_path, text, capsys,
 def test_a_difference_within_two_standard_errors_is_noise():
     assert difference([0.1, 0.1, 0.13]) == "+0.110 ± 0.010"
     assert difference([0.1, -0.1, 0.03]) == "+0.010 ± 0.059 (noise)"
-    assert difference([0.1]) == "-"  # of one seed nothing is known
+    assert difference([0.1]) == "-"  # one seed gives no standard error
 
 
 def test_what_was_tuned_holds_where_the_run_does_not_say():
@@ -288,7 +288,7 @@ def test_a_run_ends_with_a_checkpoint_and_a_longer_race_goes_on_from_it(tmp_path
         ends = [r for r in records(short / name) if "heldout_loss" in r]
         assert [r["step"] for r in ends] == [3, 6, 10]
         assert ends[-1]["heldout_loss"] == records(whole / name)[-1]["heldout_loss"]
-    # Once more: nothing is left to do.
+    # A second time, there is nothing left to do.
     before = records(short / "sgd")
     assert race(*words, *other, text=str(moved), out=short) == 0
     assert records(short / "sgd") == before

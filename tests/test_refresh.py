@@ -1,4 +1,4 @@
-"""When roots are refreshed: the schedule, its phases, and what is due alone."""
+"""When roots are refreshed: the schedule, its phases, and that only due roots are refreshed."""
 
 import functools
 import math
@@ -21,7 +21,7 @@ from ravine.optimizers.matrix.batch.together import Unit
     phases=st.integers(1, 12),
 )
 def test_units_are_dealt_evenly(costs, phases):
-    """No phase has more than another by more than the costliest unit."""
+    """No phase has more work than another by more than the most expensive unit."""
     found = phases_of(costs, phases)
     assert len(found) == len(costs)
     loads = [0.0] * phases
@@ -54,7 +54,7 @@ def test_due_steps(schedule, expected):
 @pytest.mark.parametrize("start", [None, 7, 11])
 @pytest.mark.parametrize("every", [2, 5, 7])
 def test_staggered_phases_take_turns(every, start):
-    """All phases once before the start and once a period from then on."""
+    """Every phase is due once before the start, and once per period from then on."""
     schedule = Refresh(every, start, staggered=True)
     phases = [due_steps(schedule, phase) for phase in range(schedule.phases)]
     assert schedule.phases == every
@@ -89,7 +89,7 @@ def test_bad_start(start):
 @pytest.mark.parametrize("max_elements", [None, 9])
 @pytest.mark.parametrize("staggered", [False, True])
 def test_refreshed_updates_every_matrix_once_per_period(staggered, max_elements):
-    """Of units of two kinds and sizes; what is not due stays as it is."""
+    """The units have two kinds and sizes; those that are not due do not change."""
     schedule = Refresh(3, staggered=staggered)
     counts, each = (2, 3, 1, 7), (1, 2, 3, 4)
     sizes, kinds = (3, 3, 5, 3), ("a", "b", "a", "b")
@@ -124,7 +124,7 @@ def test_refreshed_updates_every_matrix_once_per_period(staggered, max_elements)
 
 @pytest.mark.parametrize("staggered", [False, True])
 def test_layers_of_a_scanned_model_take_turns(staggered):
-    """Of 12 layers, and of leaves without: once a period each, and as many on every step."""
+    """12 layers and unlayered leaves: each once per period, and the same number at every step."""
     schedule = Refresh(7, staggered=staggered)
     sources = [jnp.broadcast_to(jnp.arange(24.0).reshape(12, 2, 1), (12, 2, 3)), jnp.ones((2, 3))]
 
@@ -149,7 +149,7 @@ def test_layers_of_a_scanned_model_take_turns(staggered):
 
 
 def test_a_scanned_model_has_flat_steps():
-    """With SOAP and a period as long as there are layers, one of them is turned on every step."""
+    """With SOAP and a period equal to the number of layers, one layer is rotated at every step."""
     rng = np.random.default_rng(0)
     spectrum = (1 + np.arange(6)) ** -1.0
     tx = ravine.scale_by_soap(

@@ -24,8 +24,8 @@ BLOCKS = ravine.Blocks(size=8)
 
 
 def drifting(count, shape=(32, 16), seed=0):
-    """Correlated gradients with singular values like a power law, in a space that turns, but for the
-    first block of 8 rows, where it stays."""
+    """Correlated gradients with power-law singular values. Their space rotates, except for the first
+    block of 8 rows."""
     rng = np.random.default_rng(seed)
     rows, columns = ((1 + np.arange(n)) ** -1.0 for n in shape)
     left = [np.linalg.qr(rng.normal(size=(shape[0], shape[0])))[0] for _ in range(2)]
@@ -50,7 +50,7 @@ def drifting(count, shape=(32, 16), seed=0):
     ],
 )
 def test_the_worst_come_first(most, bounded, expected, max_elements):
-    """Non-finite values come after all others in need, and what fits is left alone."""
+    """Non-finite values come last among those in need, and roots that fit are left alone."""
     misfits = [[9.0, 0.5], [np.nan, 3.0, 0.1], [1.0]]
     sources = [single(m)[:, None, None] * jnp.ones((1, 3, 3)) for m in misfits]
     need = Need(lambda kind, carry, source: source[:, 0, 0], 1.0, most, bounded)
@@ -68,7 +68,7 @@ def test_the_worst_come_first(most, bounded, expected, max_elements):
 
 @pytest.mark.parametrize("turn", [0, 1])
 def test_the_worst_of_all_layers_that_are_due(turn):
-    """Of eight layers of two blocks every second one is due, and a quarter of their blocks refreshed."""
+    """Every second of eight two-block layers is due, and a quarter of their blocks is refreshed."""
     misfits = np.random.default_rng(0).permutation(16).reshape(8, 2)
     source = single(misfits)[..., None, None] * jnp.ones((1, 1, 3, 3))
     need = Need(lambda kind, carry, source: source[:, 0, 0], 1.0, 0.25)
@@ -100,12 +100,12 @@ def test_between_the_clock_and_never(name):
         updates = lambda **options: run(make(refresh=Refresh(**options)), gradients)[0]
         clock, always = updates(every=2), updates(every=2, need=1e-9)
         assert furthest(always, clock) <= HALF
-        if name != "shampoo":  # its roots start from the identity, which fits very badly
+        if name != "shampoo":  # its roots start from the identity, which is a very bad fit
             assert furthest(updates(every=2, need=10.0), updates(every=100)) <= HALF
 
 
 def test_soap_turns_only_bases_that_do_not_fit():
-    """And after it they fit better, though one QR step need not be enough."""
+    """They fit better afterwards, although one QR step may not be enough."""
     gradients = drifting(12)
     tx = MAKERS["soap"](b2=0.8, refresh=Refresh(every=1, need=0.1))
     _, states = run(tx, gradients)
@@ -115,11 +115,11 @@ def test_soap_turns_only_bases_that_do_not_fit():
         flat = lambda x: x.reshape(-1, *x.shape[-2:])
         off = [off_diagonal(flat(b.statistics), flat(a.vectors)) for a, b in pairs]
         moved = [jnp.any(flat(a.vectors != b.vectors), axis=(1, 2)) for a, b in pairs]
-        needed = (off[0] > 0.1) | (off[1] > 0.1)  # a block is turned on both sides
+        needed = (off[0] > 0.1) | (off[1] > 0.1)  # both sides of a block are rotated together
         np.testing.assert_array_equal(moved[0] | moved[1], needed)
         turned += int(jnp.sum(needed))
     assert 0 < turned < 8 * 10
-    assert not np.any(moved[0][:2])  # the blocks in which nothing turns
+    assert not np.any(moved[0][:2])  # the blocks whose space does not rotate
 
 
 @pytest.mark.slow
@@ -141,7 +141,7 @@ def test_all_roots_fit_that_are_not_refused():
 def test_no_more_than_the_bound_once_it_has_started(staggered):
     refresh = Refresh(every=2, need=1e-6, most=0.25, staggered=staggered)
     _, states = run(MAKERS["shampoo"](b2=0.8, roots={"ridge": 1e-3}, refresh=refresh), drifting(8))
-    # At the start more than the bound, that is all in need: of all roots, or of the phase that is due.
+    # The first refresh exceeds the bound and takes all in need: all roots, or the phase that is due.
     assert sum(refreshed_roots(states[0], states[1])) > (2 if staggered else 4)
     for at, (before, after) in enumerate(itertools.pairwise(states), 2):
         if at > 2:
@@ -149,7 +149,7 @@ def test_no_more_than_the_bound_once_it_has_started(staggered):
 
 
 def test_devices_agree_on_what_they_repeat():
-    """A leaf that both devices have whole is not ranked against one that they share."""
+    """A leaf that both devices hold whole is not ranked against a leaf that they share."""
     rng = np.random.default_rng(0)
     specs, shapes = {"whole": P(), "shared": P("x")}, {"whole": (4, 4), "shared": (2, 4, 4)}
     tx = ravine.scale_by_shampoo(
@@ -165,7 +165,7 @@ def test_devices_agree_on_what_they_repeat():
         _, state = jax.jit(tx.update)(put(drawn()), state)
         before = state.factors["whole"][0]
         grads = drawn()
-        # What the first device has of the shared leaf fits worst; what the second has, best.
+        # The first device's part of the shared leaf fits worst, the second device's best.
         grads["shared"] *= single([100.0, 0.0])[:, None, None]
         _, state = jax.jit(tx.update)(put(grads), state)
     roots = [factor.root for factor in state.factors["whole"][0]]

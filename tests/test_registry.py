@@ -1,4 +1,4 @@
-"""Configurations by name: JSON round trip, duplicates, what is refused."""
+"""Configurations by name: JSON round trips, duplicates, refusals."""
 
 import dataclasses
 

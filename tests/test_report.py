@@ -1,4 +1,4 @@
-"""The page of a race: what it says, what it draws, and that it needs nothing else."""
+"""The page of a race: what it reports and draws, and that it is self-contained."""
 
 import argparse
 import dataclasses
@@ -23,13 +23,13 @@ from ravine.training.data.corpus import load_corpus
 from ravine.training.identity import to_json
 from ravine.training.run.outcome import Outcome
 
-SIX_DIGITS = 5e-6  # half of the last
+SIX_DIGITS = 5e-6  # half of the last digit
 
 RUN = RunConfig(steps=300)
 
 
 def outcome(name, end, repeat=0, steps=300, status="finished"):
-    """A run that comes down to a loss, with seeded noise."""
+    """A run whose loss falls to a given value, with seeded noise."""
     rng = np.random.default_rng([repeat, *name.encode()])
     loss = lambda step: end + 2 * math.exp(-step / 60)
     shared = {"learning_rate": 0.1, "update_norm": 0.2, "gradient_norm": 1.0}
@@ -63,7 +63,7 @@ def test_the_page_loads_nothing_and_is_read_without_scripts(page):
     assert not re.findall(r"\b(?:src|href)=", head.split("<noscript>")[0])
     assert head.count("<noscript>") == head.count("<svg") == 1
     assert "<h1>muon ends lowest" in head
-    assert "&#34;b1&#34;: 0.9" in head  # its hyperparameters
+    assert "&#34;b1&#34;: 0.9" in head  # the hyperparameters
     given = scripts.partition(">")[2].partition("</script>")[0]
     assert json.loads(given)["concat"]
     assert '<html lang="en">' in page
@@ -87,7 +87,7 @@ def test_the_charts_are_drawn_whatever_they_are_drawn_against(seeds, along):
 
 
 def test_growing_batches_are_counted_as_each_optimizer_has_them(tmp_path):
-    """Of 100 updates of 16 sequences of 64 tokens, and 200 of 32; Muon's grow at the 200th."""
+    """100 updates of 16 sequences of 64 tokens, then 200 of 32; Muon's batch grows at update 200."""
     run = dataclasses.replace(RUN, batches=BatchSchedule("seesaw"))
     outcomes = [outcome("adamw", 1.5), outcome("muon", 1.4)]
     for made, boundary in zip(outcomes, (100, 200), strict=True):
@@ -100,7 +100,7 @@ def test_growing_batches_are_counted_as_each_optimizer_has_them(tmp_path):
     )
     last = {p["optimizer"]: p["tokens"] for p in chart["data"]["values"] if p["steps"] == 300}
     assert last == {"adamw": (1600 + 6400) * 64, "muon": (3200 + 3200) * 64}
-    # What rivals are compared by is tokens, not updates: Muon's half way of them is less of the text.
+    # Rivals are compared by tokens, not updates: halfway through its updates, Muon has seen less text.
     loss = outcomes[0].final_loss
     at = outcomes[1].reaching(loss)["step"]
     assert 150 < at < 200
@@ -181,7 +181,7 @@ def test_the_headline_says_what_came_out(outcomes, said):
 
 
 def test_the_tables_of_results_read_the_batches_of_every_run(tmp_path):
-    """A Seesaw of 300 steps makes fewer updates, with a boundary that depends on the run's warm-up."""
+    """A Seesaw schedule of 300 steps makes fewer updates; its boundary depends on the warm-up."""
     seesaw = dataclasses.replace(RUN, batches=BatchSchedule("seesaw", largest_batch=64))
     runs = [dataclasses.replace(seesaw, warmup_steps=warmup) for warmup in (10, 20)]
     assert runs[0].batch_sizes != runs[1].batch_sizes

@@ -1,4 +1,4 @@
-"""Roles: every parameter is decided by a rule, rows and columns included, in models of each kind."""
+"""Roles: a rule decides every parameter, including rows and columns, in models of each kind."""
 
 import jax
 import jax.numpy as jnp
@@ -135,7 +135,7 @@ def test_a_dictionary_may_have_an_entry_called_value():
     assert decided(state, [("^value$", "norm")]) == {"value": ("norm", None)}
 
 
-# Ready rules, on real models.
+# The predefined rules on real models.
 
 
 class LinenModel(nn.Module):
@@ -182,7 +182,7 @@ def test_heads_are_rows_of_the_output_and_columns_of_the_input(getkey):
     attention = nn.MultiHeadDotProductAttention(2, use_bias=False)
     x = jax.random.normal(getkey(), (1, 1, 8))
     params = attention.init(getkey(), x)
-    # One position attends to itself, so the value goes straight through.
+    # A single position attends to itself, so the output is its value.
     expected = attention.apply(params, x)
     wrapped = {"MultiHeadDotProductAttention_0": params["params"]}
     found = layouts(wrapped, LINEN_RULES)["MultiHeadDotProductAttention_0"]
@@ -190,7 +190,7 @@ def test_heads_are_rows_of_the_output_and_columns_of_the_input(getkey):
         found[name]["kernel"].to_matrices(params["params"][name]["kernel"])[0][0]
         for name in ("value", "out")
     )
-    # Two products, of sums of eight, each in both; their order is not the same.
+    # Two products with sums of eight, on both sides; the order of the sums differs.
     bound = 2 * 2 * 8 * UNIT * (np.abs(x[0]) @ np.abs(value) @ np.abs(out))
     assert np.all(np.abs(x[0] @ value @ out - expected[0]) <= bound)
 
@@ -266,7 +266,7 @@ def test_the_training_model(rules):
     assert {role for role, _ in found.values()} == {"embedding", "head", "matrix", "norm"}
 
 
-# Axes by their names.
+# Axes given by name.
 
 
 def test_names_of_an_nnx_variable():
@@ -295,7 +295,7 @@ def test_names_of_a_linen_box():
     box = params["kernel"]
     assert isinstance(box, nn.LogicallyPartitioned)
     assert axes_from_names(box.names, ["embed"], ["mlp"]) == MatrixAxes((0,), (1,))
-    # Boxed parameters have the paths of unboxed ones.
+    # Boxed parameters have the same paths as unboxed ones.
     boxed = decided({"Dense_0": params}, LINEN_RULES)
     assert boxed == decided({"Dense_0": nn.meta.unbox(params)}, LINEN_RULES)
     assert boxed["Dense_0/kernel"] == ("matrix", ((1, 3, 5),))
@@ -319,7 +319,7 @@ def test_bad_names_are_refused(names, problem):
         axes_from_names(names, rows={"embed", "both"}, columns={"mlp", "both"})
 
 
-# What is done with roles.
+# Uses of roles.
 
 
 def test_the_table():
@@ -336,7 +336,7 @@ def test_the_table():
     assert header.split() == ["path", "shape", "role", "matrices", "optimizer", "decay"]
     assert "[batch 2, rows 8, columns 8] + [batch 2, rows 8, columns 4]  muon       0.5" in query
     assert norm.split() == ["norm/scale", "(2,", "8)", "norm", "-", "adam", "no"]
-    for title in header.split()[1:]:  # aligned
+    for title in header.split()[1:]:  # columns are aligned
         assert all(line[header.index(title) - 1] == " " for line in (query, norm))
     assert role_table(params, rules).splitlines()[1].split()[-2:] == ["-", "-"]
 

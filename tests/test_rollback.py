@@ -1,4 +1,4 @@
-"""Roll-back: when it returns, where to, and that the run goes on as if the spike had not been."""
+"""Roll-back: when it happens, where it returns to, and that the run continues as without the spike."""
 
 import json
 
@@ -13,7 +13,7 @@ POLICY = RollbackPolicy(every=4, keep=3, margin=2, window=8, patience=3, skip_ba
 
 
 def drive(batches, steps, policy=POLICY):
-    """A loop with a donated state; returns the last state and the batches that made it."""
+    """A loop with donated state; returns the final state and the batches that led to it."""
     tx = ravine.sgd(0.1, momentum=0.9)
 
     def step(state, batch):
@@ -53,8 +53,8 @@ def stream(bad=()):
 def test_returns_to_before_a_spike_that_stays_and_leaves_its_data_out():
     bad = range(18, 60)
     state, used, rollback = drive(stream(bad), 40)
-    assert rollback.returns > 1  # until the data are good again
-    # The first bad loss is seen by update 19, so it returns to the state after 16.
+    assert rollback.returns > 1  # repeated until the data are good again
+    # Update 19 sees the first bad loss, so the run returns to the state after update 16.
     assert used[:16] == list(range(16))
     assert len(used) == 40
     assert not set(used).intersection(bad)
@@ -72,7 +72,7 @@ def test_a_short_spike_is_sat_out_and_a_nan_is_not():
         assert watch.observe(step, state, 1.0 + 0.01 * (step % 2)) is None
     assert watch.observe(13, state, 9.0) is None
     assert watch.observe(14, state, 9.0) is None
-    assert watch.observe(15, state, 1.0) is None  # back by itself
+    assert watch.observe(15, state, 1.0) is None  # recovers by itself
     back = watch.observe(16, state, float("nan"))
     assert (back.step, back.skip_batches) == (12, 5)
 
@@ -83,7 +83,7 @@ def test_the_margin_counts_back_from_the_first_bad_loss():
         watch.observe(step, jnp.full(1, step), 1.0 + 0.01 * (step % 2))
     for step in (13, 14):
         assert watch.observe(step, jnp.full(1, step), 9.0) is None
-    # The snapshot of 12 is one update older than the first bad loss, and three than the last.
+    # The snapshot from step 12 is one update older than the first bad loss, three older than the last.
     assert watch.observe(15, jnp.full(1, 15), 9.0).step == 8
 
 
@@ -115,7 +115,7 @@ def test_what_is_kept_in_a_checkpoint_makes_the_same_decisions():
         assert whole.observe(step, jnp.full(1, step), loss) is None
     again = Rollback(POLICY)
     again.set_state(json.loads(json.dumps(whole.get_state())), whole.snapshots)
-    for watch in (whole, again):  # the third bad loss in a row, of which two were seen before
+    for watch in (whole, again):  # the third bad loss in a row; two of them came before
         back = watch.observe(17, jnp.full(1, 17), 9.0)
         assert (back.step, float(back.state[0]), watch.returns) == (12, 12, 1)
     assert again.get_state() == whole.get_state()

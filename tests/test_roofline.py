@@ -1,4 +1,4 @@
-"""Times and the model's part, against numbers worked out by hand."""
+"""Times and costs of the model, against numbers worked out by hand."""
 
 import dataclasses
 from pathlib import Path
@@ -45,21 +45,22 @@ NODES = Network.of(H100, range(16))
         # A plane of sixteen has four links, and the whole cube six.
         (CUBE, collective("all-gather", 1e9, range(16)), 15 / 16 / 400),
         (CUBE, collective("all-gather", 1e9, range(64)), 63 / 64 / 600),
-        # Of a reduce-scatter the bytes are of what is kept.
+        # For a reduce-scatter, the bytes are those that are kept.
         (CUBE, collective("reduce-scatter", 1e9, range(4)), 4 * 0.75 / 200),
         (CUBE, collective("all-reduce", 1e9, range(4)), 2 * 0.75 / 200),
-        # Half of a dimension is a line: one link.
+        # Half of a dimension is a line with a single link.
         (CUBE, collective("all-gather", 1e9, (0, 1)), 0.5 / 100),
-        # Four of 16 in a v5e do not close to a ring, sixteen do.
+        # In a v5e, four chips of 16 do not close to a ring; all sixteen do.
         (torus(V5E, 16, 16), collective("all-gather", 1e9, range(4)), 0.75 / 50),
         (torus(V5E, 16, 16), collective("all-gather", 1e9, range(16)), 15 / 16 / 100),
-        # Less than a cube of a v5p closes nowhere.
+        # A slice smaller than a cube of a v5p has no rings.
         (torus(V5P, 2, 2, 4), collective("all-gather", 1e9, range(4)), 0.75 / 100),
-        # All-to-all of a ring of four: half of a chip's 1 GB crosses the middle, by two links of two.
+        # All-to-all in a ring of four: half of a chip's 1 GB crosses the middle, over two links of two
+        # chips.
         (CUBE, collective("all-to-all", 1e9, range(4)), 0.5 / 100),
         (torus(V5P, 8, 4, 4), collective("ragged-all-to-all", 1e9, range(0, 128, 16)), 1 / 100),
         (CUBE, collective("collective-permute", 1e9, (0, 1), sent=1e9), 1 / 100),
-        # Two slices: half of what a chip has crosses, at 6.25 GB/s.
+        # Two slices: half of the data on a chip crosses, at 6.25 GB/s.
         (
             torus(V5P, 4, 4, 4, slices=2),
             collective("all-reduce", 1e9, (0, 64)),
@@ -70,7 +71,7 @@ NODES = Network.of(H100, range(16))
             collective("all-reduce", 1e9, range(128)),
             2 * (63 / 64 / 600 + 0.5 / 64 / 6.25),
         ),
-        # Within a node behind a switch; two nodes send an eighth by each of eight cards.
+        # Within a node through a switch; between two nodes, each of eight cards sends an eighth.
         (NODES, collective("all-gather", 1e9, range(8)), 7 / 8 / 450),
         (NODES, collective("all-gather", 1e9, range(16)), 7 / 8 / 450 + 1 / 16 / 50),
         (NODES, collective("all-to-all", 1e9, range(8)), 7 / 8 / 450),
@@ -115,7 +116,7 @@ def test_products_are_told_apart():
     assert found.products[each._replace(kind="float32:highest")] == 1
     assert found.products[each._replace(kind="bfloat16", moved=3 * 8 * 8 * 2)] == 5
     assert {product.kind for product in found.more_products} == {"decomposition"}
-    # Three on tensor cores, one without them; all moved from and to memory.
+    # Three products on tensor cores and one without; all are read from and written to memory.
     assert seconds_of(NODES, found.products) == pytest.approx(
         max(each.operations / 494.5e12, each.moved / 3.35e12) * 2
         + max(each.operations / 67e12, each.moved / 3.35e12)
@@ -160,12 +161,12 @@ def test_activations_by_hand():
     )
     assert halved.activations()["kept"] == 32 * stream
     assert halved.activations()["logits"] == full.activations()["logits"] / 64
-    # Sums in float32 beside gradients in bfloat16.
+    # Float32 sums beside bfloat16 gradients.
     assert (full.accumulators(100), halved.accumulators(100)) == (0, 200)
 
 
 def test_seconds_of_the_model_by_hand():
-    # 4096 tokens on each of four shards of rows, cut once more by the tensor axis.
+    # 4096 tokens on each of four row shards, split once more by the tensor axis.
     work = Work(LLAMA, {"fsdp": 4, "tensor": 2}, tokens=4 * 4096, remat="none")
     scores = 6 * 32 * 32 * (2 * 128) * 4097 / 2 * 4096 / 2
     products = LLAMA.flops() * 4096 / 2 - scores
@@ -179,7 +180,7 @@ def test_seconds_of_the_model_by_hand():
 
 
 PUBLIC = [
-    # Chip, mesh, tokens, and published tokens per second and chip or MFU; sources in docs/pods.md.
+    # Chip, mesh, tokens, and the published tokens per second per chip or MFU; sources in docs/pods.md.
     ("llama3-8b", "h100", 8, 2 * 8192, 6667, "tokens"),
     ("llama2-70b", "v5p", 64, 4 * 4096, 0.65, "mfu"),
     ("llama2-70b", "v4", 64, 4 * 4096, 0.57, "mfu"),
@@ -200,17 +201,18 @@ def test_estimates_are_within_twice_of_public_runs(
 
 
 def test_a_pipeline_by_hand():
-    # Eight stages of four layers, sixteen micro-batches of a sequence each.
+    # Eight stages of four layers; sixteen micro-batches of one sequence each.
     sizes = {"stage": 8, "fsdp": 2}
     piped = Work(LLAMA, sizes, tokens=2 * 16 * 4096, micro_batches=16)
     stream = 4096 * 4096 * 2
-    # The last stage needs most, with its logits; with a fused loss the first, of eight micro-batches.
+    # The last stage needs most memory, for its logits; with a fused loss the first, for eight micro-
+    # batches.
     last = piped.activations()
     assert (last["kept"], last["logits"]) == (4 * stream, 8 * 4096 * 32000)
     fused = dataclasses.replace(piped, fused_loss=True)
     first = fused.activations()
     assert (first["kept"], first["logits"]) == (8 * 4 * stream, 0)
-    # The last stage multiplies by all of the head, 1/8 of which is in the mean of all stages.
+    # The last stage computes the whole head, 1/8 of which is in the mean over all stages.
     flat = dataclasses.replace(fused, sizes={"fsdp": 16})
     head = 4 / 3 * 6 * 32000 * 4096 * 16 * 4096 / 989e12
     mean = model_seconds(flat, H100)
@@ -221,7 +223,7 @@ def test_a_pipeline_by_hand():
     assert exposed_seconds(fused, H100, last) == pytest.approx(0, abs=HALF * last)
     (sent,) = (c for c in piped.exchanges() if c.kind == "collective-permute")
     assert (sent.sent, sent.times, sent.group) == (stream, 2 * 16, tuple(range(0, 16, 2)))
-    # Copies of embedding and head, in two parts, add up their gradients once.
+    # The two-way sharded copies of embedding and head add up their gradients once.
     (ends,) = (c for c in piped.exchanges() if c.kind == "all-reduce")
     assert (ends.sent, ends.times) == (7 / 8 * 2 * 2 * 2 * 32000 * 4096 / 2, 1)
     assert ends.group == sent.group
@@ -231,11 +233,11 @@ def test_a_pipeline_by_hand():
 
 
 def test_a_context_axis_by_hand():
-    # A sequence of 4096 tokens on four chips, in each of two shards of rows.
+    # A sequence of 4096 tokens on four chips, in each of two row shards.
     work = Work(LLAMA, {"fsdp": 2, "context": 4}, tokens=2 * 4096)
     assert (work.rows, work.sequences) == (1024, 1)
     assert work.activations()["kept"] == 32 * 1024 * 4096 * 2
-    # At work are also keys and values of the three other parts, and once more for gradients.
+    # Working memory also holds keys and values of the three other parts, and again their gradients.
     none = 2 * 1024 * (4 * 4096 + 4 * 4096 + 3 * 11008)
     others = 2 * 3 * 1024 * (2 * 32 * 128)
     assert work.activations()["at work"] == 2 * none + 2 * others
@@ -249,34 +251,35 @@ def test_a_context_axis_by_hand():
         ("all-gather", 0.75 * gathered, 32),
         ("reduce-scatter", 0.75 * gathered, 32),
     ]
-    assert kinds[0] == ("all-reduce", 1.5 * (LLAMA.count - 65 * 4096), 1)  # copies' gradients
+    assert kinds[0] == ("all-reduce", 1.5 * (LLAMA.count - 65 * 4096), 1)  # gradients of the copies
 
 
 def test_the_last_part_of_a_sequence_has_most_keys():
     work = Work(LLAMA, {"fsdp": 2, "context": 4}, tokens=2 * 4096)
-    # Of 4096 queries the last 1024 see 3073 to 4096 keys, all of them 1 to 4096: 7/4 of the mean.
+    # The last 1024 of 4096 queries see 3073 to 4096 keys; all queries see 1 to 4096, so this is 7/4 of
+    # the mean.
     last, mean = 1024 * (3073 + 4096) / 2, 4096 * 4097 / 2 / 4
     assert imbalance(work) == pytest.approx(last / mean)
-    assert last / mean == pytest.approx(7 / 4, rel=1 / 4096)  # but for the diagonal
+    assert last / mean == pytest.approx(7 / 4, rel=1 / 4096)  # without the diagonal
     flat = dataclasses.replace(work, sizes={"fsdp": 8})
     assert imbalance(flat) == 1
-    # Queries times keys, and scores times values, in 32 layers: twice forward, again, and 5 backward.
+    # Queries times keys and scores times values in 32 layers: 2 forward, 2 repeated, and 5 backward.
     more = 9 * 32 * 32 * 2 * 128 * (last - mean)
     assert model_seconds(work, H100) - model_seconds(flat, H100) == pytest.approx(more / 989e12)
-    # In a window of 1024 tokens only the first queries see fewer.
+    # With a window of 1024 tokens, only the first queries see fewer keys.
     local = dataclasses.replace(LLAMA, window=1024, local_layers=32)
     expected = 4 * 1024 * 1024 / (1024 * 1025 / 2 + 3072 * 1024)
     assert imbalance(dataclasses.replace(work, shape=local)) == pytest.approx(expected)
-    # An encoder sees all from everywhere: of three attentions over 512 tokens one is causal.
+    # In an encoder, all tokens see each other: of three attentions over 512 tokens, one is causal.
     t5 = dataclasses.replace(work, shape=PRESETS["t5-11b"])
     causal = 513 / 2 / (513 / 2 + 2 * 512)
-    assert imbalance(t5) == pytest.approx(1 + 3 / 4 * causal, rel=1 / 512)  # but for the diagonal
+    assert imbalance(t5) == pytest.approx(1 + 3 / 4 * causal, rel=1 / 512)  # without the diagonal
 
 
 def test_exchanges_by_hand():
     work = Work(LLAMA, {"data": 2, "fsdp": 4, "tensor": 2}, tokens=8 * 4096)
     found = work.exchanges()
-    matrices = 2 * (LLAMA.count - 65 * 4096) / 2  # bytes of all but norms, of a tensor shard
+    matrices = 2 * (LLAMA.count - 65 * 4096) / 2  # bytes of one tensor shard, without norms
     assert [c.sent for c in found if c.kind == "all-gather"] == [0.75 * matrices] * 2
     assert [c.sent for c in found if c.kind == "reduce-scatter"] == [0.75 * matrices]
     copies, stream = (c for c in found if c.kind == "all-reduce")
@@ -291,17 +294,17 @@ def test_the_compiled_step_of_llama_is_what_is_counted_by_hand():
     def sent(found, *kinds):
         return sum(c.total for c in found if c.kind in kinds)
 
-    # The bar of the estimate is a tenth (docs/log.md). All of the difference is known.
+    # The estimate may be off by a tenth (docs/log.md). The whole difference is explained here.
     assert sum(c.total for c in found) == pytest.approx(sum(c.total for c in by_hand), rel=0.1)
     norms, width, tokens = 65, 4096, 4096
     square, embedding = (0.75 * 2 * rows * width / 2 for rows in (width, LLAMA.vocabulary))
-    # FSDP: the compiler gathers queries', keys' and values' matrices a third time, and pads their
-    # gradients by a 64th; embedding and head once, and the embedding's gradient it does not scatter.
+    # FSDP: the compiler gathers the query, key and value matrices a third time and pads their gradients
+    # by 1/64; it gathers embedding and head once, and does not scatter the embedding's gradient.
     fsdp = ("all-gather", "reduce-scatter")
     more = 3 * LLAMA.layers * square * (1 + 1 / 64) - 3 * embedding
     assert sent(found, *fsdp) == sent(by_hand, *fsdp) + more
-    # The tensor axis' sums, and gradients of the embedding and of norms; each token's largest logit, sum
-    # of exponentials and target's logit; and scalars.
+    # Sums over the tensor axis, and gradients of the embedding and the norms; for each token the largest
+    # logit, the sum of exponentials and the target's logit; and scalars.
     more = 2 * embedding + 1.5 * 2 * norms * width + (1 + 1 + 1) * 4 * tokens
     assert 0 < sent(found, "all-reduce") - sent(by_hand, "all-reduce") - more < 100
     assert all(c.times in (1, LLAMA.layers) for c in found)

@@ -1,4 +1,4 @@
-"""Inverse roots against true ones: every method, exponent, condition, scale, size and padding."""
+"""Inverse roots against exact ones: every method, exponent, condition, scale, size and padding."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from .roots import (
 )
 from .tolerances import HALF, UNIT
 
-# The roots each method offers of those that the references test.
+# The roots that each method offers among those the references test.
 OFFERED = [
     (method, p) for method in METHODS for p in (1, 2, 4, 8) if method != "schulz" or p in (2, 4)
 ]
@@ -43,7 +43,7 @@ def tridiagonal(n, pairs):
 
 @pytest.mark.parametrize("method", [*METHODS.values(), PseudoInverse()], ids=repr)
 def test_metas_badly_conditioned_matrix(method):
-    """Meta's own example and bounds: condition number 7e5."""
+    """The example and bounds are Meta's own: condition number 7e5."""
     a = single([[[1195, -944, -224], [-944, 746, 177], [-224, 177, 42]]])
     expected = [[[1, 1, 1], [1, 2, -3], [1, -3, 18]]]
     root = roots_of(a, -1 / 2, method, ridge=0.0).root
@@ -64,7 +64,7 @@ def test_diagonal_matrix_of_one_and_four(method):
     found = roots_of(single([np.diag([1, 4])]), -1 / 2, ALL[method], ridge=0.0)
     assert relative(found.root, np.diag([1, 0.5])[None]).max() <= attainable(4, 2, method, 2)
     assert found.residual[0] <= certified(4, 2, method, 2)
-    # 24 power iterations leave a quarter, to the 48th power, of the smaller eigenvalue.
+    # 24 power iterations leave a share of (1/4)^48 from the smaller eigenvalue.
     assert found.condition[0] == pytest.approx(4, rel=2 * certified(4, 2, method, 2))
 
 
@@ -74,7 +74,7 @@ def test_tridiagonal_grid(method, n, p):
     pairs = [(alpha, beta) for alpha in TEN for beta in (0.0, *TEN) if 2 * beta <= alpha]
     matrices = tridiagonal(n, pairs)
     root = roots_of(single(matrices), -1 / p, METHODS[method], ridge=0.0).root
-    # alpha -+ 2 beta bound the eigenvalues, and beta is a tenth of alpha or less.
+    # The eigenvalues lie within alpha -+ 2 beta, and beta is at most a tenth of alpha.
     bound = attainable(1.2 / 0.8, p, method, n)
     assert relative(root, exact(matrices, -1 / p)).max() <= bound
 
@@ -92,7 +92,7 @@ def test_pseudo_inverse_leaves_out_the_null_space():
     found = roots_of(single([np.diag([1, 4, 0])]), -1 / 2, PseudoInverse())
     assert relative(found.root, np.diag([1, 0.5, 0])[None]).max() <= attainable(4, 2)
     assert found.residual[0] <= certified(4, 2)
-    # Four units of the largest eigenvalue in the smallest, and rounding of their quotient.
+    # Four units of the largest eigenvalue in the smallest one, and the rounding of their quotient.
     assert found.condition[0] == pytest.approx(4, rel=attainable(4, 1))
 
 
@@ -100,7 +100,8 @@ def test_pseudo_inverse_of_a_rotated_singular_matrix():
     values = np.array([3.0, 2.0, 1.0, 0.5, 0, 0, 0, 0])
     power = np.where(values > 0, np.maximum(values, 0.1) ** -0.25, 0)
     found = roots_of(single(spd(values)), -1 / 4, PseudoInverse(rtol=1e-4))
-    # Rounding also turns the null space towards the smallest eigenvalue kept, by 6 units, whatever p.
+    # Rounding also rotates the null space towards the smallest retained eigenvalue, by 6 units for any
+    # p.
     assert relative(found.root, spd(power)).max() <= attainable(6, 1)
     assert found.residual[0] <= 4 * 6 ** (1 / 4) * attainable(6, 1)
 
@@ -111,7 +112,7 @@ def test_pseudo_inverse_of_a_rotated_singular_matrix():
 )
 @pytest.mark.parametrize("size", [4, 32])
 def test_padding_makes_no_difference(size, method, p):
-    """Nor to the estimate of the largest eigenvalue, and so to the ridge."""
+    """Padding does not change the estimate of the largest eigenvalue either, nor the ridge."""
     a = 1e-3 * spd(np.geomspace(1e-3, 1, size))
     padded = np.random.default_rng(0).normal(size=(1, 2 * size, 2 * size))
     padded[:, :size, :size] = a
@@ -141,7 +142,7 @@ def test_all_padding_has_the_root_zero(method):
 @pytest.mark.parametrize("n", [8, 16])
 @pytest.mark.parametrize("method", METHODS)
 def test_toeplitz(method, n):
-    """X A X = I, and the square of the inverse of X is A: twice the error of X, and its condition's."""
+    """X A X = I and inv(X)^2 = A: twice the error of X, times the condition number."""
     a = tridiagonal(n, [(2.0, 0.25)]) * np.array([1, 2, 3])[:, None, None]
     x = np.asarray(roots_of(single(a), -1 / 2, METHODS[method], ridge=0.0).root, np.float64)
     condition = 2.5 / 1.5
@@ -154,10 +155,10 @@ def test_toeplitz(method, n):
 @pytest.mark.parametrize("scale", [1.0, 1e-4, 1e-8, 1e-12, 1e12])
 @pytest.mark.parametrize("n", [4, 32, 128])
 def test_largest_eigenvalue(n, scale):
-    """The Rayleigh quotient of the start times the 24th power: c' A^49 c / c' A^48 c.
+    """The estimate is the Rayleigh quotient after 24 power iterations: c' A^49 c / c' A^48 c.
 
-    It is a few percent low at most. In float32 each of 25 products is off by n roundings, and a quotient
-    by twice that.
+    It is too low by a few percent at most. In float32 each of 25 products is off by n roundings, and a
+    quotient by twice that.
     """
     spectra = [np.linspace(0.1, 1, n), np.geomspace(1e-8, 1, n), np.r_[1, np.full(n - 1, 0.9)]]
     a = np.concatenate([spd(values, seed) for seed, values in enumerate(spectra)])
@@ -180,7 +181,7 @@ def test_largest_eigenvalue_of_zero():
 
 @pytest.mark.parametrize("method", ALL)
 def test_zero_matrix(method):
-    """No root, and no harm to the neighbour; with an absolute ridge, a multiple of the identity."""
+    """It has no root and its neighbour is unaffected; an absolute ridge gives a scaled identity."""
     a = np.array([np.zeros((3, 3)), np.diag([1, 2, 4])])
     found = roots_of(single(a), -1 / 4, ALL[method])
     ridge = 0.0 if method == "pseudo" else 4e-5
@@ -192,7 +193,7 @@ def test_zero_matrix(method):
         bound = attainable(1, 4, method, 3)
         assert relative(lifted.root[:1], 10 * np.eye(3)[None]).max() <= bound
         assert lifted.residual[0] <= certified(1, 4, method, 3)
-    # The ridge follows an estimate that is a few percent off, if it is one.
+    # The relative ridge uses an estimate that may be off by a few percent.
     bound = attainable(4, 4, method, 3) + 0.05 * ridge / 4
     assert relative(found.root[1:], exact(a[1:] + ridge * np.eye(3), -1 / 4)).max() <= bound
 
@@ -200,7 +201,7 @@ def test_zero_matrix(method):
 @pytest.mark.parametrize("p", [2, 4])
 @pytest.mark.parametrize("method", METHODS)
 def test_rank_one_matrix(method, p):
-    """With the ridge that the documentation names its root passes the certificate."""
+    """With the ridge that the documentation recommends, its root passes the certificate."""
     vector = np.random.default_rng(0).normal(size=(16, 1))
     relative_ridge = 1e-4 if method == "schulz" else 1e-5
     a = single((vector @ vector.T)[None])
@@ -231,13 +232,13 @@ def test_fractional_exponents(method, exponent):
     ],
 )
 def test_scale_passes_through(method, exponent):
-    """The root of cA is c^(-q/p) that of A, from 1e-12 to 1e12."""
+    """The root of cA is c^(-q/p) times that of A, for c from 1e-12 to 1e12."""
     a = spd(np.geomspace(1e-4, 1, 8))
     scales = 10.0 ** np.arange(-12, 13, 3)
     found = roots_of(single(a * scales[:, None, None]), exponent, METHODS[method])
     reference = roots_of(single(a), exponent, METHODS[method])
     expected = np.asarray(reference.root, np.float64) * (scales**exponent)[:, None, None]
-    # Both are off.
+    # Both roots have errors.
     assert relative(found.root, expected).max() <= -2 * exponent * attainable(1e4, 1, method, 8)
 
 
@@ -275,12 +276,13 @@ def test_cubic_steps_bring_the_interval_to_one():
 
 
 def test_cubic_step_is_the_best_one():
-    """One step: equal errors at both ends and, the other way, between."""
+    """In one step, the errors at both ends are equal, and as large with the other sign in between."""
     (beta, alpha) = cubic_steps(0.1, 1)[0]
     x = np.linspace(0.1, 1, 10001)
     error = beta * x + alpha * x**3 - 1
     assert error[0] == pytest.approx(error[-1], rel=HALF)
     assert error[0] == pytest.approx(error.min(), rel=HALF)
-    # The maximum is at most half an interval from a point, and there the cubic bends by 6 alpha x.
+    # The maximum is at most half an interval from a grid point, where the cubic's curvature is 6 alpha
+    # x.
     missed = 3 * abs(alpha) * (0.9 / 20000) ** 2
     assert error.max() == pytest.approx(-error[0], abs=missed)
