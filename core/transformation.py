@@ -1,7 +1,8 @@
 """Constructors of transformations, typed for states that are `NamedTuple`s of our own.
 
 Every update refuses gradients that do not fit the parameters or, without parameters, the state of the
-same shape, and moves those that a mesh cuts otherwise to where the parameters are.
+same shape, and moves those that a mesh cuts otherwise to where the parameters are. If it fails with a
+state that another optimizer made, the error says so.
 
 Transformations made here can be watched: under :func:`watching`, every `init` reports its parameters
 and what its link does to each. That is how `ravine.explain` sees through ``optax.chain``,
@@ -20,6 +21,7 @@ import optax
 from .fit import check_fit, parameters_of
 from .mapped import mapped_as_arguments
 from .placed import placed_like
+from .state_fit import StateMismatchError, check_state
 
 Describe = Callable[[Any], Mapping[str, Any]]
 """From the parameters to a description: one text for all of them, or a list with one per leaf."""
@@ -50,7 +52,9 @@ def transformation(
       describe: describes what happens to parameters.
       name: of the function that makes it; by default the one in which `update` is defined.
     """
-    return optax.GradientTransformation(_watched(init, update, describe, name), _fitting(update))
+    return optax.GradientTransformation(
+        _watched(init, update, describe, name), _fitting(update, init)
+    )
 
 
 def with_extra_args(
@@ -61,7 +65,7 @@ def with_extra_args(
 ) -> optax.GradientTransformationExtraArgs:
     """Like `transformation`, with extra arguments for `update`."""
     return optax.GradientTransformationExtraArgs(
-        _watched(init, update, describe, name), _fitting(update)
+        _watched(init, update, describe, name), _fitting(update, init)
     )
 
 
@@ -101,12 +105,23 @@ def _watched(
     return watched
 
 
-def _fitting(update: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+def _fitting(
+    update: Callable[..., tuple[Any, Any]], init: Callable[..., Any]
+) -> Callable[..., tuple[Any, Any]]:
     @functools.wraps(update)
     def checked(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         like = parameters_of(state) if params is None else params
         check_fit("gradient", updates, like)
-        updates, state = update(placed_like(updates, like), state, params, **extra)
+        updates = placed_like(updates, like)
+        try:
+            updates, state = update(updates, state, params, **extra)
+        except StateMismatchError:
+            raise
+        except Exception:
+            if params is not None:
+                with unwatched():
+                    check_state(state, init, params)
+            raise
         return updates, mapped_as_arguments(state)
 
     return checked

@@ -120,6 +120,34 @@ def test_curvature_that_does_not_fit_is_refused(estimate, problem):
         tx.update(params, tx.init(params), params, curvature=lambda params, key: estimate)
 
 
+@pytest.mark.parametrize(
+    ("made_by", "problem"),
+    [
+        (ravine.shampoo(1e-3, blocks={"size": 4}), r"shape \(\d.*, not \("),
+        (ravine.soap(1e-3), "it has no '"),
+        (ravine.adamw(1e-3), "it has no '"),
+        (optax.adamw(1e-3), "it has no '"),
+    ],
+    ids=["other blocks", "soap", "adamw", "optax"],
+)
+@pytest.mark.parametrize("way", [lambda tx: tx, ravine.with_telemetry])
+def test_a_state_that_another_optimizer_made_is_named(made_by, problem, way):
+    params = {"dense": {"kernel": jnp.ones((8, 6)), "bias": jnp.ones(6)}}
+    state = way(made_by).init(params)
+    with pytest.raises(ValueError, match=f"the state was not made by this optimizer.*{problem}"):
+        way(ravine.shampoo(1e-3)).update(params, state, params)
+
+
+def test_an_update_that_fails_with_its_own_state_fails_as_it_did():
+    def fail(updates, state, params=None):
+        raise ZeroDivisionError("mine")
+
+    tx = ravine.accumulate(optax.GradientTransformation(lambda params: (), fail), 2)
+    params = {"w": jnp.ones(2)}
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        tx.update(params, tx.init(params), params)
+
+
 def test_several_problems_are_reported_at_once():
     params = {name: struct(2) for name in "abcdefg"}
     tx = ravine.adamw(0.1)

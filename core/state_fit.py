@@ -1,0 +1,53 @@
+"""The error for a state that another optimizer made, or the same with other options.
+
+It is looked for only after an update failed, so it costs nothing in a run.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from .paths import path_string
+
+
+class StateMismatchError(ValueError):
+    """The state is not one that `init` makes for these parameters."""
+
+
+def check_state(state: Any, init: Callable[[Any], Any], params: Any) -> None:
+    """Raises if a state has other leaves, or leaves of other shapes, than `init` would give it.
+
+    Raises:
+      StateMismatchError: names the first difference, and what to do.
+
+    Example:
+      >>> import jax.numpy as jnp, ravine
+      >>> from ravine.core.state_fit import check_state
+      >>> tx, params = ravine.scale_by_lion(), {"w": jnp.ones((2, 3))}
+      >>> check_state(tx.init(params), tx.init, params)
+    """
+    try:
+        expected = _shapes(jax.eval_shape(lambda tree: init(tree), params))
+    except Exception:  # Then the parameters are the problem, which the failed update names.
+        return
+    found = _shapes(state)
+    if found == expected:
+        return
+    path = next(p for p in (*expected, *found) if found.get(p) != expected.get(p))
+    if path not in found:
+        what = f"it has no {path!r}"
+    elif path not in expected:
+        what = f"it has {path!r}, which this optimizer does not keep"
+    else:
+        what = f"its {path!r} has shape {found[path]}, not {expected[path]}"
+    raise StateMismatchError(
+        f"the state was not made by this optimizer with these options and parameters: {what}; build "
+        "the optimizer as it was when the state was made, or start again with tx.init(params)."
+    )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {path_string(path): tuple(np.shape(leaf)) for path, leaf in leaves}
