@@ -1,4 +1,4 @@
-"""Ready rules on everything that Flax, Equinox and Haiku ship, and on names people give."""
+"""The predefined rules, tested on everything that Flax, Equinox and Haiku ship and on common names."""
 
 import inspect
 import pathlib
@@ -31,7 +31,7 @@ MATRICES = ("matrix", "convolution", "embedding", "head")
 
 
 def decided(params, rules=None):
-    """Path to the role, or of a matrix to role, rows and columns of each piece."""
+    """A dictionary from path to role, and for matrices to role, rows and columns of each piece."""
     found = {}
     for d in decide(params, rules, MATRICES):
         role = d.role
@@ -40,13 +40,13 @@ def decided(params, rules=None):
 
 
 def asked(params, rules=None):
-    """The paths that are asked for."""
+    """The paths for which the error asks for a rule."""
     with pytest.raises(ValueError, match="match no role rule, or it is not known") as refused:
         decide(params, rules, MATRICES)
     return set(re.findall(r"^  (\S+)  +\(", str(refused.value), re.M))
 
 
-# Everything Flax NNX ships, with names of a user's own.
+# Everything Flax NNX ships, under a user's own names.
 
 
 class NnxLayers(nnx.Module):
@@ -116,7 +116,7 @@ def test_what_three_axes_mean_is_asked_for(build, rules):
         build(1e-3, rules=rules).init(params)
     listed = set(re.findall(r"^  (\S+)  +\(", str(refused.value), re.M))
     assert listed == {f"{name}/kernel" for name in ("stem", "patchify", "qkv", "split", "contract")}
-    # What is suggested goes by the biases.
+    # The suggestion follows from the biases.
     assert "(r'^qkv/kernel$', 'matrix', ravine.MatrixAxes((-4,), (-3, -2, -1)))" in str(
         refused.value
     )
@@ -178,7 +178,7 @@ def test_layers_are_known_by_their_norms():
     assert found["trunk/mixer/query/kernel"] == ("matrix", (5, 8, 8))
     assert found["trunk/conv/kernel"] == ("convolution", (5, 24, 8))
     assert found["trunk/pre/scale"] == found["final/scale"] == "norm"
-    # Without a norm there is nothing to know them by.
+    # Without a norm, nothing identifies them.
     del params["trunk"]["pre"]
     assert asked(params) == {"trunk/up/kernel"}
     rules = [Rule("trunk/up/kernel$", "matrix", MatrixAxes((-2,), (-1,))), *ravine.COMMON_RULES]
@@ -303,7 +303,7 @@ def test_layers_of_haiku():
     assert found["layer_norm/scale"] == found["instance_norm/scale"] == "norm"
 
 
-# Names of other people's, by shape: plain JAX, mixtures of experts, Hugging Face.
+# Names from other projects, by shape: plain JAX, mixtures of experts, Hugging Face.
 
 
 @pytest.mark.parametrize(
@@ -372,7 +372,7 @@ def test_b_beside_a_is_no_bias_if_they_multiply():
     adapter = {"a": (8, 2), "b": (2, 6)}
     assert asked(shapes({"adapter": adapter})) == {"adapter/a", "adapter/b"}
     assert asked(shapes(adapter)) == {"a", "b"}
-    # A bias remains one, of stacked layers too.
+    # A bias is still recognized, also in stacked layers.
     layer = {"w": (3, 8, 6), "b": (3, 6), "scale": (3, 6)}
     assert decided(
         shapes({"adapter": {"a": (8, 2), "w": (8, 2), "b": (2,)}, "trunk": layer}),
@@ -432,7 +432,7 @@ def test_hugging_face():
     assert decided(params).keys() == found.keys()
 
 
-# What is refused where it is given.
+# Arguments that are refused where they are passed.
 
 
 @pytest.mark.parametrize("build", [ravine.muon, ravine.normuon, ravine.shampoo, ravine.soap])

@@ -1,4 +1,4 @@
-"""Schedule-Free: where it is read, what it averages, its dtypes."""
+"""Schedule-Free: how its state is found, what it averages, and its dtypes."""
 
 import jax
 import jax.numpy as jnp
@@ -41,8 +41,8 @@ def test_the_average_is_found_however_deep(wrap):
     grads = {"w": jnp.array([1.0, -1.0]), "b": jnp.array([2.0])}
     params, state = run(wrap(ravine.schedule_free_sgd(0.1)), params, grads, 3)
     found = ravine.schedule_free_eval_params(state, params)
-    # z goes 1, 2, 3 steps of 0.1 g; with equal weights their mean is 2 steps.
-    # Of three steps, a rounding of each and three of the average.
+    # z is 1, 2 and 3 steps of 0.1 g away; with equal weights their mean is 2 steps. Each of the three
+    # steps has one rounding in z and three in the average.
     np.testing.assert_allclose(found["w"], [0.8, 2.2], rtol=12 * UNIT)
     np.testing.assert_allclose(found["b"], [2.6], rtol=12 * UNIT)
     np.testing.assert_allclose(
@@ -63,7 +63,7 @@ def test_a_state_without_schedule_free_is_refused():
 
 
 def test_the_average_of_bfloat16_parameters_goes_on():
-    """A sum of equal weights in bfloat16, as in optax 0.2.8, stops growing after 256 of them."""
+    """In bfloat16, a sum of equal weights (as in optax 0.2.8) stops growing after 256 of them."""
     steps = 600
     grads = jnp.array([1.0], jnp.bfloat16)
     params = jnp.zeros(1, jnp.bfloat16)
@@ -111,7 +111,7 @@ def test_flax_models_are_evaluated_at_the_average(jitted):
     nnx.update(model, average)
     expected = ravine.schedule_free_eval_params(state, params)
     found = nnx.as_pure(nnx.state(model, nnx.Param))
-    # Of three steps, ten roundings each; clipped gradients magnify none.
+    # Ten roundings in each of three steps, which clipped gradients do not magnify.
     assert furthest(found, expected) <= 30 * UNIT
 
 

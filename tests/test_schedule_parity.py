@@ -15,8 +15,8 @@ from .tolerances import UNIT
 T, W, PEAK = 1000, 100, 3e-3
 COUNTS = jnp.arange(T)
 
-# Optax's own values differ between one count and many, jitted or not, by up to a thousand units in
-# the last place near the end of a decay (docs/log.md); these are its values for an array of counts.
+# Near the end of a decay, Optax's values for one count and for many, jitted or not, differ by up to a
+# thousand units in the last place (docs/log.md). These cases use its values for an array of counts.
 OPTAX = {
     "constant": (s.constant(PEAK), optax.constant_schedule(PEAK)),
     "linear": (s.linear(PEAK, T, 0.1), optax.linear_schedule(PEAK, 0.1 * PEAK, T)),
@@ -84,7 +84,7 @@ OPTAX = {
         ),
     ),
 }
-ONE_BY_ONE = {  # Optax takes one count at a time
+ONE_BY_ONE = {  # Optax accepts only one count at a time
     "one cycle, cosine": (s.one_cycle(PEAK, T), optax.cosine_onecycle_schedule(T, PEAK)),
     "one cycle, linear": (
         s.one_cycle(PEAK, T, end_ratio=4e-6, shape="linear"),
@@ -117,13 +117,13 @@ def test_equals_optax_at_every_count(name):
 @pytest.mark.usefixtures("_as_optax_needs")
 @pytest.mark.parametrize("name", ONE_BY_ONE)
 def test_equals_what_optax_gives_one_by_one(name):
-    """Within a unit in the last place of the peak: cumulated products and a dot product round."""
+    """Up to a unit in the last place of the peak: cumulative products and a dot product round."""
     mine, theirs = ONE_BY_ONE[name]
     expected = np.asarray(jax.lax.map(theirs, COUNTS))
     assert np.abs(np.asarray(mine(COUNTS)) - expected).max() <= np.spacing(np.float32(PEAK))
 
 
-# A power magnifies the rounding of what it is taken of: the square root of 0.001 by sixteen.
+# A power magnifies the rounding of its base: the square root of 0.001, by sixteen.
 WITHOUT_POWERS = sorted(
     name for name in OPTAX if name.split()[-1] not in ("2", "3", "0.5", "0.7", "1.5", "2.0")
 )
@@ -147,7 +147,7 @@ def share(t):
     return (t - W) / (T - W)
 
 
-# huggingface/transformers, optimization.py: multiples of the peak, warm-up from zero.
+# huggingface/transformers, optimization.py: multiples of the peak, with warm-up from zero.
 HUGGING_FACE = {
     "linear": (
         s.linear(1.0, T - W),
@@ -232,10 +232,10 @@ def test_follows_olmo(name):
 
 
 def test_the_table_of_the_cs336_assignment():
-    """Maximum 1, minimum 0.1, warm-up 7, end of the cosine at 21, counts 0 to 24, by hand.
+    """Maximum 1, minimum 0.1, warm-up 7, end of the cosine at 21, counts 0 to 24; by hand.
 
-    The cosine over 14 updates has multiples of pi / 14, whose cosines in closed form or, where
-    there is none, from the table of sines to six places.
+    Over 14 updates the angles are multiples of pi / 14. Their cosines are exact where a closed form
+    exists, and otherwise come from a table of sines with six places.
     """
     cosines = [1, 0.974928, 0.900969, 0.781831, 0.623490, 0.433884, 0.222521, 0]
     cosines += [-c for c in cosines[-2::-1]]
@@ -252,11 +252,11 @@ def test_the_table_of_the_cs336_assignment():
 @pytest.mark.parametrize("factor", [1, 2, 3, 1.5])
 def test_restarts_are_on_their_boundaries_over_twenty_of_them(factor, first):
     numerator, denominator = {1.5: (3, 2)}.get(factor, (factor, 1))
-    bounds = [  # twenty sums of periods, over a common denominator
+    bounds = [  # twenty sums of periods over a common denominator
         first * sum(numerator**i * denominator ** (19 - i) for i in range(k)) // denominator**19
         for k in range(1, 21)
     ]
-    # Counts are int32, which holds the last restarts of factor 3 for a first period of 1 only.
+    # Counts are int32, which can represent the last restarts of factor 3 only if the first period is 1.
     bounds = [bound for bound in bounds if bound < 2**31 - 2]
     steps = bounds[-1] + 1
     schedule = s.sgdr(PEAK, steps, 0.1, first_period=first, period_factor=factor)
@@ -265,11 +265,11 @@ def test_restarts_are_on_their_boundaries_over_twenty_of_them(factor, first):
     at = np.asarray(schedule(jnp.asarray(bounds)))
     np.testing.assert_array_equal(at, np.full(len(bounds), np.float32(PEAK)))
     before = np.asarray(schedule(jnp.asarray(bounds) - 1))
-    longer = np.diff((0, *bounds)) > 1  # a period of one count has no count but its restart
+    longer = np.diff((0, *bounds)) > 1  # in a period of one count, the only count is its restart
     assert (before[longer] < 0.98 * PEAK).all()
     assert (
         np.diff(before.astype(np.float64)) <= 4 * UNIT * PEAK
-    ).all()  # longer periods end deeper
+    ).all()  # longer periods end at lower values
 
 
 def test_the_original_transformer_and_t5():
@@ -284,7 +284,7 @@ def test_the_power_law():
     tokens = [t * 4096 for t in range(1, T)]
     law = [0.0] + [min(0.02, 8 * 4.6 * n**-0.51) for n in tokens]
     law[0] = 0.02
-    # The rounding of a logarithm counts 0.51 log 1000 = 3.5 times in a power, that of the product too.
+    # A power magnifies the rounding of a logarithm, and of the product, 0.51 log 1000 = 3.5 times.
     np.testing.assert_allclose(s.power_law(0.02, 4096, 8)(COUNTS), law, rtol=16 * UNIT)
 
 
@@ -297,9 +297,9 @@ def test_the_power_law():
     ],
 )
 def test_smith_cycles_follow_pytorch(mode, height):
-    """PyTorch's CyclicLR: x = 1 + t / total - cycle, its cycles counted from 1.
+    """PyTorch's CyclicLR: x = 1 + t / total - cycle, with cycles counted from 1.
 
-    The factor is what float32 has for it: powers up to 999 would magnify its rounding.
+    The factor is the float32 value, because powers up to 999 would magnify its rounding.
     """
 
     def cyclic_lr(t):

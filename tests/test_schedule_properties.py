@@ -1,4 +1,4 @@
-"""Properties that hold for any lengths, drawn by hypothesis."""
+"""Properties that hold for all lengths, with examples drawn by hypothesis."""
 
 import itertools
 
@@ -22,7 +22,7 @@ EPS = 2 * UNIT
 
 
 def values(schedule, steps):
-    # One shape for all, so that operations are compiled once.
+    # The same shape for all, so operations are compiled only once.
     return np.asarray(schedule(jnp.arange(1024)), np.float64)[:steps]
 
 
@@ -41,14 +41,14 @@ def test_decays_fall_within_their_bounds_to_their_end(shape, steps, end_ratio, p
 @FEW
 @given(shapes, st.integers(2, 300), lengths, lengths)
 def test_joins_are_continuous(shape, steps, duration, warm):
-    """A jump at a join is no larger than the steps next to it."""
+    """A jump at a join is no larger than the steps beside it."""
     body = s.anneal_from(s.cosine(1.0, 300), steps, duration, shape, 0.5)
     branch = values(body, 700)
     before = values(s.cosine(1.0, 300), 700)
     np.testing.assert_array_equal(branch[: steps + 1], before[: steps + 1])
 
     warmed = values(s.warmup(body, warm), 1000)
-    assert abs(warmed[warm] - warmed[warm - 1]) <= EPS  # the last of the ramp is the level
+    assert abs(warmed[warm] - warmed[warm - 1]) <= EPS  # the ramp ends at the level
     np.testing.assert_array_equal(warmed[warm:], values(body, 1000 - warm))
 
     again = values(s.rewarm(body, steps, duration, s.linear(0.7, 100)), 1000)
@@ -108,14 +108,14 @@ def test_merge_weights_and_decay_are_each_others_inverse(decay):
     weights = s.merge_weights(decay)
     assert weights.min() >= 0
     np.testing.assert_allclose(weights.sum(), 1.0)
-    # A difference and a sum for each of at most 31, in float64.
+    # A difference and a sum for each of at most 31 weights, in float64.
     np.testing.assert_allclose(s.decay_of_merge(weights), decay, rtol=0, atol=62 * 2.0**-53)
 
 
 @pytest.mark.parametrize("factor", [1, 1.5, 2, 3])
 @pytest.mark.parametrize("stride", [29, pytest.param(1, marks=pytest.mark.slow)])
 def test_restarts_by_default_fill_the_run(factor, stride):
-    """Every run ends at the floor; periods grow by the factor, up to rounding."""
+    """Every run ends at the floor, and periods grow by the factor, up to rounding."""
     for steps in range(3, 2001):
         schedule = s.sgdr(1.0, steps, 0.1, period_factor=factor)
         periods = np.diff(schedule.boundaries)

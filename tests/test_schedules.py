@@ -1,4 +1,4 @@
-"""What every schedule has in common, over one table: bits, counts, ends, refusals."""
+"""What all schedules have in common, in one table: bits, counts, ends, refusals."""
 
 import functools
 
@@ -29,7 +29,7 @@ def values(name):
 
 @every_schedule
 def test_one_count_and_many_jitted_or_not_agree_bit_for_bit(name):
-    """And counts change without compiling again."""
+    """New counts do not cause another compilation either."""
     schedule, expected = built(name), values(name)
     traced = []
     jitted = jax.jit(lambda count: traced.append(count) or schedule(count))
@@ -172,7 +172,7 @@ def test_no_warm_up_and_a_decay_of_one_update_are_legal():
     assert [float(s.anneal_from(body, 0, 1)(count)) for count in (0, 1)] == [1.0, 0.0]
 
 
-@jax.numpy_dtype_promotion("standard")  # which Optax's schedules need
+@jax.numpy_dtype_promotion("standard")  # Optax's schedules need this
 def test_operators_know_no_schedule_but_call_any():
     plain = optax.cosine_decay_schedule(1.0, 100)
     for schedule in (

@@ -1,4 +1,4 @@
-"""What schedules drive besides the learning rate, the averages that replace them, and scaling."""
+"""What schedules control besides the learning rate, the averages that replace them, and scaling."""
 
 import math
 import runpy
@@ -58,7 +58,7 @@ def test_a_schedule_in_tokens_follows_a_growing_batch():
     np.testing.assert_allclose(followed(jnp.arange(50)), expected, rtol=0, atol=SCHEDULE)
     assert followed.boundaries == (0, 10, 20, run.steps)
     np.testing.assert_array_equal(jax.jit(followed)(COUNTS), followed(COUNTS))
-    # With a constant batch it is the same schedule.
+    # With a constant batch, the schedule is unchanged.
     same = s.follow_data(s.cosine(1.0, 100), BatchSizes((16,)))
     np.testing.assert_array_equal(same(COUNTS), s.cosine(1.0, 100)(COUNTS))
 
@@ -68,12 +68,12 @@ def test_batch_sizes_are_looked_up_right_continuously_at_int32_and_beyond():
     assert [int(batch(count)) for count in (9, 10)] == [4, 8]
     assert batch(jnp.arange(3)).dtype == jnp.int32
     huge = BatchSizes((2**20, 2**21), (10**6,))
-    assert huge.data_offset(2 * 10**6) == 10**6 * 3 * 2**20  # more than int64 floats hold exactly
+    assert huge.data_offset(2 * 10**6) == 10**6 * 3 * 2**20  # not exact in float64
     assert huge.count_at(10**6 * 2**20 + 1) == 10**6 + 1
 
 
 def test_megatron_ramp():
-    """Increments follow consumed samples: size 4 + 4 * floor(consumed / (100 / 3))."""
+    """The size increases with consumed samples: 4 + 4 * floor(consumed / (100 / 3))."""
     batch = s.batch_ramp(4, 16, 4, examples=100)
     consumed, expected = 0, []
     for _ in range(30):
@@ -90,14 +90,14 @@ def test_seesaw_spends_the_same_data_in_fewer_updates():
 
     rate, batch = s.seesaw(quarter_cosine, T, B, factor)
     updates = batch.count_at(T * B)
-    # The paper's limit: the share 2 / pi of the updates is left. A batch that waits for the next cut is
-    # smaller by up to the factor, and sizes are rounded to whole examples, by up to a half of 100.
+    # In the paper's limit, the share 2 / pi of the updates remains. Before its next increase a batch is
+    # too small by up to the factor, and rounding to whole examples changes sizes by up to 0.5 of 100.
     limit, whole = 2 / math.pi, 0.5 / B
     assert limit * (1 - whole) <= updates / T <= limit / factor * (1 + whole)
     counts = jnp.arange(updates)
     sizes = np.asarray(batch(counts), np.float64)
-    # Rate times square root of batch is the bargain, at every update.
-    # Roundings: peak, ratio and their product.
+    # Rate times the square root of the batch size is constant over all updates. The roundings are those
+    # of the peak, the ratio and their product.
     np.testing.assert_allclose(rate(counts)[1:] * np.sqrt(sizes)[1:], math.sqrt(B), rtol=4 * UNIT)
     assert (np.diff(sizes) >= 0).all()
     halved, doubled = s.seesaw(s.warmup(s.linear(1.0, 90), 10), 100, 8)
@@ -117,7 +117,7 @@ def test_data_beyond_int32_is_counted_exactly(batch_size):
     exact = [divmod(batch.data_offset(count), batch_size) for count in counts]
     assert per_batch == batch_size
     assert found[:-1] == exact[:-1]
-    # 5e8 updates are too many reference updates for int32: the schedule stays at its last count.
+    # 5e8 updates are more reference updates than int32 holds, so the schedule stays at its last count.
     assert exact[-1][0] >= 2**31 - 1
     assert found[-1] == (2**31 - 2, 0)
 
@@ -130,8 +130,8 @@ def test_a_bounded_seesaw_of_many_examples_falls_to_the_end():
     expected = (
         0.5 * (1 + np.cos(np.pi * np.array(seen) / steps)) * math.sqrt(batch.sizes[-1] / 4096)
     )
-    # Between two counts the interpolation is off by (pi / steps)^2 / 16, which is nothing; and the
-    # learning rate is multiplied by the root of what the batch has grown by, less than 2.
+    # Between two counts the interpolation error is (pi / steps)^2 / 16, which is negligible. The
+    # learning rate is multiplied by the root of the growth of the batch, which is less than 2.
     np.testing.assert_allclose(rate(jnp.asarray(at)), expected, rtol=0, atol=2 * SCHEDULE)
     assert rate.boundaries[-1] == batch.count_at(steps * 4096)
 
@@ -148,7 +148,7 @@ def test_half_lives():
 
 def test_the_horizon_of_an_average_grows():
     horizon = np.asarray(1 / (1 - s.ema_horizon(50, 0.5)(COUNTS)), np.float64)
-    # One less a rate near 1: the rounding of the rate counts 50 times.
+    # One minus a rate near 1: the rounding of the rate is magnified 50 times.
     np.testing.assert_allclose(
         horizon, np.minimum(50, 1 + 0.5 * np.arange(200)), rtol=(50 + 4) * UNIT
     )
@@ -158,7 +158,7 @@ def test_the_horizon_of_an_average_grows():
 
 @pytest.mark.parametrize("rate", [s.linear(0.1, 40), s.warmup(s.cosine(0.1, 30), 10)])
 def test_weight_decay_shrinks_weights_as_each_form_says(rate):
-    """Weights with no gradient, through SGD with the coupled form of decay."""
+    """The weights get no gradient, and SGD applies the coupled form of decay."""
 
     def shrink(coefficient):
         tx = optax.chain(
@@ -172,7 +172,7 @@ def test_weight_decay_shrinks_weights_as_each_form_says(rate):
         return np.array(shares)
 
     eta = np.asarray(rate(jnp.arange(40)), np.float64)
-    # At most a hundredth of a weight, by at most eight roundings.
+    # At most a hundredth of a weight, with at most eight roundings.
     close = {"rtol": 0, "atol": 8 * UNIT * 1e-2}
     np.testing.assert_allclose(shrink(s.coupled_decay(0.1)), 0.1 * eta, **close)
     np.testing.assert_allclose(shrink(s.independent_decay(1e-2, rate)), np.full(40, 1e-2), **close)
@@ -214,8 +214,8 @@ def test_ema_is_the_merge_with_its_weights(decay):
     for params in path[1:]:
         state = update(params, state)
     merged = s.merge(path, s.ema_weights(decay, 30))
-    # An average has five roundings per update, of which it forgets nine tenths in 10 updates or more;
-    # the merge has one per product and sum, and its weights add up to 1.
+    # The average rounds five times per update, and forgets nine tenths of that within 10 updates or
+    # more. The merge rounds once per product and sum, and its weights add up to 1.
     largest = np.max([abs(p["w"]) for p in path])
     bound = (5 * 10 + 31 + 1) * UNIT * largest
     np.testing.assert_allclose(tx.average(state)["w"], merged["w"], rtol=0, atol=bound)
@@ -276,10 +276,10 @@ def test_scaling_rules():
     assert s.scale_learning_rate(1e-3, 4, "linear") == 4e-3
     np.testing.assert_allclose(s.scale_beta(0.9, 2), 0.81)
     np.testing.assert_allclose(s.scale_beta(0.9, 2, "sde"), 0.8)
-    # The half-life in tokens stays.
+    # The half-life in tokens does not change.
     np.testing.assert_allclose(s.half_life(s.scale_beta(0.95, 3), 3), s.half_life(0.95))
     assert s.scale_eps(1e-8, 4) == 5e-9
-    # The time scale as a share of the run stays.
+    # The time scale as a share of the run does not change.
     rate, decay = s.scale_learning_rate(1e-3, 4), s.scale_weight_decay(0.1, 4, 3)
     np.testing.assert_allclose(
         s.time_scale(rate, decay, 1000 * 3 // 4), s.time_scale(1e-3, 0.1, 1000)
@@ -348,7 +348,7 @@ def test_every_name_gives_a_schedule_over_a_run(name):
     values = np.asarray(jax.jit(schedule)(jnp.arange(100)))
     assert np.isfinite(values).all()
     assert values.max() == 2.0
-    assert values[0] < 0.5  # every one of them rises first
+    assert values[0] < 0.5  # all of them rise first
     line = s.describe(schedule)
     assert "\n" not in line
     assert " at 0" in line

@@ -1,4 +1,4 @@
-"""Losses over learning rates: the width of the valley, and the command that goes on."""
+"""Losses over learning rates: the width of the valley, and a command that resumes."""
 
 import argparse
 import math
@@ -15,7 +15,7 @@ SMALL = (
 
 
 def test_the_width_of_a_parabola_and_of_a_cliff():
-    """1 + log2(f)**2 / 25 rises by 0.04 to the first neighbours: half of that way is 2**0.5."""
+    """1 + log2(f)**2 / 25 rises by 0.04 to the nearest neighbours; half of that is at 2**0.5."""
     parabola = {2.0**k: 1 + k * k / 25 for k in range(-3, 4)}
     assert width(parabola, 0.04) == pytest.approx(4.0)
     assert width(parabola, 0.02) == pytest.approx(2.0)

@@ -1,4 +1,4 @@
-"""Shampoo's update: what it must equal, of which axes, exponents and statistics."""
+"""Shampoo's update: what it must equal, and its axes, exponents and statistics."""
 
 from typing import Any
 
@@ -29,7 +29,8 @@ def one_step(gradient, **options):
 def test_first_step_is_the_polar_factor(ridge):
     gradient = 3 * conditioned(6, 0)
     left, _, right = np.linalg.svd(gradient)
-    # The ridge adds 1e-9 times the square of the condition number, 16, halved, to the smallest.
+    # The ridge adds 1e-9 times the squared condition number, 16, halved, for the smallest singular
+    # value.
     assert furthest(one_step(gradient, roots=ravine.Roots(ridge=ridge)), left @ right) <= HALF
 
 
@@ -53,7 +54,7 @@ def test_first_step_of_a_vector_is_its_unit_vector():
 
 @pytest.mark.usefixtures("float64")
 def test_one_by_one_block_and_scalar():
-    """A matrix of one element becomes its sign; a scalar has no factor, and stays."""
+    """A matrix with one element becomes its sign; a scalar has no factor and does not change."""
     assert furthest(one_step([[-7.0]]), np.array([[-1.0]])) <= HALF
     assert one_step(-7.0) == -7
 
@@ -70,7 +71,7 @@ def test_rotated_gradients_have_rotated_updates(graft):
 
 
 def reference(gradients, b1, b2, ridge, factored=None):
-    """Shampoo without graft, a root every step, in float64."""
+    """Shampoo in float64, without graft and with new roots at every step."""
     order = gradients[0].ndim
     factored = range(order) if factored is None else factored
     statistics: dict[int, Any] = dict.fromkeys(factored, 0.0)
@@ -150,7 +151,7 @@ def test_the_exponent_given_is_used():
 
 @pytest.mark.usefixtures("float64")
 def test_kl_statistics():
-    """Other than the Gram matrices' once there are roots, and of the same first step."""
+    """They equal those of the Gram matrices at the first step, and differ once there are roots."""
     gradients = double(normal((6, 8), count=12))
     gram, kl = (
         run(
@@ -211,7 +212,7 @@ def test_shampoo_leaves_vectors_to_the_fallback():
 @pytest.mark.parametrize("staggered", [False, True])
 @pytest.mark.parametrize("statistics", ["gram", "kl"])
 def test_shampoo_solves_a_badly_conditioned_least_squares_problem(statistics, staggered):
-    """min |A (W - W*) B|^2, both factors of condition 100, where Adam is far behind."""
+    """min |A (W - W*) B|^2 with condition number 100 for both factors, where Adam is far behind."""
     a, b = (single(conditioned(16, seed, 0.1, 10.0)) for seed in (1, 2))
     target = normal((16, 16), 3)
 

@@ -1,4 +1,4 @@
-"""Shampoo's blocks are parameters of their own, and their padding leaves no trace."""
+"""Shampoo treats blocks as separate parameters, and their padding has no effect."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +32,7 @@ def test_blocks_are_parameters_of_their_own(graft):
 
 @pytest.mark.usefixtures("float64")
 def test_uneven_blocks_are_padded_without_trace():
-    """A 7 x 5 leaf in blocks of at most 4: padding rows and columns neither move nor harm."""
+    """For a 7 x 5 leaf in blocks of at most 4, padded rows and columns neither move nor cause harm."""
     gradients = double(normal((7, 5), count=5))
     updates, states = run(
         ravine.scale_by_shampoo(refresh=ravine.Refresh(every=2), blocks=ravine.Blocks(size=4)),
@@ -50,7 +50,7 @@ def test_uneven_blocks_are_padded_without_trace():
 
 @pytest.mark.usefixtures("float64")
 def test_padding_is_not_an_eigenvalue():
-    """Seven rows in blocks of four are two of four, and one row of them is padding."""
+    """Seven rows in blocks of four are two such blocks, in which one row is padding."""
     gradients = [double(normal((7, 8), seed)) for seed in range(6)]
     options = {
         "refresh": {"every": 2},

@@ -1,4 +1,4 @@
-"""Shampoo when things go wrong: non-finite, singular, huge and tiny gradients, for many steps."""
+"""Shampoo under faults: non-finite, singular, huge and tiny gradients, over many steps."""
 
 import math
 
@@ -21,21 +21,21 @@ from .preconditioned import (
 from .roots import attainable
 
 BLOCK = (slice(0, 4), slice(4, 8))  # block (0, 1) of an 8 x 8 leaf
-AT = (0, 0, 1)  # and where its factors are
+AT = (0, 0, 1)  # the position of its factors
 
 
 def others(x):
-    """A stack `[1, 2, 2, ...]` without that block."""
+    """A stack `[1, 2, 2, ...]` without this block."""
     return jnp.concatenate([x[0, 0, :1], x[0, 1]])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
 @pytest.mark.parametrize("b2", [1.0, 0.9])
 def test_gradient_that_is_not_finite_stays_in_its_block(b2, bad):
-    """Also one whose squares are not finite.
+    """This includes gradients whose squares are not finite.
 
-    Statistics stay to the last bit. So do sums' roots; means' are rescaled, because the weight that
-    they are divided by counts the step.
+    The statistics do not change, to the last bit. Roots of sums do not change either; roots of means are
+    rescaled, because the weight that divides them counts the step.
     """
     clean = normal((8, 8), count=8)
     spoiled = [*clean[:4], clean[4].at[1, 6].set(bad), *clean[5:]]
@@ -52,7 +52,7 @@ def test_gradient_that_is_not_finite_stays_in_its_block(b2, bad):
     )
     updates, states = run(tx, spoiled, params)
     assert all_finite(updates)
-    # In float32 the second moments of a gradient of 1e30 are infinite, here as in Adam itself.
+    # In float32 the second moments of a gradient of 1e30 are infinite, as in Adam itself.
     assert all_finite([state[0].factors for state in states] if bad == 1e30 else states)
     expected = run(tx, clean, params)[1]
     for before, after, should in zip(
@@ -63,7 +63,7 @@ def test_gradient_that_is_not_finite_stays_in_its_block(b2, bad):
         if b2 == 1:
             np.testing.assert_array_equal(new, old)
         else:
-            # The same statistics with another correction.
+            # The same statistics with another bias correction.
             bound = 2 * attainable(float(before.condition[AT]), 4, n=4)
             new, old = (root / jnp.linalg.norm(root) for root in (new, old))
             assert_trees_close(new, old, bound)
@@ -75,7 +75,7 @@ def test_gradient_that_is_not_finite_stays_in_its_block(b2, bad):
 
 
 def spoil(state, value=math.nan):
-    """NaN in the statistics of the rows' factor of that block."""
+    """Puts NaN into the statistics of the row factor of this block."""
     (rows, columns) = state.factors[0]
     statistics = rows.statistics.at[(*AT, 2, 2)].set(value)
     return state._replace(factors=((rows._replace(statistics=statistics), columns),))
@@ -108,7 +108,7 @@ def test_spoiled_statistics_fall_back_to_the_graft_and_recover(patience):
         assert agrees == (refusals > patience)
         np.testing.assert_array_equal(update[4:], healthy[at][4:])
         state = new
-    # Sound statistics again: the next root is good, and the block trusted.
+    # The statistics are valid again: the next root is good, and the block is trusted.
     rows, columns = state.factors[0]
     rows = rows._replace(statistics=rows.statistics.at[AT].set(jnp.eye(4)))
     update, state = step(gradients[7], state._replace(factors=((rows, columns),)))
@@ -119,7 +119,7 @@ def test_spoiled_statistics_fall_back_to_the_graft_and_recover(patience):
 
 
 def test_spoiled_statistics_need_a_refresh():
-    """Otherwise nobody would hear of them: every block that still fits keeps its root."""
+    """Otherwise nothing would reveal them, because blocks that still fit keep their roots."""
     gradient = normal((8, 8))
     refresh = ravine.Refresh(every=1, need=1e3)
     tx = shampoo(blocks=ravine.Blocks(size=4), refresh=refresh)
@@ -204,7 +204,7 @@ def test_scale_of_gradients(graft, scale, dtype):
         assert not np.any(factor.failures)
         assert not np.any(factor.refused)
     if graft == "none":
-        # From the start step on, the exponents add up to minus one: scale falls out.
+        # From the start step on, the exponents add up to minus one, so the scale cancels.
         assert 1e-3 < float(jnp.max(jnp.abs(updates[-1]))) < 10
 
 
@@ -212,7 +212,7 @@ def test_scale_of_gradients(graft, scale, dtype):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
 def test_two_thousand_steps_at_any_scale(scale, dtype):
-    """Least squares through a hidden layer, gradients scaled: nothing breaks, nothing stays refused."""
+    """Least squares with a hidden layer and scaled gradients: nothing breaks or stays refused."""
     tx = optax.chain(
         shampoo(
             0.9,

@@ -1,4 +1,4 @@
-"""What Shampoo grafts: an optimizer's own step before there are roots, and its size ever after."""
+"""What Shampoo grafts: an optimizer's own step until there are roots, and its step size from then on."""
 
 import math
 
@@ -60,11 +60,11 @@ def graft_problem():
     return params, gradients
 
 
-# Without decay also Adam's, below.
+# The case without decay is also tested with Adam, below.
 @pytest.mark.parametrize("weight_decay", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
 @pytest.mark.parametrize("graft", GRAFTED)
 def test_graft_before_the_start_is_the_plain_optimizer(graft, weight_decay):
-    """To the last bit."""
+    """The two are equal to the last bit."""
     build, options = GRAFTED[graft]
     params, gradients = graft_problem()
     options = {"graft": {"step": graft}, **options}
@@ -133,7 +133,7 @@ def test_nesterov_looks_ahead():
 
 @pytest.mark.usefixtures("float64")
 def test_sums_with_a_graft_of_their_own():
-    """Factors are sums, and the norm of an update is that of the graft by itself."""
+    """The factors are sums, and an update has the norm of the graft's own update."""
     gradients = double(normal((4, 4), count=2))
     for graft, alone in (
         ({"graft": {"step": "adam", "b2": 0.99}}, ravine.scale_by_adam(0.0, 0.99)),

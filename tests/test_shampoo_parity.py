@@ -1,4 +1,4 @@
-"""Shampoo, SOAP and KL-Shampoo step for step like their authors' own code."""
+"""Shampoo, SOAP and KL-Shampoo against their authors' own code, step by step."""
 
 import dataclasses
 import hashlib
@@ -16,7 +16,7 @@ from ravine.optimizers.matrix.algebra.roots import CoupledNewton
 
 from .golden import shampoo as golden
 
-# The authors' roots: absolute ridge, no certificate.
+# The authors' roots: an absolute ridge, no certificate.
 ROOTS = ravine.Roots(ridge=0.0, absolute_ridge=1e-8, tolerance=0.5)
 META = {
     "b1": 0.9,
@@ -57,7 +57,7 @@ KL = {
     "kl_shampoo": lambda balance: ravine.scale_by_kl_shampoo(
         refresh=ravine.Refresh(every=3), balance=balance
     ),
-    # With so small a start the bound on inverse roots is met.
+    # With such a small start, the bound on inverse roots takes effect.
     "kl_shampoo_clamped": lambda balance: ravine.scale_by_kl_shampoo(
         refresh=ravine.Refresh(every=3), balance=False, initial_eigenvalue=0.011
     ),
@@ -76,20 +76,20 @@ def test_trajectory_equals_the_authors(case):
 
 @pytest.mark.parametrize("case", SOAP)
 def test_soap_equals_the_authors(case):
-    # They decay what the step has made of the parameters, and not on the first step.
+    # They apply decay to the parameters after the step, except on the first step.
     check(case, SOAP[case](), lambda params, rate, at: (1 - 0.01 * rate * (at > 0)) * params)
 
 
 @pytest.mark.parametrize("balance", [False, True])
 @pytest.mark.parametrize("case", KL)
 def test_kl_shampoo_equals_the_authors(case, balance):
-    """But of the tensor with three axes, "e", for which their code mixes old and new values."""
+    """All but the tensor "e" with three axes, where the authors' code mixes old and new values."""
     decayed = lambda params, rate, at: (1 - 0.01 * rate * (at > 0)) * params
     check(case, KL[case](balance), decayed, without=("e",))
 
 
 def check(case, direction, afterwards=lambda params, rate, at: params, without=()):
-    """Every recorded parameter within 1e-4 of how far its leaf has moved, and two of its last bits."""
+    """Every recorded parameter is within 1e-4 of its leaf's largest change, plus its two last bits."""
     data = goldens()
     record = data["cases"][case]
     initial, gradients = golden.inputs(record["inputs"])

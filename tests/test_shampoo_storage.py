@@ -25,9 +25,10 @@ from .tolerances import HALF, double, furthest, without_residuals
 
 
 def assert_only_kept_numbers_are_rounded(exact, gradients, updates, states):
-    """From every state, `exact`, of float32, goes on as these did.
+    """Checks that from every state, the float32 version `exact` takes the same step.
 
-    But for half of a last place of what is kept in bfloat16, and in updates only where no root is new.
+    Numbers kept in bfloat16 may differ by half a unit in the last place; updates are compared where no
+    root is new.
     """
     step, narrow = jax.jit(exact.update), jnp.bfloat16
     for gradient, before, after, found in zip(
@@ -138,9 +139,10 @@ def power_law(shape, count, decay=1.5, seed=0):
 
 
 def of_rounded_roots(state):
-    """How far a step is off, relative to it, where roots are rounded to bfloat16: root mean square.
+    """The relative error (root mean square) of a step whose roots are rounded to bfloat16.
 
-    An element is off by up to half of a last place, by a third of its square in the mean of squares.
+    Rounding moves an element by up to half a unit in the last place; the mean square is a third of its
+    square.
     """
     left, right = (np.asarray(factor.root, np.float64).squeeze() for factor in factors(state))
     mean = np.asarray(state.mu, np.float64)
@@ -151,9 +153,10 @@ def of_rounded_roots(state):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_narrow_roots_of_a_power_law(packed):
-    """No root is refused, and the step is that of float32 but for the rounding of its roots.
+    """No root is refused, and the step equals that of float32 up to the rounding of its roots.
 
-    Twice its root mean square: of ten terms or more the squares never add up to four times their mean.
+    The bound is twice the root mean square: the squares of ten or more terms stay below four times their
+    mean.
     """
     gradients, refresh = power_law((64, 48), 24), ravine.Refresh(every=6)
     narrow = ravine.Factors(root_dtype="bfloat16", packed=packed)
@@ -162,13 +165,13 @@ def test_narrow_roots_of_a_power_law(packed):
     expected, states = run(shampoo(refresh=refresh), gradients)
     error = jnp.linalg.norm(found[-1] - expected[-1]) / jnp.linalg.norm(expected[-1])
     assert error < 2 * of_rounded_roots(states[-1])
-    # The graft's own step differs, so what is compared is not the fallback.
+    # The graft's own step differs, so the comparison is not with the fallback.
     graft, _ = run(shampoo(refresh=ravine.Refresh(start=math.inf)), gradients)
     assert jnp.linalg.norm(graft[-1] - expected[-1]) > 0.2 * jnp.linalg.norm(expected[-1])
 
 
 def test_narrow_statistics_of_a_power_law():
-    """No root is refused, and nothing is rounded but statistics that are kept, which roots are of."""
+    """No root is refused, and only the stored statistics, from which roots are computed, are rounded."""
     gradients = power_law((64, 48), 24)
     options = {"refresh": ravine.Refresh(every=6), "roots": ravine.Roots(ridge=0.03)}
     narrow = ravine.Factors(statistics_dtype="bfloat16")

@@ -1,4 +1,4 @@
-"""Shapes of published models: their counts, what follows from them, and rules for new ones."""
+"""Shapes of published models: their counts, values derived from them, and rules for new shapes."""
 
 import dataclasses
 from decimal import ROUND_DOWN, ROUND_HALF_EVEN, Decimal
@@ -42,15 +42,15 @@ TINY = ModelShape(
 
 @pytest.mark.parametrize(("name", "count"), PUBLISHED)
 def test_recounted_parameters_are_the_published_ones(name, count):
-    """In every digit that is printed, the last of them rounded or cut."""
+    """All printed digits agree, with the last one rounded or truncated."""
     found = Decimal(PRESETS[name].recount(count)) / 10**9
     printed = Decimal(repr(count.billions))
     if name == "kimi-k2":
-        if count.active:  # of its report, which its weights have not (docs/shapes.md)
+        if count.active:  # from the report, which disagrees with the weights (docs/shapes.md)
             assert (round(found, 1), printed) == (Decimal("32.9"), Decimal("32.6"))
             return
-        # Of its weights, with scales of 128x128 elements of the experts, and of most others. Matrices
-        # are 512 or wider: at most one block in five is there for what is left over at an edge.
+        # Counted from the weights, with scales for 128x128 elements of the experts and of most others.
+        # Matrices are at least 512 wide, so at most one scale in five is for the remainder at an edge.
         least = PRESETS[name].by_part()["experts"] / 128**2
         assert least <= (printed - found) * 10**9 <= 5 / 4 * PRESETS[name].count / 128**2
         return
@@ -103,18 +103,18 @@ def test_optimizers_take_experts_and_latent_attention():
 
 
 def test_arithmetic_per_token_by_hand():
-    # Per layer: query and output 8x8, key and value 8x4, three of 8x16; the head 8x10. Each of 4 heads
-    # multiplies 2 coordinates of 3 keys on average, with queries and with values.
+    # In each layer, query and output are 8x8, key and value 8x4, and three matrices 8x16; the head is
+    # 8x10. Each of 4 heads multiplies 2 coordinates with 3 keys on average, for queries and for values.
     layer = 2 * 64 + 2 * 32 + 3 * 128
     assert TINY.flops() == 6 * (2 * layer + 80) + 6 * 2 * 3 * 4 * (2 + 2)
     assert TINY.flops(1) == 6 * (2 * layer + 80) + 6 * 2 * 1 * 4 * (2 + 2)
-    # A window of 2 sees 1, 2, 2, 2, 2 keys.
+    # With a window of 2, tokens see 1, 2, 2, 2, 2 keys.
     local = dataclasses.replace(TINY, window=2, local_layers=1)
     assert TINY.flops() - local.flops() == pytest.approx(6 * (3 - 9 / 5) * 4 * 4)
-    # Tying the head changes the parameters, not the arithmetic.
+    # Tying the head changes the parameters but not the arithmetic.
     assert dataclasses.replace(TINY, tied=True).flops() == TINY.flops()
     mixture = dataclasses.replace(TINY, experts=Experts(4, 2, 16, shared=1))
-    routed = 6 * 2 * (2 * 384 + 8 * 4)  # one expert more than the dense layer, shared, and one more
+    routed = 6 * 2 * (2 * 384 + 8 * 4)  # a shared expert and one more expert; the router
     assert mixture.flops() - TINY.flops() == routed
 
 
@@ -123,7 +123,7 @@ def test_arithmetic_of_an_encoder_and_a_decoder_by_hand():
     attention, feed_forward = 4 * 64, 3 * 128
     source = 2 * (attention + feed_forward) + 2 * 128  # and keys and values of two cross-attentions
     target = 2 * (attention + feed_forward) + 2 * 128 + 80  # and their queries and outputs
-    keys = 2 * 5 + 2 * 3 + 2 * 5  # both ways, causal, across
+    keys = 2 * 5 + 2 * 3 + 2 * 5  # bidirectional, causal, cross-attention
     assert both.flops() == 6 * (source + target + keys * 4 * (2 + 2)) / 2
 
 
@@ -143,7 +143,7 @@ def test_caches_of_keys_and_values(name, size):
 
 
 def test_deepseeks_own_count_of_operations():
-    # The same paper, table 2: 250 GFLOP per token of training, at sequences of 4096.
+    # The same paper, table 2: 250 GFLOP per token in training, for sequences of 4096.
     assert round(PRESETS["deepseek-v3"].flops(4096) / 1e9) == 250
 
 
@@ -185,7 +185,7 @@ def test_parts_names_and_a_figure_on_the_command_line(tmp_path, capsys):
     assert main(["presets", *words]) == 0
     assert figure.stat().st_size > 10_000
     printed = capsys.readouterr().out
-    assert "45.1B" in printed  # experts of Mixtral 8x7B
+    assert "45.1B" in printed  # the experts of Mixtral 8x7B
     assert "gpt2-xl" not in printed
 
 
@@ -247,7 +247,7 @@ def test_helpers_give_published_widths():
 
 
 def within_half_a_layer(shape, parameters):
-    """Layers are what is rounded last."""
+    """The number of layers is rounded last."""
     one_more = dataclasses.replace(shape, layers=shape.layers + 1)
     return abs(shape.count - parameters) <= (one_more.count - shape.count) / 2
 

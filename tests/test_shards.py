@@ -1,4 +1,4 @@
-"""Shards of tokens with a header, several of them, held-out ones, and batches in the stored order."""
+"""Shards of tokens with a header: several, held-out ones, and batches in the stored order."""
 
 import itertools
 
@@ -12,7 +12,7 @@ from ravine.training.data.shards import tokens_of, write_shard
 
 @pytest.fixture
 def shards(tmp_path):
-    """Two training shards, 0 to 99 and 200 to 269, and one held out, 500 to 599."""
+    """Two training shards, 0 to 99 and 200 to 269, and one held-out shard, 500 to 599."""
     spans = {"train_1.bin": (0, 100), "train_2.bin": (200, 270), "val.bin": (500, 600)}
     return [write_shard(tmp_path / name, np.arange(*span)) for name, span in spans.items()]
 
@@ -25,7 +25,7 @@ def test_a_shard_is_what_its_header_says(shards, tmp_path):
     assert len(raw) == 1024 + 2 * 100
     np.testing.assert_array_equal(tokens_of(shards[0]), np.arange(100))
     assert not tokens_of(shards[0]).flags.writeable
-    one = load_corpus([shards[0]])  # alone, its last tenth is held out, as of any .bin
+    one = load_corpus([shards[0]])  # its last tenth is held out, as for any single .bin
     assert (len(one.train), len(one.heldout), one.fixed) == (90, 10, False)
 
 
@@ -51,7 +51,7 @@ def test_shards_are_joined_and_held_out_tokens_are_taken_from_the_first_on(shard
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_stored_order_has_whole_batches_of_each_shard(shards, seed):
-    """Of batches of 4 x 10, shards of 100 and 70 tokens hold two and one; then it begins again."""
+    """Shards of 100 and 70 tokens give two and one batches of 4 x 10; then it starts over."""
     corpus = load_corpus(shards[:2], heldout=shards[2:])
     options = {"context": 10, "seed": seed, "order": "stored"}
     batches = train_batches(corpus, batch_size=4, **options)

@@ -1,4 +1,4 @@
-"""The documentation's API pages name every public name, once, and nothing else."""
+"""The documentation's API pages list every public name exactly once, and nothing else."""
 
 import importlib
 import re
@@ -70,7 +70,7 @@ def test_every_command_is_on_the_trainer_page():
 
 
 def anchors(page):
-    """Of its headings, as GitHub makes them."""
+    """Heading anchors, built as GitHub builds them."""
     headings = re.findall(
         r"^#+ (.+)$", re.sub(r"```.*?```", "", page, flags=re.DOTALL), re.MULTILINE
     )
@@ -98,7 +98,7 @@ def test_links_between_files_lead_somewhere(name):
 
 
 def rows_of_tables(text):
-    """Lines that begin a row, outside code."""
+    """Lines outside code that begin a table row."""
     outside = re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE)
     return [line.strip() for line in outside.splitlines() if line.lstrip().startswith("|")]
 

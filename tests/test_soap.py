@@ -1,4 +1,4 @@
-"""SOAP, KL-Shampoo and SOAP-Muon: reductions, equivariance, gauge, faults."""
+"""SOAP, KL-Shampoo and SOAP-Muon: reductions to other optimizers, equivariance, gauge, faults."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from .tolerances import HALF, UNIT, double, furthest
 
 @pytest.mark.usefixtures("float64")
 def test_without_bases_it_is_adam_a_step_late():
-    """Axes beyond the limit have no basis, and then Q is the identity."""
+    """Axes above the limit have no basis, so Q is the identity."""
     gradients = double(normal((6, 4), count=8))
     (first, *ours), _ = run(
         ravine.scale_by_soap(0.9, 0.99, 1e-30, blocks=ravine.Blocks(size=None, bound=1)), gradients
@@ -25,7 +25,7 @@ def test_without_bases_it_is_adam_a_step_late():
 
 
 def test_one_step_is_adam_in_the_basis():
-    """In float64, which the factors then have too."""
+    """In float64, which the factors then use too."""
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
         first, second = (rng.normal(size=(5, 5)) for _ in range(2))
@@ -41,12 +41,12 @@ def test_one_step_is_adam_in_the_basis():
 
 
 def rare(kind, count=40):
-    """Gradients of 16 by 8 that span the space little by little: single elements, rows, or rank one."""
+    """16 x 8 gradients that gradually span the space: single elements, rows, or rank one."""
     rng = np.random.default_rng(0)
     gradients = rng.normal(size=(count, 16, 8))
     if kind == "elements":
         gradients *= rng.random(gradients.shape) < 0.05
-    elif kind == "rows":  # as rarely as words
+    elif kind == "rows":  # as rare as words
         gradients *= (rng.random((count, 16)) < 1 / (2 + np.arange(16)))[..., None]
     else:
         gradients = gradients[:, :, :1] * gradients[:, :1]
@@ -58,9 +58,9 @@ def rare(kind, count=40):
 @pytest.mark.parametrize("every", [1, 10])
 @pytest.mark.parametrize(("b1", "b2"), [(0.95, 0.95), (0.9, 0.99), (0.0, 0.9)])
 def test_a_new_basis_makes_no_step_larger_than_adams(b1, b2, every, kind):
-    """It has directions that the second moment has not seen yet but in which the first has a component.
+    """The new basis has directions that the second moment has not seen, but the first moment has.
 
-    Whatever the gradients, |m| <= C sqrt(v) in Adam, with C^2 = (1 - b1)^2 / ((1 - b2)(1 - b1^2 / b2)).
+    For any gradients, |m| <= C sqrt(v) in Adam, with C^2 = (1 - b1)^2 / ((1 - b2)(1 - b1^2 / b2)).
     """
     tx = soap(b1, b2, refresh=ravine.Refresh(every=every))
     most = (1 - b1) / np.sqrt((1 - b2) * (1 - b1**2 / b2))
@@ -82,7 +82,7 @@ def test_updates_turn_with_the_space(make):
 
 
 def gauge(balance, steps=2000):
-    """log(tr S_a / m) - log(tr S_b / n) of KL-Shampoo, after every step."""
+    """log(tr S_a / m) - log(tr S_b / n) for KL-Shampoo, after every step."""
     tx = ravine.scale_by_kl_shampoo(0.9, 0.95, refresh=ravine.Refresh(every=1), balance=balance)
 
     def step(state, key):
@@ -100,9 +100,9 @@ def test_balanced_factors_keep_their_scale():
 
 
 def test_unbalanced_factors_drift_as_slowly_as_the_official_ones():
-    """By (1 - b2)^2 (1/m - 1/n) per step: the sign of the division by d and of the inverse being right.
+    """By (1 - b2)^2 (1/m - 1/n) per step, if the division by d and the inverse have the right sign.
 
-    That is to first order in 1 - b2, hence 5 %; six seeds lie within 0.6 % of each other.
+    This holds to first order in 1 - b2, hence 5 %; six seeds are within 0.6 % of each other.
     """
     ratios = np.asarray(gauge(balance=False), np.float64)
     slope = np.polyfit(np.arange(500, 2000), ratios[500:], 1)[0]
@@ -113,7 +113,7 @@ def test_unbalanced_factors_drift_as_slowly_as_the_official_ones():
     "make", [ravine.scale_by_soap, ravine.scale_by_kl_shampoo], ids=lambda make: make.__name__
 )
 def test_faults_leave_everything_finite(make):
-    """NaN, infinity, zeros for long, one direction for ever, and a spike."""
+    """NaN, infinity, many zeros, one constant direction, and a spike."""
     gradients = normal((6, 4), count=30)
     gradients[3] = gradients[3].at[0, 0].set(jnp.nan)
     gradients[5] = gradients[5].at[1, 1].set(jnp.inf)
@@ -186,7 +186,7 @@ def test_bad_input_is_named(make, complaint):
 
 
 def deficient(kind, shape=(12, 20), count=40):
-    """Gradients without a part in some directions, which ones being the same at every step."""
+    """Gradients without a component in some directions, which are the same at every step."""
     rng = np.random.default_rng(0)
     left, right = (np.linalg.qr(rng.normal(size=(n, n)))[0] for n in shape)
     made = rng.normal(size=(count, *shape))
@@ -200,9 +200,9 @@ def deficient(kind, shape=(12, 20), count=40):
 
 @pytest.mark.parametrize("kind", ["fewer rows than columns", "low rank", "dead rows and columns"])
 def test_trajectory_does_not_depend_on_rounding(kind):
-    """Gradients changed in the last bit, as another compilation rounds them: 1e-4 of how far it goes.
+    """Changing the last bit, as another compilation does, moves the end by 1e-4 of the path at most.
 
-    Bases of singular statistics are arbitrary unless defined: this was 0.15 to 1.2.
+    The bases of singular statistics are arbitrary unless defined; the change used to be 0.15 to 1.2.
     """
     gradients, tx = deficient(kind), ravine.scale_by_soap(refresh=ravine.Refresh(every=5))
 
@@ -229,5 +229,5 @@ def test_nothing_decays_on_the_first_step(name):
     assert not np.any(updates[0.5][0]["kernel"])
     moved = params["kernel"] + updates[0.0][1]["kernel"]
     found = params["kernel"] + updates[0.5][1]["kernel"]
-    # Of numbers below two: the update, its decay, the sum and the difference.
+    # Four roundings of numbers below two: the update, its decay, the sum and the difference.
     np.testing.assert_allclose(found, moved - 0.05, rtol=0, atol=2 * 4 * UNIT)

@@ -29,7 +29,7 @@ def test_bartlett_is_unbiased_for_the_gauss_newton_diagonal():
     curvature = ravine.gauss_newton_bartlett(logits)
     keys = jax.random.split(jax.random.key(0), 4000)
     estimates = jax.jit(jax.vmap(lambda key: curvature(WEIGHTS, key)))(keys)
-    # The Hessian of the mean cross-entropy does not depend on labels, and is its own Gauss-Newton.
+    # The Hessian of the mean cross-entropy does not depend on the labels, so it equals Gauss-Newton.
     loss = lambda p: jnp.mean(jax.nn.logsumexp(logits(p), axis=-1))
     hessian = jax.jit(jax.hessian(loss))(WEIGHTS).reshape(12, 12)
     error = jnp.abs(jnp.mean(estimates, axis=0).ravel() - jnp.diag(hessian))
@@ -50,7 +50,7 @@ def test_hutchinson_is_unbiased_and_exact_for_diagonals():
     matrix = jnp.array([[2.0, 1.0], [1.0, -3.0]])
     loss = lambda p: 0.5 * p @ matrix @ p
     found = ravine.hutchinson(loss, samples=4000)(jnp.ones(2), jax.random.key(0))
-    # An element is off by the other one of its row, with a random sign.
+    # The error of an element is the other element of its row, with a random sign.
     np.testing.assert_allclose(found, [2.0, -3.0], rtol=0, atol=5 / 4000**0.5)
     diagonal = lambda p: jnp.sum(jnp.array([2.0, -3.0]) * jnp.square(p))
     found = ravine.hutchinson(diagonal)(jnp.ones(2), jax.random.key(0))
@@ -147,7 +147,7 @@ def test_in_an_nnx_loop():
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("name", ["g", "h"])
 def test_data_parallel(name, check_vma):
-    """Under shard_map, all devices find the same, and what one device finds on average."""
+    """Under shard_map, all devices get the same estimate, on average that of a single device."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     labels = jnp.arange(8) % 3
     keys = jax.random.split(jax.random.key(0), 300)
@@ -179,9 +179,9 @@ def test_data_parallel(name, check_vma):
         np.testing.assert_array_equal(found, jnp.broadcast_to(found[:1], found.shape))
         found = found[0]
     alone = jax.jit(estimates)(inputs, labels, weights)
-    if name == "h":  # the same signs
+    if name == "h":  # the same random signs
         assert furthest(found, alone) <= HALF
-    else:  # other samples
+    else:  # different samples
         found, alone = (jnp.sum(x, axis=(1, 2)) for x in (found, alone))
         deviation = jnp.sqrt((jnp.var(found) + jnp.var(alone)) / 300)
         assert jnp.abs(jnp.mean(found) - jnp.mean(alone)) <= 5 * deviation

@@ -1,4 +1,4 @@
-"""Sophia on a part of a model, on a model cut by a mesh, and on one with state of its own."""
+"""Sophia on part of a model, on a model sharded over a mesh, and on a model with its own state."""
 
 import functools
 
@@ -61,9 +61,9 @@ NEED_PARAMS = ("masked", "masked by a prefix", "partition", "both")
 @pytest.mark.parametrize("estimator", [ravine.gauss_newton_bartlett, ravine.hutchinson])
 @pytest.mark.parametrize("part", PARTS)
 def test_a_part_of_the_parameters(part, estimator):
-    """The estimate of a part is that part of an estimate, with the rest of the model as it is."""
+    """The estimate for a part is that part of a full estimate, with the rest of the model held fixed."""
     tx = PARTS[part]()
-    if estimator is ravine.hutchinson:  # exact where the Hessian is diagonal
+    if estimator is ravine.hutchinson:  # exact if the Hessian is diagonal
         function = lambda p: 0.5 * sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(p))
     else:
         function = mlp_logits
@@ -125,7 +125,7 @@ def test_a_tensor_parallel_model_on_a_mesh(part):
 
 
 class Regularized(nnx.Module):
-    """A model with state of its own: statistics of a batch, keys of dropout."""
+    """A model with state of its own: batch statistics and dropout keys."""
 
     def __init__(self, rngs):
         self.first = nnx.Linear(4, 8, rngs=rngs)

@@ -1,4 +1,4 @@
-"""The options that make the trainer's model that of modded-nanogpt's optimizer track."""
+"""The options that turn the trainer's model into that of modded-nanogpt's optimizer track."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from ravine.training.step import loss_of
 from .tolerances import HALF
 
 WIDTH, HEADS, TOKENS = 16, 2, 6
-PAIRS = WIDTH // HEADS // 4  # that turn
+PAIRS = WIDTH // HEADS // 4  # pairs that rotate
 SPEEDRUN = ModelConfig(
     vocabulary=64,
     context=TOKENS,
@@ -35,7 +35,7 @@ SPEEDRUN = ModelConfig(
 
 
 def noisy(config: ModelConfig) -> Transformer:
-    """A model none of whose parameters is zero or one."""
+    """A model with no parameter equal to zero or one."""
     model = Transformer(config, rngs=nnx.Rngs(0))
     leaves, treedef = jax.tree.flatten(nnx.state(model))
     keys = jax.random.split(jax.random.key(1), len(leaves))
@@ -51,7 +51,7 @@ def by_hand(model: Transformer, tokens: np.ndarray) -> np.ndarray:
     unit = lambda x: x / np.sqrt(np.mean(x**2, -1, keepdims=True) + 1e-6)
     linear = lambda x, w: x @ w["kernel"] + w["bias"]
 
-    # Pair i of the first half turns by t / 1024^(i / (pairs - 1)), the second half not at all.
+    # Pair i of the first half rotates by t / 1024^(i / (pairs - 1)), the second half not at all.
     speeds = np.concatenate([(1 / 1024) ** np.linspace(0, 1, PAIRS), np.zeros(PAIRS)])
     angle = np.arange(TOKENS)[:, None, None] * speeds
 
@@ -83,7 +83,7 @@ def test_the_model_is_the_tracks():
 
 
 def test_the_fused_loss_has_the_heads_bias_and_the_caps_form(getkey):
-    """The same loss and gradients as from logits."""
+    """The loss and gradients equal those computed from logits."""
     model = noisy(dataclasses.replace(SPEEDRUN, final_soft_cap=2.0))
     batch = jax.random.randint(getkey(), (2, TOKENS + 1), 0, 64)
     both = nnx.jit(nnx.value_and_grad(loss_of), static_argnums=2)

@@ -1,4 +1,4 @@
-"""Speed-up in tokens: the fit, its inverse, and the command that goes on where it was stopped."""
+"""Speed-up in tokens: the fit, its inverse, and a command that resumes where it was stopped."""
 
 import argparse
 import math
@@ -13,17 +13,17 @@ STEPS = (100, 200, 400, 800, 1600)
 
 
 def slopes(steps, b, c):
-    """Of the curve by its offset, log b and c: a row for each number of steps."""
+    """Derivatives of the curve by its offset, log b and c: one row for each number of steps."""
     x = np.log(steps)
     fall = b * np.exp(-c * x)
     return np.stack([np.ones_like(fall), fall, -x * fall], -1)
 
 
 def reach(a, b, c, of):
-    """How far products of the parameters and rows of `of` may be off, twice, where the fit stops.
+    """Twice the error of products of the parameters with the rows of `of`, given where the fit stops.
 
-    SciPy stops where each gradient times the distance from the bound that it points to is below 1e-8, on
-    a curve without noise. For an offset at its bound that is itself times its gradient: hence the root.
+    SciPy stops when each gradient times the distance to the bound that it points to is below 1e-8, on a
+    curve without noise. For an offset at its bound, that distance is the offset itself: hence the root.
     """
     of_curve = slopes(STEPS, b, c)
     covariance = np.linalg.inv(of_curve.T @ of_curve)
@@ -48,7 +48,7 @@ def test_a_power_law_with_an_offset_is_found_and_inverted(a, b, c):
 
 
 def test_a_rival_twice_as_fast_is_worth_twice_the_tokens():
-    """With noise of 0.003 nats in three runs each: within five standard errors, of 0.9 %."""
+    """With noise of 0.003 nats and three runs each, within five standard errors of 0.9 %."""
     rng = np.random.default_rng(0)
     loss = lambda steps: 1.2 + 30 * steps**-0.6 + 0.003 * rng.normal(size=3)
     middle, low, high = worth({s: loss(s) for s in STEPS}, loss(1400), 700)

@@ -1,4 +1,4 @@
-"""The trainer's model in pipeline stages: the same step as without, and what it calculates and sends."""
+"""The trainer's model in pipeline stages: the same step as without, its operations and exchanges."""
 
 import dataclasses
 
@@ -40,7 +40,7 @@ def traced(mesh, **options):
 
 
 def stepped(mesh, start, **options):
-    """Parameters after a step, and what it says of itself."""
+    """Parameters after a step, and its metrics."""
     with jax.set_mesh(mesh):
         placed, step = step_of(mesh, **options)
         tokens = jax.random.randint(jax.random.key(1), (ROWS, MODEL.context + 1), 0, 64)
@@ -49,8 +49,8 @@ def stepped(mesh, start, **options):
         return jax.device_get(state.params), jax.device_get(metrics)
 
 
-# The plan counts what this step does, and no run takes it: with sums in loops, which must not come out
-# of the cache, each case compiles for four seconds.
+# The planner counts this step, and no run uses it. Each case compiles for four seconds, because its sums
+# in loops must not come from the cache.
 @pytest.mark.slow
 @pytest.mark.usefixtures("uncached")
 @pytest.mark.parametrize(
@@ -80,8 +80,8 @@ def test_stages_calculate_in_the_bubble_and_share_the_head():
     with jax.set_mesh(mesh):
         found = arithmetic(traced(mesh), 8)
     tokens = ROWS * MODEL.context
-    # Four matrices of attention, three of the feed-forward part, and scores: forward, again, and back,
-    # which takes twice as many. What a layer gives, by its last matrix, is not needed again.
+    # Four attention matrices, three of the feed-forward part, and the scores: forward, recomputed, and
+    # backward, which costs twice as much. The layer's output, from its last matrix, is not recomputed.
     layer = 2 * (4 * 16 * 16 + 3 * 16 * 32) + 4 * 8 * 16
     layer, head = 4 * layer - 2 * 16 * 32, 4 * 2 * 16 * 64
     ticks = MICRO + 2 - 1

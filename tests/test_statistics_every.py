@@ -1,4 +1,4 @@
-"""Statistics that learn from every k-th gradient: what they are, and what is left as it was."""
+"""Statistics that learn from every k-th gradient: their values, and what does not change."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def in_float64():
 
 
 def correlated(count=COUNT, seed=0, shape=(8, 6)):
-    """Gradients of which each is mostly the one before, with singular values like a power law."""
+    """Gradients that are mostly equal to the previous one, with power-law singular values."""
     rng = np.random.default_rng(seed)
     rows, columns = ((1 + np.arange(n)) ** -0.75 for n in shape)
     fresh = rng.normal(size=(count, *shape)) * rows[:, None] * columns
@@ -31,7 +31,7 @@ def correlated(count=COUNT, seed=0, shape=(8, 6)):
 
 
 def mean(gradients, b2, every):
-    """Of Gram matrices of the first and every k-th gradient, each with the weight it has after them."""
+    """The weighted mean of Gram matrices of the first and every k-th gradient."""
     total = np.zeros((8, 8))
     for g in gradients:
         gram = np.float64(g) @ np.float64(g).T
@@ -66,7 +66,7 @@ def test_soap_learns_from_the_first_step_and_every_kth(every):
 
 
 def test_soap_keeps_its_moments_every_step():
-    """Its bases are those of the first gradient until the first refresh, and so are its updates."""
+    """Until the first refresh, its bases are those of the first gradient, and so are its updates."""
     gradients = correlated()
     found = [
         run(ravine.scale_by_soap(refresh=ravine.Refresh(every=20, statistics_every=k)), gradients)[
@@ -78,7 +78,7 @@ def test_soap_keeps_its_moments_every_step():
 
 
 def test_kl_shampoo_learns_from_the_first_gradient_and_every_kth():
-    """Of gradients that repeat each k times it makes, but for its rates, what it does of each once."""
+    """If each gradient repeats k times, the result is that of each one once, apart from the rates."""
     gradients = correlated(4)
     rare = ravine.Refresh(every=3, statistics_every=3)
     repeated = [g for g in gradients for _ in range(3)]
@@ -91,7 +91,7 @@ def test_kl_shampoo_learns_from_the_first_gradient_and_every_kth():
 
 @pytest.mark.parametrize("staggered", [False, True])
 def test_the_start_is_corrected_exactly(staggered):
-    """One gradient for ever has one root, however often the statistics learn from it."""
+    """A constant gradient has one root, however often the statistics learn from it."""
     gradients = correlated(1) * 6
     roots = []
     for k in (1, 3):

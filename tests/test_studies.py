@@ -1,4 +1,4 @@
-"""The studies run, and say what they are to say of a small case."""
+"""The studies run, and report what is expected of a small case."""
 
 import argparse
 import json
@@ -24,9 +24,9 @@ def test_the_study_of_decay_runs_and_matches_the_effective_rate(tmp_path, capsys
     assert (tmp_path / "decay.png").stat().st_size > 10_000
     norms = {name: np.array(run["norms"]) for name, run in runs.items()}
     assert norms["with decay"][-1] < norms["without"][-1]
-    # The first update is the same in all: the same parameters, and norms that are equal.
+    # The first update is the same in all runs: equal parameters and equal norms.
     assert len({run["losses"][0] for run in runs.values()}) == 1
-    # The matched run keeps its large weights, and moves them further than the plain one does.
+    # The matched run keeps its large weights and moves them further than the plain run.
     assert norms["without, rate matched"][-1] > norms["with decay"][-1]
 
 
@@ -36,7 +36,7 @@ def test_the_largest_rise_is_after_the_lowest_mean():
 
 
 def searched(valley, start=1.0, most=math.inf):
-    """What a search of a loss with one valley tries, and finds."""
+    """What a search tries and finds for a loss with one valley."""
     found = {}
 
     def measure(factor):
@@ -98,7 +98,7 @@ def test_the_study_of_width_goes_on_where_it_stopped(tmp_path, capsys):
     rows = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     assert [json.loads(line) for line in first] == rows[: len(first)]
     assert {row["width"] for row in rows} == {8, 16}
-    assert {row["width"] for row in rows[len(first) :]} == {16}  # the rule changes only the wide
+    assert {row["width"] for row in rows[len(first) :]} == {16}  # the rule changes only wide models
     assert len({tuple(row["key"]) for row in rows}) == len(rows)
     assert (tmp_path / "width.png").stat().st_size > 10_000
     assert "one for all" in capsys.readouterr().out

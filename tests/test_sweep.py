@@ -1,4 +1,4 @@
-"""The sweep: alike for all, with the trainer's own numbers, resumable, and the source of the table."""
+"""The sweep: equal for all, with the trainer's own numbers, resumable, and the source of the table."""
 
 import argparse
 import dataclasses
@@ -22,7 +22,7 @@ from ravine.training.model import ModelConfig
 from ravine.training.run.outcome import Outcome
 from ravine.training.train import train
 
-TEXT = Path(argparse.__file__)  # a hundred kilobytes of Python
+TEXT = Path(argparse.__file__)  # 100 kB of Python
 MODEL = ModelConfig(width=16, layers=1, heads=1, context=16)
 RUN = RunConfig(
     steps=12, batch_size=4, eval_every=12, eval_batches=3, seed=7, data=(TEXT,), model=MODEL
@@ -44,7 +44,7 @@ def test_all_optimizers_search_the_same_points():
     "name", ["muon", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adamw", "sgd"))]
 )
 def test_a_trial_has_the_trainers_own_loss(name, tmp_path):
-    """The same up to what compiling numbers in or not rounds differently, within 12 small steps."""
+    """Equal up to how compiled-in numbers round differently from arguments, over 12 small steps."""
     (point,) = points(name, 1, seed=5)
     point = dataclasses.replace(point, learning_rate=RATES.get(name, MIDDLE), warmup=0.1)
     corpus = load_corpus((TEXT,)).for_tuning()
@@ -53,9 +53,9 @@ def test_a_trial_has_the_trainers_own_loss(name, tmp_path):
     outcome = Outcome(name, point.learning_rate)
     train(run, entrant.build(run), corpus, outcome, tmp_path)
     found = Trials(run, corpus).loss(point, 12)
-    # 12 steps of a loss near 5 nats, float32 sums over 16 to 64 numbers: 12 * 5 * 64 * 6e-8 = 2e-4.
+    # 12 steps with a loss near 5 nats, float32 sums over 16 to 64 numbers: 12 * 5 * 64 * 6e-8 = 2e-4.
     assert found == pytest.approx(outcome.final_loss, abs=2e-4)
-    assert abs(found - math.log(256)) > 0.05  # it has learned
+    assert abs(found - math.log(256)) > 0.05  # the model has learned
 
 
 def test_seeds_share_a_program(monkeypatch):
@@ -103,7 +103,7 @@ def test_a_stopped_sweep_goes_on_with_what_is_missing(tmp_path, capsys):
     rows = [json.loads(line) for line in lines]
     counts = {(row["optimizer"], row["steps"]) for row in rows}
     assert counts == {("sgd", 4), ("sgd", 8), ("adamw", 4), ("adamw", 8)}
-    assert len(rows) == 2 * (4 + 1)  # a quarter of four goes on
+    assert len(rows) == 2 * (4 + 1)  # a quarter of four continues
     for name in ("sgd", "adamw"):
         first = {
             r["trial"]: r["heldout_loss"] for r in rows if (r["optimizer"], r["steps"]) == (name, 4)
@@ -132,7 +132,7 @@ def test_a_line_that_is_not_a_trial_is_refused_by_its_number(line, tmp_path):
 
 
 def test_the_races_table_is_what_the_trials_say():
-    """Nobody edits it: `python -m ravine sweep --derive` makes it."""
+    """Nobody edits the table by hand: `python -m ravine sweep --derive` generates it."""
     assert tuned_table() == derived(read_trials(TRIALS))
 
 

@@ -1,4 +1,4 @@
-"""Telemetry: right numbers, a constant structure, readable from Flax."""
+"""Telemetry: correct numbers, a constant structure, readable from Flax."""
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +69,7 @@ def test_norms_of_bfloat16_gradients_are_float32():
     _, state = tx.update(params, tx.init(params), params)
     norm = ravine.telemetry(state)["gradient_norm/matrix"]
     assert norm.dtype == jnp.float32
-    assert float(norm) == 100.0  # whole numbers
+    assert float(norm) == 100.0  # exact: whole numbers
 
 
 def test_nan_shows_in_its_role_only():
@@ -97,7 +97,7 @@ def test_readable_from_nnx_optimizer():
     assert float(found["learning_rate"]) == 0.25
     np.testing.assert_allclose(
         found["gradient_norm/matrix"], 6**0.5, rtol=2 * UNIT
-    )  # of a whole number
+    )  # the root of a whole number
 
 
 def test_a_parameter_that_no_rule_covers_is_watched_as_other():

@@ -57,10 +57,10 @@ OPTIMIZERS = ("adamw", "muon", "shampoo", "soap", "soap_muon", "kl_shampoo")
 
 @pytest.mark.processes
 def test_one_core_gives_what_two_give():
-    """Losses after 24 steps, within 1e-5 of their size.
+    """Losses after 24 steps agree within a relative 1e-5.
 
-    With several threads OpenBLAS sums in another order, hence one; and so do large products of XLA's, a
-    difference that Newton-Schulz enlarges.
+    With several threads OpenBLAS sums in another order, so it gets one thread. XLA's large products also
+    sum in another order, a difference that Newton-Schulz magnifies.
     """
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:

@@ -1,4 +1,4 @@
-"""Blocks of several leaves worked on together: the same results, few programs, bounded memory."""
+"""Processing the blocks of several leaves together: same results, few programs, bounded memory."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def units(counts=COUNTS, *, is_whole=False, growth=1):
 
 
 def run(made, max_elements):
-    """Results and the numbers of blocks of all calls that were traced."""
+    """The results, and the block counts of all traced calls."""
     traced = []
 
     def function(kind, carry, source):
@@ -43,12 +43,12 @@ def test_few_blocks_are_one_batch():
 
 
 def test_many_blocks_are_one_program_on_slices_of_all():
-    # Ten at once of forty: of both leaves five.
+    # Ten of forty at once: five from each leaf.
     assert set(run(units((20, 20)), 60)[1]) == {10}
 
 
 def test_what_cannot_be_sliced_as_finely_is_processed_alone():
-    # Twenty blocks go in seven slices of three; of three and one there are too few for that.
+    # Twenty blocks make seven slices of three; three blocks and one block are too few for that.
     assert sum(run(units((20, 3, 1)), 18)[1]) < 20 + 3 + 1
     assert max(run(units((20, 3, 1)), 18)[1]) <= 4
     assert run(units((1, 1, 1)), 6)[1] == [1, 1, 1]

@@ -1,4 +1,4 @@
-"""modded-nanogpt's optimizer track as configurations: counted whole, and run at a thousandth."""
+"""modded-nanogpt's optimizer track as configurations: counted in full, and run at 1/1000 of the size."""
 
 import dataclasses
 import io
@@ -27,7 +27,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks" / "track3"
 NAMES = ("adamw", "muon", "shampoo", "soap")
 STEPS = {"adamw": 5625, "muon": 3250, "shampoo": 4100, "soap": 3125}
 BATCH = 524_288
-EPS = {"eps": 1.91e-16}  # 1e-10 of gradients that are added up over a batch's tokens
+EPS = {"eps": 1.91e-16}  # 1e-10 for gradients that are summed over a batch's tokens
 PUBLISHED = {
     "adamw": {"b1": 0.9, "b2": 0.95, **EPS},
     "muon": {
@@ -60,7 +60,7 @@ def test_the_configurations_are_of_the_track(name):
     config = track(name)
     entrant, run = built(config)
     assert entrant.name == name
-    # All of them: what a file does not set is as tuned for the race.
+    # All hyperparameters: what a file does not set would come from tuning for the race.
     assert dict(entrant.optimizer.hyperparameters) == PUBLISHED[name]
     assert run.batch_size * run.model.context == BATCH
     assert run.eval_batches * run.batch_size * run.model.context == 20 * BATCH  # 10,485,760
@@ -83,14 +83,14 @@ def test_the_configurations_are_of_the_track(name):
 
 
 def test_parameters_and_flop_of_the_model():
-    """Counted by hand from the track's script; nothing is allocated."""
+    """Counted by hand from the track's script; no array is allocated."""
     model = dataclasses.replace(track("muon").run.model, attention="plain")
     params = jax.eval_shape(lambda: parameters(model, jax.random.key(0)))
     d, f, v, layers = 768, 4 * 768, 50304, 12
     matrices = layers * (4 * d * d + 2 * d * f)
     vectors = (
         layers * (4 * d + f + d + 2 * d) + v + 2 * d
-    )  # biases and norms of layers; head; two norms
+    )  # biases and norms of the layers; head; two norms
     found = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert found == matrices + vectors + 2 * v * d == 162_354_816
     multiplied = matrices + v * d
@@ -104,13 +104,13 @@ def test_parameters_and_flop_of_the_model():
         12 * layers * model.context * d
     )  # both products, all positions, forward and backward
     assert multiplied * 6 + attention == 854_654_976
-    # The head's bias is eight inputs more, and counts.
+    # The head's bias counts as well, like eight more inputs.
     assert per_token == 854_654_976 + 6 * 8 * v
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_rest_has_rates_and_decay_of_its_own(name):
-    """Of one step from parameters of one, with gradients of one, by hand; matrices are not its own."""
+    """One step by hand, with all parameters and gradients one; matrices have other settings."""
     config = track(name)
     small = dataclasses.replace(config.run.model, vocabulary=64, width=32, layers=1, heads=2)
     run = dataclasses.replace(config.run, model=small, warmup_steps=0)
@@ -192,9 +192,9 @@ def test_a_thousandth_of_the_track(name, layers, tmp_path):
             [entry["learning_rate"] for entry in outcome.steps], rate(jnp.arange(5)), rtol=1e-6
         )
         assert [entry["step"] for entry in outcome.evaluations] == [2, 4, 5]
-        # The head starts at zero: the first loss is that of a uniform guess.
+        # The head starts at zero, so the first loss is that of a uniform guess.
         assert outcome.steps[0]["loss"] == pytest.approx(np.log(512), rel=1e-4)
-    # The same batches in the same order, other initial parameters.
+    # Both seeds use the same batches in the same order, but different initial parameters.
     assert outcomes[0].steps[4]["loss"] != outcomes[1].steps[4]["loss"]
     found = verdict([outcome.evaluations for outcome in outcomes], 6.5)
     line = f"{name}: 6.5 {'reached' if found.reached else 'not reached'} at step {found.step}:"
@@ -211,7 +211,7 @@ def test_a_thousandth_of_the_track(name, layers, tmp_path):
 
 
 def test_the_rule_on_the_tracks_own_logs():
-    """Result 21 (four runs at step 4100) holds, result 2 (one run) does not; 36 by its mean."""
+    """Result 21 (four runs at step 4100) passes, result 2 (one run) does not; 36 passes by its mean."""
     assert is_below([3.27717, 3.27792, 3.27503, 3.28025], 3.28)
     assert not is_below([3.27903], 3.28)
     assert is_below([3.2787] * 10, 3.28)

@@ -51,7 +51,7 @@ def test_records_are_the_same_however_many_are_fetched_at_a_time(corpus, tmp_pat
 
 
 def test_programs_follow_the_settings_of_jax():
-    """Not that of an earlier run, which had another default precision of products."""
+    """An earlier run with another default matmul precision does not matter."""
     (entrant,) = line_up("sgd")
     run, mesh = RunConfig(**SMALL), build_mesh()
     placed = place(MODEL, entrant.build(run), mesh)
@@ -75,7 +75,7 @@ def test_the_host_is_one_step_behind_and_fetches_all_at_once(monkeypatch):
     metrics = Metrics(Clock())
     for step in range(5):
         metrics.add(step, {"loss": jnp.float32(step)})
-        assert waited == list(range(step))  # the step before, never this one
+        assert waited == list(range(step))  # the previous step, never this one
     assert [e["step"] for e in metrics.fetch(keep_last=True)] == [0, 1, 2, 3]
     assert waited == [0, 1, 2, 3]
     assert [e["loss"] for e in metrics.fetch()] == [4.0]
@@ -91,7 +91,8 @@ def test_largest_logits_are_there_only_on_request(asked):
     step = make_train_step(graphdef, tx, attention_logits=asked)
     batch = jnp.zeros((2, 17), jnp.int32)
     text = str(jax.make_jaxpr(step)(init_state(params, tx), batch))
-    # Of [B, H, T, T] over all but the heads: nothing else in a step takes a maximum over three axes.
+    # The maximum of [B, H, T, T] over all axes but heads: nothing else in a step reduces over three
+    # axes.
     assert ("reduce_max[axes=(0, 2, 3)" in text) == asked
 
 
@@ -128,7 +129,7 @@ def test_impossible_attention_is_refused(words, problem):
 
 
 def test_options_that_came_later_leave_committed_trials_known():
-    """The digest under which training/compare/trials.jsonl has its rows, for the text "text"."""
+    """The digest with which training/compare/trials.jsonl stores its rows, for the text "text"."""
     assert sweep._task(sweep.SweepConfig(), "text") == "9ac231352777"
     told = to_json(RunConfig())
     digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()

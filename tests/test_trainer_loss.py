@@ -30,7 +30,7 @@ MODEL = ModelConfig(vocabulary=96, width=16, layers=2, heads=2, context=8, final
 
 @pytest.fixture(autouse=True)
 def chunked(monkeypatch):
-    """Several chunks of few tokens."""
+    """Splits few tokens into several chunks."""
     monkeypatch.setattr(loss_module, "chunk_of", lambda columns, backend: 7)
 
 
@@ -41,8 +41,8 @@ def test_loss_and_gradients_are_those_from_logits(dtype):
     plain, fused = (
         jax.jit(jax.value_and_grad(make_loss(graphdef, fused))) for fused in (False, True)
     )
-    # To 8 bits are rounded the logits, their gradient, that of the hidden states twice, and what comes
-    # of it in the layers.
+    # Values rounded to 8 bits: the logits, their gradient, that of the hidden states (twice), and its
+    # effect in the layers.
     bound = 5 * 2.0**-8
     if dtype == "float32":
         bound = rounding_of(lambda params: plain(params, batch), params)
@@ -71,7 +71,7 @@ def test_steps_on_a_mesh_are_those_of_one_device(mesh):
                 return after.params, metrics["loss"], measure(after.params, heldout)
 
             ends.append(jax.device_get(end(state.params)))
-            bound = bound or rounding_of(end, state.params)  # on one device
+            bound = bound or rounding_of(end, state.params)  # measured on one device
     assert furthest(*ends) <= bound
 
 
@@ -102,17 +102,17 @@ def large_sums(found, whole):
 def test_the_gradient_of_the_head_is_summed_once_and_not_in_every_chunk(monkeypatch):
     found, whole = compiled(loss_module.fused_loss, monkeypatch)
     assert max((c.bytes for c in found if c.in_loop), default=0) < whole / 16
-    assert [c.times for c in large_sums(found, whole)] == [1, 1]  # the embedding's, and the head's
+    assert [c.times for c in large_sums(found, whole)] == [1, 1]  # for the embedding and the head
     assert (
         max(c.bytes for c in found) < 1.01 * whole
-    )  # the logits of a device's rows are 4 times that
+    )  # the logits of a device's rows have 4 times as many
 
     def left_alone(hidden, kernel, targets, *, z_loss, cap, cap_form):
         return fused_cross_entropy(hidden, kernel, targets, z_loss=z_loss, cap=cap, chunk=7)
 
     found, whole = compiled(left_alone, monkeypatch)
-    assert max(c.bytes for c in found if c.in_loop) >= whole / 4  # what the wrapper is for
-    assert [c.times for c in large_sums(found, whole) if not c.in_loop] == [1]  # the embedding's
+    assert max(c.bytes for c in found if c.in_loop) >= whole / 4  # the wrapper prevents this
+    assert [c.times for c in large_sums(found, whole) if not c.in_loop] == [1]  # for the embedding
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The trainer on meshes: the losses of one device, nothing compiled twice, checkpoints across meshes."""
+"""The trainer on meshes: losses as on one device, no double compilation, checkpoints across meshes."""
 
 import contextlib
 import dataclasses
@@ -56,7 +56,7 @@ jax.monitoring.register_event_duration_secs_listener(_count)
 
 
 def run(corpus, name, mesh, folder, on_record=lambda record: None, **options):
-    """The records of a run with its tuned hyperparameters, without what depends on the clock."""
+    """The records of a run with tuned hyperparameters, without fields that depend on the clock."""
     config = dataclasses.replace(RUN, **options)
     (entrant,) = line_up(name, "sophia_g=1e-3" if name == "sophia_g" else "")
     outcome = Outcome(name, entrant.learning_rate)
@@ -83,12 +83,12 @@ def tolerance(corpus, name):
 
 
 def mesh_of(text):
-    """Of as many devices as it has."""
+    """A mesh with as many devices as the text has."""
     sizes = [int(pair.split("=")[1]) for pair in text.split(",")]
     return build_mesh(text, jax.devices()[: math.prod(sizes)])
 
 
-# Compilation takes the time here, so Muon stands for all: where there are no matrices it is AdamW.
+# Compilation dominates here, so Muon represents all optimizers: without matrices it is AdamW.
 SLOW = [(name, mesh) for name in ("adamw", "muon", "shampoo") for mesh in MESHES]
 SLOW = [*(case for case in SLOW if case != ("muon", MESHES[2])), ("sophia_g", MESHES[2])]
 
@@ -100,7 +100,7 @@ SLOW = [*(case for case in SLOW if case != ("muon", MESHES[2])), ("sophia_g", ME
 def test_losses_are_those_of_one_device_and_nothing_is_compiled_twice(name, mesh, corpus, tmp_path):
     counts = []
     found = run(corpus, name, mesh_of(mesh), tmp_path, lambda _: counts.append(compilations))
-    # Records: four steps and the evaluation after them, twice; the step is compiled before the first.
+    # Records: four steps and an evaluation, twice; the step is compiled before the first record.
     assert furthest_loss(found, on_one_device(corpus, name)) <= tolerance(corpus, name)
     assert len(counts) == 10
     assert counts[1] == counts[3]
@@ -127,7 +127,7 @@ OTHERS = [MESHES[2], "fsdp=4", "data=2", "data=1", MESHES[0]]
     ids=lambda value: "-".join(value) if isinstance(value, list) else value,
 )
 def test_a_run_goes_on_from_its_checkpoint_on_any_mesh(name, chain, corpus, tmp_path):
-    """Interrupted at steps 1, 3, 5 ... and taken up on the next mesh."""
+    """The run is interrupted at steps 1, 3, 5 ... and resumed on the next mesh."""
     for index, mesh in enumerate(chain):
         steps = []
 
@@ -147,7 +147,7 @@ def test_a_run_goes_on_from_its_checkpoint_on_any_mesh(name, chain, corpus, tmp_
 
 
 def test_layers_are_gathered_one_at_a_time_and_logits_never():
-    """A vocabulary much larger than the rest, cut by columns, and a batch cut by rows."""
+    """The vocabulary is much larger than the rest and sharded by columns, the batch by rows."""
     model = ModelConfig(vocabulary=4096, width=16, layers=4, heads=2, context=8)
     mesh = build_mesh("fsdp=4,tensor=2")
     placed = place(model, ravine.sgd(0.1), mesh)
@@ -164,9 +164,9 @@ def test_layers_are_gathered_one_at_a_time_and_logits_never():
             make_train_step(placed.graphdef, tx), out_shardings=(shardings, shardings.step)
         )
         found = collectives(step.lower(state, batch).compile().as_text())
-    logits = 4 * (128 // 4) * 8 * (4096 // 2)  # on one device, cut by rows and columns
+    logits = 4 * (128 // 4) * 8 * (4096 // 2)  # on one device, sharded by rows and columns
     assert max(c.bytes for c in found) < logits / 4
-    # The largest matrix of one layer, whole over fsdp and half over tensor; all layers would be 4x.
+    # The largest matrix of one layer, whole over fsdp and halved over tensor; all layers would be 4x.
     matrix = 4 * 16 * model.hidden // 2
     assert max(c.bytes for c in found if c.kind == "all-gather" and c.in_loop) == matrix
 
@@ -225,7 +225,7 @@ def test_bad_meshes_and_launches_are_one_line_and_leave_nothing(
 
 
 def test_a_resumed_race_may_change_its_mesh(text, tmp_path, capsys, monkeypatch):
-    """Interrupted after its fifth step, it trains the other three on the new mesh."""
+    """Interrupted after its fifth step, it trains the remaining three on the new mesh."""
     words = ["race", "--optimizers", "muon", "--steps", "8", "--batch-size", "8"]
     words += ["--eval-every", "4", "--eval-batches", "2", "--out", str(tmp_path / "out")]
     words += ["--width", "16", "--layers", "2", "--heads", "2", "--context", "8"]
@@ -261,7 +261,7 @@ def test_a_context_axis_changes_neither_loss_nor_gradient(fused):
     batch = jax.random.randint(jax.random.key(0), (4, 9), 0, 64)
     program = jax.jit(loss)
     alone = program(params, batch)
-    # Eight times what rounding does on one device, and at least 16 units, as in `run_rounding`.
+    # Eight times the effect of rounding on one device, and at least 16 units, as in `run_rounding`.
     bound = 16 * UNIT
     for seed in range(3):
         rng = np.random.default_rng(seed)
@@ -274,7 +274,7 @@ def test_a_context_axis_changes_neither_loss_nor_gradient(fused):
         compiled = jax.jit(loss).lower(placed, batch).compile()
         together = compiled(placed, batch)
     assert furthest(together, alone) <= bound
-    # Keys and values of whole sequences, [B, T, H, K] by rows and tensor, come from both of two devices.
+    # Keys and values of whole sequences, [B, T, H, K] by rows and tensor, come from each of two devices.
     found = [c for c in collectives(compiled.as_text(), 8) if c.kind == "all-gather" and c.in_loop]
     assert {(c.bytes, c.group) for c in found} == {(2 * 8 * 1 * 8 * 4, (0, 2))}
     assert sum(c.times for c in found) == 2 * 2 * 2  # keys and values, layers, forward and backward

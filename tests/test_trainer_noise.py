@@ -1,4 +1,4 @@
-"""The noise scale in the trainer: measured at some steps, the same run, and what is refused."""
+"""The noise scale in the trainer: measured at some steps, in an unchanged run, and what is refused."""
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ def test_estimates_are_those_of_every_micro_batch(micro_batches):
 
     @jax.jit
     def squares(params):
-        """The loss, and squared norms of the gradients of the parts and of the whole."""
+        """The loss, and the squared gradient norms of the parts and of the whole."""
         norm = lambda grads: sum(squared_norms(grads, None, RAVINE_RULES).values())
         each = [norm(jax.grad(loss)(params, batch[i::parts])) for i in range(parts)]
         value, grads = micro_batch_value_and_grad(loss, parts)(params, batch)
@@ -58,14 +58,14 @@ def test_estimates_are_those_of_every_micro_batch(micro_batches):
     expected = by_hand(params)
     rngs = [np.random.default_rng(seed) for seed in range(3)]
     near = [abs(by_hand(moved(params, rng))[1] / expected[1] - 1) for rng in rngs]
-    # Differences of nearly equal norms: as in `run_rounding`, eight times what the last place of the
-    # parameters does, and at least 16 units.
+    # Differences of nearly equal norms: as in `run_rounding`, eight times the effect of moving the last
+    # place of the parameters, and at least 16 units.
     bound = max(8 * max(near), 16 * UNIT)
     np.testing.assert_allclose(found["noise_scale"], expected[1], rtol=bound)
     np.testing.assert_allclose(metrics["loss"], expected[0], rtol=16 * UNIT)
 
     before = noise_scale(state.opt_state)
-    state, _ = jax.jit(step)(state, batch)  # step 1 is not sampled
+    state, _ = jax.jit(step)(state, batch)  # no measurement at step 1
     jax.tree.map(np.testing.assert_array_equal, noise_scale(state.opt_state), before)
     state, _ = jax.jit(step)(state, jnp.flip(batch))
     after = noise_scale(state.opt_state)

@@ -1,4 +1,4 @@
-"""Stability in the trainer: roll-back, monitors and QK-clip by the run's configuration."""
+"""Stability in the trainer: roll-back, monitors and QK-clip from the run's configuration."""
 
 import json
 import math
@@ -24,13 +24,13 @@ from .short_race import records
 from .tolerances import UNIT, furthest
 
 MODEL = ModelConfig(width=16, layers=2, heads=2, kv_heads=1, context=16)
-BAD = 255  # a byte that no text has
+BAD = 255  # a byte that no text contains
 SIZES = {"batch_size": 4, "eval_batches": 1, "eval_every": 4}
 untimed = pytest.mark.usefixtures("untimed")
 
 
 class Spoiled:
-    """Batches of which some are marked as bad, or left out."""
+    """Batches of which some are marked as bad or left out."""
 
     def __init__(self, batches, bad=(), left_out=()):
         self.batches, self.bad, self.left_out, self.at = batches, bad, left_out, -1
@@ -53,7 +53,7 @@ class Spoiled:
 
 
 def train(monkeypatch, folder, corpus, run, **spoiled):
-    """A run on spoiled data, each bad batch of which makes everything NaN."""
+    """A run on corrupted data, in which every bad batch makes everything NaN."""
     make_step, make_batches = programs.make_train_step, loop.train_batches
 
     def spoiling(*args, **kwargs):
@@ -84,7 +84,7 @@ ROLLBACK = "every=2, margin=1, skip_batches=3, window=4"
 @untimed
 def test_a_run_returns_to_before_a_spike_and_leaves_its_data_out(monkeypatch, tmp_path, corpus):
     run = RunConfig(steps=12, model=MODEL, rollback=ROLLBACK, checkpoint_every=5, **SIZES)
-    # Update 6 is not finite: back to the state after 4, and on with batch 9.
+    # Update 6 is not finite, so the run returns to the state after 4 and continues with batch 9.
     found = train(monkeypatch, tmp_path / "found", corpus, run, bad=(5,))
     plain = RunConfig(steps=12, model=MODEL, **SIZES)
     expected = train(monkeypatch, tmp_path / "expected", corpus, plain, left_out=range(4, 9))
@@ -94,15 +94,15 @@ def test_a_run_returns_to_before_a_spike_and_leaves_its_data_out(monkeypatch, tm
     assert [r.get("returned_to") for r in found.steps[:7]] == [None] * 5 + [4, None]
     assert sum("returned_to" in record for record in records(tmp_path / "found")) == 1
 
-    # Cut off just after the return, it goes on from there: the checkpoint after 5 is gone, whose data
-    # would be the bad ones.
+    # Cut off just after the return, the run continues from there: the checkpoint after 5, which would
+    # lead to the bad data, is gone.
     assert_the_same_run(train_cut(monkeypatch, tmp_path / "cut", corpus, run, 2), found)
 
 
 @untimed
 @pytest.mark.slow
 def test_a_run_cut_off_before_the_spike_returns_as_well(monkeypatch, tmp_path, corpus):
-    """The checkpoint holds snapshots and losses."""
+    """The checkpoint contains the snapshots and losses."""
     run = RunConfig(steps=12, model=MODEL, rollback=ROLLBACK, checkpoint_every=5, **SIZES)
     found = train(monkeypatch, tmp_path / "found", corpus, run, bad=(5,))
     assert_the_same_run(train_cut(monkeypatch, tmp_path / "cut", corpus, run, 1), found)
@@ -116,7 +116,7 @@ def assert_the_same_run(resumed, found):
 
 
 def train_cut(monkeypatch, folder, corpus, run, cut):
-    """A run whose sixth batch is bad, cut off after its first or second checkpoint and taken up."""
+    """A run whose sixth batch is bad, cut off after its first or second checkpoint and resumed."""
     make, saves = loop.Checkpoints.save, []
 
     def save(self, state, batches, rollback):
@@ -143,7 +143,7 @@ def test_a_run_that_cannot_return_has_diverged(monkeypatch, tmp_path, corpus):
 
 
 def train_skipping(monkeypatch, folder, corpus, bad):
-    """A guarded run in which the losses of some batches are NaN; records tell the rate in the state."""
+    """A guarded run in which some batches have a NaN loss; records contain the rate from the state."""
     losses, make_step = step_module._trained_loss, programs.make_train_step
 
     def spoiled(*args):
@@ -248,10 +248,10 @@ def test_qk_clip_scales_exactly_the_heads_whose_logits_are_too_large(getkey):
     gamma = threshold / np.maximum(np.asarray(highest, np.float64), threshold)  # [L, H]
     assert (gamma < 1).any()
     assert (gamma == 1).any()
-    # One key head for both query heads: it takes the root of the larger factor.
+    # Both query heads share a key head, which takes the root of the larger factor.
     kappa = np.sqrt(gamma.max(axis=1, keepdims=True))
     query = np.repeat(gamma / kappa, MODEL.head_width, axis=1)[:, None]
-    # The rounding of the logits is in the factors, and few more are those of the new weights.
+    # The factors contain the rounding of the logits; the new weights add a few more roundings.
     bound = rounding_of(logits_of, params) + 4 * UNIT
 
     def compare(name, factor):

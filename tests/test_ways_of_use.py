@@ -1,7 +1,7 @@
-"""Every registered optimizer in every place where people put optimizers: the same numbers everywhere.
+"""Every registered optimizer wherever people use optimizers: the same numbers everywhere.
 
-A way of use changes the trees that an optimizer sees, never the arithmetic. So updates are compiled as
-functions of leaves in one order: all ways of one optimizer share a program, and are equal to the bit.
+The way of use changes the trees that an optimizer gets, never the arithmetic. So updates are compiled as
+functions of leaves in one order: all ways of using an optimizer share one program and agree bit for bit.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ SPECS = {
     "embed": {"embedding": ("data", None)},
     "norm": {"scale": (None,)},
 }
-# Of the same making as one of the others: `make test-slow` tries them all over.
+# Similar in construction to another one, so only `make test-slow` tries them everywhere.
 ALIKE = {
     "adagrad",
     "rmsprop",
@@ -64,7 +64,7 @@ some_optimizers = pytest.mark.parametrize(
 
 
 def tree(seed=0):
-    """Parameters, or gradients with another seed: correlated, with a spectrum that falls off."""
+    """Parameters, or gradients when given another seed: correlated, with a decaying spectrum."""
     rng = np.random.default_rng(seed)
 
     def matrix(rows, columns):
@@ -84,7 +84,7 @@ TUPLE_RULES = (("0/0", "bias"), ("0/1", "matrix"), ("1/0", "embedding"), ("2/0",
 
 
 class Compiled(NamedTuple):
-    """An optimizer whose update is compiled as a function of leaves."""
+    """An optimizer whose update is compiled as a function of its leaves."""
 
     init: Callable[..., Any]
     run: Callable[..., Any]
@@ -97,9 +97,9 @@ class Compiled(NamedTuple):
 
 @functools.cache
 def build(name, rules=None):
-    """The optimizer with few hyperparameters, and rules if it takes any."""
+    """The optimizer with few hyperparameters, and with rules if it accepts any."""
     config = ravine.OptimizerConfig(name)
-    # An axis longer than the limit has no factor: None is among what is kept.
+    # An axis longer than the limit has no factor, so the state contains None.
     options = {"refresh": ravine.Refresh(every=2), "blocks": ravine.Blocks(bound=4)} | (
         {} if rules is None else {"rules": rules}
     )
@@ -129,7 +129,7 @@ def go_on(tx, params, state, gradients):
 
 
 def loop(tx, convert):
-    """Parameters and state after the steps, with trees converted from dictionaries."""
+    """Parameters and state after the steps, on trees converted from dictionaries."""
     params = convert(tree())
     return go_on(tx, params, tx.init(params), map(convert, map(tree, range(1, STEPS + 1))))
 
@@ -141,21 +141,21 @@ def plain(name):
 
 @functools.cache
 def rounding(name):
-    """How far another program's parameters and state may be, relative to each leaf's largest element."""
+    """How far another program's results may be off, relative to each leaf's largest element."""
     tx, params = compiled(name), tree()
     end = lambda gradients: without_residuals(go_on(tx, params, tx.init(params), gradients))
     return rounding_of(end, [tree(seed) for seed in range(1, STEPS + 1)])
 
 
 def assert_same(found, expected):
-    """The same numbers, whatever the trees are made of."""
+    """Compares numbers exactly, whatever types the trees have."""
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
 
 
 def assert_near(found, expected, tolerance):
-    """The same dtypes, and numbers as near to each leaf's largest."""
+    """Checks for equal dtypes, and for numbers as close as `rounding` allows."""
     found, expected = (jax.tree.leaves(without_residuals(x)) for x in (found, expected))
     assert [a.dtype for a in found] == [b.dtype for b in expected]
     assert furthest(found, expected) <= tolerance
@@ -165,7 +165,7 @@ def assert_near(found, expected, tolerance):
 
 
 class Model(nnx.Module):
-    """The tree as a module of NNX, with a parameter that is not trained."""
+    """The tree as an NNX module, with one parameter that is not trained."""
 
     def __init__(self, seed=0, *, partitioned=False):
         self.frozen = nnx.Param(jnp.ones((3, 3)))
@@ -198,13 +198,13 @@ def nnx_result(model, optimizer):
 
 @every_optimizer
 def test_nnx_jitted(name):
-    # A program of its own, in which the update may be contracted with what follows.
+    # This is a separate program, in which the update may be fused with what follows.
     assert_near(nnx_train(build(name), nnx.jit(nnx_update)), plain(name), rounding(name))
 
 
 @every_optimizer
 def test_nnx_with_partitioned_variables(name):
-    # What is kept beside a parameter has other axes: it must not be sharded like it.
+    # State kept beside a parameter can have other axes, and must not be sharded like it.
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
     with jax.set_mesh(mesh):
         model = Model(partitioned=True)
@@ -271,7 +271,7 @@ def test_on_mesh_takes_what_says_how_parameters_are_sharded():
         states.add((whole.mu["kernel"].sharding.spec, whole.mu["bias"].sharding.spec))
         states.add((alone.inner_state.mu["kernel"].sharding.spec, P()))
     assert states == {(P("data", "model"), P())}
-    # The mesh of the shardings will do.
+    # The mesh from the shardings is used.
     jax.jit(ravine.on_mesh(ravine.scale_by_adam(), shardings).init)(placed)
     with pytest.raises(ValueError, match=r"not told how the parameter 'bias' of shape \(4,\)"):
         ravine.on_mesh(ravine.scale_by_adam(), {"kernel": P()}, mesh).init(params)
@@ -294,7 +294,7 @@ def test_shampoo_is_differentiated_in_forward_mode():
     slope = jax.jit(lambda g: jax.jvp(update, (g,), (direction,))[1])(grads)
     at = jax.jit(lambda step: update(grads + step * direction))
     near, far = ((at(step) - at(-step)) / (2 * step) for step in (1e-4, 2e-4))
-    # Of fourth order but for a third of how far both differ.
+    # The error is a third of the difference between the two, up to terms of fourth order.
     assert jnp.max(jnp.abs(slope - near)) <= jnp.max(jnp.abs(far - near))
     with pytest.raises(ValueError, match="Reverse-mode differentiation"):
         jax.jit(jax.grad(lambda g: jnp.sum(update(g))))(grads)
@@ -304,7 +304,7 @@ def test_shampoo_is_differentiated_in_forward_mode():
 
 
 def boxed(tree):
-    """With the boxes of `nn.with_partitioning`."""
+    """Adds the boxes of `nn.with_partitioning`."""
     return jax.tree.map(nn.Partitioned, tree, SPECS, is_leaf=lambda x: isinstance(x, jax.Array))
 
 
@@ -360,7 +360,7 @@ class Module(eqx.Module):
 
 
 def records(kind):
-    """A function from dictionaries to objects of a kind."""
+    """A function from dictionaries to objects of this kind."""
     convert = lambda tree: kind(
         **{k: convert(v) if type(v) is dict else v for k, v in tree.items()}
     )
@@ -402,11 +402,11 @@ def test_tuples(name):
     assert_same(loop(compiled(name, TUPLE_RULES), convert), plain(name))
 
 
-# Checkpoints: after two steps saved, restored into a fresh start, and on to the third
+# Checkpoints: saved after two steps, restored into a fresh start, then the third step
 
 
 def unlike(tree):
-    """A fresh start to restore into: nothing of what was saved is in it."""
+    """A fresh start to restore into, without any of the saved values."""
     return jax.tree.map(jnp.zeros_like, tree)
 
 

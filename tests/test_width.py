@@ -1,4 +1,4 @@
-"""Rules for width and depth: their arithmetic, and that activations change as much at every size."""
+"""Rules for width and depth: their arithmetic, and equal changes of activations at every size."""
 
 import argparse
 import functools
@@ -41,7 +41,7 @@ def factors(rule, depth_ratio=1.0):
 
 
 # (optimizer, hyperparameters, rank): hidden, embedding, head, gain. The first five, and Shampoo and SOAP
-# in the limit "low", are what the authors' `assign_lr` gives for d_in and d_out over those of the base.
+# in the limit "low", are the result of the authors' `assign_lr` for d_in and d_out relative to the base.
 CASES = {
     ("adamw", "", "low"): (1 / M, 1, 1 / M, 1),
     ("lion", "", "low"): (1 / M, 1, 1 / M, 1),
@@ -51,7 +51,7 @@ CASES = {
     ("muon", "keller", "low"): (1, 1, 1 / M, 1),
     ("muon", "moonlight", "low"): (M**-0.5, 1, 1 / M, 1),
     ("shampoo", "adam", "low"): (1 / M, 1, 1 / M, 1),
-    ("shampoo", "adam", None): (1 / M, 1, 1 / M, 1),  # by default as the authors have it
+    ("shampoo", "adam", None): (1 / M, 1, 1 / M, 1),  # the authors' default
     ("shampoo", "adam", "full"): (M**-0.5, 1, 2**-0.5 / M**0.5, 1),
     ("shampoo", "none", "full"): (1, 2**0.5, M**-0.5, 1),
     ("shampoo", "none", "low"): (1, M**0.5, M**-0.5, 1),
@@ -81,9 +81,9 @@ def test_every_optimizer_has_a_rule_and_at_the_base_width_it_changes_nothing():
 def test_blocks_and_sides():
     cut = lambda blocks, **more: ravine.OptimizerConfig("soap", {"blocks": blocks, **more})
     low = functools.partial(ravine.width_rule, rank="low")
-    # Blocks of 16 at both widths: 16 times as many, so a quarter of the rate.
+    # Blocks of 16 at both widths: 16 times as many blocks, so a quarter of the rate.
     assert factors(low(cut({"size": 16})))["matrix"] == pytest.approx(1 / M)
-    # No axis is short enough for a basis: Adam.
+    # No axis is short enough for a basis, so this is Adam.
     assert factors(low(cut({"size": None, "bound": 4}))) == pytest.approx(
         factors(ravine.width_rule("adamw"))
     )
@@ -144,16 +144,16 @@ OWN = {"muon": (("scale", "moonlight"),)}
 
 
 def text():
-    """Two batches of real text: noise that fills a matrix has another rule than text has."""
+    """Two batches of real text: noise that fills a whole matrix follows another rule than text."""
     letters = np.frombuffer(Path(argparse.__file__).read_bytes(), np.uint8).astype(np.int32)
     starts = np.random.default_rng(7).integers(0, len(letters) - 17, (2, 16))
     return jnp.asarray(letters[starts[..., None] + np.arange(17)])
 
 
 def slopes(name, learning_rate, sizes):
-    """The power of the size in every activation's change, without the rule and with it.
+    """The power of the size in the change of every activation, with and without the rule.
 
-    Sizes are widths or numbers of layers, with what `changes` takes for each.
+    Sizes are widths or numbers of layers, with the arguments that `changes` takes for each.
     """
     config = ravine.OptimizerConfig(name, dict(OWN.get(name, ())))
     found = {False: {}, True: {}}
@@ -167,9 +167,9 @@ def slopes(name, learning_rate, sizes):
     ]
 
 
-# Rules are half powers of the width, so what is nearer to zero than to the next one is by the rule.
+# Rules are half powers of the width, so a slope nearer to zero than to the next rule confirms the rule.
 QUARTER = 1 / 4
-# By how many powers of the width a matrix's rate falls.
+# The power of the width by which a matrix's rate falls.
 POWERS = {"adamw": 1, "muon": 1 / 2, "soap": 1 / 2, "shampoo": 1}
 
 
@@ -181,7 +181,7 @@ def test_activations_change_as_much_at_every_width(name):
     without, ruled = slopes(name, 1e-3, {width: {"width": width} for width in WIDTHS})
     assert abs(without[UPDATES] - ruled[UPDATES] - POWERS[name]) < QUARTER
     for activation in ("layer 1", "logits", UPDATES):
-        if name != "shampoo":  # at widths so small it is overcorrected (docs/width.md)
+        if name != "shampoo":  # it is overcorrected at such small widths (docs/width.md)
             assert abs(ruled[activation]) < QUARTER, activation
         assert abs(ruled[activation]) < abs(without[activation]), activation
 
@@ -193,7 +193,7 @@ def test_activations_change_as_much_at_every_width(name):
 def test_activations_change_as_much_at_every_depth(name, learning_rate):
     depths = {layers: {"width": 16, "layers": layers} for layers in (1, 4)}
     without, ruled = slopes(name, learning_rate, depths)
-    assert without["layer 1"] > QUARTER  # where the base model's one layer ends
+    assert without["layer 1"] > QUARTER  # the base model's only layer ends here
     assert abs(ruled["layer 1"]) < QUARTER
     assert abs(ruled[UPDATES]) < QUARTER
 

@@ -1,10 +1,11 @@
-"""What two right answers may differ by, stated once.
+"""How far two correct results may differ, defined in one place.
 
-Sums in another order, as a mesh or another kernel makes them, differ by the rounding unit times what the
-algorithm magnifies it by: the condition of a root, the steepness of a Newton-Schulz polynomial, a
-division by a small second moment. How much that is in float32 can only be measured, on one processor. So
-what has to be the same arithmetic in another order is compared in float64, and may lose half of its
-digits: room for a magnification of 1e8, where a block out of place is off in the second digit.
+Sums in another order, as in a mesh or another kernel, differ by the rounding unit times the
+magnification of the algorithm: the condition number of a root, the steepness of a Newton-Schulz
+polynomial, a division by a small second moment. In float32 that can only be measured, on one processor.
+So where two programs must do the same arithmetic in another order, they are compared in float64 and may
+lose half of their digits. This allows a magnification of 1e8, while a misplaced block shows in the
+second digit.
 """
 
 from typing import Any
@@ -21,27 +22,28 @@ HALF = 2.0**-26
 
 
 def double(tree: Any) -> Any:
-    """Leaves in float64, where `jax.enable_x64` holds."""
+    """Converts leaves to float64, under `jax.enable_x64`."""
     return jax.tree.map(lambda x: jnp.array(np.asarray(x, np.float64)), tree)
 
 
 def furthest(found: Any, expected: Any) -> float:
-    """The largest difference of two trees, relative to each leaf's largest element."""
+    """The largest difference between two trees, relative to each leaf's largest element."""
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     worst = 0.0
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         assert a.shape == b.shape
-        with np.errstate(invalid="ignore"):  # infinity less infinity
+        with np.errstate(invalid="ignore"):  # infinity minus infinity
             difference = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0, np.abs(a - b))
         scale = np.max(np.abs(b), initial=0, where=np.isfinite(b))
-        # Of NumPy, whose maximum of a number and NaN is NaN: what is NaN in one of them is far off.
+        # NumPy's maximum of a number and NaN is NaN, so a NaN in only one of the trees counts as far
+        # off.
         worst = np.maximum(worst, np.max(difference, initial=0) / (scale or 1.0))
     return float(worst)
 
 
 def without_residuals(tree: Any) -> Any:
-    """Certificates of roots and condition numbers magnify rounding, which is all that differs."""
+    """Residuals and condition numbers of roots magnify rounding, and only they differ."""
     is_residual = lambda path: getattr(path[-1], "name", "") in ("residual", "condition")
     return jax.tree_util.tree_map_with_path(
         lambda path, x: jnp.zeros(()) if path and is_residual(path) else x, tree

@@ -1,11 +1,11 @@
-"""Regenerates `clipping.json`: ZClip and SPAM by their authors' own code, in PyTorch.
+"""Regenerates `clipping.json`: ZClip and SPAM from their authors' own code, in PyTorch.
 
     python3 -m venv ../torch-venv && ../torch-venv/bin/pip install torch==2.13.0 numpy
     ../torch-venv/bin/python tests/golden/clipping.py --authors FOLDER
 
-FOLDER holds `zclip.py` and `SPAM.py` as AUTHORS has them. The result has ZClip's clipped gradients, and
-SPAM's parameters, which start at zero, at a learning rate of one; all in float64. There is no code by
-the authors of StableAdamW.
+FOLDER holds `zclip.py` and `SPAM.py` as listed in AUTHORS. The result contains ZClip's clipped gradients
+and SPAM's parameters, which start at zero with a learning rate of one; all are in float64. The authors
+of StableAdamW published no code.
 """
 
 import argparse
@@ -33,7 +33,7 @@ AUTHORS = {
 }
 SHAPES = {"vector": (3,), "matrix": (2, 5)}
 STEPS = 40
-# Spikes in warm-up, of every size, two in a row, just after a reset of SPAM's moments.
+# Spikes in warm-up, of every size, two in a row, and just after a reset of SPAM's moments.
 SPIKES = {2: 20.0, 12: 9.0, 13: 2.5, 20: 1e3, 25: 30.0, 30: 1e4}
 ZCLIP = {"alpha": 0.97, "z_thresh": 2.5, "max_grad_norm": 6.0, "eps": 1e-6, "warmup_steps": 8}
 SPAM = {

@@ -5,10 +5,10 @@ Run in an environment of its own, since ravine needs no PyTorch:
     python3 -m venv ../torch-venv && ../torch-venv/bin/pip install torch==2.13.0 numpy
     ../torch-venv/bin/python tests/golden/first_order.py --authors FOLDER
 
-FOLDER holds the authors' own files, with the names and the contents that AUTHORS gives.
+FOLDER holds the authors' own files, with the names and contents given in AUTHORS.
 
-`torch.optim.NAdam` is not among the cases: it has a momentum schedule (`momentum_decay`) that no
-setting turns off (0 halves b1), where ravine's and Optax's NAdam follow Dozat without it.
+`torch.optim.NAdam` is not among the cases: it has a momentum schedule (`momentum_decay`) that no setting
+turns off (0 halves b1), while ravine's and Optax's NAdam follow Dozat without it.
 """
 
 import argparse
@@ -95,18 +95,18 @@ AUTHORS = {
 }
 CLASS_IN_FILE = {"C-AdamW": "AdamW", "C-Lion": "Lion"}
 SHAPES = {"scalar": (), "vector": (3,), "matrix": (2, 5), "tensor": (3, 1, 4)}
-# Gradients of very different sizes: what an epsilon or a missing root does shows at the ends.
+# Gradients of very different sizes, so that a misplaced epsilon or a missing root shows at the ends.
 SCALES = {"scalar": 1.0, "vector": 0.01, "matrix": 1.0, "tensor": 10.0}
 STEPS = 50
 RECORDED = (1, 2, 3, 5, 10, 20, 50)
 
-# Sophia's tokens a batch, updates between two estimates, and the gradient on sampled labels, which is
-# taken to be this much of the true one.
+# Sophia's tokens per batch, updates between two estimates, and the gradient on sampled labels as a share
+# of the true one.
 SOPHIA = {"tokens": 20, "every": 10, "sampled": 0.5}
 
-# name, class, peak learning rate, arguments. `weight_decay` is what the sources call it: added to the
+# name, class, peak learning rate, arguments. `weight_decay` has the source's meaning: added to the
 # gradient in SGD, Adagrad, RMSprop and Adam, decoupled in the others. An epsilon of 0.01 is as large as
-# the gradients of the vector: in the wrong place it would show.
+# the vector's gradients, so a misplaced one would show.
 CASES = (
     ("sgd", "SGD", 0.05, {}),
     ("sgd, L2", "SGD", 0.05, {"weight_decay": 0.1}),
@@ -156,21 +156,21 @@ CASES = (
     ),
     ("schedule_free_adamw, averaged", "AdamWScheduleFreeReference", 0.02, {"weight_decay": 0.1}),
     ("schedule_free_sgd", "SGDScheduleFreeReference", 0.05, {"weight_decay": 0.1}),
-    # Its eps is not corrected for the start, ours is; one this small makes no difference.
+    # Unlike ours, its eps is not bias-corrected; one this small makes no difference.
     ("cautious_adamw", "C-AdamW", 0.02, {"foreach": False, "eps": 1e-16, "weight_decay": 0.1}),
     ("cautious_lion", "C-Lion", 0.02, {"weight_decay": 0.1}),
 )
 
 
 def inputs() -> dict:
-    """Initial parameters, gradients and learning-rate factors, short decimals that JSON keeps."""
+    """Initial parameters, gradients and learning-rate factors, as short decimals that JSON preserves."""
     rng = np.random.default_rng(20261121)
     initial, gradients = {}, {}
     for name, shape in SHAPES.items():
         initial[name] = np.round(rng.normal(size=shape), 3)
         gradients[name] = np.round(rng.normal(size=(STEPS, *shape)), 3) * SCALES[name]
-    gradients["vector"][:, 1] = 0.0  # one coordinate never sees a gradient
-    gradients["matrix"][10:16] = 0.0  # one leaf has none for a while
+    gradients["vector"][:, 1] = 0.0  # one coordinate never gets a gradient
+    gradients["matrix"][10:16] = 0.0  # one leaf gets none for a while
     gradients = {k: np.round(g, 6) for k, g in gradients.items()}
     factors = [round(min((t + 1) / 5, 0.5 + 0.5 * math.cos(0.06 * t)), 4) for t in range(STEPS)]
     return {
@@ -198,7 +198,7 @@ def trajectory(name, optimizer_class, peak, arguments, data, dtype) -> dict:
             optimizer.restart_opt()
         optimizer.step(**({"bs": SOPHIA["tokens"]} if is_sophia else {}))
         if is_sophia and (step + 1) % SOPHIA["every"] == 0 and step + 1 < STEPS:
-            # The estimate of the next batch, at the parameters that its step will find.
+            # The estimate for the next batch, at the parameters that its step starts from.
             for leaf, p in params.items():
                 p.grad = SOPHIA["sampled"] * gradients[leaf][step + 1]
             optimizer.update_hessian()
@@ -206,7 +206,7 @@ def trajectory(name, optimizer_class, peak, arguments, data, dtype) -> dict:
             found = {k: p.detach() for k, p in params.items()}
             if "averaged" in name:
                 found = {k: optimizer.state[p]["x"] for k, p in params.items()}
-            # Nine digits tell all float32 numbers apart, seventeen all float64 ones.
+            # Nine digits distinguish all float32 numbers, seventeen all float64 numbers.
             digits = 9 if dtype == torch.float32 else 17
             recorded[step + 1] = {
                 k: [float(f"{x:.{digits}g}") for x in p.flatten().tolist()]
@@ -224,7 +224,7 @@ def load(name: str, folder: Path) -> type[torch.optim.Optimizer]:
         raise SystemExit(f"{path} has sha256 {digest}, not that of the authors' file.")
     spec = importlib.util.spec_from_file_location(f"authors.{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
-    # C-Optim's file imports a scheduler of its own, for its other code path.
+    # C-Optim's file imports its own scheduler, for another code path.
     helpers = types.ModuleType("authors.opt_utils")
     for helper in ("AsyncTask", "AsyncRuntime", "to_local", "create_param_batches", "pad_batch"):
         setattr(helpers, helper, None)

@@ -2,9 +2,9 @@
 
     PYTHONPATH=.cache/tpu python tests/golden/hlo.py    # after `make .cache/tpu/.installed`
 
-compiles each collective alone, in a loop of 7, in nested loops of 3 and 5, beside a product in a scan
-over 12 layers, and in a branch: for 16 chips of a v5p with the TPU's compiler, and for 8 CPU devices.
-What says nothing about communication (metadata, layouts of windows) is cut out of the texts.
+compiles each collective by itself, in a loop of 7, in nested loops of 3 and 5, beside a product in a
+scan over 12 layers, and in a branch: for 16 chips of a v5p with the TPU's compiler, and for 8 CPU
+devices. Text that has nothing to do with communication (metadata, layouts of windows) is removed.
 """
 
 import json

@@ -41,15 +41,15 @@ import numpy as np
 try:
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
-except ImportError:  # what the tests use needs numpy alone
+except ImportError:  # the parts used by the tests need only numpy
     torch, TorchDispatchMode = None, object
 
-# With this seed no |u| but the zeros is below 9e-6 rms(u): the signs AdaMuon takes are sure.
+# With this seed, no |u| except the zeros is below 9e-6 rms(u), so AdaMuon's signs are certain.
 SEED = 20261121
 STEPS = 20
 RECORDED = (1, 2, 5, 10, 20)
 SHAPES = {"tall": (48, 16), "wide": (16, 40), "square": (24, 24)}
-# Tall gradients are so small that the epsilon of Newton–Schulz shows.
+# Tall gradients are so small that the epsilon of Newton–Schulz matters.
 SCALES = {"tall": 1e-4, "wide": 1.0, "square": 1e2}
 LEARNING_RATES = [round(0.02 * min((t + 1) / 4, math.cos(0.07 * t) ** 2), 6) for t in range(STEPS)]
 
@@ -86,7 +86,7 @@ NOTATION = (
 LERPS = "m = b m + (1 - b) g; u = (1 - b) g + b m, both by lerp, b = momentum; "
 DECAY = "p *= 1 - lr wd; "
 COMMON, NS = {"weight_decay": 0.1, "momentum": 0.95}, {"nesterov": True, "ns_steps": 5}
-# name: (source, arguments, what the code fixes, formula and remarks)
+# name: (source, arguments, values fixed in the code, formula and remarks)
 CASES = {
     "keller": (
         *("keller", COMMON, {**NS, "ns_eps": 1e-7}),
@@ -109,7 +109,7 @@ CASES = {
         "As 'torch, original', but p -= (lr 0.2 max(rows, columns)**0.5) NS(u).",
     ),
     "normuon": (
-        # The default of beta2 is 0.95, from which a swap with momentum would not show.
+        # The default beta2 of 0.95 would not reveal a swap with momentum.
         *("normuon", {**COMMON, "beta2": 0.9}, {**NS, "ns_eps": 1e-7, "eps": 1e-10}),
         f"{LERPS}O = NS(u); v = lerp(v, mean(O O over columns), 1 - beta2), one by row, "
         "uncorrected; n = norm(O); O = O * (1 / (sqrt(v) + eps)); O = O * (n / (norm(O) + eps)); "
@@ -150,27 +150,27 @@ def inputs() -> tuple[dict, dict]:
                 outer = np.multiply.outer(now_left[k], now_right[k])
                 sums[t] += outer * (sizes[k] * 2.0 ** (t % 3 - 1))
         gradients[name] = sums.astype(np.float32)
-    gradients["tall"][:, 5] = 0.0  # an output that never has a gradient
+    gradients["tall"][:, 5] = 0.0  # an output that never gets a gradient
     return initial, gradients
 
 
 def flat(leaves: dict) -> np.ndarray:
-    """All leaves in the order of `SHAPES`, each row by row, as one float32 vector."""
+    """All leaves in the order of `SHAPES`, each one row by row, as one float32 vector."""
     return np.concatenate([np.ravel(leaves[name]) for name in SHAPES]).astype("<f4")
 
 
 def pack(values: np.ndarray, reference: np.ndarray) -> str:
-    """Float32 numbers without loss: the differences of their bits from a reference, compressed."""
+    """Float32 numbers without loss: the differences between their bits and a reference, compressed."""
     steps = values.view("<i4") - reference.view("<i4")
-    folded = (steps << 1) ^ (steps >> 31)  # the sign last: small differences have high bits of 0
+    folded = (steps << 1) ^ (steps >> 31)  # sign bit last: small differences have high bits of 0
     return base64.b85encode(zlib.compress(folded.reshape(-1, 1).view("u1").T.tobytes(), 9)).decode()
 
 
 def unpack(text: str, reference: np.ndarray) -> np.ndarray:
-    """The [record, parameter] that `pack` was given, float32 in the order of `flat`.
+    """The [record, parameter] array passed to `pack`, float32, in the order of `flat`.
 
-    The reference is `flat(initial)` for the float32 variant, which is that of the bfloat16 variant;
-    for the outputs of Newton–Schulz it is zeros.
+    The reference of the float32 variant is `flat(initial)`, and that variant is the reference of the
+    bfloat16 one. For the outputs of Newton–Schulz, the reference is zeros.
     """
     planes = np.frombuffer(zlib.decompress(base64.b85decode(text)), "u1").reshape(4, -1)
     folded = np.ascontiguousarray(planes.T).view("<u4").reshape(-1, reference.shape[-1])
@@ -179,7 +179,7 @@ def unpack(text: str, reference: np.ndarray) -> np.ndarray:
 
 
 def load(source: str, path: Path) -> tuple:
-    """The Newton–Schulz and the optimizer of an authors' file, checked against its SHA-256."""
+    """Newton–Schulz and the optimizer from an authors' file, whose SHA-256 is checked."""
     repository, _, optimizer, _, sha256 = SOURCES[source]
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != sha256:
@@ -187,7 +187,7 @@ def load(source: str, path: Path) -> tuple:
     tree = ast.parse(content.decode().replace('device="cuda"', 'device="cpu"'))
     tree.body = [n for n in tree.body if getattr(n, "name", None) in (*FUNCTIONS, optimizer)]
     for node in tree.body:
-        node.decorator_list = []  # torch.compile
+        node.decorator_list = []  # removes torch.compile
 
     def all_gather_into_tensor(output, tensor, async_op):
         output.copy_(tensor)
@@ -205,7 +205,7 @@ def load(source: str, path: Path) -> tuple:
 
 
 class Types(TorchDispatchMode):
-    """Collects what operations return: (whether it is a matrix product, type)."""
+    """Collects the types that operations return: (whether it is a matrix product, type)."""
 
     seen: set
 
@@ -219,7 +219,7 @@ class Types(TorchDispatchMode):
 
 @contextlib.contextmanager
 def variant(name: str):
-    """Runs its body in a variant, then checks the types of what it did."""
+    """Runs its body in a variant, then checks the types of the results."""
     types, kind, float32 = Types(), getattr(torch, name), torch.float32
     types.seen = set()
     with contextlib.ExitStack() as stack:
@@ -241,7 +241,7 @@ def trajectory(make, arguments: dict, initial: dict, gradients: dict) -> np.ndar
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         for name, p in params.items():
-            p.grad = torch.tensor(gradients[name][step])  # a copy: some write into it
+            p.grad = torch.tensor(gradients[name][step])  # a copy, because some write to it
         optimizer.step()
         if step + 1 in RECORDED:
             recorded.append(flat({k: p.detach().numpy() for k, p in params.items()}))

@@ -1,7 +1,7 @@
 """Ravine's first-order optimizers against the official ones: cases, measurement and table.
 
 `python tests/golden/parity_table.py` measures every case and rewrites `docs/parity.md`. The tests
-measure again and hold the result against the tolerances and against the table as committed.
+measure again and check the result against the tolerances and against the committed table.
 """
 
 import json
@@ -20,7 +20,7 @@ GOLDEN = json.loads(Path(__file__).with_name("first_order.json").read_text())
 TABLE = Path(__file__).parents[2] / "docs" / "parity.md"
 TOLERANCES = {"float64": 1e-6, "float32": 1e-5}
 STEPS = len(GOLDEN["learning_rate_factors"])
-# Where torch adds its `weight_decay` to the gradient.
+# Classes in which torch adds `weight_decay` to the gradient.
 _ADDED_TO_THE_GRADIENT = {"SGD", "Adagrad", "RMSprop", "Adam", "SGDScheduleFreeReference"}
 _BUILDERS = {
     "SophiaG": ravine.sophia_g,
@@ -39,7 +39,7 @@ _RENAMED = {
 
 
 def ours(case: dict, learning_rate: optax.Schedule) -> optax.GradientTransformation:
-    """Ravine's optimizer for a golden case, from the arguments that the source was given."""
+    """Ravine's optimizer for a golden case, given the arguments of the source."""
     arguments = dict(case["arguments"])
     name = case["class"]
     builder = _BUILDERS.get(name) or getattr(ravine, name.lower())
@@ -49,7 +49,7 @@ def ours(case: dict, learning_rate: optax.Schedule) -> optax.GradientTransformat
         builder = ravine.adamw
         arguments.setdefault("weight_decay", 0.0)
     if name == "MARS":
-        # The official file takes what has two axes, or everything.
+        # The official file applies to leaves with two axes, or to everything.
         everything = arguments.pop("optimize_1d", False)
         whole = ("tensor$", "head", MatrixAxes((0, 1), (2,)))
         arguments["rules"] = (
@@ -65,7 +65,7 @@ def ours(case: dict, learning_rate: optax.Schedule) -> optax.GradientTransformat
     return builder(learning_rate, **arguments)
 
 
-# name: (ravine's, Optax's), each from a learning rate.
+# name: (ravine's, Optax's), each a function of the learning rate.
 OPTAX_CASES = {
     "sgd": (ravine.sgd, optax.sgd),
     "sgd, momentum": (
@@ -105,8 +105,8 @@ OPTAX_CASES = {
         lambda lr: ravine.ademamix(lr, b3=0.99, alpha=5.0),
         lambda lr: optax.contrib.ademamix(lr, b3=0.99, alpha=5.0),
     ),
-    # Optax multiplies by the learning rate before the momentum, ravine and torch after it, which
-    # is the same only while the rate stays.
+    # Optax multiplies by the learning rate before the momentum, ravine and torch after it. The two agree
+    # only while the rate is constant.
     "rmsprop, nesterov, constant rate": (
         lambda lr: ravine.rmsprop(0.02, 0.9, eps=0.0, eps_root=1e-8, momentum=0.9, nesterov=True),
         lambda lr: optax.rmsprop(0.02, momentum=0.9, nesterov=True),
@@ -115,7 +115,7 @@ OPTAX_CASES = {
 
 
 def trajectory(build, peak: float, dtype: str, *, restart_at: int = -1, averaged=False) -> dict:
-    """Parameters after each of the golden steps, with a leading axis of steps."""
+    """Parameters after each of the golden steps, along a leading axis."""
     as_arrays = {"is_leaf": lambda x: not isinstance(x, dict)}
     leaf = lambda x: jnp.asarray(np.array(x), dtype)
     params = jax.tree.map(leaf, GOLDEN["initial"], **as_arrays)
@@ -126,7 +126,7 @@ def trajectory(build, peak: float, dtype: str, *, restart_at: int = -1, averaged
 
     def step(carry, grads):
         params, state, index = carry
-        # The square of the gradient on sampled labels, times the tokens: what Bartlett's estimator is.
+        # The squared gradient on sampled labels, times the tokens, which is Bartlett's estimator.
         estimate = lambda _, key: jax.tree.map(
             lambda g: sophia["tokens"] * jnp.square(sophia["sampled"] * g), grads
         )
@@ -145,9 +145,9 @@ def trajectory(build, peak: float, dtype: str, *, restart_at: int = -1, averaged
 
 
 def worst_difference(mine: dict, reference: dict) -> float:
-    """The worst over leaves of max |a - b| / max |b|, with a leading axis of steps.
+    """The largest max |a - b| / max |b| over all leaves, with a leading axis of steps.
 
-    The maxima go over all steps: at a single one a scalar may be passing through zero.
+    The maxima are over all steps, because a scalar may pass through zero at a single one.
     """
     worst = 0.0
     for name, leaf in reference.items():
@@ -185,7 +185,7 @@ def measure_optax(name: str, dtype: str) -> float:
 
 
 def cases() -> dict:
-    """Table row (algorithm, source) -> a function from the dtype's name to the difference."""
+    """Maps a table row (algorithm, source) to a function from the dtype's name to the difference."""
     rows = {}
     for name, case in GOLDEN["cases"].items():
         source = f"{case['source']}, {case['version']}"
@@ -196,9 +196,9 @@ def cases() -> dict:
 
 
 def bound(difference: float, dtype: str) -> float:
-    """Twice the difference, at least eight units of rounding, up to one significant digit.
+    """Twice the difference, at least eight units of rounding, rounded up to one significant digit.
 
-    The slack is for processors and compilers that fuse other multiplications and additions.
+    The slack allows for processors and compilers that fuse multiplications and additions differently.
     """
     x = max(2 * difference, 8 * float(np.finfo(dtype).eps))
     power = 10.0 ** math.floor(math.log10(x))
@@ -206,7 +206,7 @@ def bound(difference: float, dtype: str) -> float:
 
 
 def render(differences: dict) -> str:
-    """The page, from (algorithm, source) -> dtype -> difference."""
+    """The page, given (algorithm, source) -> dtype -> difference."""
     lines = [
         "# Parity with the official implementations",
         "",
@@ -233,7 +233,7 @@ def render(differences: dict) -> str:
 
 
 def committed_bounds() -> dict:
-    """(algorithm, source) -> dtype -> bound, read from the page."""
+    """(algorithm, source) -> dtype -> bound, as read from the page."""
     rows = re.findall(r"^\| (.+?) \| (.+?) \| (\S+e\S+) \| (\S+e\S+) \|$", TABLE.read_text(), re.M)
     return {(n, s): dict(zip(TOLERANCES, map(float, b), strict=True)) for n, s, *b in rows}
 

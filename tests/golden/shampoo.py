@@ -15,23 +15,23 @@ SHA-256 of the files; that of the package is of what `sha256sum` prints for its 
 path. Everything runs in float32 on one thread, without `torch.compile`; KL-Methods has an option
 for the type of its state, bfloat16 unless told.
 
-What the codes do that their papers do not say:
+What the authors' code does and the papers do not mention:
 
 Meta without grafting: before `start_preconditioning_step` the direction is the filtered gradient,
-bias corrected, since the inverse factors start as identities (with grafting it is the grafted
-method's). Statistics are taken, then roots, then the direction, of the same step. Roots are taken
-at the start step, then when the step is a multiple of `precondition_frequency`.
-Meta's KL-Shampoo: factor matrices start as zeros and inverse factors as identities. A step takes
-all statistics with the inverse factors of the steps before, then the roots if due, from the new
+bias corrected, since the inverse factors start as identities (with grafting it is that of the
+grafted method). Each step updates the statistics, then the roots, then the direction. Roots are
+computed at the start step, then when the step is a multiple of `precondition_frequency`.
+Meta's KL-Shampoo: factor matrices start as zeros and inverse factors as identities. A step
+updates all statistics with the previous inverse factors, then the roots (if due) from the new
 statistics, then the direction with the new roots. Statistics are not divided by the dimension; up
 to the start step they are those of Shampoo.
-SOAP and KL-Methods: the first step takes the statistics and their eigenvectors, and moves nothing.
-They take eigenvectors of one gradient's products: where those lack more than one rank, the basis of
-what is left, and so the trajectory, is LAPACK's choice. Shapes are such that one is missing at most.
+SOAP and KL-Methods: the first step computes the statistics and their eigenvectors, and moves nothing.
+The eigenvectors are those of the products of one gradient: if they lack more than one rank, LAPACK
+chooses the basis of the null space, and so the trajectory. With our shapes at most one is missing.
 
 `sensitivity` of a case is the largest change of a leaf's path, relative to the length of its path
-in the largest entry, when each gradient is multiplied by 1 + 1e-6 n, n normal: what rounding may
-do. Tests use `inputs` and `unpack`, without PyTorch.
+in the largest entry, when each gradient is multiplied by 1 + 1e-6 n with normal n; it shows how much
+rounding matters. Tests use `inputs` and `unpack`, without PyTorch.
 """
 
 import argparse
@@ -52,14 +52,14 @@ import numpy as np
 
 try:
     import torch
-except ImportError:  # what the tests use needs numpy alone
+except ImportError:  # the parts used by the tests need only numpy
     torch = None
 
 SEED = 20261121
 STEPS = 20
 RECORDED = (1, 2, 5, 10, 20)
 LEARNING_RATES = [round(0.02 * min((t + 1) / 4, math.cos(0.07 * t) ** 2), 6) for t in range(STEPS)]
-# Leaves by inputs, and the factor of the gradients of each leaf.
+# The leaves of each kind of input, and the factor for the gradients of each leaf.
 SHAPES = {
     "meta": {"a": (8, 4), "b": (3, 4, 2), "c": (4,)},
     "meta_kl": {"a": (8, 4), "d": (4, 4)},
@@ -102,7 +102,7 @@ META = {
     "iterate_averaging_config": None,
     "grafting_config": None,
     "preconditioner_config": ROOTS,
-    # no merging of dimensions
+    # dimensions are not merged
     "distributed_config": {
         "class": "SingleDeviceDistributedConfig",
         "target_parameter_dimensionality": "inf",
@@ -173,7 +173,7 @@ CASES = {
 def inputs(name: str) -> tuple[dict, dict]:
     """Initial parameters and gradients [step, ...] by leaf, float32, for a key of `SHAPES`.
 
-    Every step's gradient is standard normal, times the factor of the leaf.
+    The gradient of every step is standard normal, times the factor of the leaf.
     """
     initial, gradients = {}, {}
     for leaf, shape in SHAPES[name].items():
@@ -185,14 +185,14 @@ def inputs(name: str) -> tuple[dict, dict]:
 
 
 def pack(values: np.ndarray, reference: np.ndarray) -> str:
-    """Float32 numbers without loss: the differences of their bits from a reference, compressed."""
+    """Float32 numbers without loss: the differences between their bits and a reference, compressed."""
     steps = values.view("<i4") - reference.view("<i4")
-    folded = (steps << 1) ^ (steps >> 31)  # the sign last: small differences have high bits of 0
+    folded = (steps << 1) ^ (steps >> 31)  # sign bit last: small differences have high bits of 0
     return base64.b85encode(zlib.compress(folded.reshape(-1, 1).view("u1").T.tobytes(), 9)).decode()
 
 
 def unpack(text: str, reference: np.ndarray) -> np.ndarray:
-    """The [record, ...] that `pack` was given, float32; the reference is the leaf's initial."""
+    """The [record, ...] array passed to `pack`, float32; the reference is the initial leaf."""
     planes = np.frombuffer(zlib.decompress(base64.b85decode(text)), "u1").reshape(4, -1)
     folded = np.ascontiguousarray(planes.T).view("<u4").reshape(-1, *reference.shape)
     steps = (folded >> 1).astype("<i4") ^ -(folded & 1).astype("<i4")
@@ -200,7 +200,7 @@ def unpack(text: str, reference: np.ndarray) -> np.ndarray:
 
 
 def check(source: str, path: Path) -> None:
-    """Raises unless a file, or the .py files of a package, have the SHA-256 of `SOURCES`."""
+    """Raises an error unless a file, or the .py files of a package, match the SHA-256 in `SOURCES`."""
     repository, name, _, commit, sha256 = SOURCES[source]
     if source == "meta":
         files = sorted((path / name).rglob("*.py"), key=lambda file: file.as_posix())
@@ -213,7 +213,7 @@ def check(source: str, path: Path) -> None:
 
 
 def load(source: str, path: Path):
-    """What makes the authors' optimizer of parameters and the plain arguments of `CASES`."""
+    """A builder of the authors' optimizer, from parameters and plain arguments of `CASES`."""
     check(source, path)
     name = SOURCES[source][2]
     if source != "meta":

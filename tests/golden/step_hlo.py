@@ -2,8 +2,8 @@
 
     PYTHONPATH=.cache/tpu python tests/golden/step_hlo.py    # after `make .cache/tpu/.installed`
 
-compiles the step of LLaMA-2 7B, one sequence for each shard, for 8 chips of a v5p with the TPU's
-compiler, in two minutes. What says nothing about communication or trips is cut out of the text.
+compiles the step of LLaMA-2 7B with one sequence per shard, for 8 chips of a v5p with the TPU's
+compiler, in two minutes. Text that has nothing to do with communication or loop counts is removed.
 """
 
 import re
@@ -21,7 +21,7 @@ NAME, SIZES = "llama2-7b", {"fsdp": 4, "tensor": 2}
 
 
 def pruned(text: str) -> str:
-    """What decides on collectives and trips."""
+    """The lines that determine collectives and loop counts."""
     program = Program.parse(text)
     speaks = {name for name, lines in program.computations.items() if _speaks(lines)}
     while True:
