@@ -33,8 +33,7 @@ from jax.experimental.compilation_cache import compilation_cache
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# All processes and later runs of this checkout share one cache; JAX's key covers its version and the
-# flags.
+# All processes and later runs of this checkout share a cache; JAX's key covers version and flags.
 _CACHE = Path(__file__).parents[1] / ".cache" / "jax"
 jax.config.update(
     "jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
@@ -45,8 +44,7 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 # tyro reads the source of every configuration again for each command.
 inspect.getsource = functools.cache(inspect.getsource)
-# The garbage collector walks through everything JAX has traced; running it less often saves a tenth of
-# the time.
+# The garbage collector walks through all that JAX has traced; calling it less often saves 10 %.
 gc.freeze()
 gc.set_threshold(200_000, 50, 50)
 

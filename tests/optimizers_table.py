@@ -164,8 +164,7 @@ TABLE = (
     matrices("muon", 0.2, {"scale": "moonlight", "nesterov": False}, steps=1000),
     matrices("normuon", 0.1),
     matrices("adamuon", 0.3),
-    # float32 represents this b2 exactly, which matters because `optax.inject_hyperparams` makes it an
-    # array.
+    # float32 represents this b2 exactly, because `optax.inject_hyperparams` makes it an array.
     preconditioned("shampoo", 0.1, {"refresh": ravine.Refresh(every=2), "b2": 0.96875}),
     preconditioned(
         "shampoo",

@@ -12,22 +12,23 @@ def independent(decay, steps):
 def of_noise_scale(mean, covariance, tokens, parts, averaged, skew=0.0, kurtosis=0.0):
     r"""Relative standard error of tr S / |G|^2, to first order; both are means of `averaged` estimates.
 
-    For one step of n micro-batches and W tokens, where `_estimates` gives S of the trace T and A of
-    |G|^2::
+    For one step of n micro-batches and W tokens, with the estimates S of the trace and A of |G|^2 that
+    `_estimates` returns::
 
         Var S = 2 tr C^2 / (n - 1) + k / W
         Var A = 4 G'CG / W + 2 n tr C^2 / ((n - 1) W^2)
         Cov(S, A) = 2 s / W - 2 tr C^2 / ((n - 1) W)
 
-    for micro-batches of any sizes where gradients are normal, and of one size otherwise: then of a
-    token's x = g - G, s is the mean of (G'x) |x|^2, and k the variance of |x|^2 less 2 tr C^2.
+    This holds for micro-batches of any sizes if gradients are normal, and for equal sizes otherwise.
+    Then s is the mean of (G'x) |x|^2, and k the variance of |x|^2 minus 2 tr C^2, where x = g - G
+    for a token.
 
     Args:
       mean: G. In a norm P this is P^(1/2) G, and the covariance P^(1/2) C P^(1/2).
-      covariance: C, of the gradient of one token.
+      covariance: C, the covariance of the gradient of one token.
       tokens: W.
       parts: n.
-      averaged: how many independent steps; of a moving average, `independent`.
+      averaged: the number of independent steps; for a moving average, use `independent`.
       skew: s.
       kurtosis: k.
     """

@@ -36,7 +36,7 @@ def gradients():
 
 
 def poison(place, bad):
-    """Overwrites gradients with a value where a mask is set; handles NaN correctly."""
+    """The masks and the value that overwrite gradients; the value may be NaN."""
     masks = {name: np.zeros(shape, bool) for name, shape in SHAPES.items()}
     if place in ("block", "everything"):
         masks["kernel"][:] = True
@@ -122,8 +122,7 @@ def test_bad_gradients_at_every_step_leave_everything_finite_and_calm(name, guar
     )
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((params, state)))
     for leaf, undisturbed in clean(name, guarded).items():
-        # Remaining momentum decays; only SOAP-Muon takes steps of one size however small the momentum
-        # is.
+        # Remaining momentum decays; only SOAP-Muon's steps keep their size, however small it is.
         bound = 1 if name == "soap_muon" else 0.25
         assert np.max(norms[leaf][LATER]) <= bound * np.max(undisturbed)
 

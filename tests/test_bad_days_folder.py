@@ -33,8 +33,7 @@ race, day = bad_days.race, bad_days.day
 
 def sealed_and_flipped(day):
     (day.run / "outcome.json").unlink()
-    # Flips a bit in a name: Orbax itself would reject the file if it read it before the seal is
-    # compared.
+    # Flips a bit in a name: Orbax itself would reject it if it were read before the seal is checked.
     path = day.run / "checkpoints" / "6" / "_CHECKPOINT_METADATA"
     flipped = path.read_bytes().replace(b"init_timestamp", b"init_timestam0")
     assert flipped != path.read_bytes()

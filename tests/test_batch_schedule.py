@@ -147,8 +147,7 @@ def test_seesaw_has_the_rates_of_its_rule_and_a_bound():
     )
     by_line = np.asarray(run.learning_rate(1.0, "linear")(counts))
     np.testing.assert_allclose(by_line[free], 1.0, rtol=8 * UNIT)  # the rates of SGD do not change
-    # Once the batch reaches its bound it stays there, and the rate falls to the end of the reference
-    # schedule.
+    # Once the batch reaches its bound it stays there, and the rate falls to the reference's end.
     bound = np.asarray(run.learning_rate(1.0, "sqrt")(counts))[sizes == 32]
     offsets = np.array([run.batch_sizes.data_offset(at) for at in range(run.updates)])[sizes == 32]
     # Half of a schedule, times two.

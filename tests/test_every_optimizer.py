@@ -246,7 +246,7 @@ def test_accumulates_under_multi_steps(row, dtype):
     # The mean of two equal gradients is that gradient.
     once = run_plain(row, params, grads, 1)[1]
     assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
-    # In bfloat16, to the last place of the update.
+    # In bfloat16, equal up to the last place of the update.
     assert_close(updates, once, rounding(row) if dtype == jnp.float32 else 2.0**-7)
 
 
@@ -392,8 +392,7 @@ def test_bad_hyperparameters_are_named(row):
         for value in values if row.accepts(argument) else ():
             if row.hyperparameters.get(argument) == value:
                 continue  # valid in this row: sums have a decay rate of one
-            # The argument is the subject of the sentence, alone, beside another one, or as that of the
-            # inner part.
+            # The subject is this argument, alone or with another one, or the inner part's argument.
             named = rf"(^|\.|\band ){argument} (must|act)\b"
             with pytest.raises(ValueError, match=named):
                 row.build(**{argument: value})

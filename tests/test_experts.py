@@ -77,15 +77,14 @@ def test_the_trainers_shardings_cut_experts_too(mesh):
 def test_nothing_is_exchanged_between_experts(tx, mesh):
     params = experts(mesh)
     found = plan_of("it", compiled_update(tx, params, mesh), mesh)
-    # Positions 0 to 3 have the same experts. Muon exchanges rows and columns; the others exchange
-    # nothing.
+    # Positions 0 to 3 have the same experts. Muon exchanges rows and columns, others nothing.
     for c in found.collectives:
         assert set(c.group) <= {0, 1, 2, 3}
     assert not found.repeated
 
 
 def test_copies_of_the_attention_share_its_blocks(mesh):
-    """As in the mixture's plan in docs/pods.md: SOAP exchanges nothing else."""
+    """As in the plan for a mixture in docs/pods.md, SOAP exchanges nothing else."""
     whole = sharded_parameters(SHAPE, mesh, layers_only=True)
     params = {f"layers/{name}/kernel": whole[f"layers/{name}/kernel"] for name in KERNELS}
     soap, shampoo = (
@@ -97,8 +96,7 @@ def test_copies_of_the_attention_share_its_blocks(mesh):
     assert {(c.kind, c.group) for c in found.collectives} == {("all-gather", (0, 4))}
     assert found.sent == 4 * attention / 2
     # SOAP's two float32 moments cover half of the blocks, Shampoo's cover all. For each of the six
-    # blocks on a device, Shampoo also has a residual, a condition and two counts for both sides, and one
-    # norm.
+    # blocks on a device, Shampoo also has a residual, a condition and two counts per side, and one norm.
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(shampoo.init, params)
         state = with_shardings(shapes, ravine.state_shardings(shampoo, params))

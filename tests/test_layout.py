@@ -237,7 +237,7 @@ def test_any_blocks(length, rows, columns, block):
     assert b <= bound
     assert c <= bound
     assert max(1, -(-rows // bound)) == R if rows else R == 1
-    assert 0 <= R * b - rows < R  # a smaller block would not do
+    assert 0 <= R * b - rows < R  # no smaller block is enough
     assert 0 <= C * c - columns < C
     matrices = numbered((length, rows, columns)) + 1
     blocks = grid.to_blocks(matrices)

@@ -224,8 +224,7 @@ def test_sharded_vocabulary_exchanges_scalars_of_tokens_only():
     assert all(c.kind == "all-reduce" and c.bytes <= 3 * 8 * 4 for c in forward)  # chunks of 8
     both = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(hidden, unembedding).compile()
     found = collectives(both.as_text())
-    # The hidden states' gradient is summed once, outside the loop: each device has its own columns'
-    # part.
+    # The hidden states' gradient is summed once, outside the loop: each device has its columns' part.
     large = [c for c in found if c.bytes > 3 * 8 * 4]
     assert [(c.kind, c.bytes, c.in_loop) for c in large] == [
         ("all-reduce", tokens * width * 4, False)

@@ -300,8 +300,7 @@ def test_blocks_that_shards_cross_are_seen_by_these_tests():
 @pytest.mark.parametrize(
     ("name", "gathers", "leaves", "moves"),
     [
-        # Momentum and Adam's step are sent together, after the gradient has shown which blocks are
-        # usable.
+        # Momentum and Adam's step are sent together, once the gradient shows which blocks are usable.
         ("shampoo", 2, 3, [1, 2, 1]),
         ("kl_shampoo", 1, 2, [2, 1]),
         ("soap", 1, 1, [1, 1]),

@@ -93,8 +93,7 @@ def test_rotation_depends_on_the_distance_only(getkey):
     q, k = np.asarray(rotated(q)), np.asarray(rotated(k))
     q, k = np.float64(q), np.float64(k)
     lengths = np.linalg.norm(q[0]) * np.linalg.norm(k[0])
-    # Angles are at most 5 and 4, and their frequency is a power: four roundings each, and a few for the
-    # rest.
+    # Angles are at most 5 and 4, and their frequency is a power: four roundings each, and a few more.
     np.testing.assert_allclose(q[1] @ k[0], q[5] @ k[4], rtol=0, atol=(4 * 9 + 8) * UNIT * lengths)
     np.testing.assert_allclose(np.linalg.norm(q[5]), np.linalg.norm(q[0]), rtol=8 * UNIT)
 

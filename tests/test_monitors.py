@@ -119,8 +119,7 @@ def test_logit_statistics_by_hand():
     found = logit_statistics(logits.at[1].set(jnp.nan), where)
     kept = np.asarray(logits, np.float64)[[0, 2]]
     shares = np.exp(kept) / np.exp(kept).sum(axis=1, keepdims=True)
-    # Sums of five terms and the logarithm; for the entropy also the shares, with terms of about its
-    # size.
+    # Sums of five terms and the logarithm; the entropy has terms of about its size, and the shares.
     entropy = np.mean(-np.sum(shares * np.log(shares), axis=1))
     assert found["entropy"] == pytest.approx(entropy, rel=32 * UNIT)
     normalizer = np.mean(np.log(np.sum(np.exp(kept), axis=1)))
@@ -165,8 +164,8 @@ def test_sigma_reparam_is_the_matrix_at_first_and_finds_its_norm():
     for _ in range(60):
         weights, state = step(moved, state)
     values = np.linalg.svd(np.asarray(weights["w"], np.float64), compute_uv=False)
-    # After n power iterations, the tangent of the angle has shrunk by (s2 / s1)^2n, here from less than
-    # 8. The error of the norm is its square.
+    # After n power iterations, the tangent of the angle has shrunk by a factor of (s2 / s1)^2n, here
+    # from less than 8. The error of the norm is its square.
     left = np.max((values[:, 1] / values[:, 0]) ** (4 * 60 - 4))
     np.testing.assert_allclose(values[:, 0], trained["w"].gain, rtol=rounding + 64 * left)
     with pytest.raises(ValueError, match="takes matrices"):

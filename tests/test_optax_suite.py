@@ -1,4 +1,4 @@
-"""Optax's own common tests, run over our optimizers.
+"""Optax's own common tests, run on our optimizers.
 
 They ship in Optax's wheel, but as private modules: if a release moves them, this file fails.
 
@@ -7,7 +7,7 @@ What does not apply:
 - complex parameters, which our optimizers refuse by name (`test_every_optimizer.py`);
 - dtypes other than bfloat16 and float32 (float64 is in `test_parity.py`);
 - `AliasTest.test_explicit_dtype`, which expects a moment in the parameters' dtype when no dtype is
-given, while ours are at least float32;
+  given, while ours are at least float32;
 - `test_optimization` and the tests of extra arguments, accumulation, injection and schedules in
   `AliasTest` and `ScheduleAsLearningRateTest`: `ContribTest` has stricter versions of them;
 - `ContribTest.test_preserve_dtype`, which expects the parameters' dtype: with a single dtype this is
@@ -16,7 +16,7 @@ given, while ours are at least float32;
   (`jax.eval_shape(tx.init, shapes)` works);
 - types on a mesh for the further settings of matrix optimizers (`VARIANTS`), which our own tests
   cover; for matrices, types with and without `jit` are compared for one optimizer of each kind;
-- Optax's wrappers (mechanize, schedule_free) and microbatching, which are not ours.
+- Optax's wrappers (mechanize, schedule_free) and microbatching, which are not part of ravine.
 """
 
 import os
@@ -35,7 +35,7 @@ from absl.testing import parameterized
 from .optimizers_table import FAMILIES, TABLE, VARIANTS, builder
 
 with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-    # sharding_test makes a noisy_sgd in a way that Optax itself deprecates.
+    # sharding_test creates noisy_sgd in a way that Optax itself deprecates.
     warnings.filterwarnings("ignore", "Specifying a key will be required", UserWarning)
     # sharding_test sets XLA_FLAGS on import; leaving the context restores it.
     patch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
@@ -170,8 +170,7 @@ def types_under_jit(rows):
 class OnMesh(NoSkips):
     def setUp(self):
         super().setUp()
-        # The tests skip themselves for jax older than 0.7.2, but compare strings, so "0.10" counts as
-        # older.
+        # The tests skip themselves for jax older than 0.7.2, as a string: "0.10" counts as older.
         self.enterContext(mock.patch.object(jax, "__version__", "1"))
 
 
@@ -196,8 +195,7 @@ def shardings(rows):
     return Sharding
 
 
-# Our own common tests in `test_every_optimizer.py` check the same for every row, so one per family is
-# enough.
+# `test_every_optimizer.py` checks the same for every row, so one optimizer per family is enough here.
 OptaxSuite, Accumulation, Sharding = (make(FAMILIES) for make in (suite, accumulation, shardings))
 
 

@@ -50,9 +50,9 @@ def test_element_wise_optimizers_communicate_nothing():
 @pytest.mark.parametrize(
     ("optimizer", "options", "numbers", "limit"),
     [
-        # For each block of 128: statistics, and roots or bases, for both sides. When packed, each has n
-        # (n + 1) / 2 elements. Shampoo also has a residual, a condition and two counts per side, and one
-        # norm.
+        # For each block of 128: statistics, and roots or bases, for both sides. When packed,
+        # each has n (n + 1) / 2 elements. Shampoo also has a residual, a condition and two counts per side,
+        # and one norm for the block.
         ("shampoo", {"factors": {"packed": True}}, 2 * (2 * 128 * 129 // 2 + 4) + 1, 3.5e9),
         ("soap", {}, 2 * 2 * 128**2, 3.9e9),
     ],
@@ -130,8 +130,8 @@ def test_a_train_step_in_stages_sends_what_is_counted_by_hand():
     permuted = [c for c in between if c.kind == "collective-permute"]
     assert sum(c.total for c in permuted) == sent
     assert {c.times for c in permuted if c.in_loop} == {ticks}
-    # Every stage has a copy of the embedding, the head and the norms, whose bfloat16 gradients are
-    # summed.
+    # Every stage has a copy of the embedding, the head and the norms, and their
+    # bfloat16 gradients are summed.
     ends = 2 * 2 * shape.vocabulary * shape.width / fsdp
     summed = sum(c.total for c in between if c.kind == "all-reduce" and len(c.group) == stages)
     assert summed == pytest.approx(2 * ends * (stages - 1) / stages, rel=0.02)

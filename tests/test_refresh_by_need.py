@@ -1,4 +1,4 @@
-"""Refresh by need: what is left alone, how many are refreshed, and that all fit afterwards."""
+"""Refresh by need: which roots are kept, how many are refreshed, and that all fit afterwards."""
 
 import functools
 import itertools

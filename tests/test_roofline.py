@@ -55,8 +55,7 @@ NODES = Network.of(H100, range(16))
         (torus(V5E, 16, 16), collective("all-gather", 1e9, range(16)), 15 / 16 / 100),
         # A slice smaller than a cube of a v5p has no rings.
         (torus(V5P, 2, 2, 4), collective("all-gather", 1e9, range(4)), 0.75 / 100),
-        # All-to-all in a ring of four: half of a chip's 1 GB crosses the middle, over two links of two
-        # chips.
+        # All-to-all in a ring of four: half of a chip's 1 GB crosses the middle, by two links of two.
         (CUBE, collective("all-to-all", 1e9, range(4)), 0.5 / 100),
         (torus(V5P, 8, 4, 4), collective("ragged-all-to-all", 1e9, range(0, 128, 16)), 1 / 100),
         (CUBE, collective("collective-permute", 1e9, (0, 1), sent=1e9), 1 / 100),
@@ -205,8 +204,8 @@ def test_a_pipeline_by_hand():
     sizes = {"stage": 8, "fsdp": 2}
     piped = Work(LLAMA, sizes, tokens=2 * 16 * 4096, micro_batches=16)
     stream = 4096 * 4096 * 2
-    # The last stage needs most memory, for its logits; with a fused loss the first, for eight micro-
-    # batches.
+    # The last stage needs most memory, for its logits; with a fused loss the first
+    # does, because it keeps eight micro-batches.
     last = piped.activations()
     assert (last["kept"], last["logits"]) == (4 * stream, 8 * 4096 * 32000)
     fused = dataclasses.replace(piped, fused_loss=True)
@@ -256,8 +255,7 @@ def test_a_context_axis_by_hand():
 
 def test_the_last_part_of_a_sequence_has_most_keys():
     work = Work(LLAMA, {"fsdp": 2, "context": 4}, tokens=2 * 4096)
-    # The last 1024 of 4096 queries see 3073 to 4096 keys; all queries see 1 to 4096, so this is 7/4 of
-    # the mean.
+    # The last 1024 of 4096 queries see 3073 to 4096 keys; all see 1 to 4096: 7/4 of the mean.
     last, mean = 1024 * (3073 + 4096) / 2, 4096 * 4097 / 2 / 4
     assert imbalance(work) == pytest.approx(last / mean)
     assert last / mean == pytest.approx(7 / 4, rel=1 / 4096)  # without the diagonal

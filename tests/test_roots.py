@@ -100,8 +100,7 @@ def test_pseudo_inverse_of_a_rotated_singular_matrix():
     values = np.array([3.0, 2.0, 1.0, 0.5, 0, 0, 0, 0])
     power = np.where(values > 0, np.maximum(values, 0.1) ** -0.25, 0)
     found = roots_of(single(spd(values)), -1 / 4, PseudoInverse(rtol=1e-4))
-    # Rounding also rotates the null space towards the smallest retained eigenvalue, by 6 units for any
-    # p.
+    # Rounding also rotates the null space towards the smallest kept eigenvalue, by 6 units for any p.
     assert relative(found.root, spd(power)).max() <= attainable(6, 1)
     assert found.residual[0] <= 4 * 6 ** (1 / 4) * attainable(6, 1)
 
@@ -282,7 +281,6 @@ def test_cubic_step_is_the_best_one():
     error = beta * x + alpha * x**3 - 1
     assert error[0] == pytest.approx(error[-1], rel=HALF)
     assert error[0] == pytest.approx(error.min(), rel=HALF)
-    # The maximum is at most half an interval from a grid point, where the cubic's curvature is 6 alpha
-    # x.
+    # The maximum is at most half an interval from a grid point; the cubic's curvature is 6 alpha x.
     missed = 3 * abs(alpha) * (0.9 / 20000) ** 2
     assert error.max() == pytest.approx(-error[0], abs=missed)

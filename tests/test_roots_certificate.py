@@ -1,4 +1,4 @@
-"""The certificate of an inverse root: it accepts what float32 can do, and sees what is wrong."""
+"""The certificate of an inverse root accepts what float32 can achieve and detects wrong roots."""
 
 import math
 
@@ -34,7 +34,7 @@ def test_singular_matrix_without_ridge_is_not_silent(singular, method, p):
 def test_google_grid_of_condition_numbers(method, condition):
     """16 x 16, eigenvalues cond^(-i/15), p = 4, ridge 1e-12; the bound is Google's.
 
-    CoupledNewtonSchulz is left out: at 1e6 its ten steps give .36 and it says so.
+    CoupledNewtonSchulz is left out: at 1e6 its ten steps reach only 0.36, and its certificate says so.
     """
     a = single(spd(condition ** (-np.arange(16) / 15)))
     assert roots_of(a, -1 / 4, EXACT[method], ridge=1e-12).residual[0] < 0.1
@@ -49,7 +49,7 @@ def test_newton_schulz_below_its_range():
 @pytest.mark.parametrize("method", ["eigh", "newton"])
 @pytest.mark.parametrize("n", [16, 128])
 def test_what_float32_cannot_do_is_refused(n, method, p):
-    """A condition number of 1e8, ridge 1e-10: the certificate is the true residual."""
+    """With condition number 1e8 and ridge 1e-10, the certificate shows the true residual."""
     a = single(spd(np.geomspace(1e-8, 1, n)))
     assert roots_of(a, -1 / p, METHODS[method], ridge=1e-10).residual[0] > 0.05
 
@@ -58,7 +58,7 @@ def test_what_float32_cannot_do_is_refused(n, method, p):
 @pytest.mark.parametrize("exponent", [-1 / 2, -1, -2 / 3, -3 / 4])
 @pytest.mark.parametrize("method", EXACT)
 def test_certificate_accepts_good_roots(method, exponent, condition):
-    """A root as good as float32 has it is not refused at Shampoo's default tolerance."""
+    """Shampoo's default tolerance does not refuse a root that is as good as float32 allows."""
     a = spd(np.geomspace(1 / condition, 1, 12))
     found = roots_of(single(a), exponent, EXACT[method], ridge=0.0)
     bound = -exponent * attainable(condition, 1, method, 12)

@@ -1,4 +1,4 @@
-"""Exponents and options of inverse roots that are refused."""
+"""Inverse roots: exponents and options that are refused."""
 
 import math
 

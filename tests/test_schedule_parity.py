@@ -190,7 +190,7 @@ def test_follows_hugging_face(name):
 
 
 def olmo_wsds(t, periods, decays):
-    """allenai/OLMo-core, optim/scheduler.py: periods of plateau and linear decay."""
+    """allenai/OLMo-core, optim/scheduler.py: periods with a plateau and a linear decay."""
     start = 0
     for i, (length, decay) in enumerate(zip(periods, decays, strict=True)):
         end = start + length

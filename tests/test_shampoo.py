@@ -29,8 +29,7 @@ def one_step(gradient, **options):
 def test_first_step_is_the_polar_factor(ridge):
     gradient = 3 * conditioned(6, 0)
     left, _, right = np.linalg.svd(gradient)
-    # The ridge adds 1e-9 times the squared condition number, 16, halved, for the smallest singular
-    # value.
+    # The ridge adds 1e-9 times the squared condition number, 16, halved, for the smallest value.
     assert furthest(one_step(gradient, roots=ravine.Roots(ridge=ridge)), left @ right) <= HALF
 
 

@@ -1,4 +1,4 @@
-"""Bad options of Shampoo are refused by name."""
+"""Bad options of Shampoo are refused, and the error names them."""
 
 import math
 

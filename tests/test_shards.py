@@ -51,7 +51,7 @@ def test_shards_are_joined_and_held_out_tokens_are_taken_from_the_first_on(shard
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_stored_order_has_whole_batches_of_each_shard(shards, seed):
-    """Shards of 100 and 70 tokens give two and one batches of 4 x 10; then it starts over."""
+    """Shards of 100 and 70 tokens hold two batches and one batch of 4 x 10; then it starts over."""
     corpus = load_corpus(shards[:2], heldout=shards[2:])
     options = {"context": 10, "seed": seed, "order": "stored"}
     batches = train_batches(corpus, batch_size=4, **options)

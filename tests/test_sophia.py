@@ -97,7 +97,7 @@ def test_keys_differ_between_estimates_and_agree_between_runs():
 
 @pytest.mark.usefixtures("float64")
 def test_equals_optaxs_sophia_where_the_hessian_is_constant():
-    """Optax uses an estimate one update later, so ours starts with the second."""
+    """Optax uses an estimate one update later, so ours starts at the second update."""
     scales = jnp.array([0.1, 1.0, 10.0])
     loss = lambda p: 0.5 * jnp.sum(scales * jnp.square(p))
     ours = ravine.sophia_h(0.05, rho=0.5, every=4, start=1, correct_bias=True, weight_decay=0.1)

@@ -1,4 +1,4 @@
-"""The trainer's loop: what is fetched when, what a step computes, and what identifies a run."""
+"""The trainer's loop: when values are fetched, what a step computes, and what identifies a run."""
 
 import dataclasses
 import hashlib
@@ -91,8 +91,7 @@ def test_largest_logits_are_there_only_on_request(asked):
     step = make_train_step(graphdef, tx, attention_logits=asked)
     batch = jnp.zeros((2, 17), jnp.int32)
     text = str(jax.make_jaxpr(step)(init_state(params, tx), batch))
-    # The maximum of [B, H, T, T] over all axes but heads: nothing else in a step reduces over three
-    # axes.
+    # The maximum of [B, H, T, T] over all axes but heads: no other one in a step is over three axes.
     assert ("reduce_max[axes=(0, 2, 3)" in text) == asked
 
 

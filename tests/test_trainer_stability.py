@@ -30,7 +30,7 @@ untimed = pytest.mark.usefixtures("untimed")
 
 
 class Spoiled:
-    """Batches of which some are marked as bad or left out."""
+    """Batches of which some are replaced by bad ones or left out."""
 
     def __init__(self, batches, bad=(), left_out=()):
         self.batches, self.bad, self.left_out, self.at = batches, bad, left_out, -1

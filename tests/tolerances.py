@@ -36,8 +36,7 @@ def furthest(found: Any, expected: Any) -> float:
         with np.errstate(invalid="ignore"):  # infinity minus infinity
             difference = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0, np.abs(a - b))
         scale = np.max(np.abs(b), initial=0, where=np.isfinite(b))
-        # NumPy's maximum of a number and NaN is NaN, so a NaN in only one of the trees counts as far
-        # off.
+        # NumPy's maximum of a number and NaN is NaN, so a NaN in one tree only counts as far off.
         worst = np.maximum(worst, np.max(difference, initial=0) / (scale or 1.0))
     return float(worst)
 

@@ -1,6 +1,6 @@
 """Regenerates `first_order.json`: 50 steps of the official first-order optimizers, in PyTorch.
 
-Run in an environment of its own, since ravine needs no PyTorch:
+Run it in a separate environment, because ravine does not need PyTorch:
 
     python3 -m venv ../torch-venv && ../torch-venv/bin/pip install torch==2.13.0 numpy
     ../torch-venv/bin/python tests/golden/first_order.py --authors FOLDER

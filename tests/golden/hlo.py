@@ -1,4 +1,4 @@
-"""Texts of compiled programs with collectives, for `tests/test_collectives.py`.
+"""The text of compiled programs with collectives, for `tests/test_collectives.py`.
 
     PYTHONPATH=.cache/tpu python tests/golden/hlo.py    # after `make .cache/tpu/.installed`
 

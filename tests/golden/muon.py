@@ -1,6 +1,6 @@
 """Regenerates `muon.json`: 20 steps of Muon and its variants, run by their authors' own code.
 
-Run in an environment of its own, since ravine needs no PyTorch, with copies of the authors' files:
+Run it in a separate environment with copies of the authors' files, because ravine needs no PyTorch:
 
     python3 -m venv ../torch-venv && ../torch-venv/bin/pip install torch==2.13.0 numpy
     ../torch-venv/bin/python tests/golden/muon.py --keller muon.py --moonlight toy_train.py \\
@@ -12,13 +12,13 @@ Run in an environment of its own, since ravine needs no PyTorch, with copies of 
     --normuon    zichongli5/NorMuon      normuon.py                         d45c9a4280d7
     --adamuon    Chongjie-Si/AdaMuon     gpt2/models/optimizers/adamuon.py  369f0b3bd9d9
 
-`SOURCES` has the whole commits and the SHA-256 of the files. Of each file only the optimizer and its
-functions are compiled: no training script starts, and `torch.compile` is left out. Two more cases
-are `torch.optim.Muon`. Every case runs twice, always with float32 parameters and gradients:
+`SOURCES` has the full commit hashes and the SHA-256 of the files. Only the optimizer and its functions
+are compiled from each file: no training script runs, and `torch.compile` is removed. Two more cases
+use `torch.optim.Muon`. Every case runs twice, always with float32 parameters and gradients:
 
 `bfloat16`: as published, Newton–Schulz in bfloat16, on the CPU.
-`float32`: `torch.Tensor.bfloat16` is patched to give a float32 copy and `torch.bfloat16` to be
-`torch.float32`; then no operation may return any other type, which the script checks.
+`float32`: `torch.Tensor.bfloat16` is patched to return a float32 copy, and `torch.bfloat16` is replaced
+by `torch.float32`. The script checks that no operation returns any other type.
 
 Matrices are out × in, as torch stores weights. Tests use `inputs` and `unpack`, without PyTorch.
 """
@@ -130,10 +130,10 @@ CASES = {
 
 
 def inputs() -> tuple[dict, dict]:
-    """Initial parameters and gradients [step, row, column] by leaf, float32, the same everywhere.
+    """Initial parameters and gradients [step, row, column] by leaf, float32, identical on all machines.
 
-    Gradients are sums of outer products of fading size, a part of which changes each step, made of
-    products and sums of single numbers alone: no BLAS, whose rounding differs by machine.
+    Gradients are sums of outer products of decreasing size, some of which change at every step. They are
+    computed from products and sums of single numbers, not by BLAS, whose rounding differs by machine.
     """
     rng = np.random.default_rng(SEED)
     initial, gradients = {}, {}

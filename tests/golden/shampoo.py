@@ -1,6 +1,6 @@
 """Regenerates `shampoo.json`: 20 steps of Shampoo, SOAP and KL-Shampoo, run by their authors' code.
 
-Run in an environment of its own, since ravine needs no PyTorch, with copies of the authors' files:
+Run it in a separate environment with copies of the authors' files, because ravine needs no PyTorch:
 
     python3 -m venv ../torch-venv && ../torch-venv/bin/pip install torch==2.13.0 numpy
     ../torch-venv/bin/python tests/golden/shampoo.py --meta optimizers --soap soap.py --kl kl_opt.py
@@ -10,10 +10,10 @@ Run in an environment of its own, since ravine needs no PyTorch, with copies of 
     --soap  nikhilvyas/SOAP              soap.py              a1e553530fde
     --kl    yorkerlin/KL-Methods         optim/kl_opt.py      a02e62215563
 
-`--meta` is the checkout, the folder that holds the package. `SOURCES` has the whole commits and the
-SHA-256 of the files; that of the package is of what `sha256sum` prints for its .py files, sorted by
-path. Everything runs in float32 on one thread, without `torch.compile`; KL-Methods has an option
-for the type of its state, bfloat16 unless told.
+`--meta` is the checkout, the folder that contains the package. `SOURCES` has the full commit hashes
+and the SHA-256 of the files; for the package, it is that of the output of `sha256sum` for its .py files,
+sorted by path. Everything runs in float32 on one thread, without `torch.compile`; KL-Methods has an
+option for the type of its state, with bfloat16 as the default.
 
 What the authors' code does and the papers do not mention:
 
