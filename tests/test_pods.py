@@ -51,8 +51,8 @@ def test_element_wise_optimizers_communicate_nothing():
     ("optimizer", "options", "numbers", "limit"),
     [
         # For each block of 128: statistics, and roots or bases, for both sides. When packed,
-        # each has n (n + 1) / 2 elements. Shampoo also has a residual, a condition and two counts per side,
-        # and one norm for the block.
+        # each has n (n + 1) / 2 elements. Shampoo also has a residual, a condition and two counts per
+        # side, and one norm for the block.
         ("shampoo", {"factors": {"packed": True}}, 2 * (2 * 128 * 129 // 2 + 4) + 1, 3.5e9),
         ("soap", {}, 2 * 2 * 128**2, 3.9e9),
     ],

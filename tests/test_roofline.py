@@ -204,8 +204,8 @@ def test_a_pipeline_by_hand():
     sizes = {"stage": 8, "fsdp": 2}
     piped = Work(LLAMA, sizes, tokens=2 * 16 * 4096, micro_batches=16)
     stream = 4096 * 4096 * 2
-    # The last stage needs most memory, for its logits; with a fused loss the first
-    # does, because it keeps eight micro-batches.
+    # The last stage needs most memory, for its logits; with a fused loss the first does,
+    # because it keeps eight micro-batches.
     last = piped.activations()
     assert (last["kept"], last["logits"]) == (4 * stream, 8 * 4096 * 32000)
     fused = dataclasses.replace(piped, fused_loss=True)

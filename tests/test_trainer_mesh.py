@@ -83,7 +83,7 @@ def tolerance(corpus, name):
 
 
 def mesh_of(text):
-    """A mesh with as many devices as the text has."""
+    """A mesh with as many devices as the text specifies."""
     sizes = [int(pair.split("=")[1]) for pair in text.split(",")]
     return build_mesh(text, jax.devices()[: math.prod(sizes)])
 
