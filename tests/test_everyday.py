@@ -112,7 +112,7 @@ def test_a_default_configuration_is_a_fixed_point(tmp_path):
         (["--samples", "5"], "samples must be at most the batch_size of 4"),
         (["--samples", "-1"], "samples must not be negative"),
         (["--ema", "1"], "ema must lie in [0, 1)"),
-        (["--profile", __file__], "is a file"),
+        (["--profile", __file__], "cannot be a folder"),
     ],
 )
 def test_bad_options_are_one_line_and_leave_nothing(
