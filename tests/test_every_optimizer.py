@@ -166,9 +166,9 @@ def test_state_is_a_fixed_point_for_every_mix_of_dtypes(
     ("params_dtype", "grads_dtype", "state_dtype"),
     [
         (jnp.float64, jnp.float64, jnp.bfloat16),
-        (jnp.float64, jnp.float32, None),
         (jnp.float32, jnp.float64, None),
-        (jnp.float64, jnp.bfloat16, jnp.bfloat16),
+        pytest.param(jnp.float64, jnp.float32, None, marks=pytest.mark.slow),
+        pytest.param(jnp.float64, jnp.bfloat16, jnp.bfloat16, marks=pytest.mark.slow),
     ],
 )
 def test_state_is_a_fixed_point_beside_float64(row, params_dtype, grads_dtype, state_dtype):

@@ -115,12 +115,9 @@ OTHERS = [MESHES[2], "fsdp=4", "data=2", "data=1", MESHES[0]]
     ("name", "chain"),
     [
         ("muon", SAME),
-        ("muon", [MESHES[2], "data=1"]),
         *(pytest.param(name, SAME, marks=pytest.mark.slow) for name in ("adamw", "shampoo")),
         *(
-            pytest.param(
-                name, [MESHES[2], "fsdp=4", "data=2", "data=1", MESHES[0]], marks=pytest.mark.slow
-            )
+            pytest.param(name, OTHERS, marks=pytest.mark.slow)
             for name in ("adamw", "muon", "shampoo")
         ),
     ],
