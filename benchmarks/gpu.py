@@ -1,6 +1,6 @@
 """Optimizers and train steps on a GPU, against its limits; writes its parts of docs/benchmarks.md.
 
-    python benchmarks gpu                        # all parts, each under ten minutes
+    python benchmarks gpu                        # all parts, each meant to take under ten minutes
     python benchmarks gpu updates_124m guards    # some
     python benchmarks gpu --small --any-device   # a trial anywhere, in a minute; writes nothing
     python benchmarks gpu --profile FOLDER       # also a trace of three updates of each optimizer
@@ -18,9 +18,10 @@ and roots take longer on it than on white noise.
 """
 
 import argparse
+import functools
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -32,7 +33,6 @@ from ravine.training.model import ModelConfig
 from train_step import rows as steps_of
 
 DTYPES = ("float32", "bfloat16")
-PARTS = ("updates_124m", "updates_1b3", "guards", "steps")
 
 
 class Clock:
@@ -102,6 +102,14 @@ def _model(size: str, asked: argparse.Namespace) -> ModelConfig:
     return (SMALL if asked.small else LARGE)[size]
 
 
+PARTS: dict[str, Callable[[argparse.Namespace], Iterator[str]]] = {
+    "updates_124m": functools.partial(updates, "updates_124m"),
+    "updates_1b3": functools.partial(updates, "updates_1b3"),
+    "guards": guards,
+    "steps": steps,
+}
+
+
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
@@ -123,8 +131,7 @@ def main(words: Sequence[str] | None = None) -> int:
         parser.error("JAX finds no GPU here; --any-device --small tries the command without one")
     for part in asked.parts or PARTS:
         lines, command = [], f"python benchmarks gpu {part}"
-        found = updates(part, asked) if part.startswith("updates") else globals()[part](asked)
-        for line in found:
+        for line in PARTS[part](asked):
             print(line, flush=True)
             lines.append(line)
             if not (asked.small or asked.any_device):

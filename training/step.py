@@ -116,9 +116,8 @@ def _trained_loss(
         if fused:
             return _fused(model, hidden, batch[:, 1:], z_loss), (highest_LxH, {})
         logits = model.logits(hidden)
-        parts = cross_entropy(logits, batch[:, 1:], z_loss=z_loss)
         said = {} if sampled is None else logit_statistics(logits, sampled=sampled)
-        return token_mean(parts.loss + parts.z_loss), (highest_LxH, said)
+        return _of_logits(logits, batch[:, 1:], z_loss), (highest_LxH, said)
 
     return loss
 
@@ -128,7 +127,11 @@ def _head_loss(
 ) -> jax.Array:
     if fused:
         return _fused(model, hidden, targets, z_loss)
-    parts = cross_entropy(model.logits(hidden), targets, z_loss=z_loss)
+    return _of_logits(model.logits(hidden), targets, z_loss)
+
+
+def _of_logits(logits: jax.Array, targets: jax.Array, z_loss: float) -> jax.Array:
+    parts = cross_entropy(logits, targets, z_loss=z_loss)
     return token_mean(parts.loss + parts.z_loss)
 
 
