@@ -1,4 +1,4 @@
-"""Helpers shared by the tests of optimizers with Kronecker factors."""
+"""Helpers shared by the tests of optimizers with Kronecker factors, on one device and on meshes."""
 
 import functools
 from typing import Any
@@ -7,6 +7,8 @@ import jax
 import numpy as np
 import optax
 import ravine
+from jax.sharding import PartitionSpec as P
+from ravine.optimizers.roles import IN_OUT
 
 from .arrays import single
 
@@ -70,3 +72,24 @@ def refreshed_roots(before, after):
             for a, b in zip(factors(before), factors(after), strict=True)
         ]
     )
+
+
+# Stacked kernels of experts, and the shardings that leave each matrix on one device.
+EXPERTS = {"layers-experts": (2, 8, 4, 8), "experts-layers": (8, 3, 4, 8), "stages": (2, 4, 8, 4)}
+EXPERTS_ALONE = {
+    "layers-experts": P(None, ("x", "y")),
+    "experts-layers": P(("x", "y")),
+    "stages": P("y", "x"),
+}
+
+
+def on_matrices(name):
+    """Our optimizer of this name, for leaves whose last two axes are matrices."""
+    makers = {
+        "shampoo": ravine.scale_by_shampoo,
+        "soap": ravine.scale_by_soap,
+        "kl_shampoo": ravine.scale_by_kl_shampoo,
+    }
+    if name == "muon":
+        return ravine.scale_by_muon(scale="moonlight")
+    return makers[name](refresh=ravine.Refresh(every=2), axes=lambda path: IN_OUT)
