@@ -9,7 +9,8 @@ import pytest
 from ravine.training.cli import main
 from ravine.training.compare.runs import Late
 from ravine.training.studies.decay import DecayStudyConfig, largest_rise
-from ravine.training.studies.optimum import optimum, search
+from ravine.training.studies.optimum import Optimum, optimum, search
+from ravine.training.studies.width import moved
 from ravine.training.studies.width_config import WidthStudyConfig
 
 SMALL = """--steps 12 --batch-size 4 --eval-batches 1 --width 16 --layers 1 --heads 1 --unroll 1
@@ -73,6 +74,19 @@ def test_the_error_of_an_optimum_includes_scatter_around_the_parabola_and_betwee
     apart = {rate: [loss, loss + 0.1 * math.log2(rate)] for rate, loss in bowl.items()}
     assert optimum(apart).error == pytest.approx(0.25)  # vertices 0 and -1/2, over the root of 2
     assert not optimum({1.0: [math.inf], 2.0: [1.0]}).inside
+
+
+def test_the_interval_of_a_move_has_the_degrees_of_freedom_of_both_ends():
+    end = Optimum(log2=0.0, error=0.1, free=2, loss=1.0, inside=True)
+    ends = lambda first, last: {("adamw", True, 64): first, ("adamw", True, 256): last}
+    by, half = moved(ends(end, end._replace(log2=0.5)), "adamw", True)
+    assert by == 0.5
+    assert half == pytest.approx(2.1318 * 0.1 * 2**0.5, rel=1e-4)  # Student's with 4, two from each
+    exact = end._replace(error=0.0)
+    assert moved(ends(exact, end), "adamw", True)[1] == pytest.approx(2.9200 * 0.1, rel=1e-4)
+    assert moved(ends(exact, exact), "adamw", True) == (0.0, 0.0)
+    unknown = end._replace(error=math.inf, free=0)
+    assert moved(ends(end, unknown), "adamw", True) == (0.0, math.inf)
 
 
 WIDE = """--widths 8 16 --length 3 --batch-size 2 --eval-batches 1 --width 8 --layers 1 --heads 1

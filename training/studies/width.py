@@ -74,12 +74,16 @@ def study_width(config: WidthStudyConfig, console: Console) -> dict[Key, Optimum
 
 def moved(best: Mapping[Key, Optimum], name: str, ruled: bool) -> tuple[float, float]:
     """By what power of two the best rate moves from the first width to the last, and half of the
-    interval of 90 %: Student's, with the fewer degrees of freedom of the two ends."""
+    interval of 90 %: Student's, with Welch's degrees of freedom for the errors of the two ends."""
     mine = sorted(key for key in best if key[:2] == (name, ruled))
     first, last = best[mine[0]], best[mine[-1]]
-    free = min(first.free, last.free)
-    spread = stats.t.ppf(0.95, free) if free else math.inf
-    return last.log2 - first.log2, float(spread) * math.hypot(first.error, last.error)
+    by, error = last.log2 - first.log2, math.hypot(first.error, last.error)
+    if not (first.free and last.free):
+        return by, math.inf
+    if error == 0:
+        return by, 0.0
+    free = error**4 / (first.error**4 / first.free + last.error**4 / last.free)
+    return by, float(stats.t.ppf(0.95, free)) * error
 
 
 def _table(
