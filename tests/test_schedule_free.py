@@ -7,6 +7,17 @@ import optax
 import pytest
 import ravine
 from flax import nnx
+from ravine.training.compare.entrants import Entrant
+from ravine.training.compare.space import Point
+from ravine.training.compare.trial import Trials
+from ravine.training.config import RunConfig
+from ravine.training.data.batches import heldout_batches, train_batches
+from ravine.training.model import ModelConfig
+from ravine.training.placed import place
+from ravine.training.run.outcome import Outcome
+from ravine.training.sharding import build_mesh
+from ravine.training.step import make_train_step, mean_loss
+from ravine.training.train import train
 
 from .tolerances import UNIT, furthest
 
@@ -119,3 +130,34 @@ def test_parameters_of_another_model_are_refused():
     state = ravine.schedule_free_sgd(0.5).init({"a": jnp.ones(2)})
     with pytest.raises(ValueError, match=r"average of \['a'\], which is not in params"):
         ravine.schedule_free_eval_params(state, {"b": jnp.ones(2)})
+
+
+def test_the_trainer_evaluates_the_average_at_a_constant_rate(corpus, tmp_path):
+    """The gradients' point is not it, nor would an average of iterates that a cosine has stopped be."""
+    run = RunConfig(
+        model=ModelConfig(width=16, layers=1, heads=1, context=16),
+        steps=12,
+        warmup_steps=1,
+        batch_size=4,
+        eval_batches=2,
+        eval_every=12,
+        weight_decay=0.0,
+    )
+    point = Point(0.05, 0.0, 1 / 12, ravine.OptimizerConfig("schedule_free_adamw"))
+    entrant = Entrant(point.optimizer, point.learning_rate)
+    adapted, outcome = entrant.adapted(run), Outcome(entrant.name, point.learning_rate)
+    train(adapted, entrant.build(run), corpus, outcome, tmp_path)
+    assert len({record["learning_rate"] for record in outcome.steps}) == 1
+
+    placed = place(run.model, entrant.build(run), build_mesh())
+    batches = train_batches(corpus, batch_size=4, context=16, seed=0, order=run.order)
+    state, step = placed.init(0), make_train_step(placed.graphdef, placed.tx)
+    for _ in range(12):
+        state, _ = jax.jit(step)(state, next(batches))
+    heldout = heldout_batches(corpus, batches=2, batch_size=4, context=16)
+    average = ravine.schedule_free_eval_params(state.opt_state, state.params)
+    at_y, at_x = (float(mean_loss(placed.graphdef, p, heldout)) for p in (state.params, average))
+    # 12 steps with losses near 5 nats, sums over 64 numbers: 12 * 5 * 64 * 6e-8 = 2e-4.
+    assert abs(at_y - at_x) > 2e-3
+    assert outcome.final_loss == pytest.approx(at_x, abs=2e-4)
+    assert Trials(run, corpus).loss(point, 12) == pytest.approx(at_x, abs=2e-4)

@@ -9,11 +9,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import ravine
 from ravine.optimizers.registry import OptimizerConfig
 from ravine.training.cli import main
 from ravine.training.compare import trial
 from ravine.training.compare.entrants import Entrant, tuned_table
-from ravine.training.compare.space import MIDDLE, RATES, Point, points
+from ravine.training.compare.space import CHOICES, MIDDLE, RATES, SQUARES, Point, points
 from ravine.training.compare.sweep import TRIALS, derived, read_trials
 from ravine.training.compare.trial import Trials
 from ravine.training.config import RunConfig
@@ -40,8 +41,34 @@ def test_all_optimizers_search_the_same_points():
     assert all(np.histogram(spread, bins=8, range=(-1, 1))[0] == 1)  # one in every eighth
 
 
+def test_every_registered_optimizer_has_a_space():
+    """Both decay rates, its own parameter where it has one, and AdamW's points."""
+    for name in ravine.names():
+        adamw, found = points("adamw", 16, seed=0), points(name, 16, seed=0)
+        accepts = found[0].optimizer.accepts
+        searched = {key for p in found for key, _ in p.optimizer.hyperparameters}
+        assert not accepts("b2") or {"b1", "b2"} <= searched or name == "rmsprop"
+        assert CHOICES.get(name, ("learning_rate",))[0] in searched | {"learning_rate"}
+        if not SQUARES.get(name) and accepts("b1") and accepts("b2"):
+            for mine, theirs in zip(found, adamw, strict=True):
+                assert (
+                    dict(mine.optimizer.hyperparameters).items()
+                    >= dict(theirs.optimizer.hyperparameters).items()
+                )
+    adan = [dict(point.optimizer.hyperparameters) for point in points("adan", 16, seed=0)]
+    assert [p["b3"] for p in adan] == [p.optimizer.value("b2") for p in points("adamw", 16, seed=0)]
+    assert {p["b2"] for p in adan} == {0.92, 0.8}  # of differences of gradients
+
+
 @pytest.mark.parametrize(
-    "name", ["muon", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adamw", "sgd"))]
+    "name",
+    [
+        "muon",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("adamw", "sgd", "adan", "ademamix", "mars", "schedule_free_sgd")
+        ),
+    ],
 )
 def test_a_trial_has_the_trainers_own_loss(name, tmp_path):
     """Equal up to how compiled-in numbers round differently from arguments, over 12 small steps."""
@@ -50,7 +77,7 @@ def test_a_trial_has_the_trainers_own_loss(name, tmp_path):
     corpus = load_corpus((TEXT,)).for_tuning()
     run = dataclasses.replace(RUN, warmup_steps=1, weight_decay=point.weight_decay)
     entrant = Entrant(point.optimizer, point.learning_rate)
-    outcome = Outcome(name, point.learning_rate)
+    outcome, run = Outcome(name, point.learning_rate), entrant.adapted(run)
     train(run, entrant.build(run), corpus, outcome, tmp_path)
     found = Trials(run, corpus).loss(point, 12)
     # 12 steps with a loss near 5 nats, float32 sums over 16 to 64 numbers: 12 * 5 * 64 * 6e-8 = 2e-4.

@@ -34,7 +34,8 @@ class RunConfig:
     """Parts of a batch that are processed one after the other, in the memory of one; their
     gradients are added."""
     schedule: str = dataclasses.field(default="cosine", metadata=EXTENDS)
-    """Name of the schedule, any of ravine.schedules.schedule_names()."""
+    """Name of the schedule, any of ravine.schedules.schedule_names(). Schedule-Free optimizers warm up
+    and stay at the peak in place of the plain cosine."""
     schedule_options: str = dataclasses.field(default="", metadata=EXTENDS)
     """Arguments of the schedule: name=value, separated by commas, such as
     decay_steps=60, shape=1-sqrt."""

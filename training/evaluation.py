@@ -11,6 +11,7 @@ from .average import averaged
 from .config import RunConfig
 from .data.batches import heldout_batches
 from .data.corpus import Corpus
+from .schedule_free import evaluated
 from .sharding import batch_sharding, local_shards
 from .step import TrainState, mean_loss
 
@@ -42,7 +43,7 @@ class Evaluation:
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         """The losses: ``heldout_loss``, and those that the run asks for."""
-        found = {"heldout_loss": self._loss(state.params)}
+        found = {"heldout_loss": self._loss(evaluated(state))}
         if self._run.ema:
             found["heldout_loss_ema"] = self._loss(averaged(state.opt_state))
         if self._bytes_per_token is not None:

@@ -31,6 +31,7 @@ from .run.outcome import Outcome, RunFailed
 from .run.past import identity_of, past_of, rates_of
 from .run.profile import Profile
 from .samples import samples
+from .schedule_free import evaluated
 from .sharding import batch_sharding, build_mesh, local_shards
 from .step import TrainState
 from .update_time import optimizer_milliseconds
@@ -244,7 +245,7 @@ def _train(
     if run.samples:
         prompts_BxT = evaluate.batches_NxBxT1[0, :, :-1]
         outcome.samples = samples(
-            placed.graphdef, state.params, prompts_BxT, run.samples, corpus, run.seed
+            placed.graphdef, evaluated(state), prompts_BxT, run.samples, corpus, run.seed
         )
         if is_first():
             write_text(folder / "samples.txt", "".join(f"{line}\n" for line in outcome.samples))

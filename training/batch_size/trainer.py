@@ -15,6 +15,7 @@ from ..config import check_learning_rate
 from ..data.batches import heldout_batches, train_batches
 from ..data.corpus import Corpus
 from ..gradients import micro_batch_value_and_grad
+from ..schedule_free import evaluated
 from ..step import TrainState, init_params, init_state, make_loss, make_train_step, mean_loss
 from .config import MICRO_BATCHES, BatchSizeConfig
 from .rescale import Rescaled, rescaled
@@ -87,7 +88,7 @@ class Trainer:
 
     def loss(self, state: TrainState) -> float:
         """Held-out loss."""
-        return float(mean_loss(self.graphdef, state.params, self.heldout))
+        return float(mean_loss(self.graphdef, evaluated(state), self.heldout))
 
     def noise(self, state: TrainState, seed: int) -> float:
         """The noise scale at these parameters, in tokens."""

@@ -20,6 +20,7 @@ from ..average import with_ema
 from ..batch_schedule import rule_of
 from ..config import RunConfig, check_learning_rate
 from ..model_config import ModelConfig
+from ..schedule_free import with_own_schedule
 from ..step import MEASURED, abstract_state
 from ..words import parse_numbers
 
@@ -66,13 +67,13 @@ class Entrant:
         return f"{self.name}-{self.repeat + 1}" if self.repeat else self.name
 
     def adapted(self, run: RunConfig) -> RunConfig:
-        """The run with this entrant's seed, and its weight decay and warm-up where none are given."""
+        """The run with this entrant's seed, and its decay, warm-up and schedule where none are given."""
         changes: dict[str, Any] = {"seed": run.seed + self.repeat}
         if run.weight_decay is None:
             changes["weight_decay"] = self.weight_decay
         if run.warmup_steps is None and self.warmup is not None:
             changes["warmup_steps"] = round(self.warmup * run.horizon)
-        return dataclasses.replace(run, **changes)
+        return with_own_schedule(dataclasses.replace(run, **changes), self.name)
 
     def build(self, run: RunConfig) -> optax.GradientTransformation:
         """Clipping, the optimizer as the run has it, QK-clip; a guard and monitors around them.

@@ -13,8 +13,14 @@ RATES = {
     "nesterov": 0.3,
     "adagrad": 0.03,
     "lion": 1e-3,
+    "cautious_lion": 1e-3,
     "sophia_g": 1e-3,
+    "sophia_h": 1e-3,
+    "schedule_free_sgd": 3.0,  # 10 to 50 times SGD's, its authors say: it has no momentum to add up
+    "adan": 0.02,  # 5 to 10 times AdamW's, its authors say
     "muon": 0.02,
+    "normuon": 0.02,
+    "adamuon": 0.02,
     "soap_muon": 0.02,
     "kl_shampoo": 0.02,
 }
@@ -25,14 +31,25 @@ SPAN = 16.0
 """Learning rates lie within this factor of the middle, either way: a factor of 256 from end to end."""
 
 FIRST, SECOND = ("b1", "momentum"), ("b2",)
+SQUARES = {"adan": ("b3",)}
+"""Names of the second decay rate, that of squares, where `SECOND` means something else."""
 CHOICES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "shampoo": ("roots", (None, {"exponent": -0.5})),
     "muon": ("scale", ("moonlight", "keller")),
+    "normuon": ("scale", ("moonlight", "keller")),
+    "adan": ("b2", (0.92, 0.8)),
+    "ademamix": ("b3", (0.99, 0.999, 0.9999)),
+    "mars": ("gamma", (0.025, 0.1)),
+    "sophia_g": ("rho", (0.01, 0.04, 0.16)),
+    "sophia_h": ("rho", (0.01, 0.04, 0.16)),
 }
 """At most one parameter of an algorithm's own, and the values tried in turn."""
 
 FIXED: dict[str, dict[str, Any]] = {
     name: {"refresh": {"every": 5}} for name in ("shampoo", "kl_shampoo", "soap", "soap_muon")
+} | {
+    # The paper's for language models; its warm-ups last as long as the run, here the longest trial.
+    "ademamix": {"alpha": 5.0, "alpha_warmup": 700, "b3_warmup": 700}
 }
 """Hyperparameters that are not searched and differ from the defaults, the same for like algorithms."""
 
@@ -76,12 +93,12 @@ def points(name: str, trials: int, seed: int) -> list[Point]:
       [0.003, 0.0509, 0.0095, 0.0006]
     """
     plain = OptimizerConfig(name, FIXED.get(name, {}))
-    middle = RATES.get(name, MIDDLE)
+    middle, second = RATES.get(name, MIDDLE), SQUARES.get(name, SECOND)
     sampler = qmc.Sobol(d=6, scramble=True, rng=seed)
     found = []
     for unit in sampler.random_base2(max(0, math.ceil(math.log2(trials))))[:trials].tolist():
         values = dict(plain.hyperparameters)
-        for names, part, low, high in ((FIRST, unit[3], 0.02, 0.3), (SECOND, unit[4], 0.003, 0.3)):
+        for names, part, low, high in ((FIRST, unit[3], 0.02, 0.3), (second, unit[4], 0.003, 0.3)):
             beta = next((n for n in names if plain.accepts(n)), None)
             if beta is not None:
                 values[beta] = _round(1 - _log(part, low, high), 4)

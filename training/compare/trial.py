@@ -19,6 +19,7 @@ from ..config import RunConfig
 from ..data.batches import heldout_batches, train_batches
 from ..data.corpus import Corpus
 from ..run import interrupts
+from ..schedule_free import evaluated, with_own_schedule
 from ..step import TrainState, init_params, init_state, make_train_step, mean_loss
 from .entrants import DECAYED
 from .space import Point
@@ -69,13 +70,14 @@ class Trials:
             state, metrics = step(state, next(batches), jnp.float32(rate), numbers)
             if done % LOOK == 0 and not math.isfinite(float(metrics["loss"])):
                 return math.inf
-        loss = float(mean_loss(self._graphdef, state.params, self._heldout))
+        loss = float(mean_loss(self._graphdef, evaluated(state), self._heldout))
         return loss if math.isfinite(loss) else math.inf
 
     def _rates(self, point: Point, steps: int) -> np.ndarray:
         run = RunConfig(
             steps=steps, warmup_steps=round(point.warmup * steps), model=self._run.model
         )
+        run = with_own_schedule(run, point.optimizer.name)
         schedule = run.learning_rate(point.learning_rate)
         return np.asarray(schedule(jnp.arange(steps)))
 
@@ -133,5 +135,5 @@ def check_used(run: RunConfig) -> None:
 def _split(optimizer: OptimizerConfig) -> tuple[dict[str, Any], OptimizerConfig]:
     """Decay rates, and the configuration without them."""
     values = dict(optimizer.hyperparameters)
-    numbers = {name: values.pop(name) for name in ("b1", "b2", "momentum") if name in values}
+    numbers = {name: values.pop(name) for name in ("b1", "b2", "b3", "momentum") if name in values}
     return numbers, OptimizerConfig(optimizer.name, values)
