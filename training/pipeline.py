@@ -121,13 +121,46 @@ def held(ticks: list[Slot | None]) -> int:
     return most
 
 
+def gpipe(
+    first: Callable[[jax.Array], jax.Array],
+    through: Callable[[jax.Array], jax.Array],
+    nothing: jax.Array,
+    micro_batches: int,
+    stages: int,
+    *,
+    stage: str = "stage",
+) -> jax.Array:
+    """What a stage computes of each micro-batch, inside a `shard_map` over the stages.
+
+    At each of m + p - 1 ticks a stage runs its layers on what its neighbour sent at the tick before.
+    The gradient, by JAX, runs the ticks backwards.
+
+    Args:
+      first: from the index of a micro-batch to what the first stage's layers get.
+      through: this stage's layers, from activations to activations of the same shape.
+      nothing: zeros of this shape, which stages compute with until something arrives.
+      micro_batches: m.
+      stages: p.
+      stage: the mesh axis of the stages.
+
+    Returns:
+      `[m, ...]`: on the last stage, the model's outputs; other stages' rows are p - 1 ticks too late.
+    """
+    here = jax.lax.axis_index(stage)
+
+    def tick(received: jax.Array, at: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = first(jnp.minimum(at, micro_batches - 1))
+        y = through(jnp.where(here == 0, x, received))
+        return jax.lax.ppermute(y, stage, [(i, i + 1) for i in range(stages - 1)]), y
+
+    _, out = jax.lax.scan(tick, nothing, jnp.arange(micro_batches + stages - 1))
+    return out[stages - 1 :]
+
+
 def pipelined(
     layer: Callable[[Any, jax.Array], jax.Array], mesh: Mesh, *, stage: str = "stage"
 ) -> Callable[[Any, jax.Array], jax.Array]:
     r"""Stacked layers as a pipeline over a mesh axis, GPipe: ``f(params, x)``, to be differentiated.
-
-    At each of m + p - 1 ticks a stage runs its layers on what its neighbour sent at the tick before.
-    The gradient, by JAX, runs the ticks backwards.
 
     Args:
       layer: from the parameters of one layer and activations to activations of the same shape.
@@ -153,22 +186,11 @@ def pipelined(
     rows = tuple(name for name in mesh.axis_names if name != stage)
 
     def own(params: Any, micro: jax.Array) -> jax.Array:
-        here, count = jax.lax.axis_index(stage), micro.shape[0]
         through = lambda x: jax.lax.scan(lambda x, w: (layer(w, x), None), x, params)[0]
-        onwards = [(i, (i + 1) % stages) for i in range(stages)]
-
-        def tick(carry: tuple[jax.Array, jax.Array], at: jax.Array) -> tuple[Any, None]:
-            received, out = carry
-            x = jnp.where(here == 0, micro[jnp.clip(at, 0, count - 1)], received)
-            y = through(x)
-            index = jnp.clip(at - (stages - 1), 0, count - 1)
-            last = (here == stages - 1) & (at >= stages - 1)
-            out = out.at[index].set(jnp.where(last, y, out[index]))
-            return (jax.lax.ppermute(y, stage, onwards), out), None
-
-        start = (jnp.zeros_like(micro[0]), jnp.zeros_like(micro))
-        (_, out), _ = jax.lax.scan(tick, start, jnp.arange(count + stages - 1))
-        return jax.lax.psum(jnp.where(here == stages - 1, out, 0), stage)
+        nothing = jnp.zeros_like(micro[0])
+        out = gpipe(lambda i: micro[i], through, nothing, len(micro), stages, stage=stage)
+        is_last = jax.lax.axis_index(stage) == stages - 1
+        return jax.lax.psum(jnp.where(is_last, out, 0), stage)
 
     def run(params: Any, micro: jax.Array) -> jax.Array:
         for leaf in jax.tree.leaves(params):

@@ -29,6 +29,7 @@ from jax.sharding import PartitionSpec
 from ..core.arithmetic import wide_dtype
 from ..core.paths import path_string
 from .model import Transformer
+from .pipeline import gpipe
 from .sharding import constrained
 
 
@@ -84,11 +85,11 @@ def _of_stage(
     if config.dropout:
         raise ValueError("a staged step has no dropout; leave out dropout, or the stages.")
 
-    def tick(received: jax.Array, at: jax.Array) -> tuple[jax.Array, jax.Array]:
-        model = nnx.merge(graphdef, params)
-        x = model.embedded(micro[jnp.clip(at, 0, count - 1), :, :-1])
-        y = model.through_layers(jnp.where(here == 0, x, received))[0]
-        return jax.lax.ppermute(y, "stage", [(i, i + 1) for i in range(stages - 1)]), y
+    def embedded(at: jax.Array) -> jax.Array:
+        return nnx.merge(graphdef, params).embedded(micro[at, :, :-1])
+
+    def through(x: jax.Array) -> jax.Array:
+        return nnx.merge(graphdef, params).through_layers(x)[0]
 
     def add(total: jax.Array, at: jax.Array) -> tuple[jax.Array, None]:
         model = nnx.merge(graphdef, params)
@@ -98,8 +99,7 @@ def _of_stage(
     _, rows, length = micro.shape
     nothing = jnp.zeros((rows, length - 1, config.width), config.dtype)
     nothing = constrained(nothing, "rows", "context", None)
-    _, out = jax.lax.scan(tick, nothing, jnp.arange(count + stages - 1))
-    mine = _shared(out[stages - 1 :], here, stages)
+    mine = _shared(gpipe(embedded, through, nothing, count, stages), here, stages)
     start = jnp.zeros([], jnp.float32)
     total, _ = jax.lax.scan(jax.checkpoint(add), start, jnp.arange(count // stages))
     return jax.lax.psum(total, "stage") / count
