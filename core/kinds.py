@@ -160,6 +160,9 @@ def _options(kind: type) -> Kind:
                 raise Refused(str(error)) from None
         if isinstance(value, kind):
             return value
+        if value is None:
+            none = _as_first_field(kind, "none")
+            raise Refused(f"leave it out, or {none}" if none else "leave it out.")
         raise Refused(_as_first_field(kind, value))
 
     return Kind(f"ravine.{kind.__name__}(...)", convert)
@@ -172,7 +175,7 @@ def _as_first_field(kind: type, value: Any) -> str:
         kind(**{first: value})
     except (ValueError, TypeError):
         return ""
-    return "" if value is None else f"give ravine.{kind.__name__}({first}={shown(value)})."
+    return f"give ravine.{kind.__name__}({first}={shown(value)})."
 
 
 def _none(value: Any) -> None:

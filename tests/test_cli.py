@@ -26,6 +26,22 @@ def test_an_unknown_command_is_refused_with_the_nearest_one(word, meant, capsys)
     assert meant in told
 
 
+@pytest.mark.parametrize(
+    ("words", "fixed"),
+    [
+        ("race --optimizers adamw muon --steps 5", "adamw,muon"),
+        ("sweep --optimizers=adamw, soap_muon, lion", "adamw,soap_muon,lion"),
+        ("speedup muon", "muon"),
+    ],
+)
+def test_names_of_optimizers_between_spaces_get_their_commas(words, fixed, capsys):
+    assert main(words.split()) == 2
+    told = capsys.readouterr().err
+    assert told.endswith(f"; separate optimizers by commas: --optimizers {fixed}.\n")
+    assert main(["race", "--optimizers", "adamw", "cake"]) == 2
+    assert capsys.readouterr().err == "ravine: Unrecognized options: cake\n"
+
+
 STUDY = [f"study {name}" for name in STUDIES]
 
 

@@ -30,6 +30,8 @@ BAD = [
     ({"eps": -1.0, "graft": {"step": "none"}}, "eps must be finite and not negative"),
     ({"graft": "sgd"}, r"give ravine\.Grafting\(step='sgd'\)"),
     ({"graft": "adamax"}, r"graft must be ravine\.Grafting\(\.\.\.\), got 'adamax'\."),
+    ({"graft": None}, r"got None; leave it out, or give ravine\.Grafting\(step='none'\)\."),
+    ({"roots": None}, r"roots must be ravine\.Roots\(\.\.\.\), got None; leave it out\."),
     ({"refresh": 20}, r"give ravine\.Refresh\(every=20\)"),
     ({"factors": {"max_elements": 0}}, r"factors\.max_elements must be a whole number of at"),
     ({"eps": -1.0}, "eps must be finite and not negative"),

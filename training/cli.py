@@ -236,7 +236,7 @@ def _parse(config: Any, command: str, words: list[str]) -> Any:
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        raise ValueError(_one_line(complaint.getvalue())) from None
+        raise ValueError(_with_commas(_one_line(complaint.getvalue()), config, words)) from None
     check_local(parsed)
     return parsed
 
@@ -273,6 +273,20 @@ def _one_line(boxed: str) -> str:
     text = " ".join(line for line in lines if line.strip("-"))  # boxes without Unicode are dashes
     text = text.split("For full helptext")[0].strip()
     return re.sub(r"^Error parsing [\w.]+: ", "", text)  # a sentence of ours, behind a class's name
+
+
+def _with_commas(text: str, config: Any, words: list[str]) -> str:
+    """A complaint about stray words, with the fix if there are names of optimizers among them."""
+    from ..optimizers.registry import names
+
+    stray = text.partition("Unrecognized options:")[2].replace(",", " ").split()
+    stray = [word for word in stray if word in names()]
+    if not stray or not hasattr(config, "optimizers"):
+        return text
+    given = " ".join(words).partition("--optimizers")[2].partition(" --")[0]
+    both = dict.fromkeys([*re.split(r"[\s,=]+", given.strip(" ,=")), *stray])
+    flag = f"--optimizers {','.join(filter(None, both))}"
+    return f"{text}; separate optimizers by commas: {flag}."
 
 
 def _refuse(message: str, status: int = 2) -> int:
