@@ -11,11 +11,18 @@ import ravine
 from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from ravine.training.curvature import of_parameters
+from ravine.stability import next_token_loss
+from ravine.training.compare.entrants import Entrant
+from ravine.training.config import RunConfig
+from ravine.training.curvature import HUTCHINSON, of_parameters
+from ravine.training.data.batches import train_batches
 from ravine.training.model import ModelConfig
+from ravine.training.placed import place
+from ravine.training.programs import Programs
+from ravine.training.sharding import batch_sharding, build_mesh
 from ravine.training.step import init_params, init_state, make_train_step
 
-from .tolerances import HALF, double, furthest
+from .tolerances import HALF, UNIT, double, furthest
 
 INPUTS = jax.random.normal(jax.random.key(1), (8, 4))
 WEIGHTS = 0.5 * jax.random.normal(jax.random.key(2), (4, 3))
@@ -209,3 +216,32 @@ def test_in_the_trainers_step():
         state, metrics = step(state, batch)
     assert jnp.isfinite(metrics["loss"])
     assert float(optax.tree.get(state.opt_state, "win_rate")) > 0
+
+
+@pytest.mark.parametrize("name", ["sophia_g", "sophia_h"])
+def test_the_trainer_gives_each_its_own_estimate(name, corpus):
+    """Hutchinson's has negative entries, as the Hessian; the other is a square."""
+    config = RunConfig(model=ModelConfig(width=16, layers=1, heads=1, context=16), batch_size=4)
+    entrant = Entrant(ravine.OptimizerConfig(name, {"start": 0, "b2": 0.0}), 1e-3)
+    mesh = build_mesh()
+    placed = place(config.model, entrant.build(config), mesh)
+    batch = next(train_batches(corpus, batch_size=4, context=16, seed=0))
+    with jax.set_mesh(mesh):
+        state = placed.init(0)
+        programs = Programs(
+            config, placed, batch_sharding(mesh, 4), by_hutchinson=name in HUTCHINSON
+        )
+        before = jax.tree.map(jnp.array, state.params)
+        after, *_ = programs.of(4, state)[1](state, batch)
+    found = optax.tree.get(after.opt_state, "nu")
+    key = jax.random.fold_in(jax.random.key(0), 0)
+    logits = lambda params: nnx.merge(placed.graphdef, params)(batch[:, :-1])
+    loss = lambda params: next_token_loss(logits(params), batch[:, 1:])
+    estimates = {
+        "sophia_g": ravine.gauss_newton_bartlett(logits),
+        "sophia_h": ravine.hutchinson(loss),
+    }
+    expected = jax.jit(estimates[name])(before, key)
+    # Sums of 64 to 1024 rounded terms, in another order where they are compiled elsewhere.
+    assert furthest(found, expected) < 1e4 * UNIT
+    assert (min(float(jnp.min(x)) for x in jax.tree.leaves(found)) < 0) == (name == "sophia_h")

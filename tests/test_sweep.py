@@ -66,7 +66,15 @@ def test_every_registered_optimizer_has_a_space():
         "muon",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("adamw", "sgd", "adan", "ademamix", "mars", "schedule_free_sgd")
+            for name in (
+                "adamw",
+                "sgd",
+                "adan",
+                "ademamix",
+                "mars",
+                "schedule_free_sgd",
+                "sophia_h",
+            )
         ),
     ],
 )

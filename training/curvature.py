@@ -1,4 +1,4 @@
-"""Sophia's curvature for Flax NNX models."""
+"""Sophia's curvature in the trainer, and for Flax NNX models."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,6 +6,9 @@ from typing import Any
 from flax import nnx
 
 from ..optimizers.links.curvature import filled
+
+HUTCHINSON = ("sophia_h",)
+"""Registered optimizers that are given Hutchinson's estimate; Sophia-G is given its own."""
 
 
 def of_parameters(

@@ -27,9 +27,13 @@ class Programs:
       run: which steps.
       placed: the model and the optimizer.
       rows: of a batch.
+      by_hutchinson: whether the optimizer's curvature is estimated so.
     """
 
-    def __init__(self, run: RunConfig, placed: Placed, rows: NamedSharding):
+    def __init__(
+        self, run: RunConfig, placed: Placed, rows: NamedSharding, by_hutchinson: bool = False
+    ):
+        self._by_hutchinson = by_hutchinson
         self._run, self._placed, self._rows = run, placed, rows
         self._parts = run.batch_size // rows.shard_shape((run.batch_size,))[0]
         self._size, self._program = 0, (None, None)
@@ -53,6 +57,7 @@ class Programs:
                 attention_logits=bool(run.qk_clip or run.monitor_every),
                 fused=run.fused,
                 noise_scale_every=run.noise_scale_every,
+                by_hutchinson=self._by_hutchinson,
             )
             traced = step.trace(state, batch)
             self._size, self._program = size, (traced, traced.lower().compile())

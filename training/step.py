@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 
 from ..core.transformation import states_of
-from ..optimizers.links.curvature import gauss_newton_bartlett
+from ..optimizers.links.curvature import gauss_newton_bartlett, hutchinson
 from ..optimizers.roles import RAVINE_RULES
 from ..stability import (
     Guarded,
@@ -169,16 +169,17 @@ def make_train_step(
     fused: bool = False,
     noise_scale_every: int = 0,
     staged: bool = False,
+    by_hutchinson: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """`step(state, batch) -> state, metrics`: jit it with ``donate_argnums=0``.
 
     Optimizers that take ``curvature=``, as Sophia, are given the Gauss-Newton-Bartlett estimator on the
-    first of the micro-batches; all are given ``loss=``, as guards need it, and, with `attention_logits`,
-    ``max_logits=``, as QK-clip does. With `monitor_every`, the optimizer is to be one `with_monitors` of
-    that period, which is given `MEASURED`. `fused` takes the loss without holding logits, which monitors
-    need. With `noise_scale_every`, the optimizer holds one `with_noise_scale`, which is told every so
-    many steps. `staged` passes the micro-batches through the stages of the mesh, see
-    `ravine.training.staged`, and measures nothing.
+    first of the micro-batches, or Hutchinson's with `by_hutchinson`; all are given ``loss=``, as guards
+    need it, and, with `attention_logits`, ``max_logits=``, as QK-clip does. With `monitor_every`, the
+    optimizer is to be one `with_monitors` of that period, which is given `MEASURED`. `fused` takes the
+    loss without holding logits, which monitors need. With `noise_scale_every`, the optimizer holds one
+    `with_noise_scale`, which is told every so many steps. `staged` passes the micro-batches through the
+    stages of the mesh, see `ravine.training.staged`, and measures nothing.
 
     Raises:
       ValueError: for a fused loss with monitors, a noise scale of one micro-batch beside attention
@@ -227,10 +228,12 @@ def make_train_step(
                 )
             return nnx.merge(graphdef, params)(inputs)
 
-        extra = {
-            "loss": loss,
-            "curvature": gauss_newton_bartlett(logits, params=state.params),
-        }
+        if by_hutchinson:
+            plain = lambda params: next_token_loss(logits(params), batch[::micro_batches, 1:])
+            curvature = hutchinson(plain, params=state.params)
+        else:
+            curvature = gauss_newton_bartlett(logits, params=state.params)
+        extra = {"loss": loss, "curvature": curvature}
         if micro:
             extra["micro_batches"] = micro[0]
         if attention_logits:

@@ -12,6 +12,7 @@ from ...optimizers.roles import mask_by_role
 from ...stability import clip_by_global_norm, noise_scale, squared_norms, with_noise_scale
 from ..compare.entrants import DECAYED, line_up
 from ..config import check_learning_rate
+from ..curvature import HUTCHINSON
 from ..data.batches import heldout_batches, train_batches
 from ..data.corpus import Corpus
 from ..gradients import micro_batch_value_and_grad
@@ -71,7 +72,8 @@ class Trainer:
 
         def step(state: TrainState, batch: Any, rate: jax.Array) -> Any:
             tx = self.transformation(batch_size, rate)
-            return make_train_step(self.graphdef, tx)(state, batch)
+            by_hutchinson = self.optimizer.name in HUTCHINSON
+            return make_train_step(self.graphdef, tx, by_hutchinson=by_hutchinson)(state, batch)
 
         return jax.jit(step, donate_argnums=0)
 

@@ -16,6 +16,7 @@ from ...optimizers.registry import OptimizerConfig
 from ...optimizers.roles import mask_by_role
 from ...stability import clip_by_global_norm
 from ..config import RunConfig
+from ..curvature import HUTCHINSON
 from ..data.batches import heldout_batches, train_batches
 from ..data.corpus import Corpus
 from ..run import interrupts
@@ -102,7 +103,8 @@ class Trials:
 
         def step(state: TrainState, batch: Any, rate: Any, numbers: dict[str, Any]) -> Any:
             tx = build(rate, numbers)
-            return make_train_step(self._graphdef, tx, attention_logits=False)(state, batch)
+            options = {"attention_logits": False, "by_hutchinson": rest.name in HUTCHINSON}
+            return make_train_step(self._graphdef, tx, **options)(state, batch)
 
         return jax.jit(init), jax.jit(step, donate_argnums=0)
 
