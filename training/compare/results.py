@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ..config import RunConfig
 from ..config_file import filled
@@ -14,6 +14,9 @@ from .summary import ranked, summary_columns, summary_rows
 from .sweep import TRIALS, derived, read_trials
 
 PAGE = Path(__file__).parents[2] / "docs" / "results.md"
+
+Table = Literal["", "losses", "hardware"]
+"""Of a race: all of its summary, the part that a busy machine does not change, or what it costs."""
 
 
 def sweep_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -43,12 +46,12 @@ def sweep_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def race_lines(folder: Path, *, hardware: bool = False) -> list[str]:
+def race_lines(folder: Path, table: Table = "") -> list[str]:
     """The table of a race in Markdown, from the files in its folder.
 
     Args:
       folder: `--out` of the race.
-      hardware: what the optimizers cost the machine, instead of the losses.
+      table: which.
 
     Raises:
       ValueError: for a folder without a finished race.
@@ -64,13 +67,24 @@ def race_lines(folder: Path, *, hardware: bool = False) -> list[str]:
         outcomes.append(outcome)
     if not outcomes:
         raise ValueError(f"{folder} holds no race; give the --out of a finished one.")
-    if hardware:
+    if table == "hardware":
         columns = list(COLUMNS)
         rows = hardware_rows(ranked(outcomes), run, told_device)
     else:
         columns, rows = summary_columns(outcomes, run), summary_rows(outcomes, run)
+    if table == "losses":
+        kept = [index for index, column in enumerate(columns) if not _is_timed(column)]
+        columns, *rows = ([row[index] for index in kept] for row in (columns, *rows))
     lines = [f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"]
     return lines + [f"| {' | '.join(cells)} |" for cells in rows]
+
+
+def _is_timed(column: str) -> bool:
+    return column.startswith("seconds") or column in (
+        "median step ms",
+        "of it optimizer ms",
+        "compile s",
+    )
 
 
 def fill(page: str, name: str, lines: Sequence[str]) -> str:
@@ -87,13 +101,20 @@ def fill(page: str, name: str, lines: Sequence[str]) -> str:
 
 
 def main(folders: Sequence[str]) -> None:
-    """Writes the tables: that of the sweep, and those of the races ``name=folder``."""
+    """Writes the tables: that of the sweep, and those of the races ``name=folder``.
+
+    Raises:
+      ValueError: for a name that the page has no place for.
+    """
     page = fill(PAGE.read_text(encoding="utf-8"), "sweep", sweep_lines(read_trials(TRIALS)))
     for given in folders:
         name, _, folder = given.partition("=")
-        page = fill(page, name, race_lines(Path(folder)))
-        if f"<!-- {name} hardware -->" in page:
-            page = fill(page, f"{name} hardware", race_lines(Path(folder), hardware=True))
+        places = {f"{name} {table}".strip(): table for table in get_args(Table)}
+        here = {place: t for place, t in places.items() if f"<!-- {place} -->\n" in page}
+        if not here:
+            raise ValueError(f"{PAGE.name} has no place for {name!r}; write <!-- {name} --> there.")
+        for place, table in here.items():
+            page = fill(page, place, race_lines(Path(folder), table))
     PAGE.write_text(page, encoding="utf-8")
 
 
