@@ -188,7 +188,13 @@ def test_activations_change_as_much_at_every_width(name):
 
 @pytest.mark.parametrize(
     ("name", "learning_rate"),
-    [("adamw", 1e-3), pytest.param("sgd", 0.03, marks=pytest.mark.slow)],
+    [
+        ("adamw", 1e-3),
+        *(
+            pytest.param(name, rate, marks=pytest.mark.slow)
+            for name, rate in (("sgd", 0.03), ("shampoo", 1e-3), ("soap", 1e-3))
+        ),
+    ],
 )
 def test_activations_change_as_much_at_every_depth(name, learning_rate):
     depths = {layers: {"width": 16, "layers": layers} for layers in (1, 4)}
