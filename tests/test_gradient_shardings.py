@@ -1,10 +1,10 @@
-"""Gradients sharded differently from the parameters: they are moved, and nothing else is."""
+"""Shardings from step to step: gradients are moved to the parameters, and nothing else changes."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 import ravine
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from .arrays import normal_leaves
@@ -64,3 +64,24 @@ def test_moments_tell_where_gradients_go_without_parameters():
         state = jax.jit(tx.init)({"w": w})
         update, _ = jax.jit(tx.update)({"w": jax.reshard(w, P("y", None))}, state)
     assert update["w"].sharding.spec == P("x", "y")
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_on_mesh_is_traced_once_if_parameters_are_on_the_mesh(count):
+    """Otherwise JAX traces twice: the types of results have a mesh, those of the arguments had none."""
+    devices = jax.devices()[:count]
+    mesh = jax.make_mesh((count,), ("x",), devices=devices, axis_types=(AxisType.Auto,))
+    params = jax.device_put({"w": jnp.ones((4, 8))}, NamedSharding(mesh, P("x")))
+    tx, traces = ravine.on_mesh(ravine.scale_by_adam(), params), []
+
+    @jax.jit
+    def step(params, state):
+        traces.append(None)
+        updates, state = tx.update(params, state, params)
+        return jax.tree.map(jnp.add, params, updates), state
+
+    with jax.set_mesh(mesh):
+        state = jax.jit(tx.init)(params)
+        for _ in range(3):
+            params, state = step(params, state)
+    assert len(traces) == 1

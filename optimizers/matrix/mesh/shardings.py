@@ -69,7 +69,9 @@ def on_mesh(
     `Auto`.
 
     Inside, all axes are `Explicit`; results, and parameters for ``curvature=``, have the axes of the
-    actual mesh. Under an `Explicit` mesh it changes nothing.
+    actual mesh. Under an `Explicit` mesh it changes nothing. Place parameters on the mesh before the
+    first update, also on a mesh of one device: otherwise ``jax.jit`` traces the update again for the
+    second, since what it returns is on the mesh.
 
     Args:
       tx: any transformation that works under an `Explicit` mesh; all of Ravine's do.
