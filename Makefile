@@ -30,7 +30,7 @@ notebooks: $(STAMP)
 
 processes: $(STAMP)
 	@echo "==> processes: several processes, and several cores, have the losses of one; signals to a process"
-	$(PYTEST) -n 2 -m "processes and not slow" tests/test_processes.py tests/test_threads.py tests/test_bad_days_processes.py
+	$(PYTEST) -n 2 -m "processes and not slow" tests/test_processes.py tests/test_bucket_orbax.py tests/test_threads.py tests/test_bad_days_processes.py
 
 test-slow: $(STAMP)
 	@echo "==> test-slow: the long sweeps, compiled as for users"

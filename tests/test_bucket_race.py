@@ -189,6 +189,17 @@ def test_a_race_in_a_bucket_goes_on_from_there(memory, temporary, tmp_path, caps
     assert "race.lock" not in whole
     assert not os.listdir(temporary)
 
+    # A branch that changes nothing goes on as the run did, and leaves it alone.
+    assert runs(tmp_path / "branch", "--branch-from", f"{URL}@3", text=text) == 0
+    assert untimed((tmp_path / "branch/adamw/metrics.jsonl").read_bytes()) == untimed(records)
+    meta = json.loads((tmp_path / "branch/adamw/meta.json").read_text())
+    assert meta["branched_from"] == {"run": f"{URL}/adamw", "step": 3}
+    assert names(memory) == whole
+    assert not os.listdir(temporary)
+    assert runs(tmp_path / "none", "--branch-from", f"{URL}@4", text=text) == 2
+    told = f"the checkpoint of step 4 in {URL}/adamw is not there; those of steps [3, 6] are"
+    assert told in capsys.readouterr().err
+
     # As if the run was killed while it copied its last checkpoint.
     memory.rm("/bucket/run/adamw/outcome.json")
     memory.rm("/bucket/run/adamw/checkpoints/6/files.json")
@@ -208,7 +219,13 @@ def untimed(records):
     ]
 
 
-def test_several_processes_are_refused(monkeypatch, memory):
+@pytest.mark.parametrize(
+    ("config", "flag"),
+    [(RaceConfig(out=Path(URL)), "--out"), (RaceConfig(branch_from=f"{URL}@3"), "--branch-from")],
+)
+def test_several_processes_need_a_bucket_that_orbax_writes(monkeypatch, config, flag):
+    check_bucket(config)
     monkeypatch.setattr("jax.process_count", lambda: 2)
-    with pytest.raises(ValueError, match=f"--out {URL}: one process can write to a bucket, and 2"):
-        check_bucket(RaceConfig(out=Path(URL)))
+    with pytest.raises(ValueError, match=f"{flag} {URL}.*: several processes .* gs:// only"):
+        check_bucket(config)
+    check_bucket(RaceConfig(out=Path("gs://bucket/run"), branch_from="gs://bucket/long@3"))

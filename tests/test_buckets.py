@@ -3,7 +3,9 @@
 import errno
 import os
 import re
+import sys
 import tempfile
+import types
 from pathlib import Path
 
 import fsspec
@@ -17,6 +19,8 @@ from ravine.training.config_file import printed, read_config
 from ravine.training.data.bpe import corpus_of
 from ravine.training.data.corpus import load_corpus
 from ravine.training.data.shards import write_shard
+
+from .short_race import SHORT
 
 
 @pytest.fixture
@@ -167,9 +171,6 @@ class Full(Short):
     "command",
     [
         "race --tokenizer",
-        "race --profile",
-        "race --tensorboard",
-        "race --branch-from",
         "sweep --out",
         "speedup --out",
         "sensitivity --out",
@@ -183,19 +184,32 @@ class Full(Short):
 )
 def test_nothing_else_may_lie_in_a_bucket(tmp_path, monkeypatch, capsys, command):
     monkeypatch.chdir(tmp_path)
-    url = "gs://bucket/run" + {"from": "@3", "gure": ".png"}.get(command[-4:], "")
+    url = "gs://bucket/run" + (".png" if "figure" in command else "")
     assert main([*command.split(), url]) == 2
     said = capsys.readouterr().err
     flag = command.split()[-1]
-    assert f"{flag} {url}: only data and the --out of a race" in said
+    assert f"{flag} {url}: only data, profiles, and the --out, " in said
     assert said.count("\n") == 1
     assert not os.listdir(tmp_path)
 
 
 def test_nor_in_a_program(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="--tensorboard gs://bucket/run: only data"):
-        race(RaceConfig(tensorboard=Path("gs://bucket/run")))
+    with pytest.raises(ValueError, match="--tokenizer gs://bucket/run: only data"):
+        race(RaceConfig(run=RunConfig(tokenizer=Path("gs://bucket/run"))))
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("flag", ["--out", "--tensorboard", "--profile", "--branch-from"])
+def test_a_bucket_that_nothing_opens_is_refused_at_once(tmp_path, monkeypatch, capsys, flag):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "tensorboardX", types.ModuleType("tensorboardX"))
+    url = "nowhere://bucket/run" + ("@3" if "from" in flag else "")
+    assert main(["race", *SHORT, "--optimizers", "sgd", "--data", __file__, flag, url]) == 2
+    said = capsys.readouterr().err
+    assert "nowhere://bucket/run" in said
+    assert "Protocol not known: nowhere" in said
+    assert said.count("\n") == 1
     assert not os.listdir(tmp_path)
 
 

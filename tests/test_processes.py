@@ -61,7 +61,7 @@ def free_port(wanted):
 
 
 @contextlib.contextmanager
-def launched(words, count, devices, logs, cache, port=None):
+def launched(words, count, devices, logs, cache, port=None, command=("ravine",)):
     """Processes on a free port, or on a given one as SLURM starts them; the context ends them all."""
     slurm, port = port is not None, port or free_port(0)
     environment = {
@@ -86,10 +86,16 @@ def launched(words, count, devices, logs, cache, port=None):
                     "SLURM_PROCID": str(index),
                     "SLURM_LOCALID": str(index),
                 }
-            command = [sys.executable, "-m", "ravine", *words, *join, "--cpu-devices", str(devices)]
+            join = [*join, "--cpu-devices", str(devices)]
             log = stack.enter_context((logs / f"{index}.log").open("w"))
             started.append(
-                subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=logs)
+                subprocess.Popen(
+                    [sys.executable, "-m", *command, *words, *join],
+                    stdout=log,
+                    stderr=log,
+                    env=environment,
+                    cwd=logs,
+                )
             )
             stack.callback(kill, started[-1])
         yield started

@@ -4,14 +4,12 @@ A checkpoint holds whole arrays and nothing about the mesh, so it can be restore
 gives a folder its name when all is written. What happens to the folder later, a disk that was full, a
 copy that was cut off or a bit that flipped, a reader would find late, on a pod perhaps in one process
 of many, or not at all; so the first process adds a list of the files with their sizes and SHA-256, the
-seal, and compares before anyone reads.
+seal, and compares before anyone reads. A folder may be one in a bucket, ``gs://``.
 """
 
 import concurrent.futures
 import contextlib
-import dataclasses
 import functools
-import hashlib
 import itertools
 import json
 import warnings
@@ -22,37 +20,23 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from .data.buckets import absolute, named, url_of
 from .data.taking import Batches
-from .distributed import from_first, is_first
+from .distributed import from_first, is_first, unanimous
 from .rollback import Rollback
 from .run import orbax_noise
-from .run.files import said, write_json
+from .run.origin import Origin
+from .run.seal import complaint_of, move, names_in, write_seal
 from .step import TrainState
 
-SEAL = "files.json"
-REFUSED = "checkpoints-refused"
 METADATA = "_CHECKPOINT_METADATA"
 _STATE, _SNAPSHOTS = "state", "snapshots"
-
-
-@dataclasses.dataclass(frozen=True)
-class Origin:
-    """A checkpoint of another run, from which a branch starts."""
-
-    run: Path
-    """The folder of that run."""
-    step: int
-
-    @property
-    def folder(self) -> Path:
-        """Where it lies."""
-        return self.run / "checkpoints" / str(self.step)
 
 
 class Checkpoints:
     """The newest checkpoints of one run, written in the background, each whole or not there.
 
-    All processes of a run make one and call its methods alike, on one file system.
+    All processes of a run make one and call its methods alike, on one file system or bucket.
 
     Args:
       folder: where they lie; made when missing.
@@ -60,7 +44,8 @@ class Checkpoints:
       past: from a step to more of them, of what came before it.
       origin: where to start if there is no checkpoint yet.
       keep: how many; 0 for all.
-      on_sealed: called by the first process, in the background, when one is whole.
+      on_whole: called by the first process, in the background, when one is whole: with its seal on a
+        disk, and before that in a bucket, so that what is copied there is not older than it.
     """
 
     def __init__(
@@ -71,13 +56,13 @@ class Checkpoints:
         *,
         origin: Origin | None = None,
         keep: int = 2,
-        on_sealed: Callable[[], None] = lambda: None,
+        on_whole: Callable[[], None] = lambda: None,
     ):
         self._identity, self._past = identity, past
-        self._origin, self._keep, self._on_sealed = origin, keep, on_sealed
+        self._origin, self._keep, self._on_whole = origin, keep, on_whole
         self.branched: Origin | None = None
         """Where `restore` has found the state, if not here."""
-        self._path = folder.absolute()
+        self._path = absolute(folder)
         orbax_noise.quiet()
         self._background = concurrent.futures.ThreadPoolExecutor(1)  # which starts no thread yet
         self._writing: concurrent.futures.Future[None] | None = None
@@ -92,7 +77,7 @@ class Checkpoints:
         policies = ocp.training.preservation_policies
         newest: Any = policies.LatestN(self._keep) if self._keep else policies.PreserveAll()
         return ocp.training.Checkpointer(
-            str(self._path), preservation_policy=newest, cleanup_tmp_directories=True
+            named(self._path), preservation_policy=newest, cleanup_tmp_directories=True
         )
 
     def save(self, state: TrainState, batches: Batches, rollback: Rollback | None = None) -> None:
@@ -119,9 +104,12 @@ class Checkpoints:
 
         def seal() -> None:
             if written is not None and written.result() and is_first():
-                folder = self._folder(step)
-                write_json(folder / SEAL, _contents(_files(folder)))
-                self._on_sealed()
+                before = bool(url_of(self._path))
+                if before:
+                    self._on_whole()
+                write_seal(self._folder(step))
+                if not before:
+                    self._on_whole()
 
         self._writing = self._background.submit(seal)
 
@@ -144,7 +132,7 @@ class Checkpoints:
           ValueError: if there are checkpoints, but each was cut off, is damaged or is of another
             configuration, or if that of the origin is. Nothing is touched then.
         """
-        steps = self._steps()
+        steps = _steps(self._path)[::-1]
         if not steps:
             if self._origin is None:
                 return state
@@ -153,9 +141,9 @@ class Checkpoints:
             return self._read(self._origin.folder, state, batches, rollback)
         refused: dict[int, str] = {}
         for step in steps:
-            complaint = from_first(_complaint(self._folder(step)) if is_first() else "")
+            complaint = _agreed(self._folder(step))
             if not complaint:
-                metadata: Any = ocp.metadata(str(self._folder(step))).custom_metadata
+                metadata: Any = ocp.metadata(named(self._folder(step))).custom_metadata
                 differing = self._differing(metadata["identity"], step)
                 if not differing:
                     break
@@ -163,13 +151,12 @@ class Checkpoints:
             refused[step] = complaint
         else:
             raise ValueError(
-                f"none of the checkpoints in {self._path} can be used; that of step {steps[0]} "
+                f"none of the checkpoints in {named(self._path)} can be used; that of step {steps[0]} "
                 f"{refused[steps[0]]}. Use the configuration they were written with, another folder, or "
                 "remove them."
             )
         for older in steps[steps.index(step) + 1 :]:
-            read = {METADATA}
-            complaint = from_first(_complaint(self._folder(older), read) if is_first() else "")
+            complaint = _agreed(self._folder(older), {METADATA})
             if complaint:
                 refused[older] = complaint
         self._warn(refused, step)
@@ -189,27 +176,26 @@ class Checkpoints:
         origin = self._origin
         if origin is None:
             return
-        there = is_first() and origin.folder.is_dir()
-        complaint = _complaint(origin.folder, only) if there else ""
-        if is_first() and not there:
-            found = sorted(map(int, steps_of(origin.folder.parent)))
+        found = _steps(origin.checkpoints)
+        if origin.step in found:
+            complaint = _agreed(origin.folder, only)
+        else:
             complaint = f"is not there; those of steps {found} are" if found else "is not there"
-        complaint = from_first(complaint)
         if not complaint:
-            metadata: Any = ocp.metadata(str(origin.folder.absolute())).custom_metadata
+            metadata: Any = ocp.metadata(named(absolute(origin.folder))).custom_metadata
             differing = self._differing(metadata["identity"], origin.step)
             if differing:
                 complaint = f"has another past ({'; '.join(differing[:3])})"
         if complaint:
             raise ValueError(
-                f"the checkpoint of step {origin.step} in {origin.run} {complaint}; a branch may change "
-                "what comes after its checkpoint, nothing before."
+                f"the checkpoint of step {origin.step} in {named(origin.run)} {complaint}; a branch may "
+                "change what comes after its checkpoint, nothing before."
             )
 
     def _read(
         self, folder: Path, state: TrainState, batches: Batches, rollback: Rollback | None
     ) -> TrainState:
-        path = str(folder.absolute())
+        path = named(absolute(folder))
         metadata: Any = ocp.metadata(path).custom_metadata
         abstract = jax.tree.map(ocp.arrays.to_shape_dtype_struct, state)
         parts: dict[str, Any] = {_STATE: abstract}
@@ -250,20 +236,14 @@ class Checkpoints:
             yield
         except Exception as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            reason = f"the checkpoint of step {self._step} in {self._path} cannot be written"
+            where = named(self._path)
+            reason = f"the checkpoint of step {self._step} in {where} cannot be written"
             raise OSError(f"{reason}: {lines[0][:200]}") from error
-
-    def _steps(self) -> list[int]:
-        """Of the checkpoints that are there, newest first."""
-        steps = []
-        if is_first():
-            steps = list(map(int, steps_of(self._path)))
-        return json.loads(from_first(json.dumps(sorted(steps, reverse=True))))
 
     def _warn(self, refused: dict[int, str], step: int) -> None:
         for other, why in refused.items():
             warnings.warn(
-                f"the checkpoint of step {other} in {self._path} {why} and is set aside; "
+                f"the checkpoint of step {other} in {named(self._path)} {why} and is set aside; "
                 f"going on from that of step {step}.",
                 stacklevel=3,
             )
@@ -275,13 +255,13 @@ class Checkpoints:
         """Moves checkpoints out of the way of those that will be written."""
         if not steps:
             return
-        if is_first():
-            aside = self._path.with_name(f"{self._path.name}-refused")
-            aside.mkdir(exist_ok=True)
-            for step in steps:
-                names = (aside / f"{step}.{n}" for n in itertools.count())
-                self._folder(step).rename(next(name for name in names if not name.exists()))
-        from_first("moved")
+        with unanimous():
+            if is_first():
+                aside = self._path.with_name(f"{self._path.name}-refused")
+                there = names_in(aside)
+                for step in steps:
+                    names = (f"{step}.{n}" for n in itertools.count())
+                    move(self._folder(step), aside / next(x for x in names if x not in there))
 
     def _differing(self, found: dict[str, Any], step: int) -> list[str]:
         """What differs from this configuration."""
@@ -295,51 +275,21 @@ class Checkpoints:
 
 def steps_of(folder: Path) -> list[str]:
     """The names of checkpoints in a folder."""
-    if not folder.is_dir():
-        return []
-    return [entry.name for entry in folder.iterdir() if entry.name.isdecimal()]
+    return [name for name in names_in(folder) if name.isdecimal()]
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
-    return {path.relative_to(folder).as_posix(): path for path in paths}
+def _steps(folder: Path) -> list[int]:
+    """Of the checkpoints that are there, oldest first, as the first process sees them."""
+    with unanimous():
+        steps = sorted(map(int, steps_of(folder))) if is_first() else []
+    return json.loads(from_first(json.dumps(steps)))
 
 
-def _contents(files: dict[str, Path]) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of each file, several at a time: hashing leaves other threads alone."""
-
-    def content(path: Path) -> dict[str, Any]:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"bytes": path.stat().st_size, "sha256": digest}
-
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        return dict(zip(files, pool.map(content, files.values()), strict=True))
-
-
-def _complaint(folder: Path, only: Collection[str] | None = None) -> str:
-    """What is wrong with a checkpoint; empty for one that is intact.
-
-    Of a checkpoint that will not be restored the contents of some files are enough.
-    """
-    try:
-        listed = json.loads((folder / SEAL).read_text(encoding="utf-8"))
-        sizes = {name: content["bytes"] for name, content in listed.items()}
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
-        return f"was cut off ({SEAL}, which is written last, is missing or damaged)"
-    try:
-        there = _files(folder)
-        for name, size in sizes.items():
-            found = there[name].stat().st_size if name in there else "no"
-            if found != size:
-                return f"was cut off ({name} has {found} of {size} bytes)"
-        compared = {name: there[name] for name in listed if only is None or name in only}
-        for name, content in _contents(compared).items():
-            if content != listed[name]:
-                return f"is damaged ({name} does not have the content that was written)"
-    except OSError as error:
-        return f"cannot be read ({said(error)})"
-    return ""
+def _agreed(folder: Path, only: Collection[str] | None = None) -> str:
+    """What the first process finds wrong with a checkpoint."""
+    with unanimous():
+        complaint = complaint_of(folder, only) if is_first() else ""
+    return from_first(complaint)
 
 
 def _leaves(tree: Any, path: str = "") -> dict[str, Any]:

@@ -16,6 +16,9 @@ EXTENDS: Mapping[str, bool] = {"extends": True}
 """Metadata of a field that may change when a run is resumed: it decides only about what is still to
 come, or about the past only through learning rates, which are compared by themselves."""
 
+BUCKET: Mapping[str, bool] = {"bucket": True}
+"""Metadata of a field whose path may be one in a bucket."""
+
 
 def to_json(config: Any, *, resumed: bool = False) -> dict[str, Any]:
     """The fields that decide the results, as JSON values; with `resumed`, those that decided its past.

@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from .batch_schedule import CONSTANT
-from .checkpoint import Checkpoints, Origin
+from .checkpoint import Checkpoints
 from .config import RunConfig
 from .cost import cost_of
 from .curvature import HUTCHINSON
@@ -28,6 +28,7 @@ from .programs import Programs, guard_of
 from .rollback import GaveUp, Rollback
 from .run import interrupts
 from .run.files import Lines, dumps, write_text
+from .run.origin import Origin
 from .run.outcome import Outcome, RunFailed
 from .run.past import identity_of, past_of, rates_of
 from .run.profile import Profile
@@ -53,6 +54,7 @@ def train(
     on_start: Callable[[], None] = lambda: None,
     origin: Origin | None = None,
     on_checkpoint: Callable[[], None] = lambda: None,
+    store: Path | None = None,
 ) -> Outcome:
     """Trains from the seed, or from the newest checkpoint in `folder`, to the last step.
 
@@ -61,13 +63,14 @@ def train(
       tx: the optimizer, learning rate included.
       corpus: the tokens.
       outcome: filled as the run goes on, so that an interruption leaves what was reached.
-      folder: an existing folder for ``metrics.jsonl`` and checkpoints.
+      folder: an existing folder, of the first process, for ``metrics.jsonl``.
       on_record: called with every record.
       mesh: with `Auto` axes, of all devices of all processes, which all call this alike; by default of
         one device.
       on_start: called when nothing is left that could refuse the run, before anything is written.
       origin: a checkpoint of another run to start from, where `folder` has none.
-      on_checkpoint: called in the background when a checkpoint is whole on disk.
+      on_checkpoint: called in the background when a checkpoint is whole; in a bucket before its seal.
+      store: the folder of checkpoints, which all processes see; by default in `folder`.
 
     Returns:
       `outcome`, its status ``finished``, or ``diverged`` if a loss stopped being finite or a guard
@@ -83,7 +86,17 @@ def train(
     try:
         with jax.set_mesh(mesh):
             _train(
-                run, tx, corpus, outcome, folder, on_record, mesh, on_start, origin, on_checkpoint
+                run,
+                tx,
+                corpus,
+                outcome,
+                folder,
+                on_record,
+                mesh,
+                on_start,
+                origin,
+                on_checkpoint,
+                store or folder / "checkpoints",
             )
         outcome.status = "finished"
     except _Diverged as reason:
@@ -104,6 +117,7 @@ def _train(
     on_start: Callable[[], None],
     origin: Origin | None,
     on_checkpoint: Callable[[], None],
+    store: Path,
 ) -> None:
     # Text, model and optimizer, where the mesh has them.
     placed = place(run.model, tx, mesh)
@@ -119,12 +133,12 @@ def _train(
         rates = rates_of(run, outcome)
         identity, past = identity_of(run, outcome, corpus), past_of(run, rates)
         checkpoints = Checkpoints(
-            folder / "checkpoints",
+            store,
             identity,
             past,
             origin=origin,
             keep=run.keep_checkpoints,
-            on_sealed=on_checkpoint,
+            on_whole=on_checkpoint,
         )
         stack.callback(checkpoints.close)
         policy = run.rollback_policy()
@@ -133,9 +147,11 @@ def _train(
         done = int(state.step)
         metrics_file = folder / "metrics.jsonl"
         read = (
-            checkpoints.branched.run / metrics_file.name if checkpoints.branched else metrics_file
+            checkpoints.branched.records / metrics_file.name
+            if checkpoints.branched
+            else metrics_file
         )
-        kept = outcome.take_up(read, run, done)
+        kept = outcome.take_up(read if is_first() else None, run, done)
         clock = Clock(max((entry["seconds"] for entry in kept), default=0.0))
 
         # Nothing is left that could refuse it: from here on files are written.

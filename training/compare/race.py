@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -21,17 +21,18 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ..checkpoint import Origin, steps_of
+from ..checkpoint import steps_of
 from ..config import RunConfig
 from ..data.bpe import corpus_of
-from ..data.buckets import check_local, url_of
+from ..data.buckets import check_local, orbax_writes, url_of
 from ..data.corpus import Corpus
 from ..distributed import check_same, from_first, is_first, start, unanimous
 from ..run import interrupts, tensorboard
 from ..run.bucket import Bucket, bucket_folder
 from ..run.files import said
-from ..run.folder import claimed
+from ..run.folder import CHECKPOINTS, OUTCOME, claimed
 from ..run.meta import check_meta, write_meta
+from ..run.origin import Origin, on_disk
 from ..run.outcome import Outcome, RunFailed
 from ..run.output import Output
 from ..sharding import build_mesh
@@ -106,16 +107,20 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
             for entrant in entrants
         ]
         ended = [False for _ in entrants]
-        out = Path()
-        bucket = None
-        if config.out and (url := url_of(config.out)):  # one process
-            flags = {"overwrite": config.overwrite, "resume": config.resume}
-            bucket = stack.enter_context(bucket_folder(url, **flags))
-            config = dataclasses.replace(config, out=bucket.folder)
+        out, bucket, asked = Path(), None, config.out
         with unanimous():
-            origins = origins_of(config, entrants, config.out)
-            needed = origins if not config.resume else _needed(origins, entrants, config.out)
-            check_origins(needed, entrants, outcomes, run, corpus)
+            origins = origins_of(config, entrants, asked)
+        with unanimous():
+            if asked and (url := url_of(asked)) and is_first():
+                flags = {"overwrite": config.overwrite, "resume": config.resume}
+                bucket = stack.enter_context(bucket_folder(url, **flags))
+                config = dataclasses.replace(config, out=bucket.folder)
+        store = asked if asked and orbax_writes(asked) else config.out
+        needed = _needed(origins, entrants, config.out, store) if config.resume else origins
+        with unanimous():
+            needed = [stack.enter_context(on_disk(origin)) for origin in needed]
+        check_origins(needed, entrants, outcomes, run, corpus)
+        origins = [found or origin for found, origin in zip(needed, origins, strict=True)]
         with unanimous():
             if is_first():
                 out = out_folder(config)
@@ -137,6 +142,7 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
                 if bucket:
                     bucket.copy()
         out = Path(from_first(str(out.absolute())))
+        store = store if store and orbax_writes(store) else out
         ended = json.loads(from_first(json.dumps(ended)))
         target = config.target_loss
         shown, copy = (bucket.url, bucket.try_to_copy) if bucket else (str(out), lambda: None)
@@ -152,7 +158,12 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
                     if has_ended:
                         continue
                     interrupts.check()
-                    with _events(config, entrant, out) as write:
+                    with _events(config, entrant, out) as (write, copy_events):
+
+                        def copies(copy_events: Callable[[], None] = copy_events) -> None:
+                            copy_events()
+                            copy()
+
                         _run_one(
                             entrant.adapted(run),
                             entrant,
@@ -164,7 +175,8 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
                             mesh,
                             write,
                             origin,
-                            copy,
+                            copies,
+                            store / entrant.label / CHECKPOINTS,
                         )
                     if is_first():
                         outcome.save(out / entrant.label)
@@ -186,11 +198,19 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
 
 
 def _needed(
-    origins: list[Origin | None], entrants: tuple[Entrant, ...], out: Path | None
+    origins: list[Origin | None],
+    entrants: tuple[Entrant, ...],
+    out: Path | None,
+    store: Path | None,
 ) -> list[Origin | None]:
     """Of a resumed race the origins of runs that have neither ended nor a checkpoint of their own."""
-    folders = [out / entrant.label for entrant in entrants] if out and is_first() else []
-    begun = [(f / "outcome.json").exists() or bool(steps_of(f / "checkpoints")) for f in folders]
+    with unanimous():
+        labels = [entrant.label for entrant in entrants] if out and store and is_first() else []
+        begun = [
+            (out / label / OUTCOME).exists() or bool(steps_of(store / label / CHECKPOINTS))
+            for label in labels
+            if out and store
+        ]
     begun = json.loads(from_first(json.dumps(begun)))
     pairs = itertools.zip_longest(origins, begun)
     return [None if has_begun else origin for origin, has_begun in pairs]
@@ -252,6 +272,7 @@ def _run_one(
     write: Callable[[dict[str, float]], None],
     origin: Origin | None,
     on_checkpoint: Callable[[], None],
+    store: Path,
 ) -> None:
     folder = out / entrant.label
     task = progress.add_task(
@@ -274,24 +295,18 @@ def _run_one(
 
     if is_first():
         folder.mkdir(exist_ok=True)
-    train(run, tx, corpus, outcome, folder, show, mesh, begin, origin, on_checkpoint)
+    train(run, tx, corpus, outcome, folder, show, mesh, begin, origin, on_checkpoint, store)
     for line in outcome.samples:
         progress.console.print(f"{entrant.label}: {line}", highlight=False, markup=False)
     if outcome.status == "diverged":
         progress.update(task, loss="[red]diverged[/red]")
 
 
-@contextlib.contextmanager
-def _events(
-    config: RaceConfig, entrant: Entrant, out: Path
-) -> Iterator[Callable[[dict[str, float]], None]]:
-    """The writer of event files, where they are requested."""
+def _events(config: RaceConfig, entrant: Entrant, out: Path) -> Any:
+    """What writes event files and copies them, where they are requested."""
     if config.tensorboard is None or not is_first():
-        yield lambda record: None
-        return
-    writer = tensorboard.writer_of(config.tensorboard / out.name / entrant.label)
-    with contextlib.closing(writer):
-        yield lambda record: tensorboard.write(writer, record)
+        return contextlib.nullcontext((lambda record: None, lambda: None))
+    return tensorboard.events(config.tensorboard / out.name / entrant.label)
 
 
 def _progress(console: Console) -> Progress:

@@ -14,16 +14,17 @@ import tyro
 from jax.sharding import Mesh
 
 from ..batch_schedule import CONSTANT, rule_of
-from ..checkpoint import METADATA, Checkpoints, Origin
+from ..checkpoint import METADATA, Checkpoints
 from ..config import RunConfig
 from ..config_file import read_config
 from ..data.batches import heldout_batches, train_batches
-from ..data.buckets import BUCKET, url_of
+from ..data.buckets import orbax_writes, url_of
 from ..data.corpus import Corpus
 from ..distributed import LaunchConfig, is_first
-from ..identity import FREE, LATER, to_json
+from ..identity import BUCKET, FREE, LATER, to_json
 from ..placed import place
 from ..run.folder import RACE, is_race
+from ..run.origin import Origin
 from ..run.outcome import Outcome
 from ..run.past import identity_of, past_of, rates_of
 from ..sharding import batch_sharding
@@ -58,9 +59,11 @@ class RaceConfig:
     interrupted continues from its newest checkpoint, or starts again if it has none."""
     branch_from: str = dataclasses.field(default="", metadata=LATER)
     """FOLDER@STEP: every run starts from that checkpoint of its optimizer in the folder of another
-    race, as for a cooldown; what would change its past is refused, and it is left as it is."""
-    tensorboard: Path | None = dataclasses.field(default=None, metadata=FREE)
-    """Folder for TensorBoard event files, one folder inside for every run; needs tensorboardX."""
+    race, gs:// and s3:// too, as for a cooldown; what would change its past is refused, and it is left
+    as it is."""
+    tensorboard: Path | None = dataclasses.field(default=None, metadata={**FREE, **BUCKET})
+    """Folder for TensorBoard event files, gs:// and s3:// too, one folder inside for every run; needs
+    tensorboardX."""
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
     launch: LaunchConfig = dataclasses.field(default_factory=LaunchConfig)
 
@@ -124,11 +127,15 @@ def out_folder(config: RaceConfig) -> Path:
 
 def check_bucket(config: RaceConfig) -> None:
     """Refuses a bucket where several processes would have checkpoints on disks of their own."""
-    if config.out and (url := url_of(config.out)) and jax.process_count() > 1:
-        raise ValueError(
-            f"--out {url}: one process can write to a bucket, and {jax.process_count()} need a file "
-            "system that all of them see; give --out the folder where it is mounted."
-        )
+    if jax.process_count() == 1:
+        return
+    named = {"--out": config.out, "--branch-from": Path(config.branch_from)}
+    for flag, path in named.items():
+        if path and (url := url_of(path)) and not orbax_writes(path):
+            raise ValueError(
+                f"{flag} {url}: several processes can write and read checkpoints in gs:// only, as "
+                "Orbax does; give a folder that all see, such as one where the bucket is mounted."
+            )
 
 
 def check_data(config: RaceConfig, out: Path) -> None:

@@ -5,14 +5,11 @@ import dataclasses
 import errno
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fsspec.core import url_to_fs
-
-BUCKET: Mapping[str, bool] = {"bucket": True}
-"""Metadata of a field whose path may be one in a bucket."""
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
 
@@ -40,19 +37,30 @@ def named(path: Path) -> str:
     return url_of(path) or str(path)
 
 
+def absolute(path: Path) -> Path:
+    """A path that does not depend on the current folder; a URL never does."""
+    return path if url_of(path) else path.absolute()
+
+
+def orbax_writes(path: Path) -> bool:
+    """Whether a path is in a bucket into which Orbax writes itself, from every process."""
+    return url_of(path).startswith("gs://")
+
+
 def check_local(config: Any) -> None:
     """Refuses paths in buckets but for those of data, and those of fields that may have one.
 
     Raises:
-      ValueError: for the first, by its flag.
+      ValueError: for the first, by its flag, or for a bucket that cannot be reached.
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             check_local(value)
         elif "bucket" in field.metadata:
-            continue
-        elif isinstance(value, Path) or field.name == "branch_from":
+            if value is not None and (url := url_of(value)):
+                reach(url)
+        elif isinstance(value, Path):
             refuse_bucket(f"--{field.name.replace('_', '-')}", Path(value))
 
 
@@ -64,9 +72,20 @@ def refuse_bucket(flag: str, path: Path) -> None:
     """
     if url := url_of(path):
         raise ValueError(
-            f"{flag} {url}: only data and the --out of a race may be in a bucket; give a local path, or "
-            "the folder where the bucket is mounted."
+            f"{flag} {url}: only data, profiles, and the --out, --branch-from and --tensorboard of a "
+            "race may be in a bucket; give a local path, or the folder where the bucket is mounted."
         )
+
+
+def reach(url: str) -> None:
+    """Refuses a URL that nothing opens, and a bucket that does not answer.
+
+    Raises:
+      ValueError: in a line.
+    """
+    with refusals(url), contextlib.suppress(FileNotFoundError):
+        files, root = url_to_fs(url)
+        files.ls(root, detail=False)
 
 
 def read_texts(url: str, hidden: tuple[str, ...]) -> dict[str, bytes]:

@@ -5,6 +5,9 @@ needs. So a race works in a temporary folder, and `Bucket.copy` makes the object
 the files there are: when it starts, after every checkpoint and every run, and at its end. A checkpoint's
 seal is written after everything it lists, so that one whose copy was cut off is recognized as any other.
 
+In ``gs://`` Orbax writes the checkpoints itself, from every process; they are not on the disk then, and
+all else is copied before a checkpoint gets its seal.
+
 The lock is an object that is created only if there is none. It stays behind where a process is killed.
 """
 
@@ -12,27 +15,21 @@ import contextlib
 import datetime
 import json
 import os
-import re
 import shutil
 import socket
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from fsspec.core import url_to_fs
-
-from ..checkpoint import SEAL
-from ..data.buckets import refusals
-from .folder import HOLDER, LOCK, RACE
+from ..data.buckets import orbax_writes, refusals
+from .folder import CHECKPOINTS, LOCK, RACE, REFUSED
+from .mirror import Mirror, stamp_of, temporary_folder
 from .outcome import RunFailed
 from .output import say
 
-_CHECKPOINT = re.compile(r"([^/]+/checkpoints/[^/]+)/.+")
 
-
-class Bucket:
-    """A folder on the local disk, and its copy.
+class Bucket(Mirror):
+    """The folder of a race on the local disk, its copy, and the lock there.
 
     Args:
       url: of the copy.
@@ -40,13 +37,8 @@ class Bucket:
     """
 
     def __init__(self, url: str, folder: Path):
-        self.url, self.folder = url, folder
-        with refusals(url):
-            self._files, self._root = url_to_fs(url)
-        self._copied: dict[str, tuple[int, int]] = {}  # sizes and times of files when they were
+        super().__init__(url, folder)
         self._mine = b""
-        self.begun = False
-        """Whether there is anything in the bucket from here."""
 
     def hold(self) -> None:
         """Creates the lock.
@@ -104,69 +96,14 @@ class Bucket:
                 raise ValueError(f"{url} holds {what} another --out.")
             return
         theirs = [name for name in names if _is_written(name, _writes(manifest))]
+        if orbax_writes(Path(url)):
+            theirs = [name for name in theirs if _part(name) not in (CHECKPOINTS, REFUSED)]
         files = [self.folder / name for name in theirs]
         for parent in {file.parent for file in files}:
             parent.mkdir(parents=True, exist_ok=True)
         with refusals(url):
             self._files.get(list(map(self._path, theirs)), list(map(str, files)))
-            self._copied = {name: _stamp(file) for name, file in zip(theirs, files, strict=True)}
-
-    def copy(self) -> None:
-        """Makes the bucket's objects what the files are; those of others stay as they are.
-
-        Raises:
-          ValueError: in a line, if that fails. What is missing then is copied by the next call.
-        """
-        there = self._there()
-        changed = [name for name, stamp in there.items() if self._copied.get(name) != stamp]
-        gone = [name for name in self._copied if not (self.folder / name).exists()]
-        # A checkpoint is none while its files change: its seal goes first and comes last.
-        seals = [name for name in changed if _is_seal(name)]
-        with refusals(self.url):
-            for name in [*filter(self._copied.__contains__, seals), *filter(_is_seal, gone)]:
-                self._remove(name)
-            for names in ([name for name in changed if name not in seals], seals):
-                self._upload({name: there[name] for name in names})
-            for name in gone:
-                self._remove(name)
-        self.begun = True
-
-    def try_to_copy(self) -> None:
-        """Copies; where that fails it says so, and the next copy makes up for it."""
-        try:
-            self.copy()
-        except ValueError as error:
-            say(
-                f"ravine: not copied: {error} The run goes on, and the next copy includes this one."
-            )
-
-    def _there(self) -> dict[str, tuple[int, int]]:
-        """The files to copy: no locks, nothing half written."""
-        found = {}
-        for file in sorted(self.folder.rglob("*")):
-            name = file.relative_to(self.folder).as_posix()
-            part = _CHECKPOINT.fullmatch(name)
-            whole = part is None or (self.folder / part[1] / SEAL).is_file()
-            if whole and name not in (LOCK, HOLDER) and file.suffix != ".tmp" and file.is_file():
-                found[name] = _stamp(file)
-        return found
-
-    def _upload(self, stamps: dict[str, tuple[int, int]]) -> None:
-        files = [name for name in stamps if _CHECKPOINT.fullmatch(name)]
-        for name in stamps.keys() - files:  # records may grow meanwhile
-            self._files.pipe_file(self._path(name), (self.folder / name).read_bytes())
-        if files:
-            here = [str(self.folder / name) for name in files]
-            self._files.put(here, list(map(self._path, files)))
-        self._copied |= stamps
-
-    def _remove(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self._files.rm_file(self._path(name))
-        self._copied.pop(name, None)
-
-    def _path(self, name: str) -> str:
-        return f"{self._root}/{name}"
+            self._copied = {name: stamp_of(file) for name, file in zip(theirs, files, strict=True)}
 
     def _name(self, path: str) -> str:
         return PurePosixPath(path).relative_to(self._root).as_posix()
@@ -194,9 +131,7 @@ def bucket_folder(url: str, *, resume: bool = False, overwrite: bool = False) ->
         raise ValueError(f"{url} is on this machine; give --out the path itself.")
     if not PurePosixPath(url.partition("://")[2]).name:
         raise ValueError(f"{url} names no bucket; give --out one, and a folder in it.")
-    above = Path(tempfile.mkdtemp(prefix="ravine-"))
-    folder = above / PurePosixPath(url).name
-    folder.mkdir()
+    folder = temporary_folder(url)
     bucket = Bucket(url, folder)
     complaint = ""
     try:
@@ -216,19 +151,15 @@ def bucket_folder(url: str, *, resume: bool = False, overwrite: bool = False) ->
             )
             say(f"ravine: {complaint}")
         else:
-            shutil.rmtree(above, ignore_errors=True)
+            shutil.rmtree(folder.parent, ignore_errors=True)
         bucket.release()
     if complaint:
         raise RunFailed(complaint)
 
 
-def _stamp(file: Path) -> tuple[int, int]:
-    found = file.stat()
-    return found.st_size, found.st_mtime_ns
-
-
-def _is_seal(name: str) -> bool:
-    return PurePosixPath(name).name == SEAL
+def _part(name: str) -> str:
+    """What of a run an object is."""
+    return [*PurePosixPath(name).parts, "", ""][1]
 
 
 def _told(holder: bytes) -> str:

@@ -17,13 +17,13 @@ from typing import Any
 
 import filelock
 
-from ..checkpoint import REFUSED, SEAL
 from ..config import decisive
 from .files import read_json, said, write_json
+from .seal import SEAL
 
 RACE, REPORT, LOCK, HOLDER = "race.json", "report.html", "race.lock", "race.lock.json"
 META, METRICS, OUTCOME, CHECKPOINTS = "meta.json", "metrics.jsonl", "outcome.json", "checkpoints"
-SAMPLES = "samples.txt"
+REFUSED, SAMPLES = "checkpoints-refused", "samples.txt"
 _OF_A_STEP = re.compile(r"\d+(\.\d+)?(\.orbax-checkpoint-tmp[^/]*)?")
 # A checkpoint that was never sealed has no list: these are the names that Orbax and TensorStore give.
 _OF_ORBAX = re.compile(

@@ -12,12 +12,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from ..checkpoint import Origin
 from ..compare.entrants import Entrant
 from ..config import RunConfig, decisive
+from ..data.buckets import absolute, named
 from ..data.corpus import Corpus
 from ..identity import to_json
 from .files import read_json, write_json
+from .origin import Origin
 from .outcome import periods_in
 
 _PACKAGES = ("ravine", "jax", "jaxlib", "optax", "flax", "numpy", "grain")
@@ -33,7 +34,7 @@ def write_meta(
     origin: Origin | None = None,
 ) -> None:
     """Writes ``meta.json`` of a run that begins, goes on, or branches off `origin`, at a step."""
-    before = periods_in(folder) or (periods_in(origin.run) if origin else [])
+    before = periods_in(folder) or (periods_in(origin.records) if origin else [])
     periods = [(start, every) for start, every in before if start < step]
     if not periods or periods[-1][1] != run.eval_every:
         periods.append((step if periods else 0, run.eval_every))
@@ -48,7 +49,7 @@ def write_meta(
         "evaluations": periods,
     }
     if origin is not None:
-        meta["branched_from"] = {"run": str(origin.run.absolute()), "step": origin.step}
+        meta["branched_from"] = {"run": named(absolute(origin.run)), "step": origin.step}
     write_json(folder / "meta.json", meta)
 
 

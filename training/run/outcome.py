@@ -118,12 +118,16 @@ class Outcome:
         self.add(entries)
         return True
 
-    def take_up(self, metrics_file: Path, run: RunConfig, step: int) -> list[dict[str, float]]:
+    def take_up(
+        self, metrics_file: Path | None, run: RunConfig, step: int
+    ) -> list[dict[str, float]]:
         """Keeps the records up to a restored `step`, and returns them; the file is left as it is.
 
-        Records that are lost or doubled are warned of.
+        Records that are lost or doubled are warned of. A process that writes none has no file.
         """
         self.batch_sizes = run.batch_sizes
+        if metrics_file is None:
+            return []
         if step == 0 or not metrics_file.exists():
             entries, complaints = [], ["all records are lost"] if step else []
         else:

@@ -1,9 +1,16 @@
-"""JAX's profile of a few updates, for TensorBoard, XProf or Perfetto."""
+"""JAX's profile of a few updates, for TensorBoard, XProf or Perfetto.
 
+JAX writes to a disk; a profile for a bucket is made in a temporary folder, and copied once it is whole.
+"""
+
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from ..data.buckets import url_of
+from .mirror import mirrored
 
 START, STOP = 10, 20
 
@@ -12,12 +19,12 @@ class Profile:
     """Traces the updates from the eleventh to the twentieth that a process makes in a run.
 
     Args:
-      folder: for the trace; none is made without.
+      folder: for the trace, in a bucket too; none is made without.
       done: updates made before.
     """
 
     def __init__(self, folder: Path | None, done: int):
-        self._folder, self._from, self._running = folder, done, False
+        self._folder, self._from, self._running = folder, done, contextlib.ExitStack()
 
     def before(self, step: int, state: Any) -> None:
         """To be called before every update, with the state it takes."""
@@ -25,13 +32,14 @@ class Profile:
             return
         jax.block_until_ready(state)
         if step - self._from == START:
-            jax.profiler.start_trace(str(self._folder))
-            self._running = True
+            folder = self._folder
+            if url := url_of(folder):
+                folder = self._running.enter_context(mirrored(url)).folder
+            jax.profiler.start_trace(str(folder))
+            self._running.callback(jax.profiler.stop_trace)
         else:
             self.close()
 
     def close(self) -> None:
         """Ends a trace that runs."""
-        if self._running:
-            self._running = False
-            jax.profiler.stop_trace()
+        self._running.close()
