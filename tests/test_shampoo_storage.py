@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import ravine
+from ravine.core.arithmetic import cast
+from ravine.core.own_norm import norms_in
 from ravine.optimizers.matrix.algebra.roots import Eigh
 
 from .arrays import single
@@ -110,6 +112,47 @@ def test_dtypes_are_kept(staggered, packed):
         factors=ravine.Factors(packed=packed),
     )
     assert_only_kept_numbers_are_rounded(exact, gradients, updates, states)
+
+
+NARROW = {"statistics_dtype": "bfloat16", "root_dtype": "float16"}
+OF_OTHER_WIDTH = {
+    "narrow": {**NARROW, "packed": True},
+    "narrow-kl": {**NARROW, "statistics": "kl"},
+    "single": {"statistics_dtype": "float32", "root_dtype": "float32"},
+    "double-statistics": {"statistics_dtype": "float64"},
+    "double-roots": {"root_dtype": "float64", "statistics": "kl"},
+}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("params_dtype", ["float64", "float32"])
+@pytest.mark.parametrize("name", OF_OTHER_WIDTH)
+def test_factors_of_another_width_than_parameters_and_gradients(name, params_dtype):
+    """Nothing is promoted implicitly, and the state keeps its dtypes."""
+    tx = ravine.scale_by_shampoo(
+        b2=jnp.asarray(0.99) if name == "double-statistics" else 0.99,
+        factors=ravine.Factors(**OF_OTHER_WIDTH[name]),
+        roots=ravine.Roots(ridge=0.03),
+        refresh=ravine.Refresh(every=2, need=0.05),
+    )
+    for dtype in ("float64", "bfloat16"):
+        params, grads = jnp.zeros((6, 4), params_dtype), jnp.zeros((6, 4), dtype)
+        step = lambda state, _, grads=grads, params=params: tx.update(grads, state, params)[::-1]
+        go = lambda params, step=step: jax.lax.scan(step, tx.init(params), length=2)
+        assert jax.eval_shape(go, params)[1].dtype == dtype
+        norms = lambda grads, params: norms_in(tx, grads, tx.init(params))
+        jax.eval_shape(norms, grads, params)
+
+
+@pytest.mark.usefixtures("float64")
+def test_float64_gradients_take_narrow_roots_as_they_are():
+    """A step without new roots is that of the same roots in float64."""
+    gradients, options = double(normal((6, 4), count=3)), {"refresh": ravine.Refresh(every=2)}
+    narrow = ravine.Factors(root_dtype="bfloat16")
+    (*_, found), (*_, state, _) = run(shampoo(**options, factors=narrow), gradients)
+    start = jax.tree.map(lambda x: cast(x, jnp.float64) if x.dtype == jnp.bfloat16 else x, state)
+    expected, _ = jax.jit(shampoo(**options).update)(gradients[-1], start)
+    assert furthest(found, expected) <= HALF
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ...core.arithmetic import bias_correction, is_summable, lerp, wide
+from ...core.arithmetic import bias_correction, cast, is_summable, lerp, wide, wide_dtype
 from ...core.once import if_due
 from ...core.own_norm import OwnNorm
 from ..matrix.algebra.kronecker import mode_gram, rotate
@@ -132,38 +132,39 @@ class Preconditioner:
         self, kind: Any, carry: Any, beside: Any, *, due: jax.Array | None, keep: Any, every: int
     ) -> Any:
         (sizes, axes, summed), (_, kept), (blocks, roots) = kind, carry, beside
-        order = len(sizes)
+        order, storage = len(sizes), self.statistics_storage
         usable = usable_blocks(wide(blocks), order, summed)
 
         def learned(carry: Any) -> Any:
             usable, kept = carry
             seen = jnp.where(usable.reshape(-1, *(1,) * order), wide(blocks), 0)
-            loaded = self._loaded(roots or (), sizes, axes)
+            loaded = self._loaded(roots or (), sizes, axes, seen.dtype)
             pairs = []
             for axis, statistics in zip(axes, kept, strict=True):
                 others = [None if at == axis else root for at, root in enumerate(loaded)]
                 gram = total(mode_gram(rotate(seen, others), axis, order), summed)
-                old = self.statistics_storage.load(statistics, sizes[axis])
-                new = _accumulated(gram, old, keep, every)
+                dtype = wide_dtype(gram.dtype, statistics.dtype)
+                old = storage.load(statistics, sizes[axis], dtype)
+                new = _accumulated(cast(gram, dtype), old, keep, every)
                 # No element of a positive semi-definite matrix is larger than its trace.
                 fits = is_summable(jnp.trace(new, axis1=1, axis2=2))
                 # Statistics corrupted from outside are left to the certificate of their root.
                 usable &= fits | ~is_summable(jnp.trace(old, axis1=1, axis2=2))
                 pairs.append((new, old))
             return usable, [
-                self.statistics_storage.keep(jnp.where(usable[:, None, None], new, old))
-                for new, old in pairs
+                cast(storage.keep(jnp.where(usable[:, None, None], new, old)), statistics.dtype)
+                for (new, old), statistics in zip(pairs, kept, strict=True)
             ]
 
         return if_due(due, learned, (usable, kept))
 
     def _loaded(
-        self, kept: Sequence[jax.Array], sizes: Sequence[int], axes: Sequence[int]
+        self, kept: Sequence[jax.Array], sizes: Sequence[int], axes: Sequence[int], dtype: Any
     ) -> list[jax.Array | None]:
-        """A matrix for each axis, or None for axes without one."""
+        """A matrix of this dtype for each axis, or None for axes without one."""
         loaded: list[jax.Array | None] = [None] * len(sizes)
         for axis, x in zip(axes, kept, strict=False):
-            loaded[axis] = self.root_storage.load(x, sizes[axis])
+            loaded[axis] = self.root_storage.load(x, sizes[axis], dtype)
         return loaded
 
     def refresh(
@@ -204,7 +205,7 @@ class Preconditioner:
     def _refreshed(self, kind: Any, source: Any, carry: Any, weight: Any) -> Any:
         (exponent, _), (_, inside), options = kind, source, self.root_options
         root, residual, condition, failures, refused = carry
-        statistics = self._corrected(kind, source, weight)
+        statistics = self._corrected(kind, source, weight, residual.dtype)
         found = inverse_root(
             statistics,
             exponent,
@@ -220,22 +221,24 @@ class Preconditioner:
         new = self.root_storage.keep(found.root).astype(root.dtype)
         return (
             jnp.where(jnp.expand_dims(good, tuple(range(1, root.ndim))), new, root),
-            jnp.where(seen, found.residual, residual),
-            jnp.where(seen, found.condition, condition),
+            jnp.where(seen, cast(found.residual, residual.dtype), residual),
+            jnp.where(seen, cast(found.condition, condition.dtype), condition),
             jnp.where(good, 0, failures + bad.astype(jnp.int32)),
             refused + bad.astype(jnp.int32),
         )
 
-    def _corrected(self, kind: Any, source: Any, weight: Any) -> jax.Array:
-        """The statistics that roots are computed from."""
-        statistics = self.statistics_storage.load(source[0], kind[1])
+    def _corrected(self, kind: Any, source: Any, weight: Any, dtype: Any) -> jax.Array:
+        """The statistics that roots are computed from, at least as wide as `dtype`."""
+        dtype = wide_dtype(source[0].dtype, dtype)
+        statistics = self.statistics_storage.load(source[0], kind[1], dtype)
         return statistics if weight is None else statistics / weight.astype(statistics.dtype)
 
     def _misfit(self, kind: Any, source: Any, carry: Any, weight: Any) -> jax.Array:
-        (exponent, size), (_, inside) = kind, source
+        (exponent, size), (_, inside), (root, residual, *_) = kind, source, carry
+        statistics = self._corrected(kind, source, weight, residual.dtype)
         return misfit(
-            self._corrected(kind, source, weight),
-            self.root_storage.load(carry[0], size),
+            statistics,
+            self.root_storage.load(root, size, statistics.dtype),
             exponent,
             ridge=self.root_options.ridge,
             absolute_ridge=self.root_options.absolute_ridge,
@@ -261,7 +264,7 @@ class Preconditioner:
         return together(units, self._applied, self.factor_options.max_elements)
 
     def _applied(self, kind: Any, blocks: jax.Array, roots: Sequence[jax.Array]) -> jax.Array:
-        return rotate(blocks, self._loaded(roots, *kind)) if roots else blocks
+        return rotate(blocks, self._loaded(roots, *kind, dtype=blocks.dtype)) if roots else blocks
 
     def norms(
         self,
@@ -281,7 +284,7 @@ class Preconditioner:
         )
 
     def _norm(self, kind: Any, blocks: jax.Array, roots: Any, insides: Insides) -> OwnNorm:
-        return of_factors(blocks, self._loaded(roots, *kind), insides)
+        return of_factors(blocks, self._loaded(roots, *kind, dtype=blocks.dtype), insides)
 
     def distrusted(self, factors: Sequence[Factor | None], blocks: jax.Array) -> jax.Array:
         """Which blocks `[*batch, *counts]` have no trusted root."""

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from ...core.arithmetic import wide
+from ...core.arithmetic import cast
 from ..matrix.algebra.packing import pack, unpack
 
 
@@ -26,6 +26,7 @@ class Storage:
         kept = pack(matrices) if self.packed else matrices
         return kept if self.dtype is None else kept.astype(self.dtype)
 
-    def load(self, kept: jax.Array, size: int) -> jax.Array:
-        """Converts to matrices in at least float32."""
-        return unpack(wide(kept), size) if self.packed else wide(kept)
+    def load(self, kept: jax.Array, size: int, dtype: Any) -> jax.Array:
+        """Converts to matrices in the dtype that they are used in."""
+        kept = cast(kept, dtype)
+        return unpack(kept, size) if self.packed else kept
