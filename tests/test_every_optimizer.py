@@ -136,18 +136,12 @@ def test_state_is_a_fixed_point_for_every_mix_of_dtypes(
     tx = row.build(**(dtypes if state_dtype else {}))
     params, grads = row.tree(0, params_dtype), row.tree(1, grads_dtype)
 
-    def step(carry, _):
-        params, state = carry
-        updates, state = tx.update(grads, state, params)
-        return (add(params, updates), state), updates
-
-    # Tracing is enough here: a scan refuses a carry that changes its type.
-    init, (carry, updates) = jax.eval_shape(
-        lambda p: ((p, tx.init(p)), jax.lax.scan(step, (p, tx.init(p)), length=2)), params
-    )
-    assert carry == init
+    # Tracing is enough here.
+    init = jax.eval_shape(tx.init, params)
+    updates, state = jax.eval_shape(tx.update, grads, init, params)
+    assert state == init  # weak types too
     assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(grads_dtype)}
-    leaves = jax.tree_util.tree_leaves_with_path(init[1])
+    leaves = jax.tree_util.tree_leaves_with_path(init)
     floating = [
         s
         for path, s in leaves
@@ -175,8 +169,9 @@ def test_state_is_a_fixed_point_beside_float64(row, params_dtype, grads_dtype, s
     dtypes = {k: state_dtype for k in ("mu_dtype", "nu_dtype") if row.accepts(k)}
     tx = row.build(**(dtypes if state_dtype else {}))
     params, grads = row.tree(0, params_dtype), row.tree(1, grads_dtype)
-    step = lambda state, _: tx.update(grads, state, params)[::-1]
-    _, updates = jax.eval_shape(lambda p: jax.lax.scan(step, tx.init(p), length=2), params)
+    init = jax.eval_shape(tx.init, params)
+    updates, state = jax.eval_shape(tx.update, grads, init, params)
+    assert state == init
     assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(grads_dtype)}
 
 
@@ -237,11 +232,11 @@ def test_slow_momentum_warms_up_with_injected_decay_rates():
 def test_accumulates_under_multi_steps(row, dtype):
     params, grads = row.tree(0, dtype), row.tree(1, dtype)
     accumulating = optax.MultiSteps(row.build(), every_k_schedule=2)
-    update = jax.jit(accumulating.update)
+    update, state = jax.jit(accumulating.update), accumulating.init(params)
     # MultiSteps itself divides floats by an int32 counter.
     with jax.numpy_dtype_promotion("standard"):
-        waiting = run(accumulating, params, grads, 1, update)[1]
-        updates = run(accumulating, params, grads, 2, update)[1]
+        waiting, state = update(grads, state, params)
+        updates, state = update(grads, state, params)
     assert_equal(waiting, jax.tree.map(jnp.zeros_like, grads))
     # The mean of two equal gradients is that gradient.
     once = run_plain(row, params, grads, 1)[1]

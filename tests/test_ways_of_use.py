@@ -54,6 +54,7 @@ ALIKE = {
     "muon",
     "adamuon",
     "soap_muon",
+    "kl_shampoo",
 }
 
 every_optimizer = pytest.mark.parametrize("name", ravine.names())

@@ -41,17 +41,13 @@ class Placed:
 
     def init(self, seed: int) -> TrainState:
         """The state before the first step."""
-        params, state = self._init
-        return state(params(jax.random.key(seed)))
+        mesh = self.shardings.step.mesh
+        return self._init(_parameters(self.model, mesh)[1](jax.random.key(seed)))
 
     @functools.cached_property
-    def _init(self) -> tuple[Callable[[jax.Array], Any], Callable[[Any], TrainState]]:
-        params = lambda key: parameters(self.model, key)
+    def _init(self) -> Callable[[Any], TrainState]:
         state = lambda params: init_state(params, self.tx)
-        return (
-            jax.jit(params, out_shardings=self.shardings.params),
-            jax.jit(state, out_shardings=self.shardings),
-        )
+        return jax.jit(state, out_shardings=self.shardings)
 
 
 @functools.lru_cache(maxsize=REMEMBERED)
@@ -62,11 +58,8 @@ def place(model: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh) -> P
       ValueError: for parameters or sequences that the mesh does not divide, and what `tx.init` refuses.
     """
     check_context(model.context, mesh)
-    shapes = jax.eval_shape(lambda: parameters(model, jax.random.key(0)))
-    shardings = parameter_shardings(shapes, mesh)
-    params = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-    )
+    params, _ = _parameters(model, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, params)
     specs = jax.tree.map(lambda s: s.spec, shardings)
     if isinstance(tx, Guarded):
         tx = tx.around(on_mesh(tx.inner, specs, mesh))
@@ -74,3 +67,17 @@ def place(model: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh) -> P
         tx = on_mesh(tx, specs, mesh)
     step = NamedSharding(mesh, PartitionSpec())
     return Placed(model, tx, TrainState(step, shardings, state_shardings(tx, params)))
+
+
+@functools.lru_cache(maxsize=REMEMBERED)
+def _parameters(model: ModelConfig, mesh: Mesh) -> tuple[Any, Callable[[jax.Array], Any]]:
+    """Shapes and shardings of a model's parameters, and the program that makes them from a key.
+
+    Optimizers of one model share it.
+    """
+    shapes = jax.eval_shape(lambda: parameters(model, jax.random.key(0)))
+    shardings = parameter_shardings(shapes, mesh)
+    params = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+    return params, jax.jit(lambda key: parameters(model, key), out_shardings=shardings)
