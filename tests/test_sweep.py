@@ -95,6 +95,7 @@ def test_a_trial_has_the_trainers_own_loss(name, tmp_path):
 
 def test_seeds_share_a_program(monkeypatch):
     corpus = load_corpus((TEXT,)).for_tuning()
+    trial._programs.cache_clear()
     traced, make = [], trial.make_train_step
     monkeypatch.setattr(trial, "make_train_step", lambda *a, **k: traced.append(1) or make(*a, **k))
     point = Point(0.1, 0.0, 0.0, OptimizerConfig("sgd"))

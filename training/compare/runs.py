@@ -20,7 +20,7 @@ from ..run import interrupts
 from .entrants import Entrant
 from .kept import Kept, digest
 from .space import Point
-from .trial import Trials
+from .trial import Trials, Update, decayed
 
 
 class Late(Exception):
@@ -35,7 +35,7 @@ class Runs:
       corpus: the text.
       kept: where losses are kept.
       console: told of every run made.
-      trials: makes the trials of a run and a corpus.
+      update: makes optimizers, see `Trials`.
       decides: JSON values that decide an entrant's runs besides its own, in their keys.
       until: the time, as ``time.monotonic()``, after which no run begins.
     """
@@ -47,14 +47,14 @@ class Runs:
         kept: Kept,
         console: Console,
         *,
-        trials: Callable[[RunConfig, Corpus], Trials] = Trials,
+        update: Update = decayed,
         decides: Callable[[Entrant], list[Any]] = lambda entrant: [],
         until: float = math.inf,
     ):
         model = dataclasses.replace(run.model, vocabulary=corpus.vocabulary)
         self._run, self._corpus = dataclasses.replace(run, model=model), corpus
         self._kept, self._console, self._until = kept, console, until
-        self._make, self._decides = trials, decides
+        self._update, self._decides = update, decides
         fields = to_json(dataclasses.replace(self._run, data=(), heldout_data=()))
         self._task = digest([fields, corpus.fingerprint])
 
@@ -91,7 +91,7 @@ class Runs:
     def _trials(self, repeat: int) -> Trials:
         if repeat:
             return self._trials(0).with_seed(self._run.seed + repeat)
-        return self._make(self._run, self._corpus)
+        return Trials(self._run, self._corpus, self._update)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
-import jax
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -66,7 +65,6 @@ def sensitivity(config: SensitivityConfig, console: Console) -> None:
                 tried = dataclasses.replace(entrant, learning_rate=factor * entrant.learning_rate)
                 losses = [runs.loss(tried, repeat, config.length) for repeat in range(config.seeds)]
                 found.setdefault(entrant.name, {})[factor] = statistics.fmean(losses)
-            jax.clear_caches()
     console.print(_table(found))
 
 

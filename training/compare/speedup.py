@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from rich import box
 from rich.console import Console
@@ -142,7 +141,6 @@ def speedup(config: SpeedupConfig, console: Console) -> None:
                 steps: [runs.loss(entrant, repeat, steps) for repeat in range(config.seeds)]
                 for steps in lengths
             }
-            jax.clear_caches()
     console.print(_table(config, ends))
 
 

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -124,7 +123,6 @@ def sweep(config: SweepConfig, console: Console) -> None:
                     losses[number] = math.inf if loss is None else loss
                 kept = max(1, math.ceil(len(here) / 4)) if index + 1 < len(config.rungs) else 1
                 here = sorted(here, key=lambda entry: losses[entry[0]])[:kept]
-            jax.clear_caches()
     finally:
         lines.close()
     console.print(_table(derived(known.values())))

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,14 +19,30 @@ from ..config import RunConfig
 from ..curvature import HUTCHINSON
 from ..data.batches import heldout_batches, train_batches
 from ..data.corpus import Corpus
+from ..model_config import ModelConfig
 from ..run import interrupts
 from ..schedule_free import evaluated, with_own_schedule
-from ..step import TrainState, init_params, init_state, make_train_step, mean_loss
+from ..step import TrainState, init_params, init_state, make_train_step, mean_loss, model_graph
 from .entrants import DECAYED
 from .space import Point
 
 LOOK = 50
 """Steps between two checks whether a trial has diverged."""
+REMEMBERED = 4
+"""How many optimizers' programs are kept for the next trials like theirs."""
+
+Update = Callable[[OptimizerConfig, Any, Mapping[str, Any], Any], optax.GradientTransformation]
+"""``update(optimizer, rate, numbers, decay)`` makes what follows clipping; hashable."""
+
+
+def decayed(
+    optimizer: OptimizerConfig, rate: Any, numbers: Mapping[str, Any], decay: Any
+) -> optax.GradientTransformation:
+    """The optimizer with its decay rates `numbers` and its weight decay."""
+    given = dict(numbers)
+    if optimizer.accepts("weight_decay"):
+        given |= {"weight_decay": decay, "weight_decay_mask": mask_by_role(DECAYED)}
+    return optimizer.build(rate, **given)
 
 
 class Trials:
@@ -38,14 +54,14 @@ class Trials:
     Args:
       run: model, batch size, clipping, evaluation and seed of the trials.
       corpus: the text; all of its held-out tokens count.
+      update: makes the optimizer from its configuration and numbers.
     """
 
-    def __init__(self, run: RunConfig, corpus: Corpus):
-        self._run, self._corpus = run, corpus
+    def __init__(self, run: RunConfig, corpus: Corpus, update: Update = decayed):
+        self._run, self._corpus, self._update = run, corpus, update
         self._sizes: Any = {"batch_size": run.batch_size, "context": run.model.context}
         batches = heldout_batches(corpus, batches=run.eval_batches, **self._sizes)
         self._heldout = jnp.asarray(batches)
-        self._programs = functools.cache(self._compiled)
         self._seed(run.seed)
 
     def with_seed(self, seed: int) -> "Trials":
@@ -64,7 +80,8 @@ class Trials:
         numbers, rest = _split(point.optimizer)
         numbers["weight_decay"] = point.weight_decay / point.learning_rate
         numbers = {name: jnp.float32(value) for name, value in numbers.items()}
-        init, step = self._programs(rest)
+        run = self._run
+        init, step = _programs(run.model, run.clip_norm, self._update, rest)
         state, batches = init(self._start, numbers), self._batches()
         for done, rate in enumerate(self._rates(point, steps), 1):
             interrupts.check()
@@ -82,31 +99,27 @@ class Trials:
         schedule = run.learning_rate(point.learning_rate)
         return np.asarray(schedule(jnp.arange(steps)))
 
-    def _update(
-        self, rest: OptimizerConfig, rate: Any, numbers: Mapping[str, Any], decay: Any
-    ) -> optax.GradientTransformation:
-        """What follows clipping: the optimizer with its decay."""
+
+@functools.lru_cache(maxsize=REMEMBERED)
+def _programs(
+    model: ModelConfig, clip_norm: float, update: Update, rest: OptimizerConfig
+) -> tuple[Callable[..., TrainState], Callable[..., Any]]:
+    """``init(params, numbers)`` and ``step(state, batch, rate, numbers)``, jitted."""
+
+    def build(rate: Any, numbers: dict[str, Any]) -> optax.GradientTransformation:
         given = dict(numbers)
-        if rest.accepts("weight_decay"):
-            given |= {"weight_decay": decay, "weight_decay_mask": mask_by_role(DECAYED)}
-        return rest.build(rate, **given)
+        tx = update(rest, rate, given, given.pop("weight_decay"))
+        return optax.chain(clip_by_global_norm(clip_norm), tx) if clip_norm else tx
 
-    def _compiled(self, rest: OptimizerConfig) -> tuple[Any, Any]:
-        def build(rate: Any, numbers: dict[str, Any]) -> optax.GradientTransformation:
-            given = dict(numbers)
-            tx = self._update(rest, rate, given, given.pop("weight_decay"))
-            clip = self._run.clip_norm
-            return optax.chain(clip_by_global_norm(clip), tx) if clip else tx
+    def init(params: Any, numbers: dict[str, Any]) -> TrainState:
+        return init_state(params, build(jnp.float32(0), numbers))
 
-        def init(params: Any, numbers: dict[str, Any]) -> TrainState:
-            return init_state(params, build(jnp.float32(0), numbers))
+    def step(state: TrainState, batch: Any, rate: Any, numbers: dict[str, Any]) -> Any:
+        tx = build(rate, numbers)
+        options = {"attention_logits": False, "by_hutchinson": rest.name in HUTCHINSON}
+        return make_train_step(model_graph(model), tx, **options)(state, batch)
 
-        def step(state: TrainState, batch: Any, rate: Any, numbers: dict[str, Any]) -> Any:
-            tx = build(rate, numbers)
-            options = {"attention_logits": False, "by_hutchinson": rest.name in HUTCHINSON}
-            return make_train_step(self._graphdef, tx, **options)(state, batch)
-
-        return jax.jit(init), jax.jit(step, donate_argnums=0)
+    return jax.jit(init), jax.jit(step, donate_argnums=0)
 
 
 USED = {"model", "batch_size", "seed", "clip_norm", "eval_batches", "data"}

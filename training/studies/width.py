@@ -17,7 +17,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from rich import box
 from rich.console import Console
@@ -63,7 +62,6 @@ def study_width(config: WidthStudyConfig, console: Console) -> dict[Key, Optimum
                         mine,
                         min(known, key=lambda f, k=known: float(np.mean(k[f])), default=1.0),
                     )
-                    jax.clear_caches()
     best = {key: optimum(losses) for key, losses in found.items() if losses}
     rates = {entrant.name: entrant.learning_rate for entrant in entrants}
     console.print(_table(config, rates, best))

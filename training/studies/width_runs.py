@@ -18,8 +18,6 @@ from ...optimizers.width import scale_by_width, width_rule
 from ..compare.entrants import DECAYED, Entrant
 from ..compare.kept import Kept
 from ..compare.runs import Runs
-from ..compare.trial import Trials
-from ..config import RunConfig
 from ..data.corpus import Corpus
 from ..model_config import ModelConfig
 from ..step import init_params
@@ -59,7 +57,7 @@ class WidthRuns:
         base, model = (self._model(w) for w in (config.widths[0], width))
         more: dict[str, Any] = {}
         if scaled:
-            more["trials"] = functools.partial(_Scaled, base=base, rank=config.rank)
+            more["update"] = _Scaled(base, config.rank)
             more["decides"] = lambda entrant: _factors(entrant, model, base, config.rank)
         run = dataclasses.replace(config.run, model=model)
         return Runs(run, self._corpus, self._kept, self._console, until=self._until, **more)
@@ -69,22 +67,22 @@ class WidthRuns:
         return at_width(at_width(base, self._config.widths[0]), width)
 
 
-class _Scaled(Trials):
-    """Trials whose updates are multiplied by a rule for width, with a decay that is not."""
+@dataclasses.dataclass(frozen=True)
+class _Scaled:
+    """Updates multiplied by a rule for width, with a decay that is not."""
 
-    def __init__(self, run: RunConfig, corpus: Corpus, *, base: ModelConfig, rank: Rank | None):
-        super().__init__(run, corpus)
-        self._base = jax.eval_shape(lambda: init_params(base, run.seed)[1])
-        self._rank: Rank | None = rank
+    base: ModelConfig
+    rank: Rank | None
 
-    def _update(
-        self, rest: OptimizerConfig, rate: Any, numbers: Mapping[str, Any], decay: Any
+    def __call__(
+        self, optimizer: OptimizerConfig, rate: Any, numbers: Mapping[str, Any], decay: Any
     ) -> optax.GradientTransformation:
-        decays = rest.accepts("weight_decay")
+        decays = optimizer.accepts("weight_decay")
         more = {"weight_decay": 0.0} if decays else {}
+        base = jax.eval_shape(lambda: init_params(self.base, 0)[1])
         links = [
-            rest.build(rate, **numbers, **more),
-            scale_by_width(width_rule(rest, rank=self._rank), self._base, rules=RAVINE_RULES),
+            optimizer.build(rate, **numbers, **more),
+            scale_by_width(width_rule(optimizer, rank=self.rank), base, rules=RAVINE_RULES),
         ]
         if decays:
             links.append(optax.add_decayed_weights(-decay * rate, mask_by_role(DECAYED)))
