@@ -4,6 +4,7 @@ import functools
 import gc
 import importlib.metadata
 import inspect
+import itertools
 import math
 import os
 from pathlib import Path
@@ -28,6 +29,7 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 
 import jax
 import pytest
+from jax._src.interpreters import mlir
 from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -42,6 +44,22 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+def _shared(make, times):
+    """`make`, but that each of its results is returned so many times."""
+    made, calls = make(), itertools.count(1)
+
+    def last():
+        nonlocal made
+        if next(calls) % times == 0:
+            made = make()
+        return made
+
+    return last
+
+
+# JAX loads MLIR's dialects anew for every program: half of the time that lowering a small one takes.
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    mlir.make_ir_context = _shared(mlir.make_ir_context, 100)
 # tyro reads the source of every configuration again for each command.
 inspect.getsource = functools.cache(inspect.getsource)
 # The garbage collector walks through all that JAX has traced; calling it less often saves 10 %.
