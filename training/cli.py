@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.checks import near
+from .run.files import FULL
 from .run.interrupts import Interrupted, Interrupts, check
 from .run.output import Output, say, silence
 
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _main(words)
     except OSError as error:
-        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EPIPE, errno.EIO):
+        if error.filename is not None or error.errno not in (*FULL, errno.EPIPE):
             raise
         silence(sys.stdout)
         return _refuse(f"standard output cannot be written ({error.strerror}).", 1)
@@ -128,7 +129,8 @@ def _run(command: str, words: list[str]) -> int:
             return 0
         if command == "presets":
             config = _parse(PresetsConfig, command, words)
-            show_presets(config, Console(width=None if sys.stdout.isatty() else 120))
+            with _writing(config.figure, "--figure"):
+                show_presets(config, Console(width=None if sys.stdout.isatty() else 120))
             return 0
         if command in measurements:
             kind, act = measurements[command]
@@ -158,7 +160,7 @@ def _run(command: str, words: list[str]) -> int:
 
 
 @contextlib.contextmanager
-def _writing(out: Path | None) -> Iterator[None]:
+def _writing(out: Path | None, flag: str = "--out") -> Iterator[None]:
     """An `OSError` about a path of the results as a sentence."""
     from .run.outcome import RunFailed
 
@@ -167,12 +169,16 @@ def _writing(out: Path | None) -> Iterator[None]:
     except OSError as error:
         if out is None or not isinstance(error.filename, str):
             raise
-        file = Path(error.filename)
+        name = error.filename.removesuffix(".tmp")  # of a draft
+        file = Path(name)
         if file != out and file not in out.parents and out not in file.parents:
             raise
-        if error.errno in (errno.ENOSPC, errno.EIO):  # after all that had been done
-            raise RunFailed(f"{error.filename}: {error.strerror}.") from error
-        raise ValueError(f"{error.filename}: {error.strerror}; give another --out.") from error
+        if error.errno in FULL:  # after all that had been done
+            raise RunFailed(
+                f"{name}: {error.strerror}; make room and repeat the command. What was "
+                "written before is kept."
+            ) from error
+        raise ValueError(f"{name}: {error.strerror}; give another {flag}.") from error
 
 
 STUDIES = {

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from ..colours import PALETTE
+from ..run.files import save_figure
 from .fit import CriticalBatch
 
 BLUE, RED, GREEN, *_ = PALETTE
@@ -47,4 +48,4 @@ def draw(
     left.legend(frameon=False, fontsize=8)
     for axes in (left, right):
         axes.grid(alpha=0.25, which="both", lw=0.5)
-    figure.savefig(file, dpi=150)
+    save_figure(figure, file, 150)

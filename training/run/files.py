@@ -1,6 +1,7 @@
 """Files as a run writes and reads them: strict JSON, and whole or as they were before."""
 
 import contextlib
+import errno
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -8,6 +9,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 Line = TypeVar("Line")
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""Errors of a disk, a quota or a file that takes no more, or of a disk that failed."""
 
 
 def dumps(value: Any, indent: int | None = None) -> str:
@@ -33,11 +37,29 @@ def _finite(value: Any) -> Any:
 
 def write_text(file: Path, text: str) -> None:
     """Writes a file that is there whole, or as it was before."""
-    draft = file.with_name(file.name + ".tmp")
-    with naming(draft):
+    with _draft(file) as draft:
         # A path that is not UTF-8 has characters that cannot be encoded.
         draft.write_text(text, encoding="utf-8", errors="backslashreplace")
-        draft.replace(file)
+
+
+def save_figure(figure: Any, file: Path, dpi: int) -> None:
+    """Writes a figure of Matplotlib, in the format of the file's ending, whole or not at all."""
+    with _draft(file) as draft:
+        figure.savefig(draft, dpi=dpi, format=file.suffix[1:])
+
+
+@contextlib.contextmanager
+def _draft(file: Path) -> Iterator[Path]:
+    """A file beside another, which it replaces in the end; it is removed where it cannot be written."""
+    draft = file.with_name(file.name + ".tmp")
+    try:
+        with naming(draft):
+            yield draft
+            draft.replace(file)
+    except OSError:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        raise
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -110,11 +132,17 @@ class Lines:
         self._file = file.open("ab", buffering=0)
 
     def write(self, value: Any) -> None:
-        """Appends one JSON value."""
+        """Appends one JSON value; where that fails, nothing of it stays."""
         left = (dumps(value) + "\n").encode()
+        before = self._file.tell()
         with naming(self._name):
-            while left:
-                left = left[self._file.write(left) :]
+            try:
+                while left:
+                    left = left[self._file.write(left) :]
+            except OSError:
+                with contextlib.suppress(OSError):
+                    self._file.truncate(before)
+                raise
 
     def close(self) -> None:
         """Closes the file."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..colours import PALETTE
+from ..run.files import save_figure
 from .shape import ModelShape
 
 FAMILIES = ("gpt", "t5", "llama", "palm", "gemma", "qwen")
@@ -46,7 +47,7 @@ def draw(file: Path, shapes: Mapping[str, ModelShape]) -> None:
     left.legend(frameon=False, fontsize=7)
     for axes in (left, middle, right):
         axes.grid(alpha=0.25, which="major", lw=0.5)
-    figure.savefig(file, dpi=130)
+    save_figure(figure, file, 130)
 
 
 def _family(name: str) -> str:

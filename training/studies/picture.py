@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..colours import PALETTE
+from ..run.files import save_figure
 
 LINES = {
     "with decay": (PALETTE[0], "-"),
@@ -40,7 +41,7 @@ def draw_decay(file: Path, runs: Mapping[str, Any]) -> None:
     left.legend(frameon=False, fontsize=8)
     for axes in (left, right):
         axes.grid(alpha=0.25, which="both", lw=0.5)
-    figure.savefig(file, dpi=130)
+    save_figure(figure, file, 130)
 
 
 def draw_width(
@@ -95,4 +96,4 @@ def draw_width(
         panels[row][0].set_ylabel(f"{what}\nheld-out loss, nats")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
-    figure.savefig(file, dpi=130)
+    save_figure(figure, file, 130)

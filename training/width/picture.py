@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..colours import PALETTE
+from ..run.files import save_figure
 
 
 def draw(
@@ -48,4 +49,4 @@ def draw(
     panels[1][0].set_ylabel("by the rule\nRMS of change")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
-    figure.savefig(file, dpi=130)
+    save_figure(figure, file, 130)
