@@ -76,3 +76,20 @@ def test_a_profile_is_copied_once_it_is_whole(memory, tmp_path, monkeypatch, end
     assert memory.cat_file("/bucket/beside/trace") == b"ten updates"
     assert len(folders) == 1
     assert not os.listdir(tmp_path / "tmp")
+
+
+@pytest.mark.parametrize("fails", ["start_trace", "stop_trace"])
+def test_a_profile_that_cannot_be_written_ends_no_run(fails, tmp_path, monkeypatch, capsys):
+    def full(*args):
+        raise RuntimeError("RESOURCE_EXHAUSTED: vm.xplane.pb; No space left on device\nand more")
+
+    monkeypatch.setattr("jax.profiler.start_trace", lambda folder: None)
+    monkeypatch.setattr("jax.profiler.stop_trace", lambda: None)
+    monkeypatch.setattr(f"jax.profiler.{fails}", full)
+    trace = profile.Profile(tmp_path, 0)
+    for step in range(24):
+        trace.before(step, 0.0)
+    trace.close()
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"the profile in {tmp_path} cannot be written (RESOURCE_EXHAUSTED: vm" in said
