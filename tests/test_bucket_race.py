@@ -1,5 +1,6 @@
 """A race whose results are in a bucket, using fsspec's in-memory file system."""
 
+import errno
 import json
 import os
 import tempfile
@@ -135,6 +136,21 @@ def test_a_refusal_names_the_url(memory, temporary):
     with pytest.raises(ValueError, match=f"^{URL}/adamw is damaged"), bucket_folder(URL) as bucket:
         raise ValueError(f"{bucket.folder}/adamw is damaged")
     assert not memory.find("/bucket")
+
+
+def test_a_full_temporary_folder_is_named_with_its_fix(memory, temporary):
+    told = f"^{URL}: No space left on device in {temporary}; set TMPDIR to a folder with room"
+    with pytest.raises(ValueError, match=told):
+        filled()
+    assert not memory.find("/bucket")
+    assert not os.listdir(temporary)
+
+
+def filled():
+    """A race whose temporary folder is full."""
+    with bucket_folder(URL) as bucket:
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(bucket.folder / "report.html"))
+        raise ValueError(f"{full.filename}: no space; fix that or give another --out.") from full
 
 
 def test_a_copy_that_fails_is_made_up_for(memory, temporary, monkeypatch, capsys):

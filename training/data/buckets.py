@@ -11,6 +11,9 @@ from typing import Any
 
 from fsspec.core import url_to_fs
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+"""Errors of a full disk, and of a quota."""
+
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
 
 
@@ -135,6 +138,11 @@ def downloaded(url: str) -> Iterator[Path]:
         yield Path(file.name)
 
 
+def no_room(url: str, error: OSError) -> str:
+    """What to do about a full disk under the temporary folder that a bucket needs."""
+    return f"{url}: {error.strerror} in {tempfile.gettempdir()}; set TMPDIR to a folder with room."
+
+
 @contextlib.contextmanager
 def refusals(url: str, passes: Any = ()) -> Iterator[None]:
     """What services raise, each in its own way, as a `ValueError` of one sentence, but for `passes`."""
@@ -147,10 +155,8 @@ def refusals(url: str, passes: Any = ()) -> Iterator[None]:
     except ImportError as error:
         raise ValueError(f"{url}: {error}; pip install what it needs.") from error
     except Exception as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise ValueError(
-                f"{url}: {error.strerror} in {tempfile.gettempdir()}; set TMPDIR to a folder with room."
-            ) from error
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            raise ValueError(no_room(url, error)) from error
         line = (str(error).strip().splitlines() or [""])[0]
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..data.buckets import orbax_writes, refusals
+from ..data.buckets import NO_ROOM, no_room, orbax_writes, refusals
 from .folder import CHECKPOINTS, LOCK, RACE, REFUSED
 from .mirror import Mirror, stamp_of, temporary_folder
 from .outcome import RunFailed
@@ -139,6 +139,9 @@ def bucket_folder(url: str, *, resume: bool = False, overwrite: bool = False) ->
         bucket.fetch(resume=resume, overwrite=overwrite)
         yield bucket
     except ValueError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and cause.errno in NO_ROOM:
+            raise ValueError(no_room(url, cause)) from error
         raise ValueError(str(error).replace(str(folder), url)) from error
     finally:
         try:
