@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from .tolerances import UNIT
+
 CODE = """
 import json, os, sys
 
@@ -46,10 +48,17 @@ for name in json.loads(sys.argv[1]):
         updates, state = tx.update(grads, state, p)
         return optax.apply_updates(p, updates), state, value
 
-    p, state = params, tx.init(params)
-    for batch in batches:
-        p, state, _ = step(p, state, batch)
-    found[name] = float(loss(p, batches[0]))
+    found[name] = []
+    for seed in range(int(sys.argv[3])):
+        p = params
+        if seed:  # the last place of each parameter is moved
+            by = np.random.default_rng(seed)
+            factor = lambda x: np.float32(1 + 2.0**-23 * by.integers(-1, 2, x.shape))
+            p = jax.tree.map(lambda x: x * factor(x), p)
+        state = tx.init(p)
+        for batch in batches:
+            p, state, _ = step(p, state, batch)
+        found[name].append(float(loss(p, batches[0])))
 print(json.dumps(found))
 """
 OPTIMIZERS = ("adamw", "muon", "shampoo", "soap", "soap_muon", "kl_shampoo")
@@ -57,23 +66,28 @@ OPTIMIZERS = ("adamw", "muon", "shampoo", "soap", "soap_muon", "kl_shampoo")
 
 @pytest.mark.processes
 def test_one_core_gives_what_two_give():
-    """Losses after 24 steps agree within a relative 1e-5.
+    """Losses after 24 steps agree as far as rounding lets them, and within a relative 1e-5.
 
     With several threads OpenBLAS sums in another order, so it gets one thread. XLA's large products also
-    sum in another order, a difference that Newton-Schulz magnifies.
+    sum in another order, a difference that Newton-Schulz magnifies. How far is measured as in
+    `run_rounding.py`: eight times the effect of moving the last place of the initial parameters, and at
+    least 16 units. That may be 2e-4 where roots and bases magnify rounding, but XLA sums their small
+    matrices in one order on any number of cores, so 1e-5 is the most that is allowed.
     """
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         pytest.skip("this machine has one core: there is nothing to compare")
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
     losses = []
-    for used in (cores[:1], cores[:2]):
+    for used, runs in ((cores[:1], 1), (cores[:2], 4)):
         run = subprocess.run(
-            [sys.executable, "-c", CODE, json.dumps(OPTIMIZERS), json.dumps(used)],
+            [sys.executable, "-c", CODE, json.dumps(OPTIMIZERS), json.dumps(used), str(runs)],
             env=environment,
             check=True,
             stdout=subprocess.PIPE,
         )
         losses.append(json.loads(run.stdout))
-    one, two = losses
-    assert one == pytest.approx(two, rel=1e-5)
+    for name in OPTIMIZERS:
+        (one,), (two, *moved) = (found[name] for found in losses)
+        effect = max(abs(loss / two - 1) for loss in moved)
+        assert abs(one / two - 1) <= min(max(8 * effect, 16 * UNIT), 1e-5), name
