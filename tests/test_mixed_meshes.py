@@ -68,3 +68,17 @@ def test_results_of_one_device_and_exchanges_of_explicit_axes(build, specs):
     updates, _ = found
     assert all(x.sharding.is_equivalent_to(shardings[k], x.ndim) for k, x in updates.items())
     assert exchanged[AxisType.Auto] <= exchanged[AxisType.Explicit]
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("placed", [True, False])
+def test_on_mesh_with_a_mesh_needs_neither_jit_nor_set_mesh(kind, placed):
+    """`nnx.Optimizer` calls `init` outside of `jax.jit`."""
+    mesh = jax.make_mesh((2, 2), ("x", "y"), (kind,) * 2, devices=jax.devices()[:4])
+    specs, tx = {"w": P("x", "y")}, ravine.shampoo(0.1, refresh=ravine.Refresh(every=1))
+    alone = double(normal_leaves({"w": (4, 8)}, 0))
+    params = jax.device_put(alone, NamedSharding(mesh, specs["w"])) if placed else alone
+    with jax.enable_x64(True):
+        told = ravine.on_mesh(tx, specs, mesh)
+        updates, _ = told.update(params, told.init(params), params)
+        assert furthest(updates, tx.update(alone, tx.init(alone), alone)[0]) <= HALF

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from .placement import axes_of_type, mesh_of, names_of, spec
 
@@ -18,7 +18,7 @@ Found = TypeVar("Found")
 
 
 def explicitly(
-    mesh: AbstractMesh, function: Callable[..., Any], specs: Any, *arguments: Any
+    mesh: Mesh | AbstractMesh, function: Callable[..., Any], specs: Any, *arguments: Any
 ) -> Any:
     """`function` of arguments cut as the specifications say, with all `Auto` axes made `Explicit`."""
     # As leaves, since Flax trees are not trees of specifications.
@@ -26,10 +26,19 @@ def explicitly(
     of_leaves = lambda *leaves: function(*jax.tree.unflatten(structure, leaves))
     in_sharding = tuple(jax.tree.leaves(specs))
     with contextlib.ExitStack() as stack:
+        stack.enter_context(set_outside_of_jit(mesh))
         if jax.sharding.get_abstract_mesh().empty:
-            stack.enter_context(jax.sharding.use_abstract_mesh(mesh))
+            stack.enter_context(jax.sharding.use_abstract_mesh(mesh.abstract_mesh))
         found = jax.sharding.explicit_axes(of_leaves, axes=auto_axes(mesh), in_sharding=in_sharding)
         return found(*leaves)
+
+
+def set_outside_of_jit(mesh: Mesh | AbstractMesh) -> contextlib.AbstractContextManager[None]:
+    """Sets the mesh if none is set, for what is computed at once: JAX needs to know the devices then."""
+    if isinstance(mesh, Mesh) and jax.sharding.get_abstract_mesh().empty:
+        with contextlib.suppress(ValueError):  # while `jax.jit` and others trace
+            return jax.set_mesh(mesh)
+    return contextlib.nullcontext()
 
 
 def auto_axes(mesh: Any) -> tuple[str, ...]:
@@ -47,9 +56,9 @@ def on_mixed_meshes(
 ) -> tuple[Callable[[Any], Any], Callable[[Any, Any], Found]]:
     """The functions of a transformation, also for meshes with `Explicit` and `Auto` axes."""
 
-    def mixed(tree: Any) -> AbstractMesh | None:
+    def mixed(tree: Any) -> Mesh | AbstractMesh | None:
         meshes = [mesh for x in jax.tree.leaves(tree) if (mesh := mesh_of(x)) is not None]
-        return meshes[0].abstract_mesh if meshes and auto_axes(meshes[0]) else None
+        return meshes[0] if meshes and auto_axes(meshes[0]) else None
 
     def init_anywhere(params: Any) -> Any:
         mesh = mixed(params)
@@ -62,7 +71,7 @@ def on_mixed_meshes(
         if mesh is None:
             return update(updates, state)
         specs = specs_of(updates)
-        state_specs = specs_of_state(init, updates, specs, mesh)
+        state_specs = specs_of_state(init, updates, specs, mesh.abstract_mesh)
         return explicitly(mesh, update, (specs, state_specs), updates, state)
 
     return init_anywhere, update_anywhere

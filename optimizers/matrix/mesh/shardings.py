@@ -6,20 +6,21 @@ shardings. `state_shardings` gives the shardings of the state of any transformat
 spreads the state of an element-wise one over the devices that would otherwise hold copies of it.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ....core.arguments import checked
 from ....core.own_norm import OwnNorm, norms_in, with_norm
 from ....core.paths import path_string
 from ....core.transformation import with_extra_args
 from .exchange import resharded, resharded_as
-from .explicit import auto_axes, explicitly, specs_of_state
+from .explicit import auto_axes, explicitly, set_outside_of_jit, specs_of_state
 from .placement import explicit_sizes, mesh_of, names_of, place
 
 
@@ -96,10 +97,10 @@ def on_mesh(
     tx = optax.with_extra_args_support(tx)
     known, found_mesh = _known_specs(param_specs)
 
-    def abstract() -> AbstractMesh:
+    def chosen() -> Mesh | AbstractMesh:
         current = jax.sharding.get_abstract_mesh()
-        chosen = mesh if mesh is not None else found_mesh if current.empty else None
-        found = current if chosen is None else chosen.abstract_mesh
+        found = mesh if mesh is not None else found_mesh if current.empty else None
+        found = current if found is None else found
         if found.empty:
             raise ValueError(
                 "there is no mesh; call under jax.set_mesh(mesh), or give on_mesh one."
@@ -108,7 +109,11 @@ def on_mesh(
 
     def passes_through(tree: Any) -> bool:
         # Optax's tree.map_params initialises a placeholder.
-        return not jax.tree.leaves(tree) or not auto_axes(abstract())
+        return not jax.tree.leaves(tree) or not auto_axes(chosen())
+
+    def mesh_for(tree: Any) -> contextlib.AbstractContextManager[None]:
+        leaves = jax.tree.leaves(tree)
+        return set_outside_of_jit(chosen()) if leaves else contextlib.nullcontext()
 
     def known_specs(tree: Any) -> Any:
         def spec_of(path: Any, x: Any) -> PartitionSpec:
@@ -121,21 +126,23 @@ def on_mesh(
             return known[name]
 
         specs = jax.tree_util.tree_map_with_path(spec_of, tree)
-        check_specs(tree, specs, abstract())
+        check_specs(tree, specs, chosen())
         return specs
 
     def init(params: optax.Params) -> Any:
         if passes_through(params):
-            return tx.init(params)
-        return explicitly(abstract(), tx.init, known_specs(params), params)
+            with mesh_for(params):
+                return tx.init(params)
+        return explicitly(chosen(), tx.init, known_specs(params), params)
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, Any]:
         if passes_through(updates):
-            return tx.update(updates, state, params, **extra)
-        found, specs = abstract(), known_specs(updates)
-        state_specs = specs_of_state(tx.init, updates, specs, found)
+            with mesh_for(updates):
+                return tx.update(updates, state, params, **extra)
+        found, specs = chosen(), known_specs(updates)
+        state_specs = specs_of_state(tx.init, updates, specs, found.abstract_mesh)
         # Functions, such as Sophia's curvature, cannot be arguments of a traced function.
         functions = {name: value for name, value in extra.items() if callable(value)}
         if "curvature" in functions:
@@ -155,8 +162,8 @@ def on_mesh(
     def norms(grads: optax.Updates, state: Any) -> dict[str, OwnNorm]:
         if passes_through(grads):
             return norms_in(tx, grads, state)
-        found, specs = abstract(), known_specs(grads)
-        state_specs = specs_of_state(tx.init, grads, specs, found)
+        found, specs = chosen(), known_specs(grads)
+        state_specs = specs_of_state(tx.init, grads, specs, found.abstract_mesh)
         return explicitly(
             found, functools.partial(norms_in, tx), (specs, state_specs), grads, state
         )
