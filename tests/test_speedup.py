@@ -78,6 +78,20 @@ def test_the_command_goes_on_with_what_is_missing(tmp_path, capsys):
     again, before = json.loads(out.read_text().splitlines()[4]), json.loads(rows[4])
     assert again["key"] == before["key"]
     assert again["heldout_loss"] == before["heldout_loss"]
+    # A second rate of AdamW at every horizon; the better one is the curve's.
+    capsys.readouterr()
+    assert main([*words, "--seeds", "1", "--factors", "1", "4"]) == 0
+    rows = [json.loads(row) for row in out.read_text().splitlines()]
+    assert len(rows) == 4 + 1 + 4
+    ends = {
+        (row["steps"], row["learning_rate"]): row["heldout_loss"] for row in rows[:4] + rows[5:]
+    }
+    tuned, more = sorted({rate for _, rate in ends})
+    assert more == pytest.approx(4 * tuned)
+    told = " ".join(capsys.readouterr().out.split())
+    for steps in (4, 8, 12, 16):
+        better = min((1, tuned), (4, more), key=lambda factor, s=steps: ends[s, factor[1]])
+        assert f"{steps} at x {better[0]}: {ends[steps, better[1]]:.3f} (" in told
     out.write_text("{\n")
     assert main(words) == 2
     assert "is damaged in line 1" in capsys.readouterr().err
@@ -88,6 +102,7 @@ def test_the_command_goes_on_with_what_is_missing(tmp_path, capsys):
     [
         ("--horizons 1 2 3", "four horizons or more"),
         ("--seeds 0", "at least 1"),
+        ("--factors 1 0", "factors must be positive and named once each, got [1.0, 0.0]"),
         ("--optimizers adamv", "unknown optimizer 'adamv'; did you mean adam"),
         ("--steps 300 --z-loss 1e-4", "only a race uses --steps, --z-loss; leave out"),
     ],
