@@ -57,7 +57,7 @@ def _shared(make, times):
     return last
 
 
-# JAX loads MLIR's dialects anew for every program: half of the time that lowering a small one takes.
+# JAX loads MLIR's dialects for every program, which takes half of the time of lowering a small one.
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     mlir.make_ir_context = _shared(mlir.make_ir_context, 100)
 # tyro reads the source of every configuration again for each command.

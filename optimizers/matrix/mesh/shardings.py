@@ -161,7 +161,8 @@ def on_mesh(
 
     def norms(grads: optax.Updates, state: Any) -> dict[str, OwnNorm]:
         if passes_through(grads):
-            return norms_in(tx, grads, state)
+            with mesh_for(grads):
+                return norms_in(tx, grads, state)
         found, specs = chosen(), known_specs(grads)
         state_specs = specs_of_state(tx.init, grads, specs, found.abstract_mesh)
         return explicitly(
