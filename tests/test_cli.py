@@ -1,6 +1,7 @@
 """The command line as a whole: help, version and unknown words."""
 
 import re
+import sys
 
 import pytest
 from ravine.training.cli import COMMANDS, STUDIES, main
@@ -40,6 +41,17 @@ def test_names_of_optimizers_between_spaces_get_their_commas(words, fixed, capsy
     assert told.endswith(f"; separate optimizers by commas: --optimizers {fixed}.\n")
     assert main(["race", "--optimizers", "adamw", "cake"]) == 2
     assert capsys.readouterr().err == "ravine: Unrecognized options: cake\n"
+
+
+def test_an_installation_without_the_trainers_packages_is_told_the_fix(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "ravine.training.batch_size.command", raising=False)
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert main(["race"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(
+        "ravine: rich is not installed; the commands need pip install 'ravine[tr"
+    )
+    assert told.count("\n") == 1
 
 
 STUDY = [f"study {name}" for name in STUDIES]

@@ -105,6 +105,11 @@ def _run(command: str, words: list[str]) -> int:
         from .studies.width import study_width
         from .studies.width_config import WidthStudyConfig
         from .width.command import CoordinateConfig, coordinate_check
+    except ModuleNotFoundError as error:
+        return _refuse(
+            f"{error.name} is not installed; the commands need pip install 'ravine[train]', or "
+            "'.[train]' in a clone."
+        )
     except ValueError as error:
         return _refuse(str(error))
     try:
