@@ -56,19 +56,27 @@ def with_norm(tx: Transformation, name: str, norms: Norms) -> Transformation:
     """
 
     def init(params: optax.Params) -> Any:
-        told = _told.get()
-        if told is None:
-            return tx.init(params)
-        token = _told.set(None)
-        try:
-            state = tx.init(params)
-        finally:
-            _told.reset(token)
-        paths = jax.tree_util.tree_map_with_path(lambda path, _: path_string(path), params)
-        told.append(_Told(name, paths, state, norms))
-        return state
+        return _telling_init(tx, name, norms, params)
 
     return tx._replace(init=init)
+
+
+def _telling_init(
+    tx: optax.GradientTransformation, name: str, norms: Norms, params: optax.Params
+) -> Any:
+    # Not in `with_norm`: cloudpickle copies local functions with what they name, and cannot copy a
+    # context variable.
+    told = _told.get()
+    if told is None:
+        return tx.init(params)
+    token = _told.set(None)
+    try:
+        state = tx.init(params)
+    finally:
+        _told.reset(token)
+    paths = jax.tree_util.tree_map_with_path(lambda path, _: path_string(path), params)
+    told.append(_Told(name, paths, state, norms))
+    return state
 
 
 def norms_in(

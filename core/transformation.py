@@ -97,12 +97,17 @@ def _watched(
 
     @functools.wraps(init)
     def watched(params: Any, *args: Any, **kwargs: Any) -> Any:
-        links = _links.get()
-        if links is not None:
-            links.append(Link(name, params, {} if describe is None else describe(params)))
+        _report(name, params, describe)
         return mapped_as_arguments(init(params, *args, **kwargs))
 
     return watched
+
+
+def _report(name: str, params: Any, describe: Describe | None) -> None:
+    # Not in `watched`, which cloudpickle copies with what it names; a context variable has no copy.
+    links = _links.get()
+    if links is not None:
+        links.append(Link(name, params, {} if describe is None else describe(params)))
 
 
 def _fitting(

@@ -1,7 +1,6 @@
 """A direction for the roles it suits, another optimizer for the rest."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Collection
 from dataclasses import fields
 from typing import Any, Literal
@@ -13,6 +12,7 @@ import optax
 from ..core.arithmetic import is_usable
 from ..core.checks import check_decay_rates, check_non_negative
 from ..core.options import options
+from ..core.remembered import Remembered
 from ..core.transformation import with_extra_args
 from ..core.tree_checks import is_part
 from .adam import adamw
@@ -154,9 +154,10 @@ def by_role(
     link = scale_by_learning_rate(learning_rate)
     direction(DEFAULT_AXES)  # Refuses values out of range here, before there are parameters.
 
-    @functools.lru_cache(maxsize=8)
-    def chain(axes: tuple[tuple[str, MatrixAxes], ...]) -> optax.GradientTransformation:
+    def chained(axes: tuple[tuple[str, MatrixAxes], ...]) -> optax.GradientTransformation:
         return optax.chain(direction(dict(axes).__getitem__), decay, link)
+
+    chain = Remembered(chained, most=8)
 
     def parts(tree: Any) -> optax.GradientTransformationExtraArgs:
         decided = decide(tree, rules, roles)

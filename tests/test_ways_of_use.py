@@ -10,6 +10,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import cloudpickle
 import equinox as eqx
 import flax
 import jax
@@ -484,3 +485,33 @@ def test_saved_restored_and_on(name, way, tmp_path):
     train, store = CHECKPOINTS[way]
     restore = lambda saved, like: store(tmp_path / "saved", saved, like)
     assert_same(train(compiled(name), restore), plain(name))
+
+
+# Copies for other processes, as Ray, Dask and submitit send them
+
+
+WRAPPED = {
+    "accumulate": lambda tx: ravine.accumulate(tx, 2),
+    "finite_gate": ravine.stability.finite_gate,
+    "inject_hyperparams": lambda _: ravine.inject_hyperparams(ravine.shampoo)(learning_rate=1e-3),
+    "with_noise_scale": ravine.stability.with_noise_scale,
+    "with_telemetry": ravine.with_telemetry,
+}
+
+
+def assert_alike(copy, tx):
+    """Checks that two optimizers make the same program, and say the same about it."""
+    traced = lambda tx: str(jax.make_jaxpr(tx.update)(tree(1), tx.init(tree()), tree()))
+    assert traced(copy) == traced(tx)
+    assert ravine.explain(copy, tree()) == ravine.explain(tx, tree())
+
+
+@every_optimizer
+def test_cloudpickle_copies_an_optimizer(name):
+    assert_alike(cloudpickle.loads(cloudpickle.dumps(build(name))), build(name))
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+def test_cloudpickle_copies_what_is_around_an_optimizer(wrapper):
+    tx = WRAPPED[wrapper](build("muon"))
+    assert_alike(cloudpickle.loads(cloudpickle.dumps(tx)), tx)
