@@ -9,6 +9,8 @@ import shlex
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import optax
 import pytest
 import ravine
 from jax.sharding import Mesh
@@ -29,7 +31,7 @@ from ravine.training.plan.verdict import verdict
 from ravine.training.shapes.parts import Experts
 from ravine.training.shapes.presets import PRESETS
 from ravine.training.sharding import mesh_sizes, parameter_spec, sharded_parameters
-from ravine.training.step import init_params
+from ravine.training.step import TrainState, init_params
 from rich.console import Console
 from rich.table import Table
 
@@ -72,11 +74,40 @@ def test_a_train_step_that_is_compiled_here():
     mesh = jax.make_mesh((2, 2, 2), names, axis_types=(jax.sharding.AxisType.Auto,) * 3)
     model = ModelConfig(vocabulary=64, context=8, width=16, layers=2, heads=2, remat=True)
     with jax.numpy_dtype_promotion("standard"):
-        compiled = compiled_train_step(model, ravine.adamw(0.1), mesh, 8, 2, fused=True)
+        compiled = compiled_train_step(
+            model, ravine.adamw(0.1), mesh, 8, 2, optimizer="adamw", fused=True
+        )
         found = plan_of("adamw", compiled, mesh)
     # Matrices are in four parts with two bytes per element, and Adam keeps eight bytes.
     assert 3.9 <= found.state / found.parameters <= 4.1
     assert {c.kind for c in found.collectives} >= {"all-reduce", "all-gather"}
+
+
+@pytest.mark.parametrize("name", ["sophia_g", "sophia_h"])
+def test_a_planned_step_estimates_the_curvature_as_the_trainer_does(name, monkeypatch):
+    """Hutchinson's estimate has negative entries, as the Hessian; Sophia-G's is a square."""
+    from ravine.training.plan import plan as planning
+
+    planned, plan_of = [], planning.plan_of
+
+    def kept(name, found, *rest, **options):
+        planned.append(found)
+        return plan_of(name, found, *rest, **options)
+
+    monkeypatch.setattr(planning, "plan_of", kept)
+    words = [*GPUS, "--train-step", "--optimizer", name, "--options", '{"start": 0, "b2": 0.0}']
+    assert main(["plan", *words]) == 0
+    (found,) = planned
+    model = trainer_model("ravine", PRESETS["ravine"])
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), init_params(model, 0)[1])
+    opt_state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), found.state)
+    batch = jnp.arange(4 * (model.context + 1), dtype=jnp.int32).reshape(4, -1) % model.vocabulary
+    arguments = (TrainState(jnp.int32(0), params, opt_state), batch)
+    arguments = jax.device_put(arguments, found.program.input_shardings[0])
+    after, _ = found.program(*arguments)
+    estimate = jax.tree.leaves(optax.tree.get(after.opt_state, "nu"))
+    assert sum(jnp.sum(x != 0) for x in estimate) > 0
+    assert any(jnp.any(x < 0) for x in estimate) == (name == "sophia_h")
 
 
 @pytest.mark.parametrize(

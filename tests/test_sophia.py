@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from ravine.stability import next_token_loss
 from ravine.training.compare.entrants import Entrant
 from ravine.training.config import RunConfig
-from ravine.training.curvature import HUTCHINSON, of_parameters
+from ravine.training.curvature import of_parameters
 from ravine.training.data.batches import train_batches
 from ravine.training.model import ModelConfig
 from ravine.training.placed import place
@@ -229,9 +229,7 @@ def test_the_trainer_gives_each_its_own_estimate(name, corpus):
     batch = next(train_batches(corpus, batch_size=4, context=16, seed=0))
     with jax.set_mesh(mesh):
         state = placed.init(0)
-        programs = Programs(
-            config, placed, batch_sharding(mesh, 4), by_hutchinson=name in HUTCHINSON
-        )
+        programs = Programs(config, placed, batch_sharding(mesh, 4), name)
         before = jax.tree.map(jnp.array, state.params)
         after, *_ = programs.of(4, state)[1](state, batch)
     found = optax.tree.get(after.opt_state, "nu")

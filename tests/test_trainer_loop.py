@@ -61,7 +61,7 @@ def test_programs_follow_the_settings_of_jax():
         state = placed.init(0)
         for precision in ("default", "highest", "default"):
             with jax.default_matmul_precision(precision):
-                traced, _ = Programs(run, placed, rows).of(run.batch_size, state)
+                traced, _ = Programs(run, placed, rows, "sgd").of(run.batch_size, state)
             found.append(str(traced.jaxpr).count("HIGHEST"))
     plain, precise, again = found
     assert precise > plain == again

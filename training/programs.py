@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from ..core.transformation import states_of
 from ..stability import FiniteGateState, SkipStepState, monitored, noise_scale
 from .config import RunConfig
+from .curvature import HUTCHINSON
 from .placed import REMEMBERED, Placed
 from .step import TrainState, make_train_step
 
@@ -27,13 +28,11 @@ class Programs:
       run: which steps.
       placed: the model and the optimizer.
       rows: of a batch.
-      by_hutchinson: whether the optimizer's curvature is estimated so.
+      optimizer: its registered name.
     """
 
-    def __init__(
-        self, run: RunConfig, placed: Placed, rows: NamedSharding, by_hutchinson: bool = False
-    ):
-        self._by_hutchinson = by_hutchinson
+    def __init__(self, run: RunConfig, placed: Placed, rows: NamedSharding, optimizer: str):
+        self._optimizer = optimizer
         self._run, self._placed, self._rows = run, placed, rows
         self._parts = run.batch_size // rows.shard_shape((run.batch_size,))[0]
         self._size, self._program = 0, (None, None)
@@ -49,20 +48,25 @@ class Programs:
             started, run = time.perf_counter(), self._run
             shape = (size, run.model.context + 1)
             batch = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._rows)
-            step = _step(
-                self._placed,
-                micro_batches=run.micro_batches_of(size, self._parts),
-                z_loss=run.z_loss,
-                monitor_every=run.monitor_every,
-                attention_logits=bool(run.qk_clip or run.monitor_every),
-                fused=run.fused,
-                noise_scale_every=run.noise_scale_every,
-                by_hutchinson=self._by_hutchinson,
-            )
+            settings = settings_of(run, self._optimizer)
+            micro_batches = run.micro_batches_of(size, self._parts)
+            step = _step(self._placed, micro_batches=micro_batches, **settings)
             traced = step.trace(state, batch)
             self._size, self._program = size, (traced, traced.lower().compile())
             self.seconds += time.perf_counter() - started
         return self._program
+
+
+def settings_of(run: RunConfig, optimizer: str) -> dict[str, Any]:
+    """Arguments of `make_train_step` for a run of this optimizer, in the trainer and in the planner."""
+    return {
+        "z_loss": run.z_loss,
+        "monitor_every": run.monitor_every,
+        "attention_logits": bool(run.qk_clip or run.monitor_every),
+        "fused": run.fused,
+        "noise_scale_every": run.noise_scale_every,
+        "by_hutchinson": optimizer in HUTCHINSON,
+    }
 
 
 @functools.lru_cache(maxsize=REMEMBERED)

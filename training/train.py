@@ -16,7 +16,6 @@ from .batch_schedule import CONSTANT
 from .checkpoint import Checkpoints
 from .config import RunConfig
 from .cost import cost_of
-from .curvature import HUTCHINSON
 from .data.batches import train_batches, train_rows
 from .data.corpus import Corpus
 from .data.taking import Batches, OfManySizes, OfOneSize
@@ -168,7 +167,7 @@ def _train(
             on_record(entry)
 
         # A program for each size of batch, compiled when its time comes; now the first.
-        programs, largest = Programs(run, placed, rows, outcome.name in HUTCHINSON), 0
+        programs, largest = Programs(run, placed, rows, outcome.name), 0
 
         def program_of(size: int, state: TrainState) -> Any:
             nonlocal largest

@@ -14,8 +14,10 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ...optimizers.matrix.mesh.shardings import state_shardings
+from ..config import RunConfig
 from ..model_config import ModelConfig
 from ..placed import place
+from ..programs import settings_of
 from ..shapes.shape import ModelShape
 from ..sharding import batch_sharding, rows_of
 from ..step import TrainState, abstract_state, make_train_step
@@ -92,6 +94,7 @@ def compiled_train_step(
     batch_size: int,
     micro_batches: int = 1,
     *,
+    optimizer: str,
     fused: bool = False,
     on_host: bool = False,
 ) -> Compiled:
@@ -104,6 +107,7 @@ def compiled_train_step(
       batch_size: sequences per step, over all devices.
       micro_batches: parts of it, worked on one after the other, or passed along the stages of a mesh
         that has them (`ravine.training.staged`).
+      optimizer: its registered name, by which the trainer chooses an estimate of the curvature.
       fused: takes the loss without all logits at once.
       on_host: as of `compiled_update`.
 
@@ -119,7 +123,8 @@ def compiled_train_step(
         batch = jax.ShapeDtypeStruct((batch_size, config.context + 1), jnp.int32, sharding=rows)
         metrics = NamedSharding(mesh, PartitionSpec())
         staged = mesh.shape.get("stage", 1) > 1
-        options = {"fused": fused, "staged": staged, "attention_logits": not staged}
+        run = RunConfig(model=config, loss="fused" if fused else "plain")
+        options = settings_of(run, optimizer) | {"staged": staged}
         own, kept = make_train_step(placed.graphdef, tx, micro_batches, **options), state
         if on_host:
             kept = state._replace(opt_state=kept_on_host(state.opt_state))

@@ -124,7 +124,7 @@ def plan(config: PlanConfig, console: Console | None = None) -> list[Plan]:
     for name, tx in optimizers.items():
         with waiting.status(f"compiling {name} for {config.topology}"):
             try:
-                found = program(tx)
+                found = program(name, tx)
             except (ValueError, jax.errors.JaxRuntimeError) as error:
                 if not config.compare:
                     raise ValueError(f"{name}: {_reason(error)}") from None
@@ -184,7 +184,7 @@ def _program(config: PlanConfig, shape: ModelShape, mesh: Mesh, work: Work) -> A
     """The function that compiles an optimizer's program."""
     if not config.train_step:
         params = sharded_parameters(shape, mesh, layers_only=config.layers_only)
-        return lambda tx: compiled_update(tx, params, mesh, on_host=config.state_on_host)
+        return lambda _, tx: compiled_update(tx, params, mesh, on_host=config.state_on_host)
     stages = mesh.shape.get("stage", 1)
     if config.micro_batches % stages:
         raise ValueError(
@@ -202,7 +202,9 @@ def _program(config: PlanConfig, shape: ModelShape, mesh: Mesh, work: Work) -> A
     model = dataclasses.replace(model, remat=config.remat == "full")
     rows = work.tokens // model.context
     options = {"fused": config.fused_loss, "on_host": config.state_on_host}
-    return lambda tx: compiled_train_step(model, tx, over, rows, config.micro_batches, **options)
+    return lambda name, tx: compiled_train_step(
+        model, tx, over, rows, config.micro_batches, optimizer=name, **options
+    )
 
 
 def _build(name: str, options: str) -> optax.GradientTransformation:
