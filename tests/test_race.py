@@ -276,7 +276,7 @@ def test_a_run_ends_with_a_checkpoint_and_a_longer_race_goes_on_from_it(tmp_path
     assert "may only grow" in capsys.readouterr().err
     cosine = [*words[:2], "--steps", "10", "--resume"]
     assert race(*cosine, text=text, out=short) == 2
-    assert "learning rates of adamw would be others from step" in capsys.readouterr().err
+    assert "adamw would follow cosine, and followed constant there" in capsys.readouterr().err
     assert len(records(short / "sgd")) == 8
 
     moved = tmp_path / "moved.txt"

@@ -1,5 +1,7 @@
 """Schedule-Free: how its state is found, what it averages, and its dtypes."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import optax
 import pytest
 import ravine
 from flax import nnx
+from ravine.training.cli import main
 from ravine.training.compare.entrants import Entrant
 from ravine.training.compare.space import Point
 from ravine.training.compare.trial import Trials
@@ -19,6 +22,7 @@ from ravine.training.sharding import build_mesh
 from ravine.training.step import make_train_step, mean_loss
 from ravine.training.train import train
 
+from .short_race import race, records
 from .tolerances import UNIT, furthest
 
 
@@ -161,3 +165,77 @@ def test_the_trainer_evaluates_the_average_at_a_constant_rate(corpus, tmp_path):
     assert abs(at_y - at_x) > 2e-3
     assert outcome.final_loss == pytest.approx(at_x, abs=2e-4)
     assert Trials(run, corpus).loss(point, 12) == pytest.approx(at_x, abs=2e-4)
+
+
+FREE = "schedule_free_adamw"
+
+
+def rates(run):
+    return [record["learning_rate"] for record in records(run) if "loss" in record]
+
+
+@pytest.mark.usefixtures("untimed")
+@pytest.mark.parametrize(
+    ("words", "is_constant"),
+    [
+        ([], True),
+        (["--schedule", "cosine"], False),
+        (["--schedule", "constant"], True),
+        (["--end-ratio", "0.1"], False),
+    ],
+)
+def test_a_schedule_that_is_asked_for_is_followed(words, is_constant, tmp_path, text, capsys):
+    words = ["--optimizers", f"sgd,{FREE}", "--warmup-steps", "0", *words]
+    assert race(*words, text=text, out=tmp_path / "race") == 0
+    free = rates(tmp_path / "race" / FREE)
+    assert (len(set(free)) == 1) == is_constant
+    constant_for_all = "constant" in words
+    assert (len(set(rates(tmp_path / "race" / "sgd"))) == 1) == constant_for_all
+    meta = json.loads((tmp_path / "race" / FREE / "meta.json").read_text())
+    assert meta["run"]["schedule"] == ("constant" if is_constant else "cosine")
+    is_own = is_constant and not constant_for_all
+    told = f"cosine; constant for {FREE}"
+    assert (told in capsys.readouterr().out) == is_own
+    assert (told in (tmp_path / "race" / "report.html").read_text()) == is_own
+
+
+def test_a_configuration_keeps_whether_a_schedule_was_asked_for(tmp_path, capsys):
+    for words, schedule in (([], None), (["--schedule", "cosine"], "cosine")):
+        assert main(["race", *words, "--print-config"]) == 0
+        printed = capsys.readouterr().out
+        assert json.loads(printed)["run"]["schedule"] == schedule
+        (tmp_path / "config.json").write_text(printed)
+        assert main(["race", "--config", str(tmp_path / "config.json"), "--print-config"]) == 0
+        assert capsys.readouterr().out == printed
+
+
+@pytest.mark.usefixtures("untimed")
+def test_a_race_from_before_the_default_was_the_optimizers_own(tmp_path, text, capsys):
+    """Its `race.json` says cosine, typed or not; the schedule of a run is in its `meta.json`."""
+
+    def as_before(out):
+        """Turns the records of a race into those of the version that always wrote a schedule."""
+        told = json.loads((out / "race.json").read_text())
+        told["configuration"]["run"]["schedule"] = "cosine"
+        (out / "race.json").write_text(json.dumps(told))
+
+    words = ["--optimizers", f"adamw,{FREE}", "--checkpoint-every", "3"]
+    out = tmp_path / "constant"
+    assert race(*words, text=text, out=out) == 0
+    before = records(out / FREE)
+    as_before(out)
+    (out / FREE / "outcome.json").unlink()
+    assert race(*words, "--resume", text=text, out=out) == 0
+    assert records(out / FREE) == before
+
+    out = tmp_path / "cosine"
+    assert race(*words, "--schedule", "cosine", text=text, out=out) == 0
+    before = records(out / FREE)
+    (out / FREE / "outcome.json").unlink()
+    capsys.readouterr()
+    assert race(*words, "--resume", text=text, out=out) == 2
+    refused = capsys.readouterr().err
+    assert f"{FREE} would follow constant, and followed cosine there" in refused
+    assert "give --schedule cosine" in refused
+    assert race(*words, "--schedule", "cosine", "--resume", text=text, out=out) == 0
+    assert records(out / FREE) == before

@@ -20,6 +20,9 @@ from .loss import LARGE
 from .model_config import ModelConfig
 from .rollback import RollbackPolicy
 
+COSINE = "cosine"
+"""The schedule of optimizers that have none of their own."""
+
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
@@ -33,9 +36,10 @@ class RunConfig:
     micro_batches: int = dataclasses.field(default=1, metadata=LATER)
     """Parts of a batch that are processed one after the other, in the memory of one; their
     gradients are added."""
-    schedule: str = dataclasses.field(default="cosine", metadata=EXTENDS)
-    """Name of the schedule, any of ravine.schedules.schedule_names(). Schedule-Free optimizers warm up
-    and stay at the peak in place of the plain cosine."""
+    schedule: str | None = dataclasses.field(default=None, metadata=EXTENDS)
+    """Name of the schedule, any of ravine.schedules.schedule_names(). By default the optimizer's own:
+    Schedule-Free optimizers warm up and stay at the peak, all others follow a cosine. With
+    schedule_options or end_ratio, the default is a cosine for all."""
     schedule_options: str = dataclasses.field(default="", metadata=EXTENDS)
     """Arguments of the schedule: name=value, separated by commas, such as
     decay_steps=60, shape=1-sqrt."""
@@ -160,7 +164,7 @@ class RunConfig:
             raise ValueError(
                 f"bytes_per_token must be finite and not negative, got {self.bytes_per_token}."
             )
-        schedules.parse_options(self.schedule, self.schedule_options)
+        schedules.parse_options(self.schedule_name, self.schedule_options)
         if rest := self.auxiliary.rest_schedule:
             schedules.parse_options(rest, self.auxiliary.rest_schedule_options)
         self.rollback_policy()
@@ -205,6 +209,11 @@ class RunConfig:
         """Whether the loss never holds logits."""
         large = self.model.vocabulary > LARGE and not self.monitor_every
         return self.loss == "fused" or (self.loss == "auto" and large)
+
+    @property
+    def schedule_name(self) -> str:
+        """The schedule of an optimizer that has none of its own."""
+        return self.schedule or COSINE
 
     @property
     def horizon(self) -> int:
@@ -272,22 +281,22 @@ class RunConfig:
         found, expected = (np.asarray(values(counts)) for values in (reference, unit))
         if not np.allclose(found, peak * expected, rtol=1e-4, atol=1e-6 * peak):
             raise ValueError(
-                f"a Seesaw needs a schedule that is proportional to its peak, which {self.schedule} is "
-                "not; take another schedule, or a ramp."
+                "a Seesaw needs a schedule that is proportional to its peak, which "
+                f"{self.schedule_name} is not; take another schedule, or a ramp."
             )
         rates = self.batches.rates(self.batch_size, self.horizon, unit, rule)
         return schedules.product(rates, schedules.constant(peak))
 
     def _reference(self, peak: float) -> optax.Schedule:
         return schedules.for_run(
-            self.schedule,
+            self.schedule_name,
             peak,
             self.horizon,
             warmup_steps=self.warmup,
             end_ratio=self.end_ratio,
             batch_size=self.batch_size,
             context=self.model.context,
-            options=schedules.parse_options(self.schedule, self.schedule_options),
+            options=schedules.parse_options(self.schedule_name, self.schedule_options),
         )
 
 

@@ -1,11 +1,12 @@
-"""Schedule-Free optimizers in the trainer: their rate does not decay, and their average is evaluated."""
+"""Schedule-Free in the trainer: its rate stays at the peak, and its average is evaluated."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from ..core.transformation import states_of
 from ..optimizers.schedule_free import ScheduleFreeState, schedule_free_eval_params
-from .config import RunConfig
+from .config import COSINE, RunConfig
 from .step import TrainState
 
 SCHEDULE_FREE = ("schedule_free_adamw", "schedule_free_sgd")
@@ -13,25 +14,43 @@ SCHEDULE_FREE = ("schedule_free_adamw", "schedule_free_sgd")
 
 
 def with_own_schedule(run: RunConfig, name: str) -> RunConfig:
-    """The run with the schedule that an optimizer is made for, unless another is asked for.
+    """The run with a schedule: the given one, or else that of the optimizer.
 
-    The average of the iterates takes the place of a decay to zero, under which it would be one of
-    iterates that hardly move.
+    Schedule-Free's is constant: the average of the iterates takes the place of a decay to zero, under
+    which it would be one of iterates that hardly move.
 
     Args:
-      run: its cosine without options counts as not asked for.
+      run: one with `schedule_options` or `end_ratio` has a cosine for all optimizers.
       name: of the optimizer.
 
     Example:
       >>> from ravine.training.config import RunConfig
       >>> from ravine.training.schedule_free import with_own_schedule
-      >>> [with_own_schedule(RunConfig(), n).schedule for n in ("adamw", "schedule_free_adamw")]
+      >>> names = ("adamw", "schedule_free_adamw")
+      >>> [with_own_schedule(RunConfig(), name).schedule for name in names]
       ['cosine', 'constant']
+      >>> [with_own_schedule(RunConfig(schedule="cosine"), name).schedule for name in names]
+      ['cosine', 'cosine']
     """
-    asked = run.schedule != "cosine" or run.schedule_options or run.end_ratio is not None
-    if name not in SCHEDULE_FREE or asked:
+    if run.schedule is not None:
         return run
-    return dataclasses.replace(run, schedule="constant")
+    own = name in SCHEDULE_FREE and not run.schedule_options and run.end_ratio is None
+    return dataclasses.replace(run, schedule="constant" if own else COSINE)
+
+
+def schedules_in_words(run: RunConfig, names: Iterable[str]) -> str:
+    """The schedules that the optimizers of a race follow.
+
+    Example:
+      >>> from ravine.training.config import RunConfig
+      >>> from ravine.training.schedule_free import schedules_in_words
+      >>> schedules_in_words(RunConfig(), ["adamw", "schedule_free_adamw"])
+      'cosine; constant for schedule_free_adamw'
+    """
+    own = {name: with_own_schedule(run, name).schedule_name for name in names}
+    others = [name for name in own if own[name] != run.schedule_name]
+    words = [f"{own[others[0]]} for {', '.join(others)}"] if others else []
+    return "; ".join([run.schedule_name, *words])
 
 
 def evaluated(state: TrainState) -> Any:

@@ -35,6 +35,7 @@ from ..run.meta import check_meta, write_meta
 from ..run.origin import Origin, on_disk
 from ..run.outcome import Outcome, RunFailed
 from ..run.output import Output
+from ..schedule_free import schedules_in_words
 from ..sharding import build_mesh
 from ..train import train
 from .entrants import Entrant, line_up
@@ -146,7 +147,11 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
         ended = json.loads(from_first(json.dumps(ended)))
         target = config.target_loss
         shown, copy = (bucket.url, bucket.try_to_copy) if bucket else (str(out), lambda: None)
-        for line in (f"text: {corpus.description}", f"results: {shown}"):
+        lines = [f"text: {corpus.description}", f"results: {shown}"]
+        followed = schedules_in_words(run, [entrant.name for entrant in entrants])
+        if followed != run.schedule_name:  # some optimizers have their own
+            lines.append(f"schedule: {followed}; --schedule gives all the same")
+        for line in lines:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         stack.enter_context(
             interrupts.last_words(lambda: _end(console, outcomes, run, shown, target, bucket))

@@ -23,7 +23,8 @@ from ..data.corpus import Corpus
 from ..distributed import LaunchConfig, is_first
 from ..identity import BUCKET, FREE, LATER, to_json
 from ..placed import place
-from ..run.folder import RACE, is_race
+from ..run.files import read_json
+from ..run.folder import META, RACE, is_race
 from ..run.origin import Origin
 from ..run.outcome import Outcome
 from ..run.past import identity_of, past_of, rates_of
@@ -197,7 +198,11 @@ def check_origins(
 def check_past(
     config: RaceConfig, entrants: tuple[Entrant, ...], run: RunConfig, out: Path
 ) -> None:
-    """A resumed race may become longer, not shorter, and its past keeps its learning rates."""
+    """A resumed race may become longer, not shorter, and its past keeps its learning rates.
+
+    Schedules are compared as the runs' ``meta.json`` says: until a default could be told from a choice,
+    ``race.json`` named the cosine for optimizers that followed a schedule of their own.
+    """
     if not is_race(out):
         return  # `claimed` says so
     before = read_config(out / RACE, RaceConfig()).run
@@ -208,7 +213,8 @@ def check_past(
             f"{another} ({before.steps} steps there and {run.steps} here); steps may only grow."
         )
     for entrant in entrants:
-        then_run, now_run = entrant.adapted(before), entrant.adapted(run)
+        then_run = entrant.adapted(_with_told_schedule(before, out / entrant.label))
+        now_run = entrant.adapted(run)
         past = then_run.updates
         if then_run.batch_sizes.phases(past) != now_run.batch_sizes.phases(past):
             raise ValueError(
@@ -223,8 +229,22 @@ def check_past(
         )
         if (then != now).any():
             first = int((then != now).argmax())
+            if then_run.schedule != now_run.schedule:
+                raise ValueError(
+                    f"{another} ({entrant.name} would follow {now_run.schedule}, and followed "
+                    f"{then_run.schedule} there); give --schedule {then_run.schedule}, or another --out."
+                )
             raise ValueError(
                 f"{another} ({before.steps} steps there and {run.steps} here: learning rates of "
                 f"{entrant.name} would be others from step {first} on); a race that may become longer "
                 "needs --schedule constant and --warmup-steps, or --schedule-steps for its full length."
             )
+
+
+def _with_told_schedule(run: RunConfig, folder: Path) -> RunConfig:
+    """A race's configuration with the schedule that one of its runs followed, if it has begun."""
+    try:
+        told = read_json(folder / META, "")["run"]["schedule"]
+        return dataclasses.replace(run, schedule=told)
+    except (OSError, ValueError, KeyError, TypeError):  # damage is for `check_meta` to report
+        return run

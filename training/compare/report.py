@@ -20,6 +20,7 @@ from ..data.corpus import Corpus
 from ..run.files import write_text
 from ..run.meta import provenance
 from ..run.outcome import Outcome
+from ..schedule_free import schedules_in_words
 from .charts import specification
 from .hardware import COLUMNS, hardware_rows
 from .summary import REFERENCE, difference, ranked, summary_columns, summary_rows, summary_table
@@ -135,7 +136,11 @@ def _render(
             "command": " ".join(["python -m ravine", *sys.argv[1:]]),
         },
         optimizers={name: json.dumps(given) for name, given in optimizers.items()},
-        configuration={**dataclasses.asdict(run), "text fingerprint": corpus.fingerprint},
+        configuration={
+            **dataclasses.asdict(run),
+            "schedule": schedules_in_words(run, names),
+            "text fingerprint": corpus.fingerprint,
+        },
     )
 
 

@@ -20,7 +20,7 @@ from ..run import interrupts
 from .entrants import Entrant
 from .kept import Kept, digest
 from .space import Point
-from .trial import Trials, Update, decayed
+from .trial import UNTOLD, Trials, Update, decayed
 
 
 class Late(Exception):
@@ -55,7 +55,7 @@ class Runs:
         self._run, self._corpus = dataclasses.replace(run, model=model), corpus
         self._kept, self._console, self._until = kept, console, until
         self._update, self._decides = update, decides
-        fields = to_json(dataclasses.replace(self._run, data=(), heldout_data=()))
+        fields = to_json(dataclasses.replace(self._run, **UNTOLD))
         self._task = digest([fields, corpus.fingerprint])
 
     def loss(self, entrant: Entrant, repeat: int, steps: int) -> float:

@@ -23,7 +23,7 @@ from ..run import interrupts
 from ..run.files import Lines, read_lines, write_json
 from ..run.meta import provenance
 from .space import Point, points
-from .trial import Trials, check_used
+from .trial import UNTOLD, Trials, check_used
 
 HERE = Path(__file__).parent
 TRIALS, TUNED = HERE / "trials.jsonl", HERE / "tuned.json"
@@ -181,7 +181,7 @@ def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _task(config: SweepConfig, fingerprint: str) -> str:
     """What all trials of a sweep have in common; numbers of another task are not comparable."""
-    run = to_json(dataclasses.replace(config.run, steps=1, data=(), heldout_data=()))
+    run = to_json(dataclasses.replace(config.run, steps=1, **UNTOLD))
     text = json.dumps([run, fingerprint, config.sample_seed, config.trials], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -15,7 +15,7 @@ import optax
 from ...optimizers.registry import OptimizerConfig
 from ...optimizers.roles import mask_by_role
 from ...stability import clip_by_global_norm
-from ..config import RunConfig
+from ..config import COSINE, RunConfig
 from ..curvature import HUTCHINSON
 from ..data.batches import heldout_batches, train_batches
 from ..data.corpus import Corpus
@@ -125,6 +125,9 @@ def _programs(
 USED = {"model", "batch_size", "seed", "clip_norm", "eval_batches", "data"}
 USED |= {"bpe", "tokenizer", "bytes_per_token", "heldout_data", "order"}
 """The settings of a run that trials use."""
+
+UNTOLD: dict[str, Any] = {"schedule": COSINE, "data": (), "heldout_data": ()}
+"""What of a run does not decide a trial, each at one value, so that kept trials are recognized."""
 
 
 def check_used(run: RunConfig) -> None:
