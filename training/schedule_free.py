@@ -46,11 +46,13 @@ def schedules_in_words(run: RunConfig, names: Iterable[str]) -> str:
       >>> from ravine.training.schedule_free import schedules_in_words
       >>> schedules_in_words(RunConfig(), ["adamw", "schedule_free_adamw"])
       'cosine; constant for schedule_free_adamw'
+      >>> schedules_in_words(RunConfig(), ["schedule_free_adamw"])
+      'constant'
     """
     own = {name: with_own_schedule(run, name).schedule_name for name in names}
-    others = [name for name in own if own[name] != run.schedule_name]
-    words = [f"{own[others[0]]} for {', '.join(others)}"] if others else []
-    return "; ".join([run.schedule_name, *words])
+    (most, *rest) = sorted(set(own.values()), key=lambda schedule: schedule != run.schedule_name)
+    words = [f"{x} for {', '.join(n for n in own if own[n] == x)}" for x in rest]
+    return "; ".join([most, *words])
 
 
 def evaluated(state: TrainState) -> Any:

@@ -150,7 +150,7 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
         lines = [f"text: {corpus.description}", f"results: {shown}"]
         followed = schedules_in_words(run, [entrant.name for entrant in entrants])
         if followed != run.schedule_name:  # some optimizers have their own
-            lines.append(f"schedule: {followed}; --schedule gives all the same")
+            lines.append(f"schedule: {followed} (another with --schedule)")
         for line in lines:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         stack.enter_context(
