@@ -1,5 +1,7 @@
 """Roles: a rule decides every parameter, including rows and columns, in models of each kind."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,8 +94,14 @@ def test_a_scanned_norm_is_not_a_matrix():
 
 
 def test_a_vector_that_is_called_a_matrix_is_refused():
-    with pytest.raises(ValueError, match=r"'mlp/scale' of shape \(8,\).*fewer than two axes"):
-        layouts(shapes({"mlp": {"scale": (8,)}}), [("scale$", "matrix")])
+    # All of them at once, with rules to paste.
+    params = {"mlp": {"scale": (8,)}, "out": {"scale": (4,)}, "w": {"scale": (8, 4)}}
+    with pytest.raises(ValueError, match="2 of 3 parameters") as refused:
+        layouts(shapes(params), [("scale$", "matrix")])
+    assert re.search(
+        r"mlp/scale  \(8,\)  a matrix, but it has fewer than two axes", str(refused.value)
+    )
+    assert "(r'^out/scale$', 'norm')," in str(refused.value)
     with pytest.raises(ValueError, match=r"conv/kernel  \(4, 5\)  a convolution: which axes"):
         layouts(shapes({"conv": {"kernel": (4, 5)}}), [("kernel$", "convolution")])
 

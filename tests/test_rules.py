@@ -303,7 +303,9 @@ def test_layers_of_haiku():
     assert found["layer_norm/scale"] == found["instance_norm/scale"] == "norm"
 
 
-# Names from other projects, by shape: plain JAX, mixtures of experts, Hugging Face.
+# Names from other projects, by shape: plain JAX, mixtures of experts, public models, Hugging Face.
+
+LORA = {"": (4, 8), "_lora_a": (4, 2), "_lora_b": (2, 8)}
 
 
 @pytest.mark.parametrize(
@@ -361,11 +363,144 @@ def test_layers_of_haiku():
                 "ffn/wi/kernel": ("matrix", (1, 4, 8)),
             },
         ),
+        (
+            {
+                "embed": {"W": (11, 4)},
+                "pos_embed": {"W_pos": (5, 4)},
+                "up": {"W": (4, 8), "b": (8,)},
+                "head": {"W": (4, 11)},
+                "unembed": {"W": (4, 11)},
+            },
+            {
+                "embed/W": ("embedding", (1, 11, 4)),
+                "pos_embed/W_pos": ("embedding", (1, 5, 4)),
+                "up/W": ("matrix", (1, 4, 8)),
+                "up/b": "bias",
+                "head/W": ("head", (1, 4, 11)),
+                "unembed/W": ("head", (1, 4, 11)),
+            },
+        ),
+        (
+            {
+                **dict.fromkeys(("W_E", "W_embed", "w_emb", "Wemb", "w_pos"), (11, 4)),
+                **dict.fromkeys(("W_U", "W_unembed", "w_out_head"), (4, 11)),
+                "W_O": (4, 4),
+            },
+            {
+                **dict.fromkeys(
+                    ("W_E", "W_embed", "w_emb", "Wemb", "w_pos"), ("embedding", (1, 11, 4))
+                ),
+                **dict.fromkeys(("W_U", "W_unembed", "w_out_head"), ("head", (1, 4, 11))),
+                "W_O": ("matrix", (1, 4, 4)),
+            },
+        ),
+        (
+            {
+                "linear": {"kernel": (4, 8), "kernel_lora_a": (4, 2), "kernel_lora_b": (2, 8)},
+                "einsum": {"w": (4, 8), "w_lora_a": (4, 2), "w_lora_b": (2, 8)},
+            },
+            {
+                **{f"linear/kernel{end}": ("matrix", (1, *shape)) for end, shape in LORA.items()},
+                **{f"einsum/w{end}": ("matrix", (1, *shape)) for end, shape in LORA.items()},
+            },
+        ),
+        (
+            {
+                "embed_proj": {"w": (12, 4)},
+                "embedding_projection": {"weight": (4, 12)},
+                "label_emb": {"weight": (11, 4)},
+                "norm_proj": {"weight": (8, 4)},
+                "lnet": {"w": (4, 8)},
+                "pre_norm": {"weight": (4,)},
+            },
+            {
+                "embed_proj/w": ("matrix", (1, 12, 4)),
+                "embedding_projection/weight": ("matrix", (1, 12, 4)),
+                "label_emb/weight": ("embedding", (1, 11, 4)),
+                "norm_proj/weight": ("matrix", (1, 4, 8)),
+                "lnet/w": ("matrix", (1, 4, 8)),
+                "pre_norm/weight": "norm",
+            },
+        ),
     ],
-    ids=["w1_b1", "pairs", "gpt", "experts"],
+    ids=["w1_b1", "pairs", "gpt", "experts", "W", "W_E", "lora", "projections"],
 )
 def test_names_of_plain_jax(params, expected):
     assert decided(shapes(params)) == expected
+
+
+@pytest.mark.parametrize("stack", [(), (3,)], ids=["layers", "stacked"])
+def test_norms_called_kernel_as_in_easylm_and_easydel(stack):
+    block = {
+        "attention": {name: {"kernel": (*stack, 4, 4)} for name in ("wq", "wk", "wv", "wo")},
+        "feed_forward": {"w1": {"kernel": (*stack, 4, 8)}},
+        "attention_norm": {"kernel": (*stack, 4)},
+        "input_layernorm": {"kernel": (*stack, 4)},
+        "key_normalization": {"kernel": (*stack, 2)},
+        "q_norm": {"kernel": (*stack, 2)},
+    }
+    found = decided(shapes({"h": block, "ln_f": {"kernel": (4,)}, "norm": {"kernel": (4,)}}))
+    batch = stack[0] if stack else 1
+    assert found["h/attention/wq/kernel"] == ("matrix", (batch, 4, 4))
+    assert found["h/feed_forward/w1/kernel"] == ("matrix", (batch, 4, 8))
+    assert found["h/attention_norm/kernel"] == found["h/input_layernorm/kernel"] == "norm"
+    assert found["h/q_norm/kernel"] == found["h/key_normalization/kernel"] == "norm"
+    assert found["ln_f/kernel"] == found["norm/kernel"] == "norm"
+
+
+@pytest.mark.parametrize(
+    ("attention", "name"),
+    [
+        # Tunix; nanodo.
+        (("q_proj", "k_proj", "v_proj", "o_proj"), "w"),
+        (("query", "key", "value", "attn_out_proj"), "kernel"),
+    ],
+)
+def test_attention_of_public_models(attention, name):
+    *inputs, output = attention
+    params = {module: {name: (8, 2, 4)} for module in inputs} | {output: {name: (2, 4, 8)}}
+    found = decided(shapes({"attn": params}))
+    assert found == {f"attn/{module}/{name}": ("matrix", (1, 8, 8)) for module in attention}
+
+
+def test_a_gate_beside_experts_routes():
+    def layer(router, experts):
+        kernels = {name: {"kernel": (6, 4, 8)} for name in ("gate_proj", "up_proj")}
+        return {"mlp": {router: {"kernel": (4, 6)}, experts: kernels, "down_proj": (6, 8, 4)}}
+
+    shared = {"shared_expert_gate": {"kernel": (4, 1)}}
+    found = decided(shapes({"0": layer("gate", "experts"), "1": shared}))
+    assert found == {
+        "0/mlp/gate/kernel": "router",
+        "0/mlp/experts/gate_proj/kernel": ("matrix", (6, 4, 8)),
+        "0/mlp/experts/up_proj/kernel": ("matrix", (6, 4, 8)),
+        "0/mlp/down_proj": ("matrix", (6, 8, 4)),
+        "1/shared_expert_gate/kernel": "router",
+    }
+    # Without experts, or with its own `up`, it is half of a gated feed-forward layer.
+    dense = {name: {"kernel": (4, 8)} for name in ("gate", "up")}
+    for params in ({"mlp": dense}, {"mlp": dense | {"experts": {"w1": (6, 4, 8)}}}):
+        assert decided(shapes(params))["mlp/gate/kernel"] == ("matrix", (1, 4, 8))
+
+
+def test_patches_are_convolutions_in_every_library_and_no_embeddings():
+    params = {
+        "patch_embed": {"proj": {"weight": (8, 3, 4, 4)}},
+        "patch_embedder": {"weight": (8, 3, 4, 4)},
+        "patch_embedding": {"kernel": (4, 4, 3, 8)},
+        "patch_embed_1": {"w": (4, 4, 3, 8)},
+    }
+    assert set(decided(shapes(params)).values()) == {("convolution", (1, 48, 8))}
+    flat = {"patch_embed": {"weight": (8, 48)}, "patch_embedding": {"w": (48, 8)}}
+    assert set(decided(shapes(flat)).values()) == {("matrix", (1, 48, 8))}
+
+
+def test_what_comes_before_the_logits_is_no_head():
+    params = {"pre_logits": {"kernel": (8, 8)}, "logits": {"kernel": (8, 11)}}
+    assert decided(shapes(params)) == {
+        "pre_logits/kernel": ("matrix", (1, 8, 8)),
+        "logits/kernel": ("head", (1, 8, 11)),
+    }
 
 
 def test_b_beside_a_is_no_bias_if_they_multiply():

@@ -25,6 +25,11 @@ class Decided(NamedTuple):
     axes: MatrixAxes | None
     """Rows and columns; None if the meaning of the axes is unknown."""
 
+    @property
+    def is_clear(self) -> bool:
+        """Whether it is known how this is a batch of matrices."""
+        return self.axes is not None and len(self.shape) > 1
+
     def layout(self) -> Layout:
         """The layout as matrices."""
         assert self.axes is not None
@@ -106,7 +111,7 @@ def decide(
     used, decided = set(), []
     for name, shape in leaves:
         ndim = len(shape) - layers.get(name, 0)
-        beside = modules[_module(name)[0]]
+        beside = modules[_module(name)]
         index = next(
             (
                 i
@@ -125,7 +130,7 @@ def decide(
         decided.append(Decided(name, shape, rule.role, axes_of_rule(rule, ndim)))
     if lenient:
         return decided
-    unclear = [d for d in decided if d.role is None or (d.role in needed and d.axes is None)]
+    unclear = [d for d in decided if d.role is None or (d.role in needed and not d.is_clear)]
     if unclear:
         paths = {d.path for d in unclear}
         check_real_leaves(
@@ -153,17 +158,20 @@ def axes_of_rule(rule: Rule, ndim: int) -> MatrixAxes | None:
     return IN_OUT if ndim <= 2 else None
 
 
-def _module(path: str) -> tuple[str, str]:
-    """The module two levels above, and the path from there."""
-    parts = path.split("/")
-    return "/".join(parts[:-2]), "/".join(parts[-2:])
+def _module(path: str) -> str:
+    """The module two levels above."""
+    return "/".join(path.split("/")[:-2])
 
 
 def _modules(leaves: Sequence[tuple[str, Any]]) -> Mapping[str, dict[str, tuple[int, ...]]]:
-    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    """Modules two levels above a parameter, each with the shapes of all that is below it."""
+    found: dict[str, dict[str, tuple[int, ...]]] = {_module(name): {} for name, _ in leaves}
     for name, shape in leaves:
-        module, rest = _module(name)
-        found.setdefault(module, {})[rest] = shape
+        parts = name.split("/")
+        for end in range(len(parts)):
+            module = "/".join(parts[:end])
+            if module in found:
+                found[module]["/".join(parts[end:])] = shape
     return found
 
 

@@ -47,6 +47,8 @@ def refusal(unclear: Sequence[Any], shapes: Mapping[str, tuple[int, ...]], *, de
 def _problem(d: Any) -> str:
     if d.role is None:
         return "no role rule matches"
+    if len(d.shape) < 2:
+        return f"a {d.role}, but it has fewer than two axes"
     return f"a {d.role}: which axes are its rows (in), which its columns (out)?"
 
 

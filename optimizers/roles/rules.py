@@ -5,6 +5,7 @@ its neighbours. It never guesses what three or more axes mean: those of a convol
 attention and of stacked experts are known; for all others the error asks for the axes.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -36,7 +37,7 @@ class Rule(NamedTuple):
     ndim: int | None = None
     """Decide only parameters with this many axes, without those of stacked layers."""
     where: Callable[[Shapes], bool] | None = None
-    """Decide only if this holds for the shapes in the module two levels above the parameter."""
+    """Decide only if this holds for all shapes in the module two levels above the parameter."""
 
 
 Rules = Sequence[Rule | tuple[str, Role] | tuple[str, Role, MatrixAxes | None]]
@@ -64,14 +65,19 @@ def _maybe(pattern: str, role: Role, axes: MatrixAxes | None = None, **when: obj
     return Rule(pattern, role, axes, required=False, **when)  # type: ignore[arg-type]
 
 
-_INPUTS = ("query", "key", "value", "q", "k", "v", "q_proj", "k_proj", "v_proj", "wq", "wk", "wv")
-_OUTPUTS = ("out", "output", "o", "o_proj", "out_proj", "wo", "proj")
+_INPUTS = (
+    *("query", "key", "value", "q", "k", "v", "q_proj", "k_proj", "v_proj", "wq", "wk", "wv"),
+    *("to_q", "to_k", "to_v"),
+)
+_OUTPUTS = ("out", "output", "o", "o_proj", "out_proj", "attn_out_proj", "to_out", "wo", "proj")
 
 
 def _has_heads(shapes: Shapes) -> bool:
     """Whether an output projection has the same heads as a query."""
-    makes = [shapes.get(f"{name}/kernel", ()) for name in _INPUTS]
-    takes = [shapes.get(f"{name}/kernel", ()) for name in _OUTPUTS]
+    kernels = lambda names: [
+        shapes.get(f"{name}/{kernel}", ()) for name in names for kernel in ("kernel", "w")
+    ]
+    makes, takes = kernels(_INPUTS), kernels(_OUTPUTS)
     return any(
         len(i) > 2
         and i[-2:] == o[-3:-1]
@@ -90,35 +96,54 @@ def _is_ravine(shapes: Shapes) -> bool:
 
 def _has_no_pair(shapes: Shapes) -> bool:
     """Whether no ``b`` is the second factor of a product with the ``a`` beside it (LoRA)."""
-    seconds = {path: shape for path, shape in shapes.items() if path.split("/")[-1] == "b"}
+    seconds = {path: shape for path, shape in shapes.items() if re.fullmatch("([^/]*/)?b", path)}
     firsts = [shapes.get(f"{path[:-1]}a", ()) for path in seconds]
     pairs = zip(firsts, seconds.values(), strict=True)
     return not any(len(a) == len(b) > 1 and a[-1] == b[-2] for a, b in pairs)
 
 
+def _has_experts(shapes: Shapes) -> bool:
+    """Whether there are experts, and no ``up`` that the ``gate`` beside them could gate."""
+    modules = {path.partition("/")[0] for path in shapes}
+    return "up" not in modules and any("experts" in module for module in modules)
+
+
 _HEAD = (
-    r"(^|/)(?!\w*(multi|attention|per)_?head)((\w+_)?head|(\w+_)?logits(_dense)?|(\w+_)?classifier"
-    r"|unembed(ding|der)?|embed_out|qa_outputs)"
+    r"(^|/)(?!\w*(multi|attention|per)_?head|pre_logits)((\w+_)?head|(\w+_)?logits(_dense)?"
+    r"|(\w+_)?classifier|([wW]_)?unembed(ding|der)?|embed_out|qa_outputs)"
 )
-_NORM = r"(^|/)([^/]*[nN]orm[^/]*|ln_?[^/]*|[^/]*_ln(_[^/]*)?)"
-_EMBED = r"(^|/)([^/]*[eE]mbed[^/]*|wte|wpe|emb|(tok|token|pos|word)_emb[^/]*)"
+_NORM = (
+    r"(^|/)([^/]*[nN]orm(?![^/]*([pP]roj|[dD]ense|[lL]inear))[^/]*|ln(_[^/]*|\d[^/]*|f)?"
+    r"|[^/]*_ln(_[^/]*)?)"
+)
+_TABLE = r"(tok|token|pos|position|word|char|label|class|type|segment)_emb"
+# A projection to the width of an embedding, and one of patches, are no tables.
+_EMBED = rf"(^|/)(?![^/]*([pP]roj|[pP]atch))([^/]*[eE]mbed[^/]*|wte|wpe|emb|{_TABLE}[^/]*)"
+_PATCHES = r"patch_embed\w*(/proj(ection)?)?"
 _WINDOWS = (3, 4, 5)
 
 _NAMED = (
-    _maybe(rf"{_HEAD}(/(kernel|w))?$", "head"),
+    _maybe(rf"{_HEAD}(/(kernel|[wW]))?$|(^|/)W_U$", "head"),
     _maybe(rf"{_HEAD}/weight$", "head", OUT_IN),
     _maybe(r"(^|/)(cls|cls_token|class_token|class_embedding|mask_token|dist\w*_token)$", "other"),
     _maybe(r"(^|/)negative_slope$", "other"),
     _maybe(r"(^|/)pos\w*_?emb\w*$", "embedding", IN_OUT, ndim=3),  # [1, positions, width]
-    _maybe(r"embedd?ings?$|(^|/)(wte|wpe|embed|emb|(tok|token|pos|word)_emb\w*)$", "embedding"),
+    _maybe(
+        rf"embedd?ings?$|(^|/)(wte|wpe|embed|emb|{_TABLE}\w*|[wW]_?emb\w*|[wW]_pos|W_E)$",
+        "embedding",
+    ),
     _maybe(r"(^|[/_])scale$", "norm"),
     _maybe(rf"{_NORM}/(weight|gamma|gain|w|g)$", "norm"),
+    # EasyLM, EasyDeL
+    _maybe(r"(^|/)(\w*[nN]orm(alization)?(_?\d+)?|ln_?(\d+|f))/kernel$", "norm"),
     _maybe(rf"{_NORM}$", "norm", ndim=1),
     _maybe(r"(^|[/_])bias(_\w+)?$|(^|/)(b\d+|b_\w+|offset|beta)$", "bias"),
     _maybe(r"(^|/)b$", "bias", ndim=1),
     _maybe(r"(^|/)b$", "bias", where=_has_no_pair),
     _maybe(r"(^|[/_])router(/(kernel|weight|w))?$", "router"),
     _maybe(r"(^|/)[^/]*[mM][oO][eE][^/]*/gate(/(kernel|weight|w))?$", "router"),
+    _maybe(r"(^|/)gate/(kernel|weight|w)$", "router", where=_has_experts),
+    _maybe(r"(^|/)shared_experts?_gate/(kernel|weight|w)$", "router"),
 )
 
 _FLAX = (
@@ -133,7 +158,7 @@ _FLAX = (
     _maybe(r"(^|/)layers/experts/(gate|up|down)/kernel$", "matrix", IN_OUT, ndim=4),
     # Stacked or not: their shapes decide.
     *(
-        _maybe(rf"(^|/)({'|'.join(names)})/kernel$", "matrix", axes, ndim=n, where=_has_heads)
+        _maybe(rf"(^|/)({'|'.join(names)})/(kernel|w)$", "matrix", axes, ndim=n, where=_has_heads)
         for names, axes in ((_INPUTS, ATTENTION_IN), (_OUTPUTS, ATTENTION_OUT))
         for n in (3, 4)
     ),
@@ -141,7 +166,7 @@ _FLAX = (
     *(
         _maybe(
             r"(^|/)([^/]*[cC]onv(?!Local|LSTM)[^/]*|ConvLSTMCell_\d+/(ih|hh)"
-            r"|patch_embed\w*(/proj(ection)?)?)/kernel$",
+            rf"|{_PATCHES})/kernel$",
             "convolution",
             window(n),
             ndim=n,
@@ -159,7 +184,7 @@ _EXPERTS = (
         ndim=3,
     ),
     _maybe(r"(^|/)[^/]*[eE]xperts[^/]*/(?!\d)(.*/)?weight$", "matrix", OUT_IN, ndim=3),
-    _maybe(r"(^|/)(wi|wo|wi_\d)$", "matrix", IN_OUT, ndim=3),
+    _maybe(r"(^|/)(wi|wo|wi_\d|(gate|up|down)_proj)$", "matrix", IN_OUT, ndim=3),
 )
 
 _EQUINOX = (
@@ -168,7 +193,7 @@ _EQUINOX = (
     _maybe(rf"{_EMBED}/weight$", "embedding"),
     *(
         _maybe(
-            r"(^|/)[^/]*[cC]onv[^/]*/weight$",
+            rf"(^|/)([^/]*[cC]onv[^/]*|{_PATCHES})/weight$",
             "convolution",
             MatrixAxes(tuple(range(1 - n, 0)), (-n,)),
             ndim=n,
@@ -180,7 +205,7 @@ _EQUINOX = (
 )
 
 _HAIKU = (
-    _maybe(rf"{_EMBED}/(w|embeddings)$", "embedding"),
+    _maybe(rf"{_EMBED}/([wW]|embeddings)$", "embedding"),
     _maybe(
         r"(^|/)[^/]*conv2_d_transpose[^/]*/w$",
         "convolution",
@@ -189,7 +214,7 @@ _HAIKU = (
     ),
     *(
         _maybe(
-            r"(^|/)[^/]*conv(?!\w*transpose)\w*(/(input|hidden)_to_hidden)?/w$",
+            rf"(^|/)([^/]*conv(?!\w*transpose)\w*(/(input|hidden)_to_hidden)?|{_PATCHES})/w$",
             "convolution",
             window(n),
             ndim=n,
@@ -202,7 +227,7 @@ _PLAIN = (
     # `[(w, b), ...]`
     _maybe(r"(^|/)\d+/0$", "matrix", ndim=2),
     _maybe(r"(^|/)\d+/1$", "bias", ndim=1),
-    _maybe(r"(^|/)(kernel|lora_[ab]|[wW]\d*|[wW]_?[a-zA-Z]{1,8}(_?\d)?)$", "matrix"),
+    _maybe(r"(^|/)(kernel|(\w+_)?lora_[ab]|[wW]\d*|[wW]_?[a-zA-Z]{1,8}(_?\d)?)$", "matrix"),
 )
 
 RAVINE_RULES: Rules = (
@@ -215,7 +240,8 @@ RAVINE_RULES: Rules = (
 """Rules for the model of ``ravine.training``."""
 
 COMMON_RULES: Rules = (*_NAMED, *_FLAX, *_EXPERTS, *_EQUINOX, *_HAIKU, *_PLAIN)
-"""The default: parameter names of Flax NNX, Linen, Equinox, Haiku and plain JAX.
+"""The default: parameter names of Flax NNX, Linen, Equinox, Haiku and plain JAX, and of EasyLM, EasyDeL,
+nanodo and T5X.
 
 Heads are recognised by names such as ``head``, ``lm_head``, ``logits``, ``classifier``, ``unembed``;
 one called ``Dense_7`` needs a rule in front, or it is a matrix. A convolution has ``conv`` or
