@@ -8,20 +8,17 @@ seal is written after everything it lists, so that one whose copy was cut off is
 In ``gs://`` Orbax writes the checkpoints itself, from every process; they are not on the disk then, and
 all else is copied before a checkpoint gets its seal.
 
-The lock is an object that is created only if there is none. It stays behind where a process is killed.
+The lock is one in the bucket, see `bucket_lock`.
 """
 
 import contextlib
-import datetime
 import json
-import os
 import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from ..data.buckets import NO_ROOM, no_room, orbax_writes, refusals
+from .bucket_lock import BucketLock
 from .folder import CHECKPOINTS, LOCK, RACE, REFUSED
 from .mirror import Mirror, stamp_of, temporary_folder
 from .outcome import RunFailed
@@ -38,39 +35,31 @@ class Bucket(Mirror):
 
     def __init__(self, url: str, folder: Path):
         super().__init__(url, folder)
-        self._mine = b""
+        self._lock = BucketLock(self._files, url, self._root)
 
     def hold(self) -> None:
-        """Creates the lock.
+        """Takes the lock.
 
         Raises:
-          ValueError: if there is one, by its holder, or if it cannot be created.
+          ValueError: if another race holds it, by its holder, or if it cannot be created.
         """
         with refusals(self.url):
             if self._files.isfile(self._root):
                 raise ValueError("a file; give --out a folder")
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": now}
-        mine, lock = json.dumps(holder).encode(), self._path(LOCK)
-        with contextlib.suppress(FileExistsError), refusals(self.url, passes=FileExistsError):
-            self._files.pipe_file(lock, mine, mode="create")
-        with refusals(self.url):
-            found = self._files.cat_file(lock)
-        if found != mine:
-            raise ValueError(
-                f"{self.url} is in use by {_told(found)}; wait for it or give another --out. If that "
-                f"process was killed, remove {self.url}/{LOCK} first."
-            )
-        self._mine = mine
+        self._lock.hold()
 
     def release(self) -> None:
-        """Removes the lock, if it is ours."""
-        if not self._mine:
-            return
-        with contextlib.suppress(Exception):
-            if self._files.cat_file(self._path(LOCK)) == self._mine:
-                self._files.rm_file(self._path(LOCK))
-        self._mine = b""
+        """Gives the lock back, if it is ours."""
+        self._lock.release()
+
+    def copy(self) -> None:
+        """As of any mirror.
+
+        Raises:
+          RunFailed: if another race has taken over the lock; nothing is copied then.
+        """
+        self._lock.check()
+        super().copy()
 
     def fetch(self, *, resume: bool, overwrite: bool) -> None:
         """Brings the race that goes on to the disk, or checks that there is none.
@@ -82,7 +71,7 @@ class Bucket(Mirror):
         with refusals(url):
             self._files.invalidate_cache()  # of listings
             names = [self._name(path) for path in self._files.find(self._root)]
-            names = [name for name in names if name != LOCK]
+            names = [name for name in names if not name.startswith(LOCK)]
             manifest = self._files.cat_file(self._path(RACE)) if RACE in names else b""
         if resume and not manifest:
             raise ValueError(f"{url} holds no race; --resume needs the --out of an earlier one.")
@@ -147,7 +136,7 @@ def bucket_folder(url: str, *, resume: bool = False, overwrite: bool = False) ->
         try:
             if bucket.begun:
                 bucket.copy()
-        except ValueError as error:
+        except (ValueError, RunFailed) as error:
             complaint = (
                 f"the results are not all in the bucket ({error}) They are in {folder}: copy them by "
                 "hand, or go on with --resume and that folder as --out."
@@ -163,14 +152,6 @@ def bucket_folder(url: str, *, resume: bool = False, overwrite: bool = False) ->
 def _part(name: str) -> str:
     """What of a run an object is."""
     return [*PurePosixPath(name).parts, "", ""][1]
-
-
-def _told(holder: bytes) -> str:
-    try:
-        found: Any = json.loads(holder)
-        return f"process {found['pid']} on {found['host']} since {found['since']}"
-    except (ValueError, KeyError, TypeError):
-        return "another process"
 
 
 def _writes(manifest: bytes) -> list[str]:
