@@ -104,7 +104,7 @@ class BucketLock:
         if silent is None or silent < SILENT:
             raise self._in_use(found)
         url, who = self._url, _told(found)
-        say(f"ravine: {url} is locked by {who}; watching for {_words(WATCHED)} whether it lives.")
+        say(f"ravine: {url} is locked by {who}; watching the lock for {_words(WATCHED)}.")
         time.sleep(WATCHED)
         # Of several races that have come here, the one that creates this may write the lock.
         turn = f"{self._path}.next"
