@@ -1,6 +1,7 @@
 """The transformer: shapes, causality, options, and the two ways to train it."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -168,12 +169,38 @@ def test_recomputed_layers_give_the_same_gradients(getkey):
     found = []
     for remat in (False, True):
         graphdef, params = init_params(dataclasses.replace(config, remat=remat), 0)
-        grads = jax.grad(make_loss(graphdef))
-        gradient = jax.jit(grads)
+        gradient = jax.jit(jax.grad(make_loss(graphdef)))
         found.append(gradient(params, batch))
-        assert ("remat" in str(jax.make_jaxpr(grads)(params, batch))) == remat
     bound = rounding_of(lambda params: gradient(params, batch), params)
     assert furthest(*found) <= bound
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_layers_keep_products_or_only_their_input(remat):
+    """Numbers per token that the scan of the forward pass leaves to that of the backward pass."""
+    config = dataclasses.replace(SMALL, layers=3, feed_forward=48, remat=remat)
+    graphdef, params = init_params(config, 0)
+    batch = jnp.zeros((5, 9), int)
+    gradient = jax.make_jaxpr(jax.grad(make_loss(graphdef)))(params, batch)
+    forward = next(e for e in gradient.jaxpr.eqns if e.primitive.name == "scan")
+    shapes = [x.aval.shape for x in forward.outvars]
+    kept = sum(math.prod(shape[1:]) for shape in shapes if shape[:2] == (3, 5))
+    # The stream twice, query to value and what they mix, gate and up, and the logits of two heads.
+    products = 2 * 16 + 3 * 16 + 16 + 2 * 48 + 2 * 8
+    assert kept == 5 * 8 * (16 if remat else products)
+
+
+def test_the_backward_pass_draws_no_dropout(getkey):
+    model, tokens = build(dropout=0.5), jnp.zeros((2, 8), int)
+    graphdef, params = nnx.split(model, nnx.Param)
+
+    def total(params):
+        return jnp.sum(nnx.merge(graphdef, params).hidden(tokens, dropout_key=getkey())[0])
+
+    equations = jax.make_jaxpr(jax.grad(total))(params).jaxpr.eqns
+    forward, backward = (str(e) for e in equations if e.primitive.name == "scan")
+    assert "random_bits" in forward
+    assert "random_bits" not in backward
 
 
 def test_parameters_are_stacked_and_every_one_has_a_role():

@@ -336,7 +336,7 @@ def test_verdicts_name_the_first_change_that_helps(found, tokens, says):
         ),
         ([*GPUS, "--micro-batches", "3"], "give --batch 768 or a multiple"),
         ([*GPUS, "--train-step", "--layers-only"], "leave out --layers-only"),
-        ([*GPUS, "--train-step", "--remat", "products"], "leave out --train-step"),
+        ([*GPUS, "--train-step", "--remat", "none"], "give --remat products"),
         (
             [*GPUS, "--optimizer", "muon", "--options", '{"roles": []}'],
             "muon has no roles, so no parameter",

@@ -6,9 +6,13 @@ is `[L, in, out]`, as large JAX trainers have it: an optimizer that goes by `ndi
 norms `[L, D]` for matrices, which is why ours go by role.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.extend.core import Primitive
 
 from ..stability import attention, soft_cap
 from .dropout import dropped
@@ -228,8 +232,7 @@ class Transformer(nnx.Module):
             x_BxTxD: jax.Array, layer: Block, keys_2: jax.Array | None
         ) -> tuple[jax.Array, jax.Array | None]:
             call = lambda layer, x_BxTxD, keys_2: layer(x_BxTxD, measured, keys_2)
-            call = nnx.remat(call) if self.config.remat else call
-            x_BxTxD, highest_H = call(layer, x_BxTxD, keys_2)
+            x_BxTxD, highest_H = _recomputed(call, self.config)(layer, x_BxTxD, keys_2)
             return constrained(x_BxTxD, "rows", "context", None), highest_H
 
         return through(x_BxTxD, self.layers, keys_Lx2)
@@ -264,6 +267,24 @@ class Transformer(nnx.Module):
         logits_BxTxV = logits_BxTxV.astype(jnp.float32)
         logits_BxTxV = constrained(logits_BxTxV, "rows", "context", "tensor")
         return soft_cap(logits_BxTxV, self.config.final_soft_cap, self.config.soft_cap_form)
+
+
+def _recomputed(call: Callable[..., Any], config: ModelConfig) -> Callable[..., Any]:
+    """The call of a layer, of which the backward pass computes again what it does not keep.
+
+    Storing every activation of a scanned layer takes longer than computing it again from products, and
+    twice the memory (docs/log.md, 2026-11-29).
+    """
+    if config.remat:
+        return nnx.remat(call)
+    if config.attention == "cudnn":  # its kernel is no product, and would run twice
+        return call
+    # Forward and backward pass are different loops, so nothing here could be merged with its repetition.
+    return nnx.remat(call, policy=_kept, prevent_cse=False)
+
+
+def _kept(primitive: Primitive, *_: Any, **__: Any) -> bool:
+    return primitive.name in ("dot_general", "random_bits")
 
 
 def _output_scale(config: ModelConfig, given: float | None) -> float:

@@ -62,7 +62,8 @@ class ModelConfig:
     unroll: int = 1
     """Layers unrolled in the scan: more compile time, sometimes faster steps."""
     remat: bool = False
-    """Recompute layers in the backward pass instead of keeping what they computed: less memory."""
+    """Recompute whole layers in the backward pass, products too: less memory. Without it products are
+    kept, and only what follows from them is recomputed."""
     dropout: float = dataclasses.field(default=0.0, metadata=LATER)
     """Share of elements dropped behind the embedding and every branch, in training only. Models that
     see a token about once take 0."""

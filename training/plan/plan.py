@@ -193,10 +193,10 @@ def _program(config: PlanConfig, shape: ModelShape, mesh: Mesh, work: Work) -> A
         )
     if config.layers_only:
         raise ValueError("a train step needs all of the model; leave out --layers-only.")
-    if config.remat == "products":
+    if config.remat == "none":
         raise ValueError(
-            "the trainer's model recomputes layers or nothing; leave out --train-step, or --remat "
-            "products."
+            "the trainer's model recomputes what follows from products; leave out --train-step, or "
+            "give --remat products."
         )
     model, over = trainer_model(config.model, shape), auto(mesh)
     model = dataclasses.replace(model, remat=config.remat == "full")
