@@ -37,29 +37,52 @@ BEFORE: dict[str, tuple[str, ...]] = {
 """An old name, and what to write now: the first candidate that is an argument of the function."""
 
 ELSEWHERE: dict[str, tuple[str, ...]] = {
+    "accumulator_dtype": ("mu_dtype=...",),
+    "adam_b1": ("fallback=ravine.Fallback(b1=...)",),
+    "adam_b2": ("fallback=ravine.Fallback(b2=...)",),
     "adam_learning_rate": ("fallback=ravine.Fallback(learning_rate=...)",),
+    "adam_weight_decay": ("fallback=ravine.Fallback(weight_decay=...)",),
+    "adamw_betas": ("fallback=ravine.Fallback(b1=..., b2=...)",),
+    "adamw_eps": ("fallback=ravine.Fallback(eps=...)",),
+    "adamw_lr": ("fallback=ravine.Fallback(learning_rate=...)",),
+    "adamw_wd": ("fallback=ravine.Fallback(weight_decay=...)",),
     "adam_lr": ("fallback=ravine.Fallback(learning_rate=...)",),
     "adjust_lr_fn": ("scale=...",),
     "beta": ("b1=...",),
     "beta1": ("b1=...",),
     "beta2": ("b2=...",),
+    "beta3": ("b3=...",),
+    "beta3_warmup": ("b3_warmup=...",),
     "betas": ("b1=... and b2=...",),
     "block_size": ("blocks=ravine.Blocks(size=...)",),
+    "consistent_rms": ('scale="moonlight"',),
+    "diagonal_epsilon": ("eps=...",),
     "epsilon": ("eps=...",),
+    "graft_type": ("graft=ravine.Grafting(step=...)",),
+    "grafting_config": ("graft=ravine.Grafting(step=...)",),
     "lr": ("learning_rate=...",),
     "mask": ("weight_decay_mask=...",),
+    "matrix_epsilon": ("roots=ravine.Roots(ridge=...)",),
     "max_precond_dim": ("blocks=ravine.Blocks(bound=...)",),
     "max_preconditioner_dim": ("blocks=ravine.Blocks(size=...)",),
     "momentum": ("b1=...",),
+    "muon_weight_dimension_numbers": ("rules=...",),
     "ns_coeffs": ("polar=ravine.NewtonSchulz(coefficients=...)",),
     "ns_coefficients": ("polar=ravine.NewtonSchulz(coefficients=...)",),
     "ns_steps": ("polar=ravine.NewtonSchulz(steps=...)",),
     "precondition_frequency": ("refresh=ravine.Refresh(every=...)",),
     "preconditioning_compute_steps": ("refresh=ravine.Refresh(every=...)",),
     "shampoo_beta": ("shampoo_b2=...",),
+    "start_preconditioning_step": ("refresh=ravine.Refresh(start=...)",),
+    "statistics_compute_steps": ("refresh=ravine.Refresh(statistics_every=...)",),
+    "update_interval": ("every=...",),
+    "warmup_steps": ("learning_rate=ravine.schedules.warmup(...)",),
     "wd": ("weight_decay=...",),
 }
 """A name in Optax, PyTorch or the authors' code, and what to write here, likewise."""
+
+RMSPROP = {"alpha": "b2=...", "decay": "b2=...", "eps_in_sqrt": "eps_root=..."}
+"""Names that mean something else for other optimizers."""
 
 
 def instead(name: str, known: Iterable[str]) -> str:
@@ -75,6 +98,8 @@ def instead(name: str, known: Iterable[str]) -> str:
       'did you mean beta2?'
     """
     known = list(known)
+    if "centered" in known and name in RMSPROP:
+        return f"give {RMSPROP[name]}"
     for now in (*BEFORE.get(name, ()), *ELSEWHERE.get(name, ())):
         arguments = [part.partition("=")[0] for part in now.split(" and ")]
         if all(argument in known for argument in arguments):

@@ -116,7 +116,14 @@ def _fitting(
     @functools.wraps(update)
     def checked(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         like = parameters_of(state) if params is None else params
-        check_fit("gradient", updates, like)
+        try:
+            check_fit("gradient", updates, like)
+        except ValueError:
+            if _has_states(params) and not _has_states(updates):
+                raise ValueError(
+                    "params is the state of an optimizer; call tx.update(grads, state, params)."
+                ) from None
+            raise
         updates = placed_like(updates, like)
         try:
             updates, state = update(updates, state, params, **extra)
@@ -136,6 +143,11 @@ def states_of(kind: type | tuple[type, ...], opt_state: Any) -> list[Any]:
     """Every state of one kind in `opt_state`, however deep it is chained, masked or partitioned."""
     is_kind = lambda node: isinstance(node, kind)
     return [node for node in jax.tree.leaves(opt_state, is_leaf=is_kind) if is_kind(node)]
+
+
+def _has_states(tree: Any) -> bool:
+    is_state = lambda node: hasattr(node, "_fields") and type(node).__name__.endswith("State")
+    return any(map(is_state, jax.tree.leaves(tree, is_leaf=is_state)))
 
 
 def map_states(

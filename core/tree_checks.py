@@ -13,8 +13,13 @@ def check_real_leaves(params: Any) -> None:
         dtype = getattr(leaf, "dtype", None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
             name = jax.tree_util.keystr(path) or "(root)"
+            if dtype is None:
+                raise TypeError(
+                    f"parameter {name} is a {type(leaf).__name__}, but optimizers take arrays; make it "
+                    "one, or leave it out, as eqx.filter(model, eqx.is_inexact_array) does."
+                )
             raise TypeError(
-                f"parameter {name} has dtype {dtype or type(leaf)}, but optimizers take real "
+                f"parameter {name} has dtype {dtype}, but optimizers take real "
                 "floating-point arrays; cast it, or leave it out "
                 "with optax.masked or optax.partition."
             )

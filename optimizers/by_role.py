@@ -116,6 +116,7 @@ def by_role(
     fallback_ratio: float = 1.0,
     fallback_mu_dtype: Any = None,
     gated: bool = False,
+    vectors: bool = False,
 ) -> optax.GradientTransformation:
     """``direction → decay → learning rate`` for parameters of `roles`, `fallback` for all others.
 
@@ -134,6 +135,7 @@ def by_role(
       fallback_mu_dtype: AdamW's `mu_dtype`.
       gated: whether the fallback treats unusable gradients as zeros, leaf by leaf, to match a direction
         that leaves such blocks out of its moments.
+      vectors: whether the direction takes parameters with fewer than two axes.
     """
     check_non_negative(learning_rate=learning_rate)
     if decay is None:
@@ -160,7 +162,7 @@ def by_role(
     chain = Remembered(chained, most=8)
 
     def parts(tree: Any) -> optax.GradientTransformationExtraArgs:
-        decided = decide(tree, rules, roles)
+        decided = decide(tree, rules, roles, vectors=vectors)
         mine = tuple((d.path, _with_words(d)) for d in decided if d.role in roles and d.axes)
         if decided and not mine and not is_part(tree):
             raise ValueError(
@@ -178,7 +180,7 @@ def by_role(
         return parts(updates).update(updates, state, params, **extra)
 
     def describe(tree: Any) -> dict[str, list[Any]]:
-        decided = decide(tree, rules, roles)
+        decided = decide(tree, rules, roles, vectors=vectors)
         return {
             "optimizer": [name if d.role in roles else "fallback" for d in decided],
             "role": [d.role for d in decided],

@@ -176,4 +176,5 @@ def mars(
         rules=rules,
         roles=roles,
         fallback=fallback,
+        vectors=True,
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from ..core.checks import shown
 from ..core.paths import key_names, path_string
 from ..core.transformation import Link, watching
 
@@ -55,6 +56,18 @@ class Found:
 
 def probe(tx: Any, params: Any) -> tuple[dict[str, Found], int]:
     """What is done to every parameter, by path, and the bytes of the shared state."""
+    if not callable(getattr(tx, "init", None)):
+        raise ValueError(
+            "tx must be a gradient transformation such as ravine.adamw(1e-3) (of an nnx.Optimizer its "
+            f"tx), got {shown(tx)}."
+        )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not hasattr(leaf, "dtype"):
+            where = f"the parameter {path_string(path)!r}" if path else "params"
+            raise ValueError(
+                f"{where} must be an array or its shape, got {shown(leaf)}; make it one, or leave it "
+                "out, as eqx.filter(model, eqx.is_inexact_array) does."
+            )
     keys = [
         (path_string(path), key_names(path))
         for path, _ in jax.tree_util.tree_leaves_with_path(params)

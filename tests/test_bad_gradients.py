@@ -106,6 +106,18 @@ def test_moments_give_the_shapes_where_parameters_are_missing(build):
 
 
 @pytest.mark.parametrize(
+    "build", [ravine.scale_by_adam, lambda: ravine.muon(0.1), ravine.scale_by_shampoo]
+)
+def test_a_state_in_the_place_of_the_parameters_is_named(build):
+    tx, params = build(), {"w": struct(4, 6)}
+    state = jax.eval_shape(tx.init, params)
+    with pytest.raises(
+        ValueError, match=r"params is the state .*; call tx.update\(grads, state, params"
+    ):
+        tx.update(params, params, state)
+
+
+@pytest.mark.parametrize(
     ("estimate", "problem"),
     [
         ({"w": jnp.ones((4, 1))}, r"curvature 'w' has shape \(4, 1\), its parameter \(4, 6\)"),

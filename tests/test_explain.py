@@ -94,6 +94,26 @@ def test_optimizers_of_other_libraries():
     assert {row.learning_rate for row in found.values()} == {""}
 
 
+@pytest.mark.parametrize(
+    ("tx", "params", "problem"),
+    [
+        (KNOWN, ravine.adamw(1e-3), r"tx must be a gradient transformation .*, got \{"),
+        (ravine.adamw, KNOWN, "tx must be a gradient transformation .*, got <function"),
+        (
+            ravine.adamw(1e-3),
+            {"up": {"kernel": jnp.ones((2, 3)), "activation": jax.nn.relu}},
+            r"the parameter 'up/activation' must be an array .* leave it out, as eqx\.filter",
+        ),
+    ],
+    ids=["swapped", "builder", "a function among the parameters"],
+)
+def test_what_it_cannot_explain_is_named(tx, params, problem):
+    with pytest.raises(ValueError, match=problem):
+        ravine.explain(tx, params)
+    with pytest.raises(ValueError, match=problem):
+        ravine.role_table(params, tx=tx)
+
+
 def test_a_key_in_the_state_counts_with_its_bytes():
     tx = optax.chain(optax.add_noise(0.01, 0.55, jax.random.key(0)), ravine.muon(1e-3))
     found = ravine.explain(tx, KNOWN)

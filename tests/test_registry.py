@@ -74,6 +74,18 @@ def test_faults():
         (ravine.muon, "adam_learning_rate", r"give fallback=ravine\.Fallback\(learning_rate="),
         (ravine.soap, "precondition_frequency", r"give refresh=ravine\.Refresh\(every="),
         (ravine.shampoo, "block_size", r"give blocks=ravine\.Blocks\(size="),
+        (ravine.rmsprop, "decay", r"give b2=\.\.\."),
+        (ravine.rmsprop, "alpha", r"give b2=\.\.\."),
+        (ravine.sgd, "accumulator_dtype", "give mu_dtype="),
+        (ravine.muon, "adam_b1", r"give fallback=ravine\.Fallback\(b1="),
+        (ravine.muon, "consistent_rms", 'give scale="moonlight"'),
+        (ravine.muon, "muon_weight_dimension_numbers", "give rules="),
+        (ravine.shampoo, "start_preconditioning_step", r"give refresh=ravine\.Refresh\(start="),
+        (
+            ravine.schedule_free_adamw,
+            "warmup_steps",
+            r"give learning_rate=ravine\.schedules\.warmup",
+        ),
         (ravine.adamw, "weight_deacy", r"did you mean weight_decay( or \w+)*\?"),
     ],
 )

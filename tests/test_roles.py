@@ -67,13 +67,48 @@ def test_what_no_rule_covers_is_refused_by_path():
         axes_of_path("deep/odd", [("kernel$", "matrix")])
 
 
-@pytest.mark.parametrize("leaf", [jnp.arange(3), jnp.ones(3, complex), jax.random.key(0), True])
-def test_what_is_not_a_parameter_is_refused_as_such_without_a_rule_for_it(leaf):
+@pytest.mark.parametrize(
+    ("leaf", "problem"),
+    [
+        (jnp.arange(3), "has dtype int32, .*; cast it, or leave it"),
+        (jnp.ones(3, complex), "has dtype complex64, .*; cast it, or leave it"),
+        (jax.random.key(0), "has dtype key<.*; cast it, or leave it"),
+        (True, r"is a bool, but optimizers take arrays; make it one, or leave it .*eqx\.filter"),
+        (jax.nn.relu, r"is a \w+, but optimizers take arrays; .*eqx\.filter"),
+    ],
+)
+def test_what_is_not_a_parameter_is_refused_as_such_without_a_rule_for_it(leaf, problem):
     params = {"dense": {"kernel": jnp.ones((2, 3))}, "table": leaf}
-    with pytest.raises(
-        TypeError, match=r"parameter \['table'\] has dtype .*; cast it, or leave it"
-    ):
+    with pytest.raises(TypeError, match=rf"parameter \['table'\] {problem}"):
         ravine.muon(0.1).init(params)
+
+
+@pytest.mark.parametrize(
+    ("rule", "problem"),
+    [
+        (("kernel$",), r"\('kernel\$',\) is not a tuple \(pattern, role\)"),
+        ("kernel$", r"'kernel\$' is not a tuple"),
+        (3, "3 is not a tuple"),
+        ((3, "matrix"), "for 3 has pattern=3; give a regular expression"),
+        (("kernel$", "matrix", (0, 1)), r"axes=\(0, 1\); give ravine.MatrixAxes"),
+        (("kernel$", "matrix", None, "no"), "required='no'; give True or False"),
+        (Rule("kernel$", "matrix", ndim="2"), "ndim='2'; give a whole number"),
+        (Rule("kernel$", "matrix", where=3), "where=3; give a function"),
+    ],
+)
+def test_what_is_not_a_rule_is_refused_where_it_is_given(rule, problem):
+    with pytest.raises(ValueError, match=problem):
+        ravine.optimizers.roles.complete([rule])
+    with pytest.raises(ValueError, match="rule"):
+        ravine.muon(0.1, rules=[rule])
+
+
+def test_one_axis_may_be_a_number_and_axes_a_list():
+    axes = MatrixAxes((-1,), (-2,))
+    assert MatrixAxes(-1, -2) == MatrixAxes([-1], [-2]) == axes  # type: ignore[arg-type]
+    assert hash(MatrixAxes([-1], -2)) == hash(axes)  # type: ignore[arg-type]
+    parts = MatrixAxes(-1, -2, [2, 1])  # type: ignore[arg-type]
+    assert hash(parts) == hash(MatrixAxes((-1,), (-2,), (2, 1)))
 
 
 def test_a_rule_without_parameters_is_refused_unless_optional():

@@ -136,7 +136,9 @@ def layouts(
       (((3, 2, 5),), None)
     """
     check_roles("roles", roles)
-    found = [d.layout() if d.role in roles else None for d in decide(params, rules, roles)]
+    found = [
+        d.layout() if d.role in roles else None for d in decide(params, rules, roles, vectors=False)
+    ]
     return jax.tree.unflatten(jax.tree.structure(params), found)
 
 

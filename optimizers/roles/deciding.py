@@ -2,12 +2,12 @@
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import numpy as np
 
-from ...core.checks import near
+from ...core.checks import near, shown
 from ...core.paths import path_string
 from ...core.tree_checks import check_real_leaves, is_part
 from ..matrix.shape.layout import Layout, MatrixAxes, layout
@@ -24,11 +24,6 @@ class Decided(NamedTuple):
     """None if no rule matches."""
     axes: MatrixAxes | None
     """Rows and columns; None if the meaning of the axes is unknown."""
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether it is known how this is a batch of matrices."""
-        return self.axes is not None and len(self.shape) > 1
 
     def layout(self) -> Layout:
         """The layout as matrices."""
@@ -55,16 +50,15 @@ def complete(rules: Rules | None) -> tuple[Rule, ...]:
     """Rules as `Rule`; the default rules for None.
 
     Raises:
-      ValueError: for an empty list, an unknown role, or a pattern that is not a regular expression.
+      ValueError: for an unknown role, a pattern that is not a regular expression, axes that are not
+        `MatrixAxes`, and tuples of another form.
 
     Example:
       >>> from ravine.optimizers.roles import complete
       >>> complete([("scale$", "norm")])[0].role
       'norm'
     """
-    found = tuple(
-        Rule(*cast(Any, rule)) for rule in (COMMON_RULES if rules is None else tuple(rules))
-    )
+    found = tuple(map(_as_rule, COMMON_RULES if rules is None else tuple(rules)))
     for rule in found:
         check_roles(f"the role rule for {rule.pattern!r}", [rule.role])
         try:
@@ -76,12 +70,40 @@ def complete(rules: Rules | None) -> tuple[Rule, ...]:
     return found
 
 
+def _as_rule(given: Any) -> Rule:
+    try:
+        rule = Rule(*given)
+    except TypeError:
+        raise ValueError(
+            f"the role rule {shown(given)} is not a tuple (pattern, role) or (pattern, role, "
+            "ravine.MatrixAxes(rows, columns)); correct it."
+        ) from None
+    for what, value, is_kind, right in (
+        (
+            "pattern",
+            rule.pattern,
+            isinstance(rule.pattern, (str, re.Pattern)),
+            "a regular expression",
+        ),
+        ("axes", rule.axes, isinstance(rule.axes, MatrixAxes | None), "ravine.MatrixAxes(...)"),
+        ("required", rule.required, isinstance(rule.required, bool), "True or False"),
+        ("ndim", rule.ndim, isinstance(rule.ndim, int | None), "a whole number"),
+        ("where", rule.where, rule.where is None or callable(rule.where), "a function"),
+    ):
+        if not is_kind:
+            raise ValueError(
+                f"the role rule for {rule.pattern!r} has {what}={shown(value)}; give {right}."
+            )
+    return rule
+
+
 def decide(
     params: Any,
     rules: Rules | None = None,
     needed: Collection[Role] = (),
     *,
     lenient: bool = False,
+    vectors: bool = True,
 ) -> list[Decided]:
     """The role of every parameter, in the order of the leaves.
 
@@ -90,6 +112,7 @@ def decide(
       rules: as for `assign_roles`.
       needed: roles whose rows and columns must be known.
       lenient: parameters that no rule matches get the role ``other``.
+      vectors: whether parameters with needed roles may have fewer than two axes.
 
     Raises:
       ValueError: unless `lenient`, for all parameters that no rule matches or that have needed but
@@ -130,7 +153,8 @@ def decide(
         decided.append(Decided(name, shape, rule.role, axes_of_rule(rule, ndim)))
     if lenient:
         return decided
-    unclear = [d for d in decided if d.role is None or (d.role in needed and not d.is_clear)]
+    is_matrix = lambda d: d.axes is not None and (vectors or len(d.shape) > 1)
+    unclear = [d for d in decided if d.role is None or (d.role in needed and not is_matrix(d))]
     if unclear:
         paths = {d.path for d in unclear}
         check_real_leaves(

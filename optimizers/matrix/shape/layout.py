@@ -26,12 +26,14 @@ class MatrixAxes:
 
     Example:
       >>> from ravine.optimizers.matrix.shape.layout import MatrixAxes
+      >>> transposed = MatrixAxes(-1, -2)  # [..., out, in]
       >>> query_by_head = MatrixAxes((-3,), (-2, -1), column_parts=12)  # [layers, in, heads, width]
       >>> fused_qkv = MatrixAxes((-2,), (-1,), column_parts=(768, 256, 256))
     """
 
     rows: tuple[int, ...]
-    """Axes of the inputs (fan-in), flattened in this order; negative ones count from the end."""
+    """Axes of the inputs (fan-in), flattened in this order; negative ones count from the end. One axis
+    may be given as a number."""
     columns: tuple[int, ...]
     """Axes of the outputs (fan-out), in the same way."""
     row_parts: int | tuple[int, ...] = 1
@@ -42,6 +44,14 @@ class MatrixAxes:
     vocabulary: Literal["rows", "columns"] | None = dataclasses.field(default=None, repr=False)
     """The side that indexes the vocabulary, if there is one: the rows of embeddings, the columns of
     heads; :func:`by_role` fills it in."""
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "columns"):
+            axes = getattr(self, name)
+            object.__setattr__(self, name, (axes,) if isinstance(axes, int) else tuple(axes))
+        for name in ("row_parts", "column_parts"):
+            parts = getattr(self, name)
+            object.__setattr__(self, name, tuple(parts) if isinstance(parts, list) else parts)
 
 
 DEFAULT = MatrixAxes((-2,), (-1,))
