@@ -463,6 +463,15 @@ def test_attention_of_public_models(attention, name):
     assert found == {f"attn/{module}/{name}": ("matrix", (1, 8, 8)) for module in attention}
 
 
+def test_only_pairs_of_a_matrix_and_a_bias_are_known_by_their_places():
+    table, pairs = [(11, 4)], [[(4, 8), (8,)], [(8, 2), (2,)]]
+    # An embedding in a list of layers, or in a node without names of its children.
+    assert asked(shapes([table, *pairs])) == {"0/0", "1/0", "2/0"}
+    assert decided(shapes([[], *pairs]))["1/0"] == ("matrix", (1, 4, 8))
+    # All without a bias, as in a part of the parameters.
+    assert decided(shapes([pair[:1] for pair in pairs]))["1/0"] == ("matrix", (1, 8, 2))
+
+
 def test_a_gate_beside_experts_routes():
     def layer(router, experts):
         kernels = {name: {"kernel": (6, 4, 8)} for name in ("gate_proj", "up_proj")}

@@ -108,6 +108,13 @@ def _has_experts(shapes: Shapes) -> bool:
     return "up" not in modules and any("experts" in module for module in modules)
 
 
+def _are_pairs(shapes: Shapes) -> bool:
+    """Whether all layers have a second parameter, or none has; a lone first one could be a table."""
+    firsts = [path for path in shapes if re.fullmatch(r"\d+/0", path)]
+    have = [f"{path[:-1]}1" in shapes for path in firsts]
+    return all(have) or not any(have)
+
+
 _HEAD = (
     r"(^|/)(?!\w*(multi|attention|per)_?head|pre_logits)((\w+_)?head|(\w+_)?logits(_dense)?"
     r"|(\w+_)?classifier|([wW]_)?unembed(ding|der)?|embed_out|qa_outputs)"
@@ -225,7 +232,7 @@ _HAIKU = (
 
 _PLAIN = (
     # `[(w, b), ...]`
-    _maybe(r"(^|/)\d+/0$", "matrix", ndim=2),
+    _maybe(r"(^|/)\d+/0$", "matrix", ndim=2, where=_are_pairs),
     _maybe(r"(^|/)\d+/1$", "bias", ndim=1),
     _maybe(r"(^|/)(kernel|(\w+_)?lora_[ab]|[wW]\d*|[wW]_?[a-zA-Z]{1,8}(_?\d)?)$", "matrix"),
 )
