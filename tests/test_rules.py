@@ -154,6 +154,22 @@ def test_what_is_suggested_for_stacked_layers_goes_by_their_biases():
     assert decided(params, pasted["rules"])["stack/up/kernel"] == ("matrix", (3, 8, 16))
 
 
+def test_what_is_suggested_for_stacked_layers_goes_by_their_gains():
+    layers = {"gain_1": (3, 8), "gain_2": (3, 8), "wq": (3, 8, 8)}
+    params = shapes({"layers": layers, "out": {"mix": (3, 8, 16)}})
+    with pytest.raises(ValueError, match="4 of 4 parameters") as refused:
+        ravine.muon(0.1).init(params)
+    pasted = {}
+    message = str(refused.value)
+    exec(message[message.index("rules=") :], {"ravine": ravine}, pasted)
+    assert decided(params, pasted["rules"]) == {
+        "layers/gain_1": "norm",
+        "layers/gain_2": "norm",
+        "layers/wq": ("matrix", (3, 8, 8)),
+        "out/mix": ("matrix", (1, 24, 16)),
+    }
+
+
 # Stacked layers.
 
 
@@ -461,6 +477,32 @@ def test_attention_of_public_models(attention, name):
     params = {module: {name: (8, 2, 4)} for module in inputs} | {output: {name: (2, 4, 8)}}
     found = decided(shapes({"attn": params}))
     assert found == {f"attn/{module}/{name}": ("matrix", (1, 8, 8)) for module in attention}
+
+
+@pytest.mark.parametrize(
+    "norms",
+    [
+        ("attn_norm", "ffn_norm"),
+        ("ln1", "ln_2"),
+        ("ln1_g", "ln1_b"),
+        ("rms_att_weight", "rms_ffn_weight"),
+        ("attention_norm_scale", "mlp_norm_scale"),
+    ],
+)
+def test_norms_without_a_module_reveal_stacked_layers_too(norms):
+    layers = {**dict.fromkeys(norms, (3, 8)), "wq": (3, 8, 8), "w_up": (3, 8, 16)}
+    found = decided(shapes({"layers": layers, "wte": (11, 8), "final_norm": (8,)}))
+    assert found == {
+        **{f"layers/{name}": "norm" for name in norms},
+        "layers/wq": ("matrix", (3, 8, 8)),
+        "layers/w_up": ("matrix", (3, 8, 16)),
+        "wte": ("embedding", (1, 11, 8)),
+        "final_norm": "norm",
+    }
+
+
+def test_words_are_no_weights():
+    assert asked(shapes({"words": (11, 4), "word": (11, 4), "wo": (4, 4)})) == {"words", "word"}
 
 
 def test_only_pairs_of_a_matrix_and_a_bias_are_known_by_their_places():

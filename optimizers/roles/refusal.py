@@ -55,14 +55,26 @@ def _problem(d: Any) -> str:
 def _suggestion(d: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, str, str]:
     """Role, axes as text, and a comment on what to check."""
     ndim, name = len(d.shape), d.path.lower()
+    module, _, own = d.path.rpartition("/")
     if ndim < 2:
-        return ("norm" if re.search("norm|scale|gain|gamma", name) else "bias"), "", ""
+        return ("norm" if _is_gain(d.path) else "bias"), "", ""
     role = d.role or ("embedding" if "emb" in name else "matrix")
     if ndim == 2:
+        role = "norm" if d.role is None and _is_gain(own) else role
         return role, "", "matrix, embedding, head, norm (of stacked layers) or other?"
     # The axes of a bias are those of the outputs, or of stacked layers and the output.
     bias = shapes.get(re.sub(r"[^/]+$", "bias", d.path), ())
     outputs = len(bias) if 0 < len(bias) < ndim and d.shape[-len(bias) :] == bias else 1
     stacked = outputs == 1 and len(bias) == ndim - 1 and bias == (*d.shape[:-2], d.shape[-1])
+    # A gain has one axis, and one more if its layers are stacked.
+    stacked |= outputs == 1 and any(
+        len(shape) == 2 and shape[0] == d.shape[0] and _is_gain(path.removeprefix(module))
+        for path, shape in shapes.items()
+        if path.rpartition("/")[0] == module
+    )
     axes = MatrixAxes(tuple(range(-2 if stacked else -ndim, -outputs)), tuple(range(-outputs, 0)))
     return role, f", ravine.MatrixAxes({axes.rows}, {axes.columns})", f"{d.shape}: in, out?"
+
+
+def _is_gain(path: str) -> bool:
+    return re.search(r"norm|scale|gain|gamma", path.lower()) is not None

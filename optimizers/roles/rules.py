@@ -144,6 +144,12 @@ _NAMED = (
     # EasyLM, EasyDeL
     _maybe(r"(^|/)(\w*[nN]orm(alization)?(_?\d+)?|ln_?(\d+|f))/kernel$", "norm"),
     _maybe(rf"{_NORM}$", "norm", ndim=1),
+    # Those of stacked layers have two axes.
+    _maybe(
+        r"(^|/)(\w*[nN]orm(_?\d+)?|ln(_?(\d+|f))?|\w+_ln|rms(_\w+|\d+)?)"
+        r"(_(b|g|w|gain|gamma|scale|weight))?$",
+        "norm",
+    ),
     _maybe(r"(^|[/_])bias(_\w+)?$|(^|/)(b\d+|b_\w+|offset|beta)$", "bias"),
     _maybe(r"(^|/)b$", "bias", ndim=1),
     _maybe(r"(^|/)b$", "bias", where=_has_no_pair),
@@ -234,7 +240,9 @@ _PLAIN = (
     # `[(w, b), ...]`
     _maybe(r"(^|/)\d+/0$", "matrix", ndim=2, where=_are_pairs),
     _maybe(r"(^|/)\d+/1$", "bias", ndim=1),
-    _maybe(r"(^|/)(kernel|(\w+_)?lora_[ab]|[wW]\d*|[wW]_?[a-zA-Z]{1,8}(_?\d)?)$", "matrix"),
+    _maybe(
+        r"(^|/)(?!words?$)(kernel|(\w+_)?lora_[ab]|[wW]\d*|[wW]_?[a-zA-Z]{1,8}(_?\d)?)$", "matrix"
+    ),
 )
 
 RAVINE_RULES: Rules = (
