@@ -4,6 +4,7 @@ docs/reliability.md states the guarantees. Refusals are tested in test_bad_days_
 need real processes, a full disk or signals at random times are in test_bad_days_processes.py.
 """
 
+import dataclasses
 import errno
 import io
 import json
@@ -123,13 +124,14 @@ def text_changes(change):
         path = write_bin(day, (7, 60), count=40_000)
         train = race_module.train
 
-        def changing(run, tx, corpus, outcome, out, on_record, *rest):
+        def changing(run, tx, corpus, outcome, paths, hooks, *rest):
             def hook(record):
-                on_record(record)
+                hooks.on_record(record)
                 if outcome.name == "lion" and record["step"] == 1:
                     change(path)
 
-            return train(run, tx, corpus, outcome, out, hook, *rest)
+            changed = dataclasses.replace(hooks, on_record=hook)
+            return train(run, tx, corpus, outcome, paths, changed, *rest)
 
         day.patch.setattr(race_module, "train", changing)
         return ["--optimizers", "sgd,lion", "--data", "tokens.bin"]
@@ -181,9 +183,9 @@ def test_what_ends_a_race_is_reported_and_finished_runs_are_kept(fault, day, cap
 def test_a_signal_ends_a_race_between_two_steps_and_it_resumes(number, status, day, capsys):
     train = race_module.train
 
-    def signalled(run, tx, corpus, outcome, out, on_record, *rest):
+    def signalled(run, tx, corpus, outcome, paths, hooks, *rest):
         def hook(record):
-            on_record(record)
+            hooks.on_record(record)
             if outcome.name == "lion" and record["step"] == 2:
                 signal.raise_signal(number)
                 for _ in range(1000):  # waits for the thread that records it
@@ -191,7 +193,8 @@ def test_a_signal_ends_a_race_between_two_steps_and_it_resumes(number, status, d
                         break
                     time.sleep(0.01)
 
-        return train(run, tx, corpus, outcome, out, hook, *rest)
+        changed = dataclasses.replace(hooks, on_record=hook)
+        return train(run, tx, corpus, outcome, paths, changed, *rest)
 
     before = [signal.getsignal(number) for number in interrupts.SIGNALS]
     day.patch.setattr(race_module, "train", signalled)

@@ -17,6 +17,7 @@ from ravine.training.cost import Cost
 from ravine.training.data.batches import train_batches, train_rows
 from ravine.training.data.taking import OfManySizes, OfOneSize
 from ravine.training.model import ModelConfig
+from ravine.training.run.around import Hooks, RunPaths
 from ravine.training.run.outcome import Outcome
 from ravine.training.step import TrainState
 
@@ -43,7 +44,9 @@ def train(corpus, folder, stop=None, **options):
             raise KeyboardInterrupt
 
     try:
-        loop.train(run, entrant.build(run), corpus, outcome, folder, on_record)
+        loop.train(
+            run, entrant.build(run), corpus, outcome, RunPaths(folder), Hooks(on_record=on_record)
+        )
     except KeyboardInterrupt:
         assert stop is not None
     return outcome, records(folder)

@@ -13,6 +13,7 @@ from ravine.training.config import RunConfig
 from ravine.training.cost import Cost
 from ravine.training.data.corpus import load_corpus
 from ravine.training.model import ModelConfig
+from ravine.training.run.around import RunPaths
 from ravine.training.run.outcome import Outcome
 from rich.console import Console
 
@@ -28,7 +29,7 @@ def outcomes(tmp_path_factory):
         for entrant in line_up("adamw,muon,shampoo"):
             outcome = Outcome(entrant.name, entrant.learning_rate)
             folder = tmp_path_factory.mktemp("run")
-            loop.train(RUN, entrant.build(RUN), corpus, outcome, folder)
+            loop.train(RUN, entrant.build(RUN), corpus, outcome, RunPaths(folder))
             found.append(outcome)
     return found
 

@@ -1,5 +1,6 @@
 """The race from its command line: results, refusals, divergence, interruption and resumption."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -159,13 +160,14 @@ def test_an_interruption_leaves_finished_runs_reported_and_can_be_resumed(
 
     train = race_module.train
 
-    def interrupted(run_config, tx, corpus, outcome, folder, on_record, *rest):
+    def interrupted(run_config, tx, corpus, outcome, paths, hooks, *rest):
         def stop(record):
-            on_record(record)
+            hooks.on_record(record)
             if outcome.name == "lion" and record["step"] == 4 and "loss" in record:
                 raise KeyboardInterrupt
 
-        return train(run_config, tx, corpus, outcome, folder, stop, *rest)
+        changed = dataclasses.replace(hooks, on_record=stop)
+        return train(run_config, tx, corpus, outcome, paths, changed, *rest)
 
     monkeypatch.setattr(race_module, "train", interrupted)
     assert race(*words, text=text, out=out) == 130

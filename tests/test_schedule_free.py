@@ -17,6 +17,7 @@ from ravine.training.config import RunConfig
 from ravine.training.data.batches import heldout_batches, train_batches
 from ravine.training.model import ModelConfig
 from ravine.training.placed import place
+from ravine.training.run.around import RunPaths
 from ravine.training.run.outcome import Outcome
 from ravine.training.sharding import build_mesh
 from ravine.training.step import make_train_step, mean_loss
@@ -150,7 +151,7 @@ def test_the_trainer_evaluates_the_average_at_a_constant_rate(corpus, tmp_path):
     point = Point(0.05, 0.0, 1 / 12, ravine.OptimizerConfig("schedule_free_adamw"))
     entrant = Entrant(point.optimizer, point.learning_rate)
     adapted, outcome = entrant.adapted(run), Outcome(entrant.name, point.learning_rate)
-    train(adapted, entrant.build(run), corpus, outcome, tmp_path)
+    train(adapted, entrant.build(run), corpus, outcome, RunPaths(tmp_path))
     assert len({record["learning_rate"] for record in outcome.steps}) == 1
 
     placed = place(run.model, entrant.build(run), build_mesh())

@@ -20,6 +20,7 @@ from ravine.training.compare.trial import Trials
 from ravine.training.config import RunConfig
 from ravine.training.data.corpus import load_corpus
 from ravine.training.model import ModelConfig
+from ravine.training.run.around import RunPaths
 from ravine.training.run.outcome import Outcome
 from ravine.training.train import train
 
@@ -86,7 +87,7 @@ def test_a_trial_has_the_trainers_own_loss(name, tmp_path):
     run = dataclasses.replace(RUN, warmup_steps=1, weight_decay=point.weight_decay)
     entrant = Entrant(point.optimizer, point.learning_rate)
     outcome, run = Outcome(name, point.learning_rate), entrant.adapted(run)
-    train(run, entrant.build(run), corpus, outcome, tmp_path)
+    train(run, entrant.build(run), corpus, outcome, RunPaths(tmp_path))
     found = Trials(run, corpus).loss(point, 12)
     # 12 steps with a loss near 5 nats, float32 sums over 16 to 64 numbers: 12 * 5 * 64 * 6e-8 = 2e-4.
     assert found == pytest.approx(outcome.final_loss, abs=2e-4)

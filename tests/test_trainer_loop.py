@@ -18,6 +18,7 @@ from ravine.training.metrics import Clock, Metrics, Rates
 from ravine.training.model import ModelConfig
 from ravine.training.placed import place
 from ravine.training.programs import Programs
+from ravine.training.run.around import RunPaths
 from ravine.training.run.outcome import Outcome
 from ravine.training.sharding import batch_sharding, build_mesh
 from ravine.training.step import init_params, init_state, make_loss, make_train_step
@@ -37,7 +38,7 @@ def train(corpus, folder, **options):
     (entrant,) = line_up("adamw")
     folder.mkdir()
     outcome = Outcome(entrant.name, entrant.learning_rate)
-    loop.train(run, entrant.build(run), corpus, outcome, folder)
+    loop.train(run, entrant.build(run), corpus, outcome, RunPaths(folder))
     return records(folder)
 
 

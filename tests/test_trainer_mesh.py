@@ -21,6 +21,7 @@ from ravine.training.config import RunConfig
 from ravine.training.model import ModelConfig
 from ravine.training.placed import place
 from ravine.training.plan.collectives import collectives
+from ravine.training.run.around import Hooks, RunPaths
 from ravine.training.run.outcome import Outcome
 from ravine.training.sharding import (
     batch_sharding,
@@ -60,7 +61,8 @@ def run(corpus, name, mesh, folder, on_record=lambda record: None, **options):
     config = dataclasses.replace(RUN, **options)
     (entrant,) = line_up(name, "sophia_g=1e-3" if name == "sophia_g" else "")
     outcome = Outcome(name, entrant.learning_rate)
-    loop.train(config, entrant.build(config), corpus, outcome, folder, on_record, mesh)
+    hooks = Hooks(on_record=on_record)
+    loop.train(config, entrant.build(config), corpus, outcome, RunPaths(folder), hooks, mesh)
     assert outcome.status == "finished"
     for record in (*outcome.steps, *outcome.evaluations):
         del record["seconds"]
@@ -230,15 +232,16 @@ def test_a_resumed_race_may_change_its_mesh(text, tmp_path, capsys, monkeypatch)
     words += ["--checkpoint-every", "4"]
     train, steps, meshes = race_module.train, [], []
 
-    def watched(run, tx, corpus, outcome, folder, on_record, mesh, *rest):
+    def watched(run, tx, corpus, outcome, paths, hooks, mesh):
         def record(record):
-            on_record(record)
+            hooks.on_record(record)
             steps.append(record["step"])
             if len(meshes) == 1 and record["step"] == 4 and "loss" in record:
                 raise KeyboardInterrupt
 
         meshes.append(mesh)
-        return train(run, tx, corpus, outcome, folder, record, mesh, *rest)
+        changed = dataclasses.replace(hooks, on_record=record)
+        return train(run, tx, corpus, outcome, paths, changed, mesh)
 
     monkeypatch.setattr(race_module, "train", watched)
     assert main(words) == 130

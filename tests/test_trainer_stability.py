@@ -16,6 +16,7 @@ from ravine.training.cli import main
 from ravine.training.compare.entrants import line_up
 from ravine.training.config import RunConfig
 from ravine.training.model import ModelConfig
+from ravine.training.run.around import RunPaths
 from ravine.training.run.outcome import Outcome
 from ravine.training.step import init_params, init_state, make_train_step
 
@@ -75,7 +76,7 @@ def train(monkeypatch, folder, corpus, run, **spoiled):
         (entrant,) = line_up("adamw")
         folder.mkdir(exist_ok=True)
         outcome = Outcome(entrant.name, entrant.learning_rate)
-        return loop.train(run, entrant.build(run), corpus, outcome, folder)
+        return loop.train(run, entrant.build(run), corpus, outcome, RunPaths(folder))
 
 
 ROLLBACK = "every=2, margin=1, skip_batches=3, window=4"
@@ -169,7 +170,7 @@ def train_skipping(monkeypatch, folder, corpus, bad):
         (entrant,) = line_up("adamw")
         folder.mkdir()
         outcome = Outcome(entrant.name, entrant.learning_rate)
-        return loop.train(run, entrant.build(run), corpus, outcome, folder)
+        return loop.train(run, entrant.build(run), corpus, outcome, RunPaths(folder))
 
 
 @untimed

@@ -4,8 +4,6 @@ import contextlib
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,8 +24,8 @@ from .placed import place
 from .programs import Programs, guard_of
 from .rollback import GaveUp, Rollback
 from .run import interrupts
+from .run.around import NO_HOOKS, Hooks, RunPaths
 from .run.files import Lines, dumps, write_text
-from .run.origin import Origin
 from .run.outcome import Outcome, RunFailed
 from .run.past import identity_of, past_of, rates_of
 from .run.profile import Profile
@@ -47,36 +45,28 @@ def train(
     tx: optax.GradientTransformation,
     corpus: Corpus,
     outcome: Outcome,
-    folder: Path,
-    on_record: Callable[[dict[str, float]], None] = lambda record: None,
+    paths: RunPaths,
+    hooks: Hooks = NO_HOOKS,
     mesh: Mesh | None = None,
-    on_start: Callable[[], None] = lambda: None,
-    origin: Origin | None = None,
-    on_checkpoint: Callable[[], None] = lambda: None,
-    store: Path | None = None,
 ) -> Outcome:
-    """Trains from the seed, or from the newest checkpoint in `folder`, to the last step.
+    """Trains from the seed, or from the newest checkpoint, to the last step.
 
     Args:
       run: the configuration.
       tx: the optimizer, learning rate included.
       corpus: the tokens.
       outcome: filled as the run goes on, so that an interruption leaves what was reached.
-      folder: an existing folder, of the first process, for ``metrics.jsonl``.
-      on_record: called with every record.
+      paths: where records and checkpoints are, and what the run branches off.
+      hooks: what is called with every record, and when it starts and writes checkpoints.
       mesh: with `Auto` axes, of all devices of all processes, which all call this alike; by default of
         one device.
-      on_start: called when nothing is left that could refuse the run, before anything is written.
-      origin: a checkpoint of another run to start from, where `folder` has none.
-      on_checkpoint: called in the background when a checkpoint is whole; in a bucket before its seal.
-      store: the folder of checkpoints, which all processes see; by default in `folder`.
 
     Returns:
       `outcome`, its status ``finished``, or ``diverged`` if a loss stopped being finite or a guard
       skipped every step.
 
     Raises:
-      ValueError: if none of the checkpoints in `folder` can be used, or not that of `origin`.
+      ValueError: if there are checkpoints, and none can be used, or if that of the origin cannot.
       RunFailed: if the loss or its gradient is not finite before the first update.
       Interrupted: between two steps after a signal (see `interrupts`); the last step's checkpoint is
         written then, where there are checkpoints.
@@ -84,19 +74,7 @@ def train(
     mesh = mesh or build_mesh()
     try:
         with jax.set_mesh(mesh):
-            _train(
-                run,
-                tx,
-                corpus,
-                outcome,
-                folder,
-                on_record,
-                mesh,
-                on_start,
-                origin,
-                on_checkpoint,
-                store or folder / "checkpoints",
-            )
+            _train(run, tx, corpus, outcome, paths, hooks, mesh)
         outcome.status = "finished"
     except _Diverged as reason:
         outcome.status = "diverged"
@@ -110,13 +88,9 @@ def _train(
     tx: optax.GradientTransformation,
     corpus: Corpus,
     outcome: Outcome,
-    folder: Path,
-    on_record: Callable[[dict[str, float]], None],
+    paths: RunPaths,
+    hooks: Hooks,
     mesh: Mesh,
-    on_start: Callable[[], None],
-    origin: Origin | None,
-    on_checkpoint: Callable[[], None],
-    store: Path,
 ) -> None:
     # Text, model and optimizer, where the mesh has them.
     placed = place(run.model, tx, mesh)
@@ -132,19 +106,19 @@ def _train(
         rates = rates_of(run, outcome)
         identity, past = identity_of(run, outcome, corpus), past_of(run, rates)
         checkpoints = Checkpoints(
-            store,
+            paths.checkpoints,
             identity,
             past,
-            origin=origin,
+            origin=paths.origin,
             keep=run.keep_checkpoints,
-            on_whole=on_checkpoint,
+            on_whole=hooks.on_checkpoint,
         )
         stack.callback(checkpoints.close)
         policy = run.rollback_policy()
         rollback = Rollback(policy) if policy else None
         state = checkpoints.restore(state, batches, rollback)
         done = int(state.step)
-        metrics_file = folder / "metrics.jsonl"
+        metrics_file = paths.folder / "metrics.jsonl"
         read = (
             checkpoints.branched.records / metrics_file.name
             if checkpoints.branched
@@ -154,7 +128,7 @@ def _train(
         clock = Clock(max((entry["seconds"] for entry in kept), default=0.0))
 
         # Nothing is left that could refuse it: from here on files are written.
-        on_start()
+        hooks.on_start()
         file = None
         if is_first():
             write_text(metrics_file, "".join(dumps(entry) + "\n" for entry in kept))
@@ -164,7 +138,7 @@ def _train(
             outcome.add([entry])
             if file is not None:
                 file.write(entry)
-            on_record(entry)
+            hooks.on_record(entry)
 
         # A program for each size of batch, compiled when its time comes; now the first.
         programs, largest = Programs(run, placed, rows, outcome.name), 0
@@ -182,7 +156,7 @@ def _train(
         interrupts.check()
 
         metrics = Metrics(clock)
-        profile = Profile(run.profile and run.profile / folder.name, done)
+        profile = Profile(run.profile and run.profile / paths.folder.name, done)
         stack.callback(profile.close)
         while done < run.updates:
             # One step.
@@ -264,7 +238,9 @@ def _train(
             placed.graphdef, evaluated(state), prompts_BxT, run.samples, corpus, run.seed
         )
         if is_first():
-            write_text(folder / "samples.txt", "".join(f"{line}\n" for line in outcome.samples))
+            write_text(
+                paths.folder / "samples.txt", "".join(f"{line}\n" for line in outcome.samples)
+            )
     outcome.optimizer_milliseconds = optimizer_milliseconds(placed, state)
 
 

@@ -28,6 +28,7 @@ from ..data.buckets import check_local, orbax_writes, url_of
 from ..data.corpus import Corpus
 from ..distributed import check_same, from_first, is_first, start, unanimous
 from ..run import interrupts, tensorboard
+from ..run.around import Hooks, RunPaths
 from ..run.bucket import Bucket, bucket_folder
 from ..run.files import said
 from ..run.folder import CHECKPOINTS, OUTCOME, claimed
@@ -169,19 +170,18 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
                             copy_events()
                             copy()
 
+                        label = entrant.label
+                        paths = RunPaths(out / label, store / label / CHECKPOINTS, origin)
                         _run_one(
                             entrant.adapted(run),
                             entrant,
                             tx,
                             corpus,
                             outcome,
-                            out,
-                            progress,
+                            paths,
+                            Hooks(on_record=write, on_checkpoint=copies),
                             mesh,
-                            write,
-                            origin,
-                            copies,
-                            store / entrant.label / CHECKPOINTS,
+                            progress,
                         )
                     if is_first():
                         outcome.save(out / entrant.label)
@@ -271,21 +271,17 @@ def _run_one(
     tx: optax.GradientTransformation,
     corpus: Corpus,
     outcome: Outcome,
-    out: Path,
-    progress: Progress,
+    paths: RunPaths,
+    hooks: Hooks,
     mesh: Mesh,
-    write: Callable[[dict[str, float]], None],
-    origin: Origin | None,
-    on_checkpoint: Callable[[], None],
-    store: Path,
+    progress: Progress,
 ) -> None:
-    folder = out / entrant.label
     task = progress.add_task(
         entrant.label, total=run.updates, loss="compiling", speed="", heldout=""
     )
 
     def show(record: dict[str, float]) -> None:
-        write(record)
+        hooks.on_record(record)
         if "heldout_loss" in record:
             progress.update(task, heldout=f"held-out {record['heldout_loss']:.3f}")
             return
@@ -296,11 +292,12 @@ def _run_one(
     def begin() -> None:
         if is_first():
             step = int(outcome.steps[-1]["step"]) + 1 if outcome.steps else 0
-            write_meta(folder, run, entrant, corpus, mesh, step, origin)
+            write_meta(paths.folder, run, entrant, corpus, mesh, step, paths.origin)
 
     if is_first():
-        folder.mkdir(exist_ok=True)
-    train(run, tx, corpus, outcome, folder, show, mesh, begin, origin, on_checkpoint, store)
+        paths.folder.mkdir(exist_ok=True)
+    shown = dataclasses.replace(hooks, on_start=begin, on_record=show)
+    train(run, tx, corpus, outcome, paths, shown, mesh)
     for line in outcome.samples:
         progress.console.print(f"{entrant.label}: {line}", highlight=False, markup=False)
     if outcome.status == "diverged":
