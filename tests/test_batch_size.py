@@ -5,13 +5,18 @@ import json
 import math
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from ravine.optimizers.registry import OptimizerConfig
 from ravine.training.batch_size.branches import best_steps, steps_to
+from ravine.training.batch_size.config import BatchSizeConfig
 from ravine.training.batch_size.fit import fit_critical_batch
 from ravine.training.batch_size.rescale import rescaled
+from ravine.training.batch_size.trainer import Trainer
 from ravine.training.cli import main
+from ravine.training.data.corpus import load_corpus
+from ravine.training.model import ModelConfig
 
 NOISE = 64.0  # the critical batch size: a gradient coordinate's variance over its square
 
@@ -157,3 +162,13 @@ def test_the_command_refuses(given, named, tmp_path, capsys):
     assert main(words) == 2
     assert named in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_kernel_of_attention_that_is_asked_for_is_used(text):
+    """The largest logits, of all axes but heads, are our own kernel's; no other maximum is like that."""
+    model = ModelConfig(width=16, layers=1, heads=2, context=16, attention="xla")
+    config = BatchSizeConfig(model=model, batch_size=4, eval_batches=1, data=(Path(text),))
+    trainer = Trainer(config, load_corpus(config.data))
+    batch = next(trainer.batches(4, seed=0))
+    step = jax.make_jaxpr(trainer.step(4))(trainer.fresh(), batch, 1e-3)
+    assert "reduce_max[axes=(0, 2, 3)" not in str(step)

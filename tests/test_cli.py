@@ -2,6 +2,7 @@
 
 import re
 import sys
+from pathlib import Path
 
 import pytest
 from ravine.training.cli import COMMANDS, STUDIES, main
@@ -71,3 +72,18 @@ def test_help_on_studies_lists_them(capsys):
     assert stop.value.code == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in STUDY)
+
+
+@pytest.mark.parametrize(
+    "command", ["batch-size", "coordinate-check", "sensitivity", "speedup", "sweep"]
+)
+def test_a_kernel_of_attention_that_needs_a_gpu_is_refused_without_one(
+    command, tmp_path, text, capsys
+):
+    long = tmp_path / "long.txt"
+    long.write_text(Path(text).read_text() * 20)
+    words = [*command.split(), "--attention", "cudnn", "--dtype", "bfloat16", "--data", str(long)]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 2
+    assert (
+        "attention cudnn needs an NVIDIA GPU, not cpu; take xla or plain" in capsys.readouterr().err
+    )

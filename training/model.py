@@ -283,6 +283,18 @@ def _recomputed(call: Callable[..., Any], config: ModelConfig) -> Callable[..., 
     return nnx.remat(call, policy=_kept, prevent_cse=False)
 
 
+def check_attention(config: ModelConfig) -> None:
+    """Refuses a kernel of attention that these devices do not have.
+
+    Raises:
+      ValueError: with those that they have.
+    """
+    if config.attention == "cudnn" and jax.default_backend() != "gpu":
+        raise ValueError(
+            f"attention cudnn needs an NVIDIA GPU, not {jax.default_backend()}; take xla or plain."
+        )
+
+
 def _kept(primitive: Primitive, *_: Any, **__: Any) -> bool:
     return primitive.name in ("dot_general", "random_bits")
 

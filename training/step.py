@@ -25,7 +25,7 @@ from ..stability import (
 from .dropout import dropout_key
 from .gradients import micro_batch_value_and_grad, sampled_value_and_grad
 from .loss import fused_loss
-from .model import Transformer
+from .model import Transformer, check_attention
 from .model_config import ModelConfig
 from .staged import staged_value_and_grad
 
@@ -48,7 +48,12 @@ def loss_of(model: Transformer, batch: Batch, fused: bool = False) -> jax.Array:
 
 
 def init_params(config: ModelConfig, seed: int) -> tuple[nnx.GraphDef, Any]:
-    """The model's static half and its parameters as a pure dictionary of arrays."""
+    """The model's static half and its parameters as a pure dictionary of arrays.
+
+    Raises:
+      ValueError: for a kernel of attention that these devices do not have.
+    """
+    check_attention(config)
     return model_graph(config), parameters(config, jax.random.key(seed))
 
 

@@ -72,8 +72,11 @@ class Trainer:
 
         def step(state: TrainState, batch: Any, rate: jax.Array) -> Any:
             tx = self.transformation(batch_size, rate)
-            by_hutchinson = self.optimizer.name in HUTCHINSON
-            return make_train_step(self.graphdef, tx, by_hutchinson=by_hutchinson)(state, batch)
+            options = {
+                "attention_logits": False,
+                "by_hutchinson": self.optimizer.name in HUTCHINSON,
+            }
+            return make_train_step(self.graphdef, tx, **options)(state, batch)
 
         return jax.jit(step, donate_argnums=0)
 

@@ -22,6 +22,7 @@ from ..data.buckets import orbax_writes, url_of
 from ..data.corpus import Corpus
 from ..distributed import LaunchConfig, is_first
 from ..identity import BUCKET, FREE, LATER, to_json
+from ..model import check_attention
 from ..placed import place
 from ..run.files import read_json
 from ..run.folder import META, RACE, is_race
@@ -80,10 +81,7 @@ def buildable(
     run: RunConfig, entrants: tuple[Entrant, ...], corpus: Corpus, mesh: Mesh
 ) -> list[optax.GradientTransformation]:
     """Builds all that can refuse its configuration, without running anything."""
-    if run.model.attention == "cudnn" and jax.default_backend() != "gpu":
-        raise ValueError(
-            f"attention cudnn needs an NVIDIA GPU, not {jax.default_backend()}; take xla or plain."
-        )
+    check_attention(run.model)
     sizes: Any = {"batch_size": run.batch_size, "context": run.model.context}
     train_batches(corpus, seed=run.seed, order=run.order, **sizes)
     heldout_batches(corpus, batches=run.eval_batches, **sizes)
