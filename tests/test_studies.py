@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from ravine.training.cli import main
 from ravine.training.compare.runs import Late
+from ravine.training.model import ModelConfig
 from ravine.training.studies.decay import DecayStudyConfig, largest_rise
 from ravine.training.studies.optimum import Optimum, optimum, search
 from ravine.training.studies.width import moved
@@ -131,3 +132,5 @@ def test_bad_input(capsys):
         DecayStudyConfig(weight_decay=0.0)
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         DecayStudyConfig(steps=0)
+    with pytest.raises(ValueError, match="float32, and then in bfloat16; leave out --dtype"):
+        DecayStudyConfig(model=ModelConfig(dtype="bfloat16"))

@@ -77,6 +77,11 @@ class DecayStudyConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be finite and positive, got {value}.")
+        if self.model.dtype != "float32":
+            raise ValueError(
+                "this study trains in float32, and then in bfloat16; leave out --dtype (and "
+                "--attention cudnn, which has no float32)."
+            )
 
 
 class DecayRun(NamedTuple):
