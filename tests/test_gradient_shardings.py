@@ -56,6 +56,23 @@ def test_the_state_stays_where_it_is(row):
         assert after.sharding.is_equivalent_to(before.sharding, after.ndim)
 
 
+@pytest.mark.parametrize("row", ROWS)
+def test_in_a_shard_map_with_the_same_parameters_on_every_device(row):
+    with jax.enable_x64(True):
+        expected, _, _ = two_steps(row.build(), tree(0), tree(1))
+        mesh = jax.make_mesh((4,), ("data",), (AxisType.Auto,), devices=jax.devices()[:4])
+        # Weights of four parts that are the gradient on average.
+        shares = jnp.array([0.5, 1.0, 1.5, 1.0])
+
+        def steps(params, grads, share):
+            mean = jax.tree.map(lambda g: jax.lax.pmean(share[0] * g, "data"), grads)
+            return two_steps(row.build(), params, mean)[0]
+
+        inside = jax.shard_map(steps, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=P())
+        params = jax.jit(inside)(tree(0), tree(1), shares)
+        assert furthest(params, expected) <= HALF
+
+
 def test_moments_tell_where_gradients_go_without_parameters():
     mesh = jax.make_mesh((2, 2), ("x", "y"), devices=jax.devices()[:4])
     tx = ravine.scale_by_adam()
