@@ -58,6 +58,7 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "consistent_rms": ('scale="moonlight"',),
     "diagonal_epsilon": ("eps=...",),
     "epsilon": ("eps=...",),
+    "gamma": ("rho=...",),
     "graft_type": ("graft=ravine.Grafting(step=...)",),
     "grafting_config": ("graft=ravine.Grafting(step=...)",),
     "lr": ("learning_rate=...",),

@@ -1,10 +1,13 @@
 """The Python code blocks of README.md and docs/*.md run."""
 
+import inspect
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
+import ravine
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
@@ -48,6 +51,26 @@ def test_code_blocks_run(path):
             if path.name in ALONE:
                 document.namespace.clear()
             example.evaluate()
+
+
+def defaults(builder):
+    # None and 0 both turn momentum and decay off.
+    return {k: p.default or 0.0 for k, p in inspect.signature(builder).parameters.items()}
+
+
+def test_the_page_on_optax_names_every_default_that_differs():
+    page = (ROOT / "docs" / "coming_from_optax.md").read_text().partition("## Other names")[0]
+    rows = [row for row in page.splitlines() if row.startswith("| `")]
+    for name in ravine.names():
+        theirs = {"sophia_h": "sophia"}.get(name, name)
+        builder = getattr(optax, theirs, None) or getattr(optax.contrib, theirs, None)
+        ours, other = defaults(getattr(ravine, name)), defaults(builder) if builder else {}
+        if theirs == "rmsprop":
+            other["b2"] = other.pop("decay")
+        for argument in ours.keys() & other.keys() - {"learning_rate"}:
+            if ours[argument] != other[argument]:
+                told = [r for r in rows if f"`{name}`" in r and f"`{argument}`" in r]
+                assert told, f"{name} {argument}: {other[argument]}, {ours[argument]}"
 
 
 @pytest.mark.parametrize(

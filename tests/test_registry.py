@@ -77,6 +77,7 @@ def test_faults():
         (ravine.rmsprop, "decay", r"give b2=\.\.\."),
         (ravine.rmsprop, "alpha", r"give b2=\.\.\."),
         (ravine.sgd, "accumulator_dtype", "give mu_dtype="),
+        (ravine.sophia_h, "gamma", r"give rho=\.\.\."),
         (ravine.muon, "adam_b1", r"give fallback=ravine\.Fallback\(b1="),
         (ravine.muon, "consistent_rms", 'give scale="moonlight"'),
         (ravine.muon, "muon_weight_dimension_numbers", "give rules="),
