@@ -128,20 +128,22 @@ def test_a_refusal_can_be_pasted():
             "stages": [{"stem": (3, 3, 3, 8), "odd thing": (8,)} for _ in range(3)],
             "up": {"kernel": (8, 4)},
             "strange": (8, 4),
+            "temperature": (),
         }
     )
-    with pytest.raises(ValueError, match="7 of 8 parameters") as refused:
+    with pytest.raises(ValueError, match="8 of 9 parameters") as refused:
         ravine.muon(0.1).init(params)
     message = str(refused.value)
     assert "stages/2/odd thing" in message
     pasted = {}
     exec(message[message.index("rules=") :], {"ravine": ravine}, pasted)
-    assert len(pasted["rules"]) == 3 + len(ravine.COMMON_RULES)
+    assert len(pasted["rules"]) == 4 + len(ravine.COMMON_RULES)
     state = jax.eval_shape(ravine.muon(0.1, rules=pasted["rules"]).init, params)
     assert jax.tree.leaves(state)
     found = decided(params, pasted["rules"])
     assert found["stages/1/stem"] == ("matrix", (1, 27, 8))
     assert found["stages/1/odd thing"] == "bias"
+    assert found["temperature"] == "other"
 
 
 def test_what_is_suggested_for_stacked_layers_goes_by_their_biases():

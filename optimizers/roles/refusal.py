@@ -57,7 +57,7 @@ def _suggestion(d: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, str
     ndim, name = len(d.shape), d.path.lower()
     module, _, own = d.path.rpartition("/")
     if ndim < 2:
-        return ("norm" if _is_gain(d.path) else "bias"), "", ""
+        return ("norm" if _is_gain(d.path) else "bias" if ndim else "other"), "", ""
     role = d.role or ("embedding" if "emb" in name else "matrix")
     if ndim == 2:
         role = "norm" if d.role is None and _is_gain(own) else role
