@@ -227,7 +227,7 @@ class Transformer(nnx.Module):
     ) -> tuple[jax.Array, jax.Array | None]:
         """The stream behind the last of the layers that are here, and the largest logits `[L, H]`."""
 
-        @nnx.scan(in_axes=(nnx.Carry, 0, 0), out_axes=(nnx.Carry, 0), unroll=self.config.unroll)
+        @nnx.scan(in_axes=(nnx.Carry, 0, 0), out_axes=(nnx.Carry, 0), unroll=_unrolled(self.config))
         def through(
             x_BxTxD: jax.Array, layer: Block, keys_2: jax.Array | None
         ) -> tuple[jax.Array, jax.Array | None]:
@@ -267,6 +267,16 @@ class Transformer(nnx.Module):
         logits_BxTxV = logits_BxTxV.astype(jnp.float32)
         logits_BxTxV = constrained(logits_BxTxV, "rows", "context", "tensor")
         return soft_cap(logits_BxTxV, self.config.final_soft_cap, self.config.soft_cap_form)
+
+
+def _unrolled(config: ModelConfig) -> int:
+    """Layers unrolled; on one device both of two, which take less time than a loop does."""
+    return config.layers if config.layers <= 2 and _one_device() else config.unroll
+
+
+def _one_device() -> bool:
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1
 
 
 def _recomputed(call: Callable[..., Any], config: ModelConfig) -> Callable[..., Any]:
@@ -333,9 +343,8 @@ def _project(x: jax.Array, *maps: nnx.Linear) -> list[jax.Array]:
     Three products of width 64 take longer than one of width 192 (docs/log.md, 2026-11-28); large ones,
     and those that a mesh cuts, stay apart.
     """
-    mesh = jax.sharding.get_abstract_mesh()
     kernels = [linear.kernel[...] for linear in maps]
-    if not (mesh.empty or mesh.size == 1) or sum(k.size for k in kernels) > JOINED:
+    if not _one_device() or sum(k.size for k in kernels) > JOINED:
         return [linear(x) for linear in maps]
     joined = jnp.concatenate(kernels, axis=-1).astype(x.dtype)
     ends = [k.shape[-1] for k in kernels[:-1]]
