@@ -1,20 +1,62 @@
-"""Gradients have the tree and the shapes of the parameters: a gradient that broadcasts is a mistake.
+"""Gradients fit the parameters: they have their tree and shapes, and lie on a mesh as they do.
 
-Checked once for all transformations, where they are constructed (``core/transformation.py``),
-while an update is traced: it costs nothing at run time.
+A gradient that broadcasts is a mistake, and is refused. One that `Explicit` axes cut otherwise than its
+parameter is resharded before the update, so that neither moments nor factors are: the state keeps its
+shardings from step to step, as `jax.lax.scan` and donated buffers need. Where all axes are `Auto`,
+types do not say how anything is cut, and the compiler chooses (`ravine.on_mesh` tells it).
+
+All of this happens while an update is traced, and costs nothing at run time.
 """
 
 import functools
 import types
+from collections.abc import Callable
 from typing import Any, Union, get_args, get_origin
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from .mapped import mapped_as_arguments
 from .paths import path_string
+from .state_fit import StateMismatchError, check_state
 
 MOST_SHOWN = 4
+
+
+def fitting(
+    update: Callable[..., tuple[Any, Any]], init: Callable[[Any], Any]
+) -> Callable[..., tuple[Any, Any]]:
+    """`update` of gradients that fit; its error names a state that `init` did not make."""
+
+    @functools.wraps(update)
+    def checked(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        like = parameters_of(state) if params is None else params
+        try:
+            check_fit("gradient", updates, like)
+        except ValueError:
+            if _has_states(params) and not _has_states(updates):
+                raise ValueError(
+                    "params is the state of an optimizer; call tx.update(grads, state, params)."
+                ) from None
+            raise
+        updates = placed_like(updates, like)
+        try:
+            updates, state = update(updates, state, params, **extra)
+        except StateMismatchError:
+            raise
+        except Exception:
+            if params is not None:
+                check_state(state, init, params)
+            raise
+        return updates, mapped_as_arguments(state)
+
+    return checked
+
+
+def _has_states(tree: Any) -> bool:
+    is_state = lambda node: hasattr(node, "_fields") and type(node).__name__.endswith("State")
+    return any(map(is_state, jax.tree.leaves(tree, is_leaf=is_state)))
 
 
 def check_fit(what: str, tree: Any, like: Any, of: str = "parameter") -> None:
@@ -98,3 +140,45 @@ def _problems(what: str, tree: Any, like: Any, of: str) -> list[str]:
 
 def _is_taken(leaf: Any) -> bool:
     return isinstance(leaf, optax.MaskedNode)
+
+
+def placed_like(tree: Any, like: Any) -> Any:
+    """`tree`, its leaves cut as those of `like` at the same paths, as far as types say how.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jax.sharding import PartitionSpec as P
+      >>> from ravine.core.fit import placed_like
+      >>> with jax.set_mesh(jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])):
+      ...     params = {"w": jax.device_put(jnp.ones((2, 4)), P("x", None))}
+      ...     gradient = jax.device_put(jnp.ones((2, 4)), P(None, "x"))
+      ...     print(jax.typeof(placed_like({"w": gradient}, params)["w"]))
+      float32[2@x,4]
+    """
+    if like is None:
+        return tree
+    leaves, structure = jax.tree.flatten(tree)
+    others, other_structure = jax.tree.flatten(like)
+    if all(_mesh(x) is None for x in others):
+        return tree
+    if structure != other_structure:
+        named = {path_string(p): x for p, x in jax.tree_util.tree_leaves_with_path(like)}
+        paths = [path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+        others = [named.get(path, x) for path, x in zip(paths, leaves, strict=True)]
+    return structure.unflatten(map(_moved, leaves, others))
+
+
+def _moved(x: Any, like: Any) -> Any:
+    if _mesh(x) is None or _mesh(like) is None:
+        return x
+    wanted = jax.typeof(like).sharding
+    return x if jax.typeof(x).sharding.spec == wanted.spec else jax.reshard(x, wanted)
+
+
+def _mesh(x: Any) -> Any:
+    """The mesh in an array's type, or None."""
+    if not isinstance(x, jax.Array):
+        return None
+    mesh = jax.typeof(x).sharding.mesh
+    return None if mesh.empty else mesh

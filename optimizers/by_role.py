@@ -177,7 +177,8 @@ def by_role(
         return parts(params).init(params)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        return parts(updates).update(updates, state, params, **extra)
+        whole = with_whole_curvature(extra, params)
+        return parts(updates).update(updates, state, params, **whole)
 
     def describe(tree: Any) -> dict[str, list[Any]]:
         decided = decide(tree, rules, roles, vectors=vectors)
@@ -187,7 +188,7 @@ def by_role(
             "matrices": [matrices(d) if d.role in roles else "-" for d in decided],
         }
 
-    return with_whole_curvature(with_extra_args(init, update, describe))
+    return with_extra_args(init, update, describe)
 
 
 def _with_words(decided: Decided) -> Any:

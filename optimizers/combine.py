@@ -83,10 +83,10 @@ def combine_by_role(
     inner = optax.partition(transforms, labels)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        return inner.update(updates, state, params, **extra)
+        return inner.update(updates, state, params, **with_whole_curvature(extra, params))
 
     def describe(params: Any) -> dict[str, list[Any]]:
         roles = jax.tree.leaves(assign_roles(params, rules))
         return {"optimizer": jax.tree.leaves(labels(params)), "role": roles}
 
-    return with_whole_curvature(with_extra_args(inner.init, update, describe))
+    return with_extra_args(inner.init, update, describe)

@@ -17,8 +17,6 @@ WRAPPERS = frozenset(
         "on_mesh",
         "split_state",
         "with_monitors",
-        "with_whole_curvature",
-        "with_rate_as",
         "with_telemetry",
     )
 )

@@ -14,8 +14,8 @@ from ravine.optimizers.matrix.algebra.coefficients import (
     polar_express,
     scalar_map,
 )
-from ravine.optimizers.matrix.algebra.polar import NewtonSchulz, cheapest, polar_factor
-from ravine.optimizers.matrix.algebra.symmetric import symmetric_product
+from ravine.optimizers.matrix.algebra.newton_schulz import cheapest, symmetric_product
+from ravine.optimizers.matrix.algebra.polar import NewtonSchulz, polar_factor
 from ravine.optimizers.matrix.batch.batches import map_matrices
 
 from .newton_schulz import of_bfloat16, relative_norm

@@ -17,7 +17,6 @@ import optax
 
 from ...core.arguments import checked
 from ...core.arithmetic import wide
-from ...core.transformation import with_extra_args
 from ...core.tree_checks import is_part
 
 Curvature = Callable[[Any, jax.Array], Any]
@@ -143,21 +142,12 @@ def filled(part: Any, whole: Any) -> Any:
     )
 
 
-def with_whole_curvature(
-    tx: optax.GradientTransformation,
-) -> optax.GradientTransformationExtraArgs:
-    """`tx`, which splits the parameters, so that ``curvature=`` is always called with all of them."""
-    inner = optax.with_extra_args_support(tx)
-
-    def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
-    ) -> tuple[optax.Updates, Any]:
-        curvature = extra.get("curvature")
-        if curvature is not None and params is not None:
-            extra["curvature"] = lambda part, key: curvature(filled(part, params), key)
-        return inner.update(updates, state, params, **extra)
-
-    return with_extra_args(inner.init, update)
+def with_whole_curvature(extra: dict[str, Any], params: Any) -> dict[str, Any]:
+    """Arguments for updates of parts of `params`, with a ``curvature`` that always gets all of them."""
+    curvature = extra.get("curvature")
+    if curvature is None or params is None:
+        return extra
+    return {**extra, "curvature": lambda part, key: curvature(filled(part, params), key)}
 
 
 def _of_part(function: Callable[[Any], Any], whole: Any) -> Callable[[Any], Any]:

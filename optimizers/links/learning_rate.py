@@ -9,7 +9,7 @@ import optax
 from ...core.arguments import checked
 from ...core.arithmetic import cast, increment, scalar, wide, wide_dtype, widest
 from ...core.checks import check_non_negative
-from ...core.transformation import map_states, transformation, with_extra_args
+from ...core.transformation import transformation
 from ...core.tree_checks import check_real_leaves
 
 
@@ -97,7 +97,8 @@ def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.Gradi
     ) -> tuple[optax.Updates, ScaleByLearningRateState]:
         del params
         now = evaluate(learning_rate, state.count)
-        scheduled, held = _kept(now), _kept(state.learning_rate)
+        kept = widest()
+        scheduled, held = (jnp.asarray(rate).astype(kept) for rate in (now, state.learning_rate))
         is_held = ~jnp.array_equal(held, state.scheduled, equal_nan=True)
 
         def scaled(u: jax.Array) -> jax.Array:
@@ -114,10 +115,6 @@ def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.Gradi
         return {"learning rate": in_words(learning_rate)}
 
     return transformation(init, update, describe)
-
-
-def _kept(rate: Any) -> jax.Array:
-    return jnp.asarray(rate).astype(widest())
 
 
 def as_fallback(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -137,13 +134,19 @@ def _with_rate_as(
     kind: type[Any], tx: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:
     inner = optax.with_extra_args_support(tx)
-    renamed = lambda state: map_states(ScaleByLearningRateState, lambda rate: kind(*rate), state)
-    restored = lambda state: map_states(kind, lambda rate: ScaleByLearningRateState(*rate), state)
+
+    def init(params: optax.Params) -> Any:
+        return renamed(inner.init(params), ScaleByLearningRateState, kind)
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, Any]:
-        updates, state = inner.update(updates, restored(state), params, **extra)
-        return updates, renamed(state)
+        state = renamed(state, kind, ScaleByLearningRateState)
+        updates, state = inner.update(updates, state, params, **extra)
+        return updates, renamed(state, ScaleByLearningRateState, kind)
 
-    return with_extra_args(lambda params: renamed(inner.init(params)), update)
+    def renamed(state: Any, old: type[Any], new: type[Any]) -> Any:
+        is_old = lambda node: isinstance(node, old)
+        return jax.tree.map(lambda x: new(*x) if is_old(x) else x, state, is_leaf=is_old)
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ....core.platform import platform
-from .symmetric import product
+from .newton_schulz import product
 
 SMALLEST = 256
 """Rows of a half worth its products, on CPU: those of 256 rows multiply at 0.93 of the rate of those of
@@ -45,7 +45,7 @@ def worth_halving(rows: int) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Halves:
-    """Products of matrices in halves; :mod:`.polar` has the same of whole matrices."""
+    """Products of matrices in halves; :mod:`.newton_schulz` has the same of whole matrices."""
 
     dtype: Any
     precision: Any

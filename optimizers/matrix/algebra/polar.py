@@ -1,20 +1,4 @@
-r"""Newton–Schulz iterations towards the polar factor of a batch of matrices.
-
-For :math:`G = U \Sigma V^\top` the polar factor is :math:`U V^\top`: every singular value becomes one.
-A step :math:`X \leftarrow aX + b\,XX^\top X + c\,(XX^\top)^2 X` maps each singular value by an odd
-polynomial and needs matrix products only. There are two forms of the same arithmetic:
-
-*standard*
-    three products per step, two of them with the long side;
-*gram*
-    the steps act on :math:`R = XX^\top` alone, collecting :math:`Q` with :math:`X_k = Q X_0`; only the
-    first and the last product have the long side. Squaring the singular values loses the small ones to
-    rounding, so after some steps the iteration *restarts*: :math:`X \leftarrow QX`,
-    :math:`R \leftarrow XX^\top`.
-
-Counting symmetric products at their reduced cost, the shape decides which form multiplies less;
-`cheapest` computes it.
-"""
+"""Polar factors of batches of matrices, and how Newton–Schulz approximates them."""
 
 import dataclasses
 from collections.abc import Callable
@@ -26,14 +10,12 @@ import jax.numpy as jnp
 from ....core.arguments import checked
 from ....core.checks import check_whole
 from ....core.kinds import OPTIONS
-from ..mesh.exchange import largest, total
 from ..mesh.placement import Names
 from ..mesh.traffic import Distribution
 from .coefficients import Steps, check_coefficients, named_coefficients
 from .halves import Halves, worth_halving
-from .symmetric import cost_share, halvings, product, symmetric_product
+from .newton_schulz import Form, Whole, cheapest, iterated
 
-Form = Literal["auto", "standard", "gram"]
 MOST_STEPS = 1000
 
 
@@ -54,7 +36,7 @@ class NewtonSchulz:
       restarts: steps before which the gram form restarts. With a restart before step 3 it stays within
         1e-5 of the standard form for singular values from 0.01 to 1 in float32 (relative Frobenius
         norm); without any restart within 1e-4, and a sixth faster.
-      halvings: how often symmetric products are halved, see :mod:`.symmetric`; ``None`` decides by
+      halvings: how often symmetric products are halved, see :mod:`.newton_schulz`; ``None`` decides by
         size, and on CPU keeps matrices with 512 rows or more in halves, see :mod:`.halves`.
       precision: precision of products in float32, which accelerators would otherwise round to fewer
         bits.
@@ -82,7 +64,7 @@ class NewtonSchulz:
     steps: int = 5
     lower: float = 1e-3
     dtype: Any = "float32"
-    form: Form = "auto"
+    form: Literal["auto", "standard", "gram"] = "auto"
     restarts: tuple[int, ...] = (3,)
     halvings: int | None = None
     precision: jax.lax.PrecisionLike = "highest"
@@ -117,7 +99,7 @@ class NewtonSchulz:
             return count
         return 1 + sum(step < count for step in set(self.restarts))
 
-    def _cut_form(self) -> Literal["standard", "gram"]:
+    def _cut_form(self) -> Form:
         """The form for matrices with a cut long side: the one with the fewest sums."""
         if self.form != "auto":
             return self.form
@@ -145,31 +127,22 @@ class NewtonSchulz:
         products: Any = (
             Halves(dtype, self.precision)
             if halved
-            else _Whole(dtype, self.halvings, self.precision, summed)
+            else Whole(dtype, self.halvings, self.precision, summed)
         )
-        x = products.cut(normalize(matrices_KxMxN.astype(wide), summed).astype(dtype))
-        restarts = self.restarts
-        x = _gram(x, steps, products, restarts) if form == "gram" else _standard(x, steps, products)
-        return products.joined(x).astype(matrices_KxMxN.dtype)
+        found = iterated(
+            matrices_KxMxN.astype(wide),
+            steps,
+            form,
+            products,
+            restarts=self.restarts,
+            summed=summed,
+        )
+        return found.astype(matrices_KxMxN.dtype)
 
 
 OPTIONS.add(NewtonSchulz)
 Polar = NewtonSchulz | Callable[[jax.Array], jax.Array] | None
 """What maps a batch of matrices to their polar factors; None for ``NewtonSchulz()``."""
-
-
-def normalize(matrices_KxMxN: jax.Array, summed: Names = ()) -> jax.Array:
-    """Each matrix divided by its Frobenius norm, at any scale; a zero matrix stays zero.
-
-    The largest element is divided out first, so that squares neither overflow nor vanish. Nothing is
-    added to the norm, since that would shrink small matrices.
-    """
-    here = jnp.max(jnp.abs(matrices_KxMxN), axis=(1, 2), keepdims=True, initial=0)
-    maximum = largest(here, summed)
-    scaled = matrices_KxMxN / jnp.where(maximum == 0, 1, maximum)
-    squares = jnp.sum(jnp.square(scaled), axis=(1, 2), keepdims=True)
-    norm = jnp.sqrt(total(squares, summed))
-    return scaled / jnp.where(norm == 0, 1, norm)
 
 
 def polar_factor(matrices_KxMxN: jax.Array) -> jax.Array:
@@ -184,121 +157,3 @@ def polar_factor(matrices_KxMxN: jax.Array) -> jax.Array:
     """
     u, _, vh = jnp.linalg.svd(matrices_KxMxN, full_matrices=False)
     return jnp.matmul(u, vh, precision="highest")
-
-
-def multiplications(
-    form: str,
-    rows: int,
-    columns: int,
-    steps: Steps,
-    restarts: tuple[int, ...] = (),
-    depth: int | None = None,
-) -> float:
-    """Multiply-adds for one `[rows, columns]` matrix, rows <= columns.
-
-    Example:
-      >>> from ravine.optimizers.matrix.algebra.coefficients import named_coefficients
-      >>> from ravine.optimizers.matrix.algebra.polar import multiplications
-      >>> steps = named_coefficients("keller", 5)
-      >>> [multiplications(form, 1, 4, steps) for form in ("standard", "gram")]
-      [45.0, 25.0]
-    """
-
-    def symmetric(inner: int) -> float:
-        share = cost_share(halvings(rows, inner) if depth is None else depth)
-        return share * rows**2 * inner
-
-    count, squares = len(steps), sum(c != 0 for _, _, c in steps)
-    small, gram, apply = symmetric(rows), symmetric(columns), float(rows**2 * columns)
-    if form == "standard":
-        return count * (gram + apply) + squares * small
-    starts = [0, *sorted(step for step in set(restarts) if step < count)]
-    ends = [*starts[1:], count]
-    collects = sum(end - start - 1 for start, end in zip(starts, ends, strict=True))
-    # A step squares R and multiplies into Q; all but the last before an end also move R on: Q R Q.
-    return len(starts) * (gram + apply) + (squares + 2 * collects) * small + collects * rows**3
-
-
-def cheapest(
-    rows: int, columns: int, steps: Steps, restarts: tuple[int, ...] = (), depth: int | None = None
-) -> Literal["standard", "gram"]:
-    """The form that multiplies less."""
-    costs = {
-        form: multiplications(form, rows, columns, steps, restarts, depth)
-        for form in ("standard", "gram")
-    }
-    return "gram" if costs["gram"] < costs["standard"] else "standard"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Whole:
-    """Products with inputs rounded to one dtype, and wide results; `Halves` has the same of halves."""
-
-    dtype: Any
-    depth: int | None
-    precision: Any
-    summed: Names
-
-    def cut(self, x: jax.Array) -> jax.Array:
-        return x
-
-    def joined(self, x: jax.Array) -> jax.Array:
-        return x
-
-    def identity(self, like: jax.Array) -> jax.Array:
-        return jnp.eye(like.shape[1], dtype=like.dtype)[None]
-
-    def gram(self, x: jax.Array) -> jax.Array:
-        return total(self.symmetric(x, jnp.swapaxes(x, 1, 2)), self.summed)
-
-    def symmetric(self, left: jax.Array, right: jax.Array) -> jax.Array:
-        left, right = left.astype(self.dtype), right.astype(self.dtype)
-        return symmetric_product(left, right, self.depth, precision=self.precision)
-
-    def full(self, left: jax.Array, right: jax.Array) -> jax.Array:
-        return product(left.astype(self.dtype), right.astype(self.dtype), precision=self.precision)
-
-    def congruent(self, q: jax.Array, r: jax.Array) -> jax.Array:
-        return self.symmetric(self.full(q, r), jnp.swapaxes(q, 1, 2))
-
-
-def _standard(x: Any, steps: Steps, products: Any) -> Any:
-    """The steps in standard form, on `x` as the products cut it."""
-    for a, b, c in steps:
-        gram = products.gram(x)
-        inner = jax.tree.map(lambda r, b=b: b * r, gram)
-        if c:
-            square = products.symmetric(gram, gram)
-            inner = jax.tree.map(lambda p, s, c=c: p + c * s, inner, square)
-        x = jax.tree.map(
-            lambda x, y, a=a: (a * x.astype(y.dtype) + y).astype(products.dtype),
-            x,
-            products.full(inner, x),
-        )
-        # Otherwise XLA for TPU keeps the wide products of all steps, to add them up in one kernel at
-        # the end.
-        x = jax.lax.optimization_barrier(x)
-    return x
-
-
-def _gram(x: Any, steps: Steps, products: Any, restarts: tuple[int, ...]) -> Any:
-    """The steps in Gram form, on `x` as the products cut it."""
-    start = r = products.gram(x)
-    eye, q = products.identity(r), None
-    for index, (a, b, c) in enumerate(steps):
-        p = jax.tree.map(lambda eye, r, a=a, b=b: a * eye + b * r, eye, r)
-        if c:
-            p = jax.tree.map(lambda p, s, c=c: p + c * s, p, products.symmetric(r, r))
-        q = p if q is None else products.symmetric(p, q)
-        if index + 1 == len(steps):
-            break
-        if index + 1 in restarts:
-            x = jax.tree.map(lambda y: y.astype(products.dtype), products.full(q, x))
-            start, q = products.gram(x), None
-            r = start
-        else:
-            # Not P R P: with rounding, Q and R would drift apart. This way R is the Gram matrix of the
-            # current QX, as in the standard form, and the error is two to four times smaller.
-            r = products.congruent(q, start)
-    assert q is not None
-    return products.full(q, x)

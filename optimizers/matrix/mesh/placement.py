@@ -160,8 +160,10 @@ def explicit_sizes(mesh: Any) -> dict[str, int]:
 
 def axes_of_type(mesh: Any, wanted: AxisType) -> list[str]:
     """The names of the mesh's axes of a type, except those that `jax.vmap` maps over."""
-    kinds, mapped = zip(mesh.axis_names, mesh.axis_types, strict=True), mapped_axes()
-    return [name for name, kind in kinds if kind == wanted and name not in mapped]
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    found = [name for name, kind in kinds if kind == wanted]
+    mapped = mapped_axes() if found else ()
+    return [name for name in found if name not in mapped]
 
 
 def _sharding(x: Any) -> Any:
