@@ -130,12 +130,12 @@ def scale_by_shampoo(
     size = graft.magnitude(b2, eps, nu_dtype)
     factors.check_ridge(roots.ridge)
     roots.check_need(refresh)
-    preconditioner = Preconditioner(b2, factors, roots)
+    preconditioner = Preconditioner(refresh.decay(b2), factors, roots, refresh)
     per = "none" if graft.step == "none" else graft.per
 
     def blockings(tree: Any) -> list[Blocking]:
         # KL statistics need whole blocks: they are sums over products of both factors.
-        return blockings_of(tree, axes, blocks, sums=not preconditioner.kl)
+        return blockings_of(tree, axes, blocks, sums=factors.statistics != "kl")
 
     def init(params: optax.Params) -> ScaleByShampooState:
         found = blockings(params)
@@ -154,12 +154,12 @@ def scale_by_shampoo(
     ) -> tuple[optax.Updates, ScaleByShampooState]:
         count = increment(state.count)
         kept = tensors.kept(state.factors)
-        usable, kept = preconditioner.learn(tensors, tensors.opened(updates), kept, refresh, count)
+        usable, kept = preconditioner.learn(tensors, tensors.opened(updates), kept, count)
         seen = tensors.zero_unless(usable, updates)
         mu = ema(seen, state.mu, b1)
         mean = corrected_mean(seen, mu, b1, count, nesterov=nesterov)
         graft_step, nu = size.update(seen, mean, state.nu, count)
-        kept = preconditioner.refresh(tensors, kept, refresh, count)
+        kept = preconditioner.refresh(tensors, kept, count)
         means, steps = tensors.opened_together(mean, graft_step)
         blocks = preconditioner.apply(tensors, means, kept)
         distrusted = list(map(preconditioner.distrusted, kept, blocks))

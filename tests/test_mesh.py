@@ -225,7 +225,7 @@ def test_flags_of_blocks_that_shards_cross_reach_every_element():
     tensors = {k: x.at[(-1,) * x.ndim].set(jnp.inf) for k, x in tensors.items()}
 
     def finite_blocks(updates, state, found):
-        assert all(not cut.is_local or cut.takes_flags for cut in found)
+        assert all(not cut.placement.moves or cut.takes_flags for cut in found)
         each = Tensors(updates, found)
         flags = [jnp.all(jnp.isfinite(blocks), axis=(-2, -1)) for blocks in each.opened(updates)]
         return each.zero_unless(flags, updates), state

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from ravine.optimizers.matrix.batch.phases import phases_of, refreshed
 from ravine.optimizers.matrix.batch.refresh import Refresh
 from ravine.optimizers.matrix.batch.together import Unit
+from ravine.optimizers.matrix.mesh.placement import Spread
 
 
 @settings(max_examples=200, deadline=None)
@@ -131,7 +132,7 @@ def test_layers_of_a_scanned_model_take_turns(staggered):
     @jax.jit
     def step(count, carries):
         units = [
-            Unit("a", sources[0], carries[0], batch_axes=2, layers=12),
+            Unit("a", sources[0], carries[0], spread=Spread(batch_axes=2, layers=12)),
             Unit("a", sources[1], carries[1]),
         ]
         add = lambda kind, carry, source: (carry[0] + 1, carry[1] + source[:, 0])

@@ -14,6 +14,7 @@ from ravine.optimizers.matrix.algebra.roots import PseudoInverse, misfit
 from ravine.optimizers.matrix.batch.phases import refreshed
 from ravine.optimizers.matrix.batch.refresh import Need, Refresh
 from ravine.optimizers.matrix.batch.together import Unit
+from ravine.optimizers.matrix.mesh.placement import Spread
 from ravine.optimizers.roles import IN_OUT
 
 from .arrays import single
@@ -75,7 +76,7 @@ def test_the_worst_of_all_layers_that_are_due(turn):
 
     @jax.jit
     def step():
-        unit = Unit("a", source, jnp.zeros((8, 2)), batch_axes=2, layers=8)
+        unit = Unit("a", source, jnp.zeros((8, 2)), spread=Spread(batch_axes=2, layers=8))
         add = lambda kind, carry, source: carry + 1
         return refreshed([unit], add, 2, lambda phase: phase == turn, None, need)[0]
 

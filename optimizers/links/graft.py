@@ -34,7 +34,7 @@ from ...core.arithmetic import (
 from ...core.checks import check_decay_rates, check_non_negative
 from ...core.kinds import MaybeInfinite
 from ...core.transformation import transformation
-from ..matrix.mesh.exchange import largest, total
+from ..matrix.mesh.exchange import largest
 from ..matrix.mesh.placement import Names
 
 Graft = Literal["none", "sgd", "adagrad", "rmsprop", "adam", "adamw", "sign"]
@@ -69,7 +69,7 @@ def norm_ratio(
     for x in (wide(magnitude), wide(direction)):
         most = largest(jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0), summed)
         scaled = x / jnp.where(most > 0, most, 1)
-        squares = total(jnp.sum(jnp.square(scaled), axis=axes, keepdims=True), summed)
+        squares = jax.lax.psum(jnp.sum(jnp.square(scaled), axis=axes, keepdims=True), summed)
         sizes.append((most, jnp.sqrt(squares)))
     (above, over), (below, under) = sizes
     nothing = below == 0

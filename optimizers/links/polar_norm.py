@@ -13,7 +13,7 @@ from ...core.own_norm import OwnNorm, replicated_norms
 from ...core.paths import path_string
 from ..matrix.algebra.lapack import for_each_matrix
 from ..matrix.batch.batches import map_matrices
-from ..matrix.mesh.exchange import per_shard, total
+from ..matrix.mesh.exchange import per_shard
 from ..matrix.mesh.explicit import on_mixed_meshes
 from ..matrix.mesh.placement import Names
 from ..matrix.shape.matrices import Axes, Matrices, matrices_of
@@ -54,7 +54,7 @@ def polar_norms(
         for each, count in zip(found, counts, strict=True):
             cut = tuple(name for axis in each.placement.inside for name in axis)
             both = [jnp.sum(next(done).reshape(-1, 2), axis=0) for _ in range(count)]
-            norms.append(OwnNorm(*total(functools.reduce(jnp.add, both), cut)))
+            norms.append(OwnNorm(*jax.lax.psum(functools.reduce(jnp.add, both), cut)))
         return norms
 
     def norms(grads: Any, momentum: Any) -> dict[str, OwnNorm]:

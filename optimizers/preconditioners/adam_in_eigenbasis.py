@@ -16,8 +16,7 @@ from ..matrix.algebra.kronecker import mode_gram, rotate
 from ..matrix.batch.batches import joined
 from ..matrix.batch.phases import refreshed
 from ..matrix.batch.refresh import Refresh
-from ..matrix.batch.together import together
-from ..matrix.mesh.exchange import total
+from ..matrix.batch.together import Unit, together
 from .block_state import fields, identities, usable_blocks, with_fields
 from .blockwise import Tensors
 from .own_norm import Insides, forms, in_basis
@@ -73,7 +72,7 @@ class Step(NamedTuple):
         adam = jnp.where(self.moves, adam * self.correction.astype(adam.dtype), 0)
 
         def learned(statistics: Sequence[jax.Array]) -> list[jax.Array]:
-            grams = [total(mode_gram(seen, axis, order), summed) for axis in axes]
+            grams = [jax.lax.psum(mode_gram(seen, axis, order), summed) for axis in axes]
             return [
                 jnp.where(usable[:, None, None], lerp(gram, old, self.statistics_b2), old)
                 for gram, old in zip(grams, statistics, strict=True)
@@ -93,10 +92,11 @@ def stepped(
 ) -> tuple[list[jax.Array], list[Moments], list[Bases]]:
     """Directions, moments and statistics after the gradients; all in blocks."""
     units = [
-        tensor.unit(
+        Unit(
             (len(tensor.sizes), tensor.axes, tensor.summed),
             fields(each, "vectors"),
             (blocks, *old, fields(each, "statistics")),
+            tensor.spread,
             is_whole=bool(tensor.summed),
         )
         for tensor, blocks, old, each in zip(tensors, gradients, moments, bases, strict=True)
@@ -153,25 +153,21 @@ def refreshed_bases(
         del vectors
         return _by_size(eigenbasis, statistics)
 
-    units = [
-        tensor.unit(tensor.axes, fields(bases[at], "statistics"), fields(bases[at], "vectors"))
-        for at, tensor in turned
-    ]
-    found = refreshed(units, first, 1, lambda _: count == 1)
+    def units(with_moments: bool) -> list[Unit]:
+        made = []
+        for at, tensor in turned:
+            vectors = fields(bases[at], "vectors")
+            carry = (vectors, *moments[at]) if with_moments else vectors
+            made.append(Unit(tensor.axes, fields(bases[at], "statistics"), carry, tensor.spread))
+        return made
+
+    found = refreshed(units(with_moments=False), first, 1, lambda _: count == 1)
     for (at, _), vectors in zip(turned, found, strict=True):
         bases[at] = with_fields(bases[at], vectors=vectors)
-    units = [
-        tensor.unit(
-            tensor.axes,
-            fields(bases[at], "statistics"),
-            (fields(bases[at], "vectors"), *moments[at]),
-        )
-        for at, tensor in turned
-    ]
     due = lambda phase: schedule.follows(count, phase)
     follow = functools.partial(_followed, floor=_floor(b1, b2))
     need = schedule.by_need(count, _off)
-    found = refreshed(units, follow, schedule.phases, due, need=need)
+    found = refreshed(units(with_moments=True), follow, schedule.phases, due, need=need)
     for (at, _), (vectors, mu, nu) in zip(turned, found, strict=True):
         moments[at], bases[at] = Moments(mu, nu), with_fields(bases[at], vectors=vectors)
     return moments, bases

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from ...core.arithmetic import is_summable, wide_dtype
 from ...core.leaves import at_leaves
 from ...core.tree_checks import check_real_leaves
-from ..matrix.mesh.exchange import total
 from ..matrix.mesh.placement import Names
 from ..matrix.shape.blocking import Blocking
 
@@ -62,7 +61,7 @@ def _map_leaves(
 def usable_blocks(blocks: jax.Array, order: int, summed: Names = ()) -> jax.Array:
     """Which blocks are usable, `[*batch, *counts]`: their squares can be summed, as `is_usable` says."""
     inside = tuple(range(blocks.ndim - order, blocks.ndim))
-    return is_summable(total(jnp.sum(jnp.square(blocks), axis=inside), summed))
+    return is_summable(jax.lax.psum(jnp.sum(jnp.square(blocks), axis=inside), summed))
 
 
 def fields(factors: Sequence[Any], name: str) -> list[jax.Array]:

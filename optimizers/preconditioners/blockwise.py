@@ -9,10 +9,8 @@ A preconditioner's own functions receive batches of blocks `[B, ...]` and their 
 or meshes.
 """
 
-import dataclasses
 import functools
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,88 +23,17 @@ from ...core.own_norm import OwnNorm, replicated_norms, with_norm
 from ...core.paths import path_string
 from ...core.transformation import transformation
 from ..matrix.batch.refresh import Refresh
-from ..matrix.batch.together import Unit
-from ..matrix.mesh.exchange import gathered, per_shard, total
+from ..matrix.mesh.exchange import gathered, per_shard
 from ..matrix.mesh.explicit import on_mixed_meshes
-from ..matrix.mesh.placement import Names
-from ..matrix.shape.blocking import Blocking, blocks_in_words
-from ..matrix.shape.blocks import BlockGrid
+from ..matrix.shape.blocking import Blocking, Tensor, blocks_in_words
 
 
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """How one tensor of one leaf is cut into blocks `[*batch, *counts, *sizes]`."""
-
-    blocking: Blocking
-    grid: BlockGrid
-    has_factor: tuple[bool, ...]
-    batch: tuple[int, ...]
-
-    @functools.cached_property
-    def sizes(self) -> tuple[int, ...]:
-        """The lengths of a block's axes."""
-        return self.grid.sizes
-
-    @functools.cached_property
-    def counts(self) -> tuple[int, ...]:
-        """`[*batch, *counts]`."""
-        return (*self.batch, *self.grid.counts)
-
-    @functools.cached_property
-    def axes(self) -> tuple[int, ...]:
-        """The axes with a factor."""
-        return tuple(axis for axis, has in enumerate(self.has_factor) if has)
-
-    @functools.cached_property
-    def summed(self) -> Names:
-        """Mesh axes over which a block's sums must be added up."""
-        return self.blocking.summed
-
-    @functools.cached_property
-    def shards(self) -> int:
-        """How many devices share the leaf's blocks equally."""
-        return self.blocking.shards
-
-    @functools.cached_property
-    def layers(self) -> tuple[int, Names]:
-        """The length of the first batch axis over all devices, and the mesh axes that cut it."""
-        return self.blocking.layers
-
-    def inside(self, axis: int) -> jax.Array | None:
-        """`[*batch, *counts]`: how much of an axis of each block is not padding; None for all of it."""
-        lengths = self.grid.inside(axis, math.prod(self.batch))
-        return None if lengths is None else jnp.asarray(lengths.reshape(self.counts))
-
-    def unit(
-        self, kind: Any, source: Any, carry: Any, *, is_whole: bool = False, growth: int = 1
-    ) -> Unit:
-        """A unit of arrays `[*batch, *counts, ...]`."""
-        return Unit(
-            kind,
-            source,
-            carry,
-            self.shards,
-            is_whole,
-            growth,
-            len(self.counts),
-            *self.layers,
-            self.blocking.cut,
-        )
-
-
-class Tensors:
+class Tensors(list[Tensor]):
     """The tensors of all leaves, one after the other: everything here is a list along them."""
 
     def __init__(self, like: Any, blockings: Sequence[Blocking]):
+        super().__init__(tensor for blocking in blockings for tensor in blocking.tensors)
         self._like, self.blockings = like, blockings
-        self._tensors = [
-            Tensor(blocking, *each)
-            for blocking in blockings
-            for each in zip(blocking.grids, blocking.factored, blocking.batches, strict=True)
-        ]
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self._tensors)
 
     def opened(self, tree: Any) -> list[jax.Array]:
         """The blocks of a tree of leaves."""
@@ -241,7 +168,7 @@ def _norms(
         leaves = tensors.by_leaf(norm(updates, state, tensors))
 
         def summed(blocks: Sequence[jax.Array], cut: Blocking) -> jax.Array:
-            return total(functools.reduce(jnp.add, map(jnp.sum, blocks)), cut.block_names)
+            return jax.lax.psum(functools.reduce(jnp.add, map(jnp.sum, blocks)), cut.block_names)
 
         return [
             OwnNorm(*(summed(blocks, cut) for blocks in zip(*each, strict=True)))

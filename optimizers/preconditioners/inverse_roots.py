@@ -12,17 +12,16 @@ from ...core.arithmetic import bias_correction, cast, is_summable, lerp, wide, w
 from ...core.once import if_due
 from ...core.own_norm import OwnNorm
 from ..matrix.algebra.kronecker import mode_gram, rotate
+from ..matrix.algebra.packing import pack, unpack
 from ..matrix.algebra.roots import exponent_fraction, inverse_root, misfit
 from ..matrix.batch.phases import refreshed
 from ..matrix.batch.refresh import Refresh
-from ..matrix.batch.together import together
-from ..matrix.mesh.exchange import total
+from ..matrix.batch.together import Unit, together
 from ..matrix.shape.blocking import Blocking
 from .block_state import fields, identities, usable_blocks, with_fields
 from .blockwise import Tensors
 from .options import Factors, Roots
 from .own_norm import Insides, forms, of_factors
-from .storage import Storage
 
 
 class Factor(NamedTuple):
@@ -45,43 +44,45 @@ class Preconditioner:
     """Statistics and roots of the factors of all leaves."""
 
     b2: Any
-    factor_options: Factors
-    root_options: Roots
+    """The decay rate of the statistics per gradient that updates them."""
+    factors: Factors
+    roots: Roots
+    schedule: Refresh
 
-    @property
-    def kl(self) -> bool:
-        """Whether gradients are preconditioned before they update the factors."""
-        return self.factor_options.statistics == "kl"
+    def _kept(self, matrices: jax.Array, dtype: Any) -> jax.Array:
+        """Symmetric matrices as they are stored."""
+        kept = pack(matrices) if self.factors.packed else matrices
+        return kept if dtype is None else kept.astype(dtype)
 
-    @property
-    def statistics_storage(self) -> Storage:
-        """How statistics are kept."""
-        return Storage(self.factor_options.statistics_dtype, self.factor_options.packed)
+    def _loaded(self, kept: jax.Array, size: int, dtype: Any) -> jax.Array:
+        """The inverse of `_kept`, in the dtype that the matrices are used in."""
+        kept = cast(kept, dtype)
+        return unpack(kept, size) if self.factors.packed else kept
 
-    @property
-    def root_storage(self) -> Storage:
-        """How roots are kept."""
-        return Storage(self.factor_options.root_dtype, self.factor_options.packed)
+    @functools.cached_property
+    def _growth(self) -> int:
+        """The growth in memory when stored matrices are loaded."""
+        return 2 if self.factors.packed else 1
 
     def factor(self, scalars: jax.Array, size: int) -> Factor:
         """The factor at the start; `scalars` are zeros, one for each block."""
         identity = identities(scalars, size)
         # Every field has its own buffer, since the state is donated.
-        statistics = self.statistics_storage.keep(jnp.zeros_like(identity))
+        statistics = self._kept(jnp.zeros_like(identity), self.factors.statistics_dtype)
         residual, condition = (jnp.zeros_like(scalars) for _ in range(2))
         failures, refused = (jnp.zeros_like(scalars, dtype=jnp.int32) for _ in range(2))
-        root = self.root_storage.keep(identity)
+        root = self._kept(identity, self.factors.root_dtype)
         return Factor(statistics, root, residual, condition, failures, refused)
 
     def exponent_of(self, factors: Sequence[Any]) -> float:
         """The exponent of a tensor's roots; its factors are None on axes without one."""
         axes = sum(bool(factor) for factor in factors)
-        exponent = self.root_options.exponent
+        exponent = self.roots.exponent
         return -1 / (2 * axes) if exponent is None else exponent
 
     def check(self, paths: Sequence[str], blockings: Sequence[Blocking]) -> None:
         """Raises if the method cannot compute the roots that a leaf needs."""
-        check_root = getattr(self.root_options.method, "check_root", None)
+        check_root = getattr(self.roots.method, "check_root", None)
         if check_root is None:
             return
         for path, blocking in zip(paths, blockings, strict=True):
@@ -99,94 +100,89 @@ class Preconditioner:
         tensors: Tensors,
         gradients: Sequence[jax.Array],
         factors: Sequence[TensorFactors],
-        schedule: Refresh,
         step: jax.Array,
     ) -> tuple[list[jax.Array], list[TensorFactors]]:
         """Which blocks of the gradients are usable, and the factors updated with those blocks.
 
         A block is usable if the squares of its gradient can be summed, and new statistics are finite.
         """
+        kl = self.factors.statistics == "kl"
         units = [
-            tensor.unit(
+            Unit(
                 (tensor.sizes, tensor.axes, tensor.summed),
-                (blocks, fields(each, "root") if self.kl else None),
+                (blocks, fields(each, "root") if kl else None),
                 (jnp.ones(tensor.counts, bool), fields(each, "statistics")),
+                tensor.spread,
                 is_whole=bool(tensor.summed),
-                growth=self.statistics_storage.growth,
+                growth=self._growth,
             )
             for tensor, blocks, each in zip(tensors, gradients, factors, strict=True)
         ]
-        learned = functools.partial(
-            self._learned,
-            due=schedule.learning(step),
-            keep=schedule.decay(self.b2),
-            every=schedule.statistics_every,
-        )
-        found = together(units, learned, self.factor_options.max_elements)
+        learned = functools.partial(self._learned, due=self.schedule.learning(step))
+        found = together(units, learned, self.factors.max_elements)
         return [usable for usable, _ in found], [
             with_fields(each, statistics=statistics)
             for each, (_, statistics) in zip(factors, found, strict=True)
         ]
 
-    def _learned(
-        self, kind: Any, carry: Any, beside: Any, *, due: jax.Array | None, keep: Any, every: int
-    ) -> Any:
+    def _learned(self, kind: Any, carry: Any, beside: Any, *, due: jax.Array | None) -> Any:
         (sizes, axes, summed), (_, kept), (blocks, roots) = kind, carry, beside
-        order, storage = len(sizes), self.statistics_storage
+        order, every = len(sizes), self.schedule.statistics_every
         usable = usable_blocks(wide(blocks), order, summed)
 
         def learned(carry: Any) -> Any:
             usable, kept = carry
             seen = jnp.where(usable.reshape(-1, *(1,) * order), wide(blocks), 0)
-            loaded = self._loaded(roots or (), sizes, axes, seen.dtype)
+            loaded = self._by_axis(roots or (), sizes, axes, seen.dtype)
             pairs = []
             for axis, statistics in zip(axes, kept, strict=True):
                 others = [None if at == axis else root for at, root in enumerate(loaded)]
-                gram = total(mode_gram(rotate(seen, others), axis, order), summed)
+                gram = jax.lax.psum(mode_gram(rotate(seen, others), axis, order), summed)
                 dtype = wide_dtype(gram.dtype, statistics.dtype)
-                old = storage.load(statistics, sizes[axis], dtype)
-                new = _accumulated(cast(gram, dtype), old, keep, every)
+                old = self._loaded(statistics, sizes[axis], dtype)
+                new = _accumulated(cast(gram, dtype), old, self.b2, every)
                 # No element of a positive semi-definite matrix is larger than its trace.
                 fits = is_summable(jnp.trace(new, axis1=1, axis2=2))
                 # Statistics corrupted from outside are left to the certificate of their root.
                 usable &= fits | ~is_summable(jnp.trace(old, axis1=1, axis2=2))
                 pairs.append((new, old))
             return usable, [
-                cast(storage.keep(jnp.where(usable[:, None, None], new, old)), statistics.dtype)
+                self._kept(jnp.where(usable[:, None, None], new, old), statistics.dtype)
                 for (new, old), statistics in zip(pairs, kept, strict=True)
             ]
 
         return if_due(due, learned, (usable, kept))
 
-    def _loaded(
+    def _by_axis(
         self, kept: Sequence[jax.Array], sizes: Sequence[int], axes: Sequence[int], dtype: Any
     ) -> list[jax.Array | None]:
         """A matrix of this dtype for each axis, or None for axes without one."""
         loaded: list[jax.Array | None] = [None] * len(sizes)
         for axis, x in zip(axes, kept, strict=False):
-            loaded[axis] = self.root_storage.load(x, sizes[axis], dtype)
+            loaded[axis] = self._loaded(x, sizes[axis], dtype)
         return loaded
 
     def refresh(
         self,
         tensors: Tensors,
         factors: Sequence[TensorFactors],
-        schedule: Refresh,
         step: jax.Array,
     ) -> list[TensorFactors]:
         """The factors, with new roots where they are due and pass their certificate."""
         units = [
-            tensor.unit(
+            Unit(
                 (self.exponent_of(each), tensor.sizes[axis]),
-                (factor.statistics, tensor.inside(axis)),
+                (factor.statistics, tensor.inside[axis]),
                 tuple(factor[1:]),
-                growth=self.statistics_storage.growth,
+                tensor.spread,
+                growth=self._growth,
             )
             for tensor, each in zip(tensors, factors, strict=True)
             for axis, factor in enumerate(each)
             if factor is not None
         ]
-        weight = _weight(schedule.decay(self.b2), schedule.learned(step))
+        schedule = self.schedule
+        weight = _weight(self.b2, schedule.learned(step))
 
         def new_roots(kind: Any, carry: Any, source: Any) -> Any:
             return self._refreshed(kind, source, carry, weight)
@@ -195,7 +191,7 @@ class Preconditioner:
             return self._misfit(kind, source, carry, weight)
 
         due, need = lambda phase: schedule.due(step, phase), schedule.by_need(step, misfits)
-        most = self.factor_options.max_elements
+        most = self.factors.max_elements
         found = iter(refreshed(units, new_roots, schedule.phases, due, most, need))
         return [
             tuple(factor and Factor(factor.statistics, *next(found)) for factor in each)
@@ -203,7 +199,7 @@ class Preconditioner:
         ]
 
     def _refreshed(self, kind: Any, source: Any, carry: Any, weight: Any) -> Any:
-        (exponent, _), (_, inside), options = kind, source, self.root_options
+        (exponent, _), (_, inside), options = kind, source, self.roots
         root, residual, condition, failures, refused = carry
         statistics = self._corrected(kind, source, weight, residual.dtype)
         found = inverse_root(
@@ -218,7 +214,7 @@ class Preconditioner:
         seen = jnp.any(statistics != 0, axis=(1, 2))
         good, bad = found.residual <= options.tolerance, found.residual > options.tolerance
         good, bad = good & seen, bad & seen
-        new = self.root_storage.keep(found.root).astype(root.dtype)
+        new = self._kept(found.root, root.dtype)
         return (
             jnp.where(jnp.expand_dims(good, tuple(range(1, root.ndim))), new, root),
             jnp.where(seen, cast(found.residual, residual.dtype), residual),
@@ -230,7 +226,7 @@ class Preconditioner:
     def _corrected(self, kind: Any, source: Any, weight: Any, dtype: Any) -> jax.Array:
         """The statistics that roots are computed from, at least as wide as `dtype`."""
         dtype = wide_dtype(source[0].dtype, dtype)
-        statistics = self.statistics_storage.load(source[0], kind[1], dtype)
+        statistics = self._loaded(source[0], kind[1], dtype)
         return statistics if weight is None else statistics / weight.astype(statistics.dtype)
 
     def _misfit(self, kind: Any, source: Any, carry: Any, weight: Any) -> jax.Array:
@@ -238,10 +234,10 @@ class Preconditioner:
         statistics = self._corrected(kind, source, weight, residual.dtype)
         return misfit(
             statistics,
-            self.root_storage.load(root, size, statistics.dtype),
+            self._loaded(root, size, statistics.dtype),
             exponent,
-            ridge=self.root_options.ridge,
-            absolute_ridge=self.root_options.absolute_ridge,
+            ridge=self.roots.ridge,
+            absolute_ridge=self.roots.absolute_ridge,
             size=inside,
         )
 
@@ -253,18 +249,19 @@ class Preconditioner:
     ) -> list[jax.Array]:
         """The preconditioned blocks."""
         units = [
-            tensor.unit(
+            Unit(
                 (tensor.sizes, tensor.axes),
                 fields(each, "root"),
                 blocks,
-                growth=self.root_storage.growth,
+                tensor.spread,
+                growth=self._growth,
             )
             for tensor, blocks, each in zip(tensors, means, factors, strict=True)
         ]
-        return together(units, self._applied, self.factor_options.max_elements)
+        return together(units, self._applied, self.factors.max_elements)
 
     def _applied(self, kind: Any, blocks: jax.Array, roots: Sequence[jax.Array]) -> jax.Array:
-        return rotate(blocks, self._loaded(roots, *kind, dtype=blocks.dtype)) if roots else blocks
+        return rotate(blocks, self._by_axis(roots, *kind, dtype=blocks.dtype)) if roots else blocks
 
     def norms(
         self,
@@ -279,22 +276,18 @@ class Preconditioner:
             [(tensor.sizes, tensor.axes) for tensor in tensors],
             [fields(each, "root") for each in factors],
             self._norm,
-            growth=self.root_storage.growth,
-            max_elements=self.factor_options.max_elements,
+            growth=self._growth,
+            max_elements=self.factors.max_elements,
         )
 
     def _norm(self, kind: Any, blocks: jax.Array, roots: Any, insides: Insides) -> OwnNorm:
-        return of_factors(blocks, self._loaded(roots, *kind, dtype=blocks.dtype), insides)
+        return of_factors(blocks, self._by_axis(roots, *kind, dtype=blocks.dtype), insides)
 
     def distrusted(self, factors: Sequence[Factor | None], blocks: jax.Array) -> jax.Array:
         """Which blocks `[*batch, *counts]` have no trusted root."""
         failed = jnp.zeros(blocks.shape[: blocks.ndim - len(factors)], bool)
         for factor in factors:
-            failed = (
-                failed
-                if factor is None
-                else failed | (factor.failures > self.root_options.patience)
-            )
+            failed = failed if factor is None else failed | (factor.failures > self.roots.patience)
         return failed
 
 

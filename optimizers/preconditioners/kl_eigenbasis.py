@@ -14,8 +14,7 @@ from ..matrix.algebra.eigenbasis import eigenbasis, followed, off_diagonal
 from ..matrix.algebra.kronecker import mode_gram, mode_product, rotate
 from ..matrix.batch.phases import refreshed
 from ..matrix.batch.refresh import Refresh
-from ..matrix.batch.together import together
-from ..matrix.mesh.shards import reshape
+from ..matrix.batch.together import Unit, together
 from .block_state import identities, usable_blocks
 from .blockwise import Tensors
 from .own_norm import Insides, forms, in_basis
@@ -124,10 +123,11 @@ def stepped(
 ) -> tuple[list[jax.Array], list[jax.Array], list[KLFactors]]:
     """Directions, which blocks are usable, and factors updated with those; all in blocks."""
     units = [
-        tensor.unit(
+        Unit(
             (len(tensor.sizes), tensor.axes, dtype),
             blocks,
             (mean, jnp.ones(tensor.counts, bool), [each for each in kept if each is not None]),
+            tensor.spread,
         )
         for tensor, blocks, mean, dtype, kept in zip(
             tensors, gradients, means, mu_dtypes, factors, strict=True
@@ -148,7 +148,7 @@ def _outer(vectors: list[jax.Array | None], blocks: jax.Array) -> jax.Array:
     for axis, vector in enumerate(vectors):
         if vector is not None:
             inside = [vector.shape[-1] if at == axis else 1 for at in range(order)]
-            product = product * reshape(vector, (*vector.shape[:-1], *inside))
+            product = product * vector.reshape(*vector.shape[:-1], *inside)
     return product
 
 
@@ -209,7 +209,7 @@ def refreshed_factors(
         (follow, schedule.phases, follows, schedule.by_need(count, off)),
     ):
         units = [
-            tensor.unit(None, factor.statistics, factor.vectors)
+            Unit(None, factor.statistics, factor.vectors, tensor.spread)
             for tensor, each in zip(tensors, found, strict=True)
             for factor in each
             if factor is not None

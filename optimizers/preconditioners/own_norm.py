@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from ...core.arithmetic import wide
 from ...core.own_norm import OwnNorm
 from ..matrix.algebra.kronecker import rotate
-from ..matrix.batch.together import together
+from ..matrix.batch.together import Unit, together
 from .blockwise import Tensors
 
 Insides = Sequence[jax.Array | None]
@@ -41,10 +41,11 @@ def forms(
       max_elements: as for `together`.
     """
     units = [
-        tensor.unit(
+        Unit(
             kind,
-            (blocks, source, [tensor.inside(axis) for axis in range(len(tensor.sizes))]),
+            (blocks, source, tensor.inside),
             OwnNorm(*(jnp.zeros(tensor.counts, wide(blocks).dtype) for _ in range(2))),
+            tensor.spread,
             growth=growth,
         )
         for tensor, blocks, kind, source in zip(tensors, gradients, kinds, sources, strict=True)

@@ -26,7 +26,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from ..mesh.exchange import largest, total
+from ..mesh.exchange import largest
 from ..mesh.placement import Names
 from .coefficients import Steps
 
@@ -46,7 +46,7 @@ def normalize(matrices_KxMxN: jax.Array, summed: Names = ()) -> jax.Array:
     maximum = largest(here, summed)
     scaled = matrices_KxMxN / jnp.where(maximum == 0, 1, maximum)
     squares = jnp.sum(jnp.square(scaled), axis=(1, 2), keepdims=True)
-    norm = jnp.sqrt(total(squares, summed))
+    norm = jnp.sqrt(jax.lax.psum(squares, summed))
     return scaled / jnp.where(norm == 0, 1, norm)
 
 
@@ -130,7 +130,7 @@ class Whole:
 
     def gram(self, x: jax.Array) -> jax.Array:
         """:math:`XX^\\top`, all columns included."""
-        return total(self.symmetric(x, jnp.swapaxes(x, 1, 2)), self.summed)
+        return jax.lax.psum(self.symmetric(x, jnp.swapaxes(x, 1, 2)), self.summed)
 
     def symmetric(self, left: jax.Array, right: jax.Array) -> jax.Array:
         """A product known to be symmetric."""

@@ -18,13 +18,11 @@ from ..mesh.exchange import whole_matrices
 from ..mesh.placement import Names
 from ..mesh.traffic import OnShards, cheapest
 
-MAX_ELEMENTS = {"cpu": 2**21}
-"""Elements processed at once, by platform; `MAX_ELEMENTS_ELSEWHERE` on all others. A CPU gains nothing
-from more than its caches hold, and pays for every new page of temporary memory."""
-MAX_ELEMENTS_ELSEWHERE = 2**25
 WHOLE_MATRICES = {"cpu": 2**19}
-"""The same for `map_matrices`: a step of Newton–Schulz reads each matrix several times, and 2 MB of them
-stay in the caches of two cores."""
+"""Elements that `map_matrices` processes at once, by platform; `WHOLE_MATRICES_ELSEWHERE` on all others.
+A step of Newton–Schulz reads each matrix several times, and 2 MB of them stay in the caches of two
+cores."""
+WHOLE_MATRICES_ELSEWHERE = 2**25
 
 Pieces = Sequence[jax.Array]  # of [L, M, N], the shapes may differ
 
@@ -54,9 +52,6 @@ def map_matrices(
     Returns:
       The results, in the order and shapes of the pieces.
 
-    Raises:
-      ValueError: if the bound is below one.
-
     Example:
       >>> import jax.numpy as jnp
       >>> from ravine.optimizers.matrix.batch.batches import map_matrices
@@ -66,7 +61,8 @@ def map_matrices(
       >>> shapes, [result.shape for result in results]
       ([(3, 3, 4), (1, 2, 2)], [(2, 3, 4), (1, 4, 3), (1, 2, 2)])
     """
-    bound = WHOLE_MATRICES.get(platform()) if max_elements is None else max_elements
+    if max_elements is None:
+        max_elements = WHOLE_MATRICES.get(platform(), WHOLE_MATRICES_ELSEWHERE)
     sizes = {} if sizes is None else sizes
     cuts = [((), (), ())] * len(pieces) if names is None else names
     parts = lambda names: math.prod(sizes[name] for name in names)
@@ -94,7 +90,7 @@ def map_matrices(
             sharing = {name: size for name, size in sharing.items() if name not in kept}
             work = functools.partial(function, summed=kept)
         else:
-            most = largest_chunk((rows, columns), bound)
+            most = max(1, max_elements // (rows * columns))
             work = functools.partial(in_chunks, function, most=most)
         exchanged = tuple(name for name in column_names if name not in kept)
         done = whole_matrices(work, batch, row_names, exchanged, sharing, ragged=way.ragged)
@@ -102,19 +98,6 @@ def map_matrices(
         for (index, wide), part in zip(members, _unjoin([done], lengths)[0], strict=True):
             results[index] = part if wide else jnp.swapaxes(part, 1, 2)
     return results
-
-
-def largest_chunk(
-    shape: tuple[int, ...],
-    max_elements: int | None = None,
-    elsewhere: int = MAX_ELEMENTS_ELSEWHERE,
-) -> int:
-    """How many matrices of a shape are processed at once; bound as for `map_matrices`."""
-    if max_elements is None:
-        max_elements = MAX_ELEMENTS.get(platform(), elsewhere)
-    if max_elements < 1:
-        raise ValueError(f"max_elements must be at least 1, got {max_elements}.")
-    return max(1, max_elements // max(1, math.prod(shape)))
 
 
 def in_chunks(function: Callable[..., Any], batch: Any, most: int, beside: Any = None) -> Any:
@@ -156,12 +139,15 @@ def in_chunks(function: Callable[..., Any], batch: Any, most: int, beside: Any =
     return write(whole * size, rest, batch) if rest else batch
 
 
-def joined(function: Callable[..., Any], *parts: Sequence[Any]) -> list[Any]:
+def joined(
+    function: Callable[..., Any], *parts: Sequence[Any], most: int | None = None
+) -> list[Any]:
     """`function` of several batches joined into one, with the result split again.
 
     Args:
       function: acts on trees of arrays `[K, ...]`, member by member.
       parts: for each argument, a list of such trees of equal structure.
+      most: members processed at once, as for `in_chunks`; None for all.
 
     Example:
       >>> import jax.numpy as jnp
@@ -171,8 +157,9 @@ def joined(function: Callable[..., Any], *parts: Sequence[Any]) -> list[Any]:
     """
     trees = [jax.tree.map(lambda *leaves: _join(leaves), *batches) for batches in parts]
     lengths = [jax.tree.leaves(batch)[0].shape[0] for batch in parts[0]]
-    arrays, structure = jax.tree.flatten(function(*trees))
-    cut = _unjoin(arrays, lengths, hidden=platform() == "cpu")
+    done = function(*trees) if most is None else in_chunks(function, trees[0], most, *trees[1:])
+    arrays, structure = jax.tree.flatten(done)
+    cut = _unjoin(arrays, lengths, hidden=len(lengths) > 2 and platform() == "cpu")
     return [jax.tree.unflatten(structure, part) for part in zip(*cut, strict=True)]
 
 

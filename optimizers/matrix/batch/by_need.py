@@ -26,7 +26,7 @@ AT_ONCE_ELSEWHERE = 8
 
 
 def in_need(
-    units: Sequence[Unit], carries: Sequence[Any], need: Need, max_elements: int | None
+    units: Sequence[Unit], carries: Sequence[Any], need: Need, max_elements: int
 ) -> list[jax.Array]:
     """Which members of like units with these carries are to be refreshed: flags `[B]`.
 
@@ -35,8 +35,8 @@ def in_need(
     """
     found = misfits(units, carries, need, max_elements)
     flags = list(found)
-    for cut in {unit.cut: None for unit in units}:
-        members = [at for at, unit in enumerate(units) if unit.cut == cut]
+    for cut in {unit.spread.cut: None for unit in units}:
+        members = [at for at, unit in enumerate(units) if unit.spread.cut == cut]
         chosen = worst(jnp.concatenate([found[at] for at in members]), need)
         ends = itertools.accumulate(units[at].blocks for at in members)
         for at, end in zip(members, ends, strict=True):
@@ -45,7 +45,7 @@ def in_need(
 
 
 def misfits(
-    units: Sequence[Unit], carries: Sequence[Any], need: Need, max_elements: int | None
+    units: Sequence[Unit], carries: Sequence[Any], need: Need, max_elements: int
 ) -> list[jax.Array]:
     """How badly these carries fit the sources of like units: `[B]` each."""
     asked = [

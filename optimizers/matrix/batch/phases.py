@@ -14,17 +14,22 @@ import jax
 import jax.numpy as jnp
 
 from ....core.once import once
+from ....core.platform import platform
 from .batches import part_of
 from .by_need import in_need, misfit_dtype, misfits, only_those, worst
 from .refresh import Need
-from .together import Unit, row_major, worked_on
+from .together import ELEMENTS, Unit, row_major, worked_on
+
+AT_ONCE = {"cpu": 2**21}
+"""Elements refreshed at once, by platform; `ELEMENTS` on all others. A CPU gains nothing from more than
+its caches hold, and pays for every new page of temporary memory."""
 
 
 class Work(NamedTuple):
     """How like units are refreshed."""
 
     function: Callable[[Hashable, Any, Any], Any]
-    max_elements: int | None
+    max_elements: int
     need: Need | None
 
     def __call__(self, units: Sequence[Unit], carries: Sequence[Any]) -> list[Any]:
@@ -64,12 +69,15 @@ def refreshed(
       function: maps joined carries and sources to new carries.
       phases: the number of phases that units, or their layers, are assigned to.
       due: whether a phase is refreshed now; for an array of phases, an array of flags.
-      max_elements: bound on the elements processed at once, see `largest_chunk`.
+      max_elements: bound on the elements processed at once; ``None`` takes `AT_ONCE` on CPU, and
+        `ELEMENTS` elsewhere.
       need: refresh only those due ones that need it.
     """
+    if max_elements is None:
+        max_elements = AT_ONCE.get(platform(), ELEMENTS)
     given, units = units, [unit.flat for unit in units]
     carries = [unit.carry for unit in units]
-    parts = [unit.layers if phases > 1 else 1 for unit in given]
+    parts = [unit.spread.layers if phases > 1 else 1 for unit in given]
     costs = [unit.cost / n for unit, n in zip(units, parts, strict=True) for _ in range(n)]
     dealt = iter(phases_of(costs, phases))
     groups: dict[tuple[int, Hashable], list[int]] = {}
@@ -96,9 +104,9 @@ def _layer_by_layer(
     unit: Unit, due: jax.Array, busy: jax.Array, work: Work
 ) -> tuple[jax.Array, Any]:
     """A unit's carry, with the layers that are due `[layers]` replaced in place, one by one."""
-    count = unit.blocks
-    first = jax.lax.axis_index(unit.layer_names) * count if unit.layer_names else 0
-    ours = part_of(jnp.broadcast_to(due, unit.layers), first, count)
+    count, names = unit.blocks, unit.spread.layer_names
+    first = jax.lax.axis_index(names) * count if names else 0
+    ours = part_of(jnp.broadcast_to(due, unit.spread.layers), first, count)
 
     def layer(at: Any, carry: Any) -> Unit:
         part = lambda tree: jax.tree.map(lambda x: row_major(part_of(x, at, 1)), tree)

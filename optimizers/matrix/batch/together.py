@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from ..mesh.placement import Names
-from .batches import in_chunks, joined, largest_chunk, part_of
+from ..mesh.placement import ALONE, Spread
+from .batches import joined, part_of
 
 ELEMENTS = 2**23
 """Elements processed at once, 32 MB in float32; for roots and bases, which need ten times that as
@@ -32,37 +32,28 @@ class Unit(NamedTuple):
     """A tree of arrays `[B, ...]`, read only."""
     carry: Any
     """A tree of arrays `[B, ...]` that are replaced."""
-    shards: int = 1
-    """How many devices share the leaf's matrices equally."""
+    spread: Spread = ALONE
     is_whole: bool = False
     """Do not cut into slices, for example where devices exchange sums: no collective in a loop."""
     growth: int = 1
     """The growth of arrays while they are processed, if they are stored packed."""
-    batch_axes: int = 1
-    """How many leading axes index blocks, as `[*batch, *counts]`; functions receive one."""
-    layers: int = 1
-    """The length of the first of these over all devices, if it is one of the leaf's batch axes."""
-    layer_names: Names = ()
-    """The mesh axes that cut that axis."""
-    cut: frozenset[str] = frozenset()
-    """The mesh axes along which devices have different blocks; along all others they repeat them."""
 
     @property
     def flat(self) -> "Unit":
         """The same with one batch axis."""
-        if self.batch_axes == 1:
+        axes = self.spread.batch_axes
+        if axes == 1:
             return self
-        axes = self.batch_axes
 
         def flat(x: jax.Array) -> jax.Array:
             return x.reshape(math.prod(x.shape[:axes]), *x.shape[axes:])
 
         source, carry = jax.tree.map(flat, (self.source, self.carry))
-        return self._replace(source=source, carry=carry, batch_axes=1)
+        return self._replace(source=source, carry=carry, spread=self.spread._replace(batch_axes=1))
 
     def like(self, carry: Any) -> Any:
         """A carry of `flat`, in the shapes of this one's."""
-        if self.batch_axes == 1:
+        if self.spread.batch_axes == 1:
             return carry
         return jax.tree.map(lambda new, old: new.reshape(old.shape), carry, self.carry)
 
@@ -70,7 +61,7 @@ class Unit(NamedTuple):
     def cost(self) -> float:
         """Proportional to the work on all the leaf's matrices, independent of sharding."""
         work = [x.size * math.prod(x.shape[1:]) ** 0.5 for x in jax.tree.leaves(self.source)]
-        return self.shards * sum(work)
+        return self.spread.shards * sum(work)
 
     @property
     def likeness(self) -> Hashable:
@@ -115,29 +106,27 @@ def together(
         if unit.blocks:
             groups.setdefault(unit.likeness, []).append(at)
     for members in groups.values():
-        for batch in _batches(members, units, max_elements):
+        for batch in _batches(members, units, _most(units[members[0]], max_elements)):
             found = worked_on([units[at] for at in batch], function, max_elements)
             for at, carry in zip(batch, found, strict=True):
                 carries[at] = carry
     return [unit.like(carry) for unit, carry in zip(given, carries, strict=True)]
 
 
-def _batches(
-    members: Sequence[int], units: Sequence[Unit], max_elements: int | None
-) -> list[list[int]]:
+def _batches(members: Sequence[int], units: Sequence[Unit], most: int) -> list[list[int]]:
     """Which of these like units are joined."""
-    slices = _slices([units[at] for at in members], _most(units[members[0]], max_elements))
+    slices = _slices([units[at] for at in members], most)
     joined = not units[members[0]].is_whole
     many = [at for at in members if joined and units[at].blocks >= slices]
     few = [at for at in members if at not in many]
     if not many:
         return [[at] for at in members]
-    return [many, *(_batches(few, units, max_elements) if few else ())]
+    return [many, *(_batches(few, units, most) if few else ())]
 
 
-def _most(unit: Unit, max_elements: int | None) -> int:
+def _most(unit: Unit, max_elements: int) -> int:
     """How many blocks are processed at once."""
-    return sys.maxsize if unit.is_whole else largest_chunk((unit.elements,), max_elements, ELEMENTS)
+    return sys.maxsize if unit.is_whole else max(1, max_elements // unit.elements)
 
 
 def _slices(units: Sequence[Unit], most: int) -> int:
@@ -147,7 +136,7 @@ def _slices(units: Sequence[Unit], most: int) -> int:
 def worked_on(
     units: Sequence[Unit],
     function: Callable[[Hashable, Any, Any], Any],
-    max_elements: int | None,
+    max_elements: int,
     carries: Sequence[Any] | None = None,
 ) -> list[Any]:
     """The carries of like units, replaced as one batch, or slice by slice across all of them.
@@ -168,14 +157,8 @@ def worked_on(
     lengths = [-(-count // slices) for count in counts]
     # A second size of chunk would be a second program: process somewhat more at once instead.
     size = sum(lengths) if slices > 1 and sum(lengths) <= 2 * most else most
-
-    def batch(carries: Sequence[Any], sources: Sequence[Any]) -> list[Any]:
-        return joined(
-            lambda carry, source: in_chunks(work, carry, size, beside=source), carries, sources
-        )
-
     if slices == 1:
-        return batch(carries, sources)
+        return joined(work, carries, sources, most=size)
 
     def one(at: jax.Array, carries: Sequence[Any]) -> list[Any]:
         starts = [
@@ -189,7 +172,7 @@ def worked_on(
             ]
             for trees in (carries, sources)
         )
-        found = batch(*jax.tree.map(row_major, (old, seen)))
+        found = joined(work, *jax.tree.map(row_major, (old, seen)), most=size)
         return [
             jax.tree.map(
                 functools.partial(_written, start=start, first=at * length, slices=slices),

@@ -1,7 +1,8 @@
 """Distribution: one `jax.shard_map` per update, in which every device works on the blocks it holds.
 
-Inside, types no longer say how arrays are cut; each leaf's `Placement` does. The functions of this file
-are the only communication between devices, and each is the identity where nothing is cut.
+Inside, types no longer say how arrays are cut; each leaf's `Placement` does. Apart from sums
+(`jax.lax.psum`), the functions of this file are the only communication between devices. Each is the
+identity where nothing is cut.
 """
 
 import math
@@ -204,11 +205,6 @@ def gathered(
         ]
         found.append(one.transpose(order).reshape(whole))
     return found
-
-
-def total(x: jax.Array, names: Names) -> jax.Array:
-    """The sum over mesh axes."""
-    return jax.lax.psum(x, names) if names else x
 
 
 def largest(x: jax.Array, names: Names) -> jax.Array:

@@ -56,21 +56,27 @@ class Placement:
         """Whether devices send anything to bring the leaf in; a share of what all have takes nothing."""
         return any(move.source is not None for move in self.moves)
 
-    @property
-    def cut(self) -> frozenset[str]:
-        """The mesh axes along which devices have different blocks."""
-        return frozenset(name for axis in self.inside for name in axis) - frozenset(self.summed)
-
-    @property
-    def shards(self) -> int:
-        """How many devices share the leaf's blocks."""
-        return math.prod(self.sizes[name] for name in self.cut)
-
     def parts(self, names: Names) -> int:
         """The number of parts into which these mesh axes cut together."""
         return math.prod(self.sizes[name] for name in names)
 
 
+class Spread(NamedTuple):
+    """How the blocks of a leaf are indexed, and shared by devices."""
+
+    batch_axes: int = 1
+    """How many leading axes index blocks, as `[*batch, *counts]`; functions receive one."""
+    layers: int = 1
+    """The length of the first of these over all devices, if it is one of the leaf's batch axes."""
+    layer_names: Names = ()
+    """The mesh axes that cut that axis."""
+    cut: frozenset[str] = frozenset()
+    """The mesh axes along which devices have different blocks; along all others they repeat them."""
+    shards: int = 1
+    """How many devices share the blocks equally."""
+
+
+ALONE = Spread()
 WHOLE = Placement((), (), (), (), {})
 """The placement of a leaf that is processed whole."""
 

@@ -4,23 +4,49 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ....core.paths import path_string
 from ..mesh.exchange import move_in_together, move_out, zeros
-from ..mesh.placement import WHOLE, Names, Placement, explicit_sizes, mesh_of, names_of, place
-from ..mesh.shards import flat_axes, reshape
+from ..mesh.placement import (
+    WHOLE,
+    Names,
+    Placement,
+    Spread,
+    explicit_sizes,
+    mesh_of,
+    names_of,
+    place,
+)
 from .blocks import BlockGrid, Blocks, block_grid
 from .layout import Layout, MatrixAxes, layout
 from .matrices import Axes
 
 
+class Tensor(NamedTuple):
+    """A tensor of a leaf, or its part on one device, cut into blocks `[*batch, *counts, *sizes]`."""
+
+    sizes: tuple[int, ...]
+    counts: tuple[int, ...]
+    """`[*batch, *counts]`."""
+    axes: tuple[int, ...]
+    """Those with a factor."""
+    inside: tuple[jax.Array | None, ...]
+    """By axis, `[*batch, *counts]`: how much of it is not padding in each block; None for all of it."""
+    summed: Names
+    """Mesh axes over which a block's sums must be added up."""
+    spread: Spread
+
+
 @dataclasses.dataclass(frozen=True)
 class Blocking:
-    """How a leaf is cut: into tensors, and these into blocks with factors on some of their axes."""
+    """How a leaf is cut: into tensors, and these into blocks with factors on some of their axes.
+
+    It is made for whole leaves; inside `per_shard`, `local` ones describe the part on one device.
+    """
 
     layout: Layout | None
     """None for one tensor with all of the leaf's axes."""
@@ -30,35 +56,16 @@ class Blocking:
     """For each tensor, which axes have a factor."""
     placement: Placement = WHOLE
     """The placement on the mesh that the leaf is sharded over."""
-    is_local: bool = False
-    """Whether this describes only the part of the leaf on one device."""
-
-    @property
-    def summed(self) -> Names:
-        """Mesh axes over which a block's sums must be added up."""
-        return self.placement.summed if self.is_local else ()
 
     @property
     def leaf_names(self) -> Names:
         """Mesh axes over which a leaf's sums must be added up."""
-        outside = self.placement.outside if self.is_local else ()
-        return tuple(name for names in outside for name in names)
+        return tuple(name for names in self.placement.outside for name in names)
 
     @property
     def block_names(self) -> Names:
         """Mesh axes that share the blocks of the leaf, or cut through them."""
-        inside = self.placement.inside if self.is_local else ()
-        return tuple(name for names in inside for name in names)
-
-    @property
-    def shards(self) -> int:
-        """How many devices share the blocks of the leaf; this describes the blocks of one."""
-        return self.placement.shards if self.is_local else 1
-
-    @property
-    def cut(self) -> frozenset[str]:
-        """Mesh axes along which devices have different blocks of the leaf."""
-        return self.placement.cut if self.is_local else frozenset()
+        return tuple(name for names in self.placement.inside for name in names)
 
     @functools.cached_property
     def batches(self) -> tuple[tuple[int, ...], ...]:
@@ -66,35 +73,51 @@ class Blocking:
         return ((1,),) if self.layout is None else self.layout.batches
 
     @property
-    def layers(self) -> tuple[int, Names]:
-        """The length of the leaf's first batch axis over all devices, or one; and what cuts it."""
-        if not self._batch_axes:
-            return 1, ()
-        cut = self.placement.inside if self.is_local else ()
-        names = cut[self._batch_axes[0]] if cut else ()
-        return self.batches[0][0] * self.placement.parts(names), names
+    def tensors(self) -> list[Tensor]:
+        """The tensors of the leaf."""
+        cut = frozenset(self.block_names) - frozenset(self.placement.summed)
+        layers, names = 1, ()
+        if self._batch_axes:
+            names = self.placement.inside[self._batch_axes[0]] if self.placement.inside else ()
+            layers = self.batches[0][0] * self.placement.parts(names)
+        made = []
+        for grid, marks, batch in zip(self.grids, self.factored, self.batches, strict=True):
+            counts = (*batch, *grid.counts)
+            spread = Spread(len(counts), layers, names, cut, self.placement.parts(tuple(cut)))
+            lengths = [grid.inside(axis, math.prod(batch)) for axis in range(len(marks))]
+            made.append(
+                Tensor(
+                    grid.sizes,
+                    counts,
+                    tuple(axis for axis, has in enumerate(marks) if has),
+                    tuple(None if x is None else jnp.asarray(x.reshape(counts)) for x in lengths),
+                    self.placement.summed,
+                    spread,
+                )
+            )
+        return made
 
     def moved_in(self, leaves: Sequence[jax.Array]) -> Sequence[jax.Array]:
         """The leaf's part on one device, and others like it, where they are cut into blocks."""
-        return move_in_together(leaves, self.placement) if self.is_local else leaves
+        return move_in_together(leaves, self.placement)
 
     def to_blocks(self, leaf: jax.Array) -> list[jax.Array]:
         """One array `[*batch, *counts, *sizes]` for each tensor of the leaf, after `moved_in`."""
         pieces = (leaf[None],) if self.layout is None else self.layout.to_matrices(leaf)
         found = [grid.to_blocks(piece) for grid, piece in zip(self.grids, pieces, strict=True)]
         return [
-            reshape(blocks, (*batch, *blocks.shape[1:]))
+            blocks.reshape(*batch, *blocks.shape[1:])
             for blocks, batch in zip(found, self.batches, strict=True)
         ]
 
     def from_blocks(self, blocks: Sequence[jax.Array]) -> jax.Array:
         """The leaf of these blocks."""
         pieces = [
-            grid.from_blocks(flat_axes(block, len(batch)))
+            grid.from_blocks(block.reshape(math.prod(batch), *block.shape[len(batch) :]))
             for grid, block, batch in zip(self.grids, blocks, self.batches, strict=True)
         ]
         leaf = pieces[0][0] if self.layout is None else self.layout.from_matrices(pieces)
-        return move_out(leaf, self.placement) if self.is_local else leaf
+        return move_out(leaf, self.placement)
 
     def placed(self, leaf: Any, *, sums: bool) -> "Blocking":
         """The same, placed on the mesh in the leaf's type.
@@ -125,7 +148,7 @@ class Blocking:
             if parts[axis] > 1:
                 grids[0] = _shrunk(grids[0], at, parts[axis], self.factored[0][at])
         shrunk = None if self.layout is None else self.layout.shrunk(parts)
-        return dataclasses.replace(self, layout=shrunk, grids=tuple(grids), is_local=True)
+        return dataclasses.replace(self, layout=shrunk, grids=tuple(grids))
 
     def zeros(self, leaf: Any, dtype: Any, *, inside: bool) -> list[jax.Array]:
         """For each tensor zeros `[*batch, *counts]`, in place; with the blocks' own axes if `inside`."""
@@ -161,7 +184,7 @@ class Blocking:
         """Whether flags of blocks are better sent as such than one for each element of the leaf."""
         inner = [axis for axes in self._groups for axis in axes[1:]]
         outside = self.placement.outside
-        moved = self.is_local and bool(self.placement.moves)
+        moved = bool(self.placement.moves)
         return moved and self._is_one_piece and not any(outside[axis] for axis in inner)
 
     def at_elements(self, flags: jax.Array, leaf: jax.Array) -> jax.Array:

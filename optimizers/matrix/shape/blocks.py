@@ -15,7 +15,6 @@ import numpy as np
 
 from ....core.checks import check_amount, check_known
 from ....core.options import options
-from ..mesh.shards import reshape
 
 Sides = Literal["both", "rows", "columns", "smaller"]
 UNCUT_BOUND = 10_000
@@ -115,7 +114,7 @@ class BlockGrid:
             library = np if isinstance(tensors, np.ndarray) else jnp
             tensors = library.pad(tensors, [(0, 0), *((0, more) for more in beyond)])
         order = len(self.sides)
-        split = reshape(tensors, (length, *(size for cell in cells for size in cell)))
+        split = tensors.reshape(length, *(size for cell in cells for size in cell))
         grid, inside = range(1, 2 * order, 2), range(2, 2 * order + 1, 2)
         return split.transpose(0, *grid, *inside)
 
@@ -129,7 +128,7 @@ class BlockGrid:
         order = len(self.sides)
         pairs = [axis for at in range(1, order + 1) for axis in (at, at + order)]
         padded = [n * b for n, b in zip(self.counts, self.sizes, strict=True)]
-        tensors = reshape(blocks.transpose(0, *pairs), (length, *padded))
+        tensors = blocks.transpose(0, *pairs).reshape(length, *padded)
         return tensors[(slice(None), *(slice(side) for side in self.sides))]
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..mesh.placement import Names, names_of, spec
-from ..mesh.shards import reshape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +53,7 @@ class MatrixAxes:
             object.__setattr__(self, name, tuple(parts) if isinstance(parts, list) else parts)
 
 
+EXPLICIT = jax.sharding.AxisType.Explicit
 DEFAULT = MatrixAxes((-2,), (-1,))
 """`[..., in, out]`."""
 
@@ -108,9 +108,9 @@ class Layout:
         if leaf.shape != self.shape:
             raise ValueError(f"expected an array of shape {self.shape}, got {leaf.shape}.")
         rows, columns = (sum(n for n, _ in side) for side in (self.row_pieces, self.column_pieces))
-        leaf, names = self._divisible(leaf)
         # JAX omits a transposition or a reshape that changes nothing.
-        flat = reshape(leaf.transpose(self._order), (self._batch, rows, columns), names)
+        ordered = leaf.transpose(self._order)
+        flat = _reshape(ordered, (self._batch, rows, columns), self._names_of_sides)
         return tuple(
             _fold(block, p, q)
             for strip, p in _split(flat, self.row_pieces, axis=1)
@@ -127,11 +127,7 @@ class Layout:
             for _, p in self.row_pieces
         ]
         flat = _join(strips, axis=1)
-        names: list[Names] = [()] * len(self.shape)
-        for side, axes in zip(names_of(flat), self._sides, strict=True):
-            for axis in axes[:1]:
-                names[self._order.index(axis)] = side
-        ordered = reshape(flat, [self.shape[axis] for axis in self._order], names)
+        ordered = _reshape(flat, [self.shape[axis] for axis in self._order], self._names_of_axes)
         return ordered.transpose([self._order.index(axis) for axis in range(len(self.shape))])
 
     def shrunk(self, parts: Sequence[int]) -> "Layout":
@@ -150,22 +146,26 @@ class Layout:
             column_pieces=side(self.column_axes, self.column_pieces),
         )
 
-    def _divisible(self, leaf: Any) -> tuple[Any, tuple[Names, ...]]:
-        """The leaf, gathered along axes that shards cannot cut in matrix form, and what cuts the
-        matrices.
+    def _names_of_sides(self, names: Sequence[Names]) -> Sequence[Names]:
+        """The mesh axes that cut batch, rows and columns, from those that cut the leaf's ordered axes.
 
         Shards can cut the slowest axis of the batch, and of rows and columns in one piece.
         """
-        names, kept, sides = names_of(leaf), [()] * leaf.ndim, []
         pieces = (((1, 1),), self.row_pieces, self.column_pieces)
-        for axes, side in zip(self._sides, pieces, strict=True):
-            able = bool(axes) and len(side) == 1 and side[0][1] == 1
-            sides.append(names[axes[0]] if able else ())
-            if able:
-                kept[axes[0]] = names[axes[0]]
-        if tuple(kept) != names:
-            leaf = jax.reshard(leaf, spec(kept))
-        return leaf, tuple(sides)
+        able = [len(side) == 1 and side[0][1] == 1 for side in pieces]
+        firsts = [self._order.index(axes[0]) if axes else None for axes in self._sides]
+        return [
+            () if first is None or not is_able else names[first]
+            for first, is_able in zip(firsts, able, strict=True)
+        ]
+
+    def _names_of_axes(self, names: Sequence[Names]) -> Sequence[Names]:
+        """The inverse of `_names_of_sides`."""
+        found: list[Names] = [()] * len(self.shape)
+        for side, axes in zip(names, self._sides, strict=True):
+            for axis in axes[:1]:
+                found[self._order.index(axis)] = side
+        return found
 
     @functools.cached_property
     def _sides(self) -> tuple[tuple[int, ...], ...]:
@@ -259,16 +259,38 @@ def _fold(x: Any, p: int, q: int) -> Any:
     batch, m, n = x.shape[0], x.shape[1] // p, x.shape[2] // q
     if p * q == 1:
         return x
-    parts = reshape(x, (batch, p, m, q, n)).transpose(0, 1, 3, 2, 4)
-    return reshape(parts, (batch * p * q, m, n))
+    parts = _reshape(x, (batch, p, m, q, n), _names_of_batch).transpose(0, 1, 3, 2, 4)
+    return _reshape(parts, (batch * p * q, m, n), _names_of_batch)
 
 
 def _unfold(x: Any, p: int, q: int) -> Any:
     batch, m, n = x.shape[0] // (p * q), *x.shape[1:]
     if p * q == 1:
         return x
-    parts = reshape(x, (batch, p, q, m, n)).transpose(0, 1, 3, 2, 4)
-    return reshape(parts, (batch, p * m, q * n))
+    parts = _reshape(x, (batch, p, q, m, n), _names_of_batch).transpose(0, 1, 3, 2, 4)
+    return _reshape(parts, (batch, p * m, q * n), _names_of_batch)
+
+
+def _names_of_batch(names: Sequence[Names]) -> Sequence[Names]:
+    """The mesh axes that cut the first axis; no other axis can be cut."""
+    return names[:1]
+
+
+def _reshape(
+    x: Any, shape: Sequence[int], names_after: Callable[[Sequence[Names]], Sequence[Names]]
+) -> Any:
+    """``x.reshape(shape)``, cut as far as it can be: by what `names_after` makes of what cuts `x`."""
+    is_on_mesh = isinstance(x, jax.Array) and EXPLICIT in jax.typeof(x).sharding.mesh.axis_types
+    if not is_on_mesh or not any(before := names_of(x)):  # never cut inside `jax.shard_map`
+        return x.reshape(shape)
+    after = names_after(before)
+    kept = [names if names in after else () for names in before]
+    if kept != list(before):
+        x = jax.reshard(x, spec(kept))
+    if x.shape == tuple(shape):
+        return x
+    whole = [()] * (len(shape) - len(after))
+    return jax.lax.reshape(x, tuple(shape), out_sharding=spec([*after, *whole]))
 
 
 def _library(x: Any) -> Any:
