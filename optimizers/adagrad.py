@@ -106,13 +106,9 @@ def adagrad(
 
     Args:
       learning_rate: a number or a schedule.
-      initial_accumulator_value: :math:`a_0`.
-      eps: added outside the root.
-      eps_root: added inside the root.
-      nu_dtype: dtype of the accumulator; by default at least float32.
+      initial_accumulator_value, eps, eps_root, nu_dtype: as for :func:`scale_by_adagrad`.
       weight_decay: :math:`\lambda`, by default decoupled and multiplied by the learning rate.
-      weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
-      weight_decay_form: how, see :func:`add_decayed_weights`.
+      weight_decay_mask, weight_decay_form: which decay and how, see :func:`add_decayed_weights`.
 
     Returns:
       An ``optax.GradientTransformation``; its update needs ``params`` where there is weight decay.

@@ -136,13 +136,7 @@ def adam(
 
     Args:
       learning_rate: a number or a schedule.
-      b1: :math:`\beta_1` in [0, 1).
-      b2: :math:`\beta_2` in [0, 1).
-      eps: added outside the root.
-      eps_root: added inside the root.
-      nesterov: look-ahead momentum.
-      mu_dtype: dtype of the first moment; by default at least float32.
-      nu_dtype: dtype of the second moment; by default at least float32.
+      b1, b2, eps, eps_root, nesterov, mu_dtype, nu_dtype: as for :func:`scale_by_adam`.
 
     Returns:
       An ``optax.GradientTransformation``.
@@ -213,8 +207,7 @@ def adamw(
       nu_dtype: dtype of the second moment; by default at least float32.
       weight_decay: :math:`\lambda`, multiplied by the learning rate. PyTorch's default, 1e-2;
         Optax has 1e-4; language models commonly use 0.1.
-      weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
-      weight_decay_form: how, see :func:`add_decayed_weights`.
+      weight_decay_mask, weight_decay_form: which decay and how, see :func:`add_decayed_weights`.
 
     Returns:
       An ``optax.GradientTransformation``; its update needs ``params`` where there is weight decay.

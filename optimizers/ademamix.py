@@ -185,8 +185,7 @@ def ademamix(
       b1, b2, b3, alpha, eps, eps_root, alpha_warmup, b3_warmup, mu_dtype, nu_dtype: as for
         :func:`scale_by_ademamix`.
       weight_decay: :math:`\lambda`, by default multiplied by the learning rate.
-      weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
-      weight_decay_form: how, see :func:`add_decayed_weights`.
+      weight_decay_mask, weight_decay_form: which decay and how, see :func:`add_decayed_weights`.
 
     Returns:
       An ``optax.GradientTransformation``; its update needs ``params`` where there is weight decay.

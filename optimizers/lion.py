@@ -89,13 +89,10 @@ def lion(
 
     Args:
       learning_rate: a number or a schedule.
-      b1: :math:`\beta_1` in [0, 1), for the direction.
-      b2: :math:`\beta_2` in [0, 1), for the momentum.
-      mu_dtype: dtype of the momentum; by default at least float32.
+      b1, b2, mu_dtype: as for :func:`scale_by_lion`.
       weight_decay: :math:`\lambda`, multiplied by the learning rate. The official default, 0;
         Optax has 1e-3.
-      weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
-      weight_decay_form: how, see :func:`add_decayed_weights`.
+      weight_decay_mask, weight_decay_form: which decay and how, see :func:`add_decayed_weights`.
 
     Returns:
       An ``optax.GradientTransformation``; its update needs ``params`` where there is weight decay.

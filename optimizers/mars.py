@@ -131,12 +131,8 @@ def mars(
 
     Args:
       learning_rate: a number or a schedule.
-      b1: :math:`\beta_1` in [0, 1).
-      b2: :math:`\beta_2` in [0, 1).
+      b1, b2, eps, mu_dtype, nu_dtype: as for :func:`scale_by_adam`.
       gamma: :math:`\gamma`, of the variance reduction.
-      eps: added outside the root.
-      mu_dtype: dtype of the first moment; by default at least float32.
-      nu_dtype: dtype of the second moment; by default at least float32.
       weight_decay: :math:`\lambda`, multiplied by the learning rate; also that of the default
         fallback, for which the official default is 0.1.
       weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.

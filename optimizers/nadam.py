@@ -29,12 +29,7 @@ def nadam(
 
     Args:
       learning_rate: a number or a schedule.
-      b1: :math:`\beta_1` in [0, 1).
-      b2: :math:`\beta_2` in [0, 1).
-      eps: added outside the root.
-      eps_root: added inside the root.
-      mu_dtype: dtype of the first moment; by default at least float32.
-      nu_dtype: dtype of the second moment; by default at least float32.
+      b1, b2, eps, eps_root, mu_dtype, nu_dtype: as for :func:`scale_by_adam`.
 
     Returns:
       An ``optax.GradientTransformation``.

@@ -118,16 +118,12 @@ def rmsprop(
     Args:
       learning_rate: a number or a schedule.
       b2: :math:`\beta_2` in [0, 1); PyTorch calls it ``alpha``, Optax ``decay``.
-      eps: added outside the root.
-      eps_root: added inside the root.
-      centered: divide by the standard deviation instead of the root mean square.
+      eps, eps_root, centered, nu_dtype: as for :func:`scale_by_rmsprop`.
       momentum: :math:`\mu` in [0, 1); 0 keeps no velocity.
       nesterov: look-ahead momentum.
       mu_dtype: dtype of the velocity; by default at least float32.
-      nu_dtype: dtype of the moments; by default at least float32.
       weight_decay: :math:`\lambda`, by default decoupled and multiplied by the learning rate.
-      weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
-      weight_decay_form: how, see :func:`add_decayed_weights`.
+      weight_decay_mask, weight_decay_form: which decay and how, see :func:`add_decayed_weights`.
 
     Returns:
       An ``optax.GradientTransformation``; its update needs ``params`` where there is weight decay.

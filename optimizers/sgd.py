@@ -44,8 +44,7 @@ def sgd(
       dampening: :math:`\tau` in [0, 1).
       mu_dtype: dtype of the velocity; by default at least float32.
       weight_decay: :math:`\lambda`, by default decoupled and multiplied by the learning rate.
-      weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
-      weight_decay_form: how, see :func:`add_decayed_weights`.
+      weight_decay_mask, weight_decay_form: which decay and how, see :func:`add_decayed_weights`.
 
     Returns:
       An ``optax.GradientTransformation``; its update needs ``params`` where there is weight decay.

@@ -164,10 +164,12 @@ def scale_by_shampoo(
         blocks = preconditioner.apply(tensors, means, kept)
         distrusted = list(map(preconditioner.distrusted, kept, blocks))
         directions, ratios = grafted(tensors, blocks, distrusted, graft_step, steps, per)
+        started = refresh.started(count)
         directions = jax.tree.map(
-            lambda x, d: jnp.where(refresh.started(count), x.astype(d.dtype), d),
+            lambda x, d, u: jnp.where(started, x.astype(d.dtype), d).astype(u.dtype),
             directions,
             graft_step,
+            updates,
         )
         state = ScaleByShampooState(
             count,
@@ -176,7 +178,7 @@ def scale_by_shampoo(
             tensors.to_keep(kept),
             tensors.to_keep(ratios),
         )
-        return cast_like(directions, updates), state
+        return directions, state
 
     def norm(updates: optax.Updates, state: ScaleByShampooState, tensors: Tensors) -> list[OwnNorm]:
         return preconditioner.norms(tensors, tensors.opened(updates), tensors.kept(state.factors))

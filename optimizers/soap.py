@@ -217,12 +217,7 @@ def soap(
       learning_rate: a number or a schedule.
       b1, b2, eps, shampoo_b2, refresh, blocks, mu_dtype, nu_dtype: as for
         :func:`scale_by_soap`.
-      weight_decay: multiplied by the learning rate; also that of the default fallback.
-      weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
-      rules: role rules; by default ``ravine.COMMON_RULES``.
-      roles: the roles that SOAP takes; all need rows and columns.
-      fallback: the optimizer of all other parameters: complete with its learning rate, or AdamW with
-        the options of :class:`ravine.Fallback`, by default at the same learning rate.
+      weight_decay, weight_decay_mask, rules, roles, fallback: as for :func:`shampoo`.
 
     Returns:
       An ``optax.GradientTransformation``; its update needs ``params``.

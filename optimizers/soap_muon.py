@@ -47,12 +47,7 @@ def soap_muon(
       b1, b2, eps, shampoo_b2, refresh, blocks: as for :func:`scale_by_soap`.
       polar: maps a batch of matrices to their polar factors; by default ``NewtonSchulz()``.
       scale: the factor for a matrix's shape, as for :func:`muon`.
-      weight_decay: multiplied by the learning rate; also that of the default fallback.
-      weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
-      rules: role rules; by default ``ravine.COMMON_RULES``.
-      roles: the roles that SOAP-Muon takes.
-      fallback: the optimizer of all other parameters: complete with its learning rate, or AdamW with
-        the options of :class:`ravine.Fallback`, by default at the same learning rate.
+      weight_decay, weight_decay_mask, rules, roles, fallback: as for :func:`shampoo`.
 
     Returns:
       An ``optax.GradientTransformation``; its update needs ``params``.

@@ -210,8 +210,7 @@ def sophia_g(
       start: the count at the first estimate; None for `every`, as in the authors' script; the paper has
         0.
       weight_decay: :math:`\lambda`, by default multiplied by the learning rate.
-      weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
-      weight_decay_form: how, see :func:`add_decayed_weights`.
+      weight_decay_mask, weight_decay_form: which decay and how, see :func:`add_decayed_weights`.
 
     Returns:
       An ``optax.GradientTransformation``; its update needs ``params`` and ``curvature=``.
@@ -281,8 +280,7 @@ def sophia_h(
       b1, b2, rho, eps, every, start, correct_bias, seed, mu_dtype, nu_dtype: as for
         :func:`scale_by_sophia`.
       weight_decay: :math:`\lambda`, by default multiplied by the learning rate.
-      weight_decay_mask: which parameters decay, see :func:`add_decayed_weights`.
-      weight_decay_form: how, see :func:`add_decayed_weights`.
+      weight_decay_mask, weight_decay_form: which decay and how, see :func:`add_decayed_weights`.
 
     Returns:
       An ``optax.GradientTransformation``; its update needs ``params`` and ``curvature=``.

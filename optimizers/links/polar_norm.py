@@ -11,7 +11,7 @@ import optax
 from ...core.arithmetic import cast, wide_dtype
 from ...core.own_norm import OwnNorm, replicated_norms
 from ...core.paths import path_string
-from ..matrix.algebra.lapack import for_each_matrix
+from ..matrix.algebra.lapack import eigh
 from ..matrix.batch.batches import map_matrices
 from ..matrix.mesh.exchange import per_shard
 from ..matrix.mesh.explicit import on_mixed_meshes
@@ -71,9 +71,7 @@ def _polar_form(pairs_KxMx2N: jax.Array) -> jax.Array:
     """Parts of the form and of the trace, alternating, from gradients and momenta that do so too."""
     grads, momentum = jnp.moveaxis(pairs_KxMx2N.reshape(*pairs_KxMx2N.shape[:2], -1, 2), -1, 0)
     gram = jnp.matmul(momentum, jnp.swapaxes(momentum, 1, 2), precision="highest")
-    values, vectors = for_each_matrix(
-        lambda x: tuple(jnp.linalg.eigh(x, symmetrize_input=False)), gram
-    )
+    values, vectors = eigh(gram)
     least = values[:, -1:] * (gram.shape[-1] * float(jnp.finfo(gram.dtype).eps))
     values = jnp.maximum(values, least)
     weights = jnp.where(values > 0, jax.lax.rsqrt(jnp.where(values > 0, values, 1)), 0)[..., None]

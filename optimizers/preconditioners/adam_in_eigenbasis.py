@@ -17,7 +17,7 @@ from ..matrix.batch.batches import joined
 from ..matrix.batch.phases import refreshed
 from ..matrix.batch.refresh import Refresh
 from ..matrix.batch.together import Unit, together
-from .block_state import fields, identities, usable_blocks, with_fields
+from .block_state import by_axis, fields, identities, usable_blocks, with_fields
 from .blockwise import Tensors
 from .own_norm import Insides, forms, in_basis
 
@@ -62,9 +62,7 @@ class Step(NamedTuple):
         (order, axes, summed), (blocks, mu, nu, statistics) = kind, carry
         usable = usable_blocks(wide(blocks), order, summed)
         seen = jnp.where(usable.reshape(-1, *(1,) * order), wide(blocks), 0)
-        turn: list[jax.Array | None] = [None] * order
-        for axis, basis in zip(axes, vectors, strict=True):
-            turn[axis] = basis
+        turn = by_axis(vectors, axes, order)
         rotated = without_rounding(rotate(seen, turn, back=True), seen, axes)
         new_mu = jnp.where(self.moves, lerp(rotated, mu, self.b1), cast(mu, seen.dtype))
         new_nu = jnp.where(self.moves, lerp(jnp.square(rotated), nu, self.b2), cast(nu, seen.dtype))
@@ -123,9 +121,7 @@ def norms(
 
     def norm(axes: Any, blocks: jax.Array, source: Any, insides: Insides) -> OwnNorm:
         vectors, nu = source
-        turn: list[jax.Array | None] = [None] * (blocks.ndim - 1)
-        for axis, basis in zip(axes, vectors, strict=True):
-            turn[axis] = basis
+        turn = by_axis(vectors, axes, blocks.ndim - 1)
         root = jnp.sqrt(cast(nu, wide_dtype(nu.dtype, blocks.dtype)))
         weights = jnp.where(nu > 0, 1 / (root + jnp.asarray(eps, root.dtype)), 0)
         return in_basis(blocks, turn, weights, insides)
@@ -222,16 +218,11 @@ def _turned(
     """Blocks moved from old bases to new ones, by products of both bases where that is cheaper."""
     order, sizes = x.ndim - 1, [basis.shape[-1] for basis in old]
 
-    def turned(x: jax.Array, by: Sequence[jax.Array], *, back: bool) -> jax.Array:
-        factors: list[jax.Array | None] = [None] * order
-        for axis, factor in zip(axes, by, strict=True):
-            factors[axis] = factor
-        return rotate(x, factors, back=back)
-
     if sum(size**3 for size in sizes) > math.prod(x.shape[1:]) * sum(sizes):
-        return turned(turned(x, old, back=False), new, back=True)
+        straight = rotate(x, by_axis(old, axes, order))
+        return rotate(straight, by_axis(new, axes, order), back=True)
     both = _by_size(lambda new, old: rotate(old, [new, None], back=True), new, old)
-    return turned(x, both, back=False)
+    return rotate(x, by_axis(both, axes, order))
 
 
 def without_rounding(rotated: jax.Array, blocks: jax.Array, axes: Sequence[int]) -> jax.Array:

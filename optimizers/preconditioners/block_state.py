@@ -69,6 +69,12 @@ def fields(factors: Sequence[Any], name: str) -> list[jax.Array]:
     return [getattr(factor, name) for factor in factors if factor is not None]
 
 
+def by_axis(values: Sequence[Any], axes: Sequence[int], order: int) -> list[Any]:
+    """What belongs to these axes of a tensor of this order, and None for all others."""
+    found = dict(zip(axes, values, strict=True))
+    return [found.get(axis) for axis in range(order)]
+
+
 def with_fields(factors: Sequence[Any], **values: Sequence[Any]) -> tuple[Any, ...]:
     """A tensor's factors with fields replaced, on axes that have one."""
     left = iter(

@@ -42,15 +42,9 @@ class Tensors(list[Tensor]):
     def opened_together(self, *trees: Any) -> list[list[jax.Array]]:
         """The blocks of each tree; a leaf of all trees takes one exchange."""
         alike = zip(self.blockings, *map(jax.tree.leaves, trees), strict=True)
-        moved = [blocking.moved_in(leaves) for blocking, *leaves in alike]
-        return [
-            [
-                blocks
-                for blocking, leaf in zip(self.blockings, leaves, strict=True)
-                for blocks in blocking.to_blocks(leaf)
-            ]
-            for leaves in zip(*moved, strict=True)
-        ] or [[] for _ in trees]
+        cut = [blocking.to_blocks(leaves) for blocking, *leaves in alike]
+        by_tree = zip(*cut, strict=True) if cut else [()] * len(trees)
+        return [[blocks for leaf in leaves for blocks in leaf] for leaves in by_tree]
 
     def closed(self, blocks: Sequence[jax.Array]) -> Any:
         """The tree of leaves that consist of these blocks."""

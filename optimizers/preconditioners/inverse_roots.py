@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ...core.arithmetic import bias_correction, cast, is_summable, lerp, wide, wide_dtype
+from ...core.arithmetic import bias_correction, is_summable, lerp, wide, wide_dtype
 from ...core.once import if_due
 from ...core.own_norm import OwnNorm
 from ..matrix.algebra.kronecker import mode_gram, rotate
@@ -18,7 +18,7 @@ from ..matrix.batch.phases import refreshed
 from ..matrix.batch.refresh import Refresh
 from ..matrix.batch.together import Unit, together
 from ..matrix.shape.blocking import Blocking
-from .block_state import fields, identities, usable_blocks, with_fields
+from .block_state import by_axis, fields, identities, usable_blocks, with_fields
 from .blockwise import Tensors
 from .options import Factors, Roots
 from .own_norm import Insides, forms, of_factors
@@ -56,7 +56,7 @@ class Preconditioner:
 
     def _loaded(self, kept: jax.Array, size: int, dtype: Any) -> jax.Array:
         """The inverse of `_kept`, in the dtype that the matrices are used in."""
-        kept = cast(kept, dtype)
+        kept = kept.astype(dtype)
         return unpack(kept, size) if self.factors.packed else kept
 
     @functools.cached_property
@@ -133,14 +133,17 @@ class Preconditioner:
         def learned(carry: Any) -> Any:
             usable, kept = carry
             seen = jnp.where(usable.reshape(-1, *(1,) * order), wide(blocks), 0)
-            loaded = self._by_axis(roots or (), sizes, axes, seen.dtype)
+            loaded = roots and self._roots(roots, sizes, axes, seen.dtype)
             pairs = []
             for axis, statistics in zip(axes, kept, strict=True):
-                others = [None if at == axis else root for at, root in enumerate(loaded)]
-                gram = jax.lax.psum(mode_gram(rotate(seen, others), axis, order), summed)
+                whitened = seen
+                if loaded:
+                    others = [None if at == axis else root for at, root in enumerate(loaded)]
+                    whitened = rotate(seen, others)
+                gram = jax.lax.psum(mode_gram(whitened, axis, order), summed)
                 dtype = wide_dtype(gram.dtype, statistics.dtype)
                 old = self._loaded(statistics, sizes[axis], dtype)
-                new = _accumulated(cast(gram, dtype), old, self.b2, every)
+                new = _accumulated(gram.astype(dtype), old, self.b2, every)
                 # No element of a positive semi-definite matrix is larger than its trace.
                 fits = is_summable(jnp.trace(new, axis1=1, axis2=2))
                 # Statistics corrupted from outside are left to the certificate of their root.
@@ -153,14 +156,12 @@ class Preconditioner:
 
         return if_due(due, learned, (usable, kept))
 
-    def _by_axis(
+    def _roots(
         self, kept: Sequence[jax.Array], sizes: Sequence[int], axes: Sequence[int], dtype: Any
     ) -> list[jax.Array | None]:
         """A matrix of this dtype for each axis, or None for axes without one."""
-        loaded: list[jax.Array | None] = [None] * len(sizes)
-        for axis, x in zip(axes, kept, strict=False):
-            loaded[axis] = self._loaded(x, sizes[axis], dtype)
-        return loaded
+        loaded = [self._loaded(x, sizes[at], dtype) for x, at in zip(kept, axes, strict=True)]
+        return by_axis(loaded, axes, len(sizes))
 
     def refresh(
         self,
@@ -217,8 +218,8 @@ class Preconditioner:
         new = self._kept(found.root, root.dtype)
         return (
             jnp.where(jnp.expand_dims(good, tuple(range(1, root.ndim))), new, root),
-            jnp.where(seen, cast(found.residual, residual.dtype), residual),
-            jnp.where(seen, cast(found.condition, condition.dtype), condition),
+            jnp.where(seen, found.residual.astype(residual.dtype), residual),
+            jnp.where(seen, found.condition.astype(condition.dtype), condition),
             jnp.where(good, 0, failures + bad.astype(jnp.int32)),
             refused + bad.astype(jnp.int32),
         )
@@ -261,7 +262,7 @@ class Preconditioner:
         return together(units, self._applied, self.factors.max_elements)
 
     def _applied(self, kind: Any, blocks: jax.Array, roots: Sequence[jax.Array]) -> jax.Array:
-        return rotate(blocks, self._by_axis(roots, *kind, dtype=blocks.dtype)) if roots else blocks
+        return rotate(blocks, self._roots(roots, *kind, dtype=blocks.dtype)) if roots else blocks
 
     def norms(
         self,
@@ -281,7 +282,7 @@ class Preconditioner:
         )
 
     def _norm(self, kind: Any, blocks: jax.Array, roots: Any, insides: Insides) -> OwnNorm:
-        return of_factors(blocks, self._by_axis(roots, *kind, dtype=blocks.dtype), insides)
+        return of_factors(blocks, self._roots(roots, *kind, dtype=blocks.dtype), insides)
 
     def distrusted(self, factors: Sequence[Factor | None], blocks: jax.Array) -> jax.Array:
         """Which blocks `[*batch, *counts]` have no trusted root."""

@@ -15,7 +15,7 @@ from ..matrix.algebra.kronecker import mode_gram, mode_product, rotate
 from ..matrix.batch.phases import refreshed
 from ..matrix.batch.refresh import Refresh
 from ..matrix.batch.together import Unit, together
-from .block_state import identities, usable_blocks
+from .block_state import by_axis, identities, usable_blocks
 from .blockwise import Tensors
 from .own_norm import Insides, forms, in_basis
 
@@ -54,7 +54,7 @@ class KLEigenbasis(NamedTuple):
 
         def learned(carry: Any) -> Any:
             usable, kept = carry
-            usable, new = self._learned(blocks, usable, _by_axis(kept, axes, order), is_first)
+            usable, new = self._learned(blocks, usable, by_axis(kept, axes, order), is_first)
             return usable, [
                 KLFactor(
                     jnp.where(usable[:, None, None], new[axis].statistics, old.statistics),
@@ -70,7 +70,7 @@ class KLEigenbasis(NamedTuple):
         mean = jnp.where(
             is_first, mean, cast(cast(lerp(seen, mean, self.b1), mu_dtype), mean.dtype)
         )
-        return _whitened(mean, _by_axis(kept, axes, order), self.eps), usable, new
+        return _whitened(mean, by_axis(kept, axes, order), self.eps), usable, new
 
     def _learned(
         self, blocks: jax.Array, usable: jax.Array, factors: Any, is_first: jax.Array
@@ -106,11 +106,6 @@ class KLEigenbasis(NamedTuple):
 
     def _floor(self, size: int) -> float:
         return max(10.0, min(float(size), self.max_inverse_root)) ** -2
-
-
-def _by_axis(kept: Sequence[KLFactor], axes: Sequence[int], order: int) -> KLFactors:
-    found = dict(zip(axes, kept, strict=True))
-    return tuple(found.get(axis) for axis in range(order))
 
 
 def stepped(
@@ -171,7 +166,7 @@ def norms(
     """The norms of blocks, by the same product as `_whitened`."""
 
     def norm(axes: Any, blocks: jax.Array, kept: Any, insides: Insides) -> OwnNorm:
-        factors = _by_axis(kept, axes, blocks.ndim - 1)
+        factors = by_axis(kept, axes, blocks.ndim - 1)
         vectors = [None if f is None else f.vectors for f in factors]
         weights = jnp.broadcast_to(1 / (_root(factors, blocks) + eps), blocks.shape)
         return in_basis(blocks, vectors, weights, insides)

@@ -15,7 +15,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from .lapack import for_each_matrix
+from .lapack import eigh, for_each_matrix
 from .roots import multiply
 
 
@@ -29,9 +29,7 @@ def eigenbasis(statistics_KxNxN: jax.Array) -> jax.Array:
       [[[0.0, 1.0], [1.0, 0.0]]]
     """
     tiny = 1e-30 * jnp.eye(statistics_KxNxN.shape[-1], dtype=statistics_KxNxN.dtype)[None]
-    lifted = statistics_KxNxN + tiny
-    found = for_each_matrix(lambda x: tuple(jnp.linalg.eigh(x, symmetrize_input=False)), lifted)
-    values, vectors = (x[..., ::-1] for x in found)
+    values, vectors = (x[..., ::-1] for x in eigh(statistics_KxNxN + tiny))
     vectors = _completed_in_turn(vectors, _above_rounding(values))
     usable = jnp.all(jnp.isfinite(vectors), axis=(1, 2))[:, None, None]
     return jnp.where(usable, vectors, jnp.eye(vectors.shape[-1], dtype=vectors.dtype)[None])

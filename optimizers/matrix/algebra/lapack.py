@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def for_each_matrix(function: Callable[[jax.Array], Any], batch: jax.Array) -> Any:
@@ -33,3 +34,9 @@ def for_each_matrix(function: Callable[[jax.Array], Any], batch: jax.Array) -> A
         return jax.tree.map(lambda x: x.reshape(x.shape[0], *x.shape[2:]), found)
 
     return jax.lax.platform_dependent(batch, cpu=one_by_one, default=function)
+
+
+def eigh(symmetric_KxNxN: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues, smallest first, and eigenvectors as columns."""
+    one = lambda x: tuple(jnp.linalg.eigh(x, symmetrize_input=False))
+    return for_each_matrix(one, symmetric_KxNxN)

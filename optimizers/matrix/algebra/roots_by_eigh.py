@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .lapack import for_each_matrix
+from .lapack import eigh
 from .root_parts import Found, identity, multiply
 
 
@@ -22,13 +22,14 @@ class Eigh:
 
     def __call__(self, matrices_KxNxN: jax.Array, p: int, ridge: Any, absolute: Any) -> Found:
         """See `Method`."""
-        values, vectors = _eigh(matrices_KxNxN)
+        values, vectors = eigh(matrices_KxNxN)
         lift = ridge * jnp.maximum(values[:, -1:], 0) + jnp.reshape(absolute, (-1, 1))
-        ridged = matrices_KxNxN + lift[:, :, None] * identity(matrices_KxNxN)
+        eye = identity(matrices_KxNxN)
+        ridged = matrices_KxNxN + lift[:, :, None] * eye
         # A value that is not positive even with the ridge gives NaN, and the root is refused.
         values = values + lift
         root = _recompose(vectors, values ** (-1 / p))
-        return Found(root, ridged, identity(root), values[:, -1] / values[:, 0])
+        return Found(root, ridged, eye, values[:, -1] / values[:, 0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,17 +53,13 @@ class PseudoInverse:
         """See `Method`; the ridge is not used."""
         del ridge, absolute
         a = matrices_KxNxN
-        values, vectors = _eigh(a)
+        values, vectors = eigh(a)
         rtol = a.shape[-1] * jnp.finfo(a.dtype).eps if self.rtol is None else self.rtol
         kept = values > rtol * values[:, -1:]
         safe = jnp.where(kept, values, 1)
         root = _recompose(vectors, jnp.where(kept, safe ** (-1 / p), 0))
         condition = values[:, -1] / jnp.min(jnp.where(kept, values, values[:, -1:]), axis=1)
         return Found(root, a, _recompose(vectors, kept.astype(a.dtype)), condition)
-
-
-def _eigh(a: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return for_each_matrix(lambda x: tuple(jnp.linalg.eigh(x, symmetrize_input=False)), a)
 
 
 def _recompose(vectors: jax.Array, values: jax.Array) -> jax.Array:

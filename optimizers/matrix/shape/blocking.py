@@ -97,17 +97,15 @@ class Blocking:
             )
         return made
 
-    def moved_in(self, leaves: Sequence[jax.Array]) -> Sequence[jax.Array]:
-        """The leaf's part on one device, and others like it, where they are cut into blocks."""
-        return move_in_together(leaves, self.placement)
+    def to_blocks(self, leaves: Sequence[jax.Array]) -> list[list[jax.Array]]:
+        """For the leaf, and others like it, an array `[*batch, *counts, *sizes]` for each tensor."""
+        return [self._cut(leaf) for leaf in move_in_together(leaves, self.placement)]
 
-    def to_blocks(self, leaf: jax.Array) -> list[jax.Array]:
-        """One array `[*batch, *counts, *sizes]` for each tensor of the leaf, after `moved_in`."""
+    def _cut(self, leaf: jax.Array) -> list[jax.Array]:
         pieces = (leaf[None],) if self.layout is None else self.layout.to_matrices(leaf)
-        found = [grid.to_blocks(piece) for grid, piece in zip(self.grids, pieces, strict=True)]
         return [
-            blocks.reshape(*batch, *blocks.shape[1:])
-            for blocks, batch in zip(found, self.batches, strict=True)
+            grid.to_blocks(piece).reshape(*batch, *grid.counts, *grid.sizes)
+            for grid, piece, batch in zip(self.grids, pieces, self.batches, strict=True)
         ]
 
     def from_blocks(self, blocks: Sequence[jax.Array]) -> jax.Array:
