@@ -22,8 +22,8 @@ from ..core.paths import path_string
 from .by_role import FALLBACK, Fallback, by_role
 from .links.decay import Mask
 from .matrix.batch.refresh import REFRESH, Refresh
-from .matrix.shape.blocking import Blocking, blockings_of
-from .matrix.shape.blocks import BLOCKS, Blocks
+from .matrix.shape.blocking import Blocking
+from .matrix.shape.blocks import BLOCKS, Blocks, blockings_of
 from .matrix.shape.matrices import Axes
 from .preconditioners.block_graft import grafted
 from .preconditioners.block_state import factors_like, ones_like_scalars

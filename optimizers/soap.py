@@ -34,8 +34,8 @@ from ..core.own_norm import OwnNorm
 from .by_role import FALLBACK, Fallback, by_role
 from .links.decay import Mask, decay_after_first
 from .matrix.batch.refresh import REFRESH, Refresh
-from .matrix.shape.blocking import Blocking, blockings_of
-from .matrix.shape.blocks import UNCUT, Blocks
+from .matrix.shape.blocking import Blocking
+from .matrix.shape.blocks import UNCUT, Blocks, blockings_of
 from .matrix.shape.matrices import Axes
 from .preconditioners.adam_in_eigenbasis import (
     Moments,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ravine.optimizers.matrix.shape.blocks import BlockGrid, block_grid
+from ravine.optimizers.matrix.shape.blocking import BlockGrid, block_grid
 from ravine.optimizers.matrix.shape.layout import DEFAULT, MatrixAxes, layout
 
 from .tolerances import UNIT

@@ -12,7 +12,7 @@ import ravine
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ravine.optimizers.matrix.mesh.exchange import per_shard
-from ravine.optimizers.matrix.shape.blocking import blockings_of
+from ravine.optimizers.matrix.shape.blocks import blockings_of
 from ravine.optimizers.matrix.shape.layout import MatrixAxes
 from ravine.optimizers.preconditioners.blockwise import Tensors
 from ravine.optimizers.roles import IN_OUT

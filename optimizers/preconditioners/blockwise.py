@@ -25,7 +25,8 @@ from ...core.transformation import transformation
 from ..matrix.batch.refresh import Refresh
 from ..matrix.mesh.exchange import gathered, per_shard
 from ..matrix.mesh.explicit import on_mixed_meshes
-from ..matrix.shape.blocking import Blocking, Tensor, blocks_in_words
+from ..matrix.shape.blocking import Blocking, Tensor
+from ..matrix.shape.blocks import blocks_in_words
 
 
 class Tensors(list[Tensor]):

@@ -1,15 +1,20 @@
-"""Blocking: how a leaf is cut into blocks with Kronecker factors, with or without a mesh."""
+"""Blocking: how a leaf is cut into blocks with Kronecker factors, with or without a mesh.
+
+A factor of an axis of size n takes n^2 memory and n^3 arithmetic, so long axes are cut. The grid comes
+first, `[L, N1, ..., Nk, b1, ..., bk]`: blocks are a batch for any order k, and a mesh axis that shards
+an axis of the tensor shards that axis of the grid. All of this depends on shapes only.
+"""
 
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from ....core.paths import path_string
 from ..mesh.exchange import move_in_together, move_out, zeros
 from ..mesh.placement import (
     WHOLE,
@@ -21,9 +26,90 @@ from ..mesh.placement import (
     names_of,
     place,
 )
-from .blocks import BlockGrid, Blocks, block_grid
-from .layout import Layout, MatrixAxes, layout
-from .matrices import Axes
+from .layout import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockGrid:
+    """Tensors `[L, *sides]` cut into blocks `[L, *counts, *sizes]`, and back; made by `block_grid`."""
+
+    sides: tuple[int, ...]
+    counts: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def padding(self) -> float:
+        """Share of the blocks' elements that is padding, in [0, 1)."""
+        padded = math.prod(self.counts) * math.prod(self.sizes)
+        return 1.0 - math.prod(self.sides) / padded if padded else 0.0
+
+    def inside(self, axis: int, length: int) -> np.ndarray | None:
+        """`[L, *counts]`: how much of an axis of each block is not padding; None for all of it."""
+        count, size, side = self.counts[axis], self.sizes[axis], self.sides[axis]
+        if count * size == side:
+            return None
+        lengths = np.minimum(size, side - size * np.arange(count, dtype=np.int32))
+        along = [1 + axis == at for at in range(1 + len(self.counts))]
+        cells = lengths.reshape([count if is_it else 1 for is_it in along])
+        return np.broadcast_to(cells, (length, *self.counts))
+
+    def to_blocks(self, tensors: Any) -> Any:
+        """Blocks `[L, *counts, *sizes]` of tensors `[L, *sides]`, padded with zeros."""
+        length, *sides = tensors.shape
+        if tuple(sides) != self.sides:
+            raise ValueError(f"expected tensors [L, {self.sides}], got {tensors.shape}.")
+        cells = list(zip(self.counts, self.sizes, strict=True))
+        beyond = [n * b - side for (n, b), side in zip(cells, self.sides, strict=True)]
+        if any(beyond):
+            library = np if isinstance(tensors, np.ndarray) else jnp
+            tensors = library.pad(tensors, [(0, 0), *((0, more) for more in beyond)])
+        order = len(self.sides)
+        split = tensors.reshape(length, *(size for cell in cells for size in cell))
+        grid, inside = range(1, 2 * order, 2), range(2, 2 * order + 1, 2)
+        return split.transpose(0, *grid, *inside)
+
+    def from_blocks(self, blocks: Any) -> Any:
+        """The tensors `[L, *sides]` of blocks, without padding."""
+        length, *shape = blocks.shape
+        if tuple(shape) != self.counts + self.sizes:
+            raise ValueError(
+                f"expected blocks [L, {self.counts + self.sizes}], got {blocks.shape}."
+            )
+        order = len(self.sides)
+        pairs = [axis for at in range(1, order + 1) for axis in (at, at + order)]
+        padded = [n * b for n, b in zip(self.counts, self.sizes, strict=True)]
+        tensors = blocks.transpose(0, *pairs).reshape(length, *padded)
+        return tensors[(slice(None), *(slice(side) for side in self.sides))]
+
+
+def block_grid(
+    sides: Sequence[int], block: int | None = None, whole: Collection[int] = ()
+) -> BlockGrid:
+    """The grid of balanced blocks: as few as the bound allows, and then as small as possible.
+
+    Args:
+      sides: the tensors' shape, without their batch axis.
+      block: bound on the sides of a block; None for one block.
+      whole: axes that are not cut, since they get no factor.
+
+    Raises:
+      ValueError: if `block` is less than one.
+
+    Example:
+      >>> from ravine.optimizers.matrix.shape.blocking import block_grid
+      >>> block_grid((300, 100), block=128)  # 3 x 100 rows, not 2 x 128 and 44
+      BlockGrid(sides=(300, 100), counts=(3, 1), sizes=(100, 100))
+      >>> block_grid((5, 3), block=4).padding  # 2 x 3 rows for 5
+      0.16666666666666663
+    """
+    if block is not None and not (type(block) is int and block > 0):
+        raise ValueError(f"block must be at least 1, or None for one block, got {block!r}.")
+    bounds = [
+        max(side, 1) if block is None or axis in whole else block for axis, side in enumerate(sides)
+    ]
+    counts = [max(1, -(-side // bound)) for side, bound in zip(sides, bounds, strict=True)]
+    sizes = [-(-side // count) for side, count in zip(sides, counts, strict=True)]
+    return BlockGrid(tuple(sides), tuple(counts), tuple(sizes))
 
 
 class Tensor(NamedTuple):
@@ -246,61 +332,3 @@ def _shrunk(grid: BlockGrid, axis: int, parts: int, has_factor: bool) -> BlockGr
         divided(grid.counts, parts if has_factor else 1),
         divided(grid.sizes, 1 if has_factor else parts),
     )
-
-
-def blockings_of(
-    tree: Any,
-    axes: Axes | None,
-    blocks: Blocks,
-    *,
-    vectors: bool = True,
-    sums: bool = True,
-) -> list[Blocking]:
-    """The blocking of every leaf, in the order of the leaves.
-
-    Args:
-      tree: a tree of arrays or their shapes.
-      axes: rows and columns of leaves, or None for tensors with the axes of the leaves.
-      blocks: how tensors are cut, and which axes get a factor.
-      vectors: whether tensors with one axis get a factor.
-      sums: whether devices may share the axes of a block that have no factor.
-    """
-
-    def blocking(path: Any, leaf: Any) -> Blocking:
-        name, found, vocabulary = path_string(path), None, None
-        if axes is not None:
-            chosen = axes if isinstance(axes, MatrixAxes) else axes(name)
-            found = layout(leaf.shape, chosen, name)
-            vocabulary = {None: None, "rows": 0, "columns": 1}[chosen.vocabulary]
-        shapes = [piece[1:] for piece in found.pieces] if found else [tuple(leaf.shape)]
-        factored = tuple(
-            blocks.factored(shape, vocabulary)
-            if len(shape) > 1 or vectors
-            else (False,) * len(shape)
-            for shape in shapes
-        )
-        grids = tuple(
-            block_grid(shape, blocks.size, [axis for axis, has in enumerate(marks) if not has])
-            for shape, marks in zip(shapes, factored, strict=True)
-        )
-        return Blocking(found, grids, factored).placed(leaf, sums=sums)
-
-    return [blocking(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
-
-
-def blocks_in_words(blockings: Sequence[Blocking]) -> list[str]:
-    """A text for every leaf: its blocks, and the sizes of their factors."""
-
-    def words(batch: tuple[int, ...], grid: BlockGrid, marks: tuple[bool, ...]) -> str:
-        sizes = "x".join(map(str, grid.sizes)) or "1"
-        factors = ", ".join(
-            str(n) if has else "none" for n, has in zip(grid.sizes, marks, strict=True)
-        )
-        count = math.prod(batch + grid.counts)
-        return f"{count} block{'s' if count > 1 else ''} of {sizes}, factors of {factors or 'none'}"
-
-    found = []
-    for blocking in blockings:
-        parts = zip(blocking.batches, blocking.grids, blocking.factored, strict=True)
-        found.append("; ".join(words(*part) for part in parts))
-    return found
