@@ -1,6 +1,6 @@
 """Cautious optimizers: only coordinates where the update agrees with the current gradient move."""
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -49,8 +49,6 @@ def cautious(
       >>> tx.update(jnp.array([1.0, -0.5]), state)[0]
       Array([3.8, 0. ], dtype=float32)
     """
-    if rescale not in get_args(Rescale):
-        raise ValueError(f"unknown rescale {rescale!r}; choose 'clamped' or 'smoothed'.")
     inner = optax.with_extra_args_support(direction)
 
     def agreeing(u: jax.Array, g: jax.Array) -> jax.Array:

@@ -230,8 +230,9 @@ def test_flags_of_blocks_that_shards_cross_reach_every_element():
         flags = [jnp.all(jnp.isfinite(blocks), axis=(-2, -1)) for blocks in each.opened(updates)]
         return each.zero_unless(flags, updates), state
 
-    on_shards = per_shard(finite_blocks, lambda _: optax.EmptyState())
-    kept = lambda x: on_shards(x, optax.EmptyState(), blockings_of(x, axes, ravine.Blocks(size=6)))
+    cuts = lambda x: blockings_of(x, axes, ravine.Blocks(size=6))
+    on_shards = per_shard(finite_blocks, lambda _: optax.EmptyState(), cuts)
+    kept = lambda x: on_shards(x, optax.EmptyState())
     expected, _ = jax.jit(kept)(tensors)
     mesh = jax.make_mesh((2, 2), names, devices=jax.devices()[:4])
     with jax.set_mesh(mesh):

@@ -65,7 +65,6 @@ def scale_by_matrix_shape(
       >>> tx.update(jnp.ones((1, 4)), tx.init(jnp.ones((1, 4))))[0]
       Array([[2., 2., 2., 2.]], dtype=float32)
     """
-    shape_factor(rule, 1, 1)
 
     def scaled(piece: jax.Array, rows: int, columns: int) -> jax.Array:
         return cast(shape_factor(rule, rows, columns) * wide(piece), piece.dtype)

@@ -40,11 +40,6 @@ def _per_neuron(reduce: Any, piece: jax.Array, neurons: Neurons) -> jax.Array:
     return reduce(piece, axis=_reduced_axis(neurons, piece.shape), keepdims=True)
 
 
-def _check_neurons(neurons: str) -> None:
-    if neurons not in ("out", "in", "auto"):
-        raise ValueError(f"neurons must be 'out', 'in' or 'auto', got {neurons!r}.")
-
-
 class ScaleByNeuronRmsState(NamedTuple):
     """State of `scale_by_neuron_rms`."""
 
@@ -92,7 +87,6 @@ def scale_by_neuron_rms(
     """
     check_decay_rates(b2=b2)
     check_non_negative(eps=eps)
-    _check_neurons(neurons)
 
     def init(params: optax.Params) -> ScaleByNeuronRmsState:
         # Made from the parameters, to inherit an explicit sharding.
@@ -197,7 +191,6 @@ def equilibrate(
       Array([[0.6, 1. ],
              [0.8, 0. ]], dtype=float32)
     """
-    _check_neurons(neurons)
 
     def even(piece: jax.Array) -> jax.Array:
         x = wide(piece)

@@ -1,5 +1,6 @@
 """The orthogonalizing step of Muon, as a transformation of its own."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -70,17 +71,15 @@ def orthogonalize(
         ]
         return jax.tree.unflatten(structure, closed), state
 
-    on_shards = per_shard(body, lambda updates: optax.EmptyState())
-    init, update_anywhere = on_mixed_meshes(
-        no_state(axes),
-        lambda updates, state: on_shards(updates, state, matrices_of(updates, axes)),
+    on_shards = per_shard(
+        body, lambda updates: optax.EmptyState(), functools.partial(matrices_of, axes=axes)
     )
 
     def update(
         updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.EmptyState]:
         del params
-        return update_anywhere(updates, state)
+        return on_shards(updates, state)
 
     def describe(params: optax.Params) -> dict[str, str]:
         del params
@@ -92,4 +91,6 @@ def orthogonalize(
             "scale_by_muon does."
         )
 
-    return with_norm(transformation(init, update, describe), "orthogonalize", no_norm)
+    return with_norm(
+        transformation(on_mixed_meshes(no_state(axes)), update, describe), "orthogonalize", no_norm
+    )

@@ -14,7 +14,6 @@ from ...core.paths import path_string
 from ..matrix.algebra.lapack import eigh
 from ..matrix.batch.batches import map_matrices
 from ..matrix.mesh.exchange import per_shard
-from ..matrix.mesh.explicit import on_mixed_meshes
 from ..matrix.mesh.placement import Names
 from ..matrix.shape.matrices import Axes, Matrices, matrices_of
 
@@ -57,14 +56,10 @@ def polar_norms(
             norms.append(OwnNorm(*jax.lax.psum(functools.reduce(jnp.add, both), cut)))
         return norms
 
-    def norms(grads: Any, momentum: Any) -> dict[str, OwnNorm]:
-        found = on_shards(grads, momentum, matrices_of(grads, axes))
-        paths = [path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(grads)]
-        return dict(zip(paths, found, strict=True))
-
-    like = lambda updates: updates
-    on_shards = per_shard(body, like, replicated_norms)
-    return on_mixed_meshes(like, norms)[1](grads, momentum)
+    cuts = functools.partial(matrices_of, axes=axes)
+    found = per_shard(body, lambda updates: updates, cuts, replicated_norms)(grads, momentum)
+    paths = [path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(grads)]
+    return dict(zip(paths, found, strict=True))
 
 
 def _polar_form(pairs_KxMx2N: jax.Array) -> jax.Array:

@@ -130,16 +130,15 @@ def blockwise(
       refresh: for the explanation, which lists options that differ from the defaults.
     """
     on_shards = per_shard(
-        lambda updates, state, found: step(updates, state, Tensors(updates, found)), init
-    )
-    init_anywhere, update_anywhere = on_mixed_meshes(
-        init, lambda updates, state: on_shards(updates, state, blockings(updates))
+        lambda updates, state, found: step(updates, state, Tensors(updates, found)),
+        init,
+        blockings,
     )
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, Any]:
-        found, state = update_anywhere(_as_wide_as(params, updates), state)
+        found, state = on_shards(_as_wide_as(params, updates), state)
         return jax.tree.map(lambda u, g: cast(u, g.dtype), found, updates), state
 
     def describe(params: optax.Params) -> dict[str, list[str]]:
@@ -147,7 +146,7 @@ def blockwise(
             "how": [f"{blocks}{refresh.words}" for blocks in blocks_in_words(blockings(params))]
         }
 
-    made = transformation(init_anywhere, update, describe, name)
+    made = transformation(on_mixed_meshes(init), update, describe, name)
     return with_norm(made, name, _norms(blockings, init, norm))
 
 
@@ -170,10 +169,10 @@ def _norms(
             for each, cut in zip(leaves, found, strict=True)
         ]
 
-    on_shards = per_shard(body, init, replicated_norms)
+    on_shards = per_shard(body, init, blockings, replicated_norms)
 
     def norms(updates: optax.Updates, state: Any) -> dict[str, OwnNorm]:
         paths = [path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(updates)]
-        return dict(zip(paths, on_shards(updates, state, blockings(updates)), strict=True))
+        return dict(zip(paths, on_shards(updates, state), strict=True))
 
-    return on_mixed_meshes(init, norms)[1]
+    return norms

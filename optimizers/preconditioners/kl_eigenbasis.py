@@ -1,5 +1,6 @@
 """Momentum whitened in eigenbases that minimise a divergence: how `kl_shampoo` treats blocks."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from ..matrix.algebra.kronecker import mode_gram, mode_product, rotate
 from ..matrix.batch.phases import refreshed
 from ..matrix.batch.refresh import Refresh
 from ..matrix.batch.together import Unit, together
-from .block_state import by_axis, identities, usable_blocks
+from .block_state import by_axis, identities, usable_blocks, with_fields
 from .blockwise import Tensors
 from .own_norm import Insides, forms, in_basis
 
@@ -51,21 +52,8 @@ class KLEigenbasis(NamedTuple):
     def step(self, is_first: jax.Array, kind: Any, carry: Any, blocks: jax.Array) -> Any:
         """Direction, usable blocks and factors, from mean gradients, factors, and the gradient."""
         (order, axes, mu_dtype), (mean, _, kept) = kind, carry
-
-        def learned(carry: Any) -> Any:
-            usable, kept = carry
-            usable, new = self._learned(blocks, usable, by_axis(kept, axes, order), is_first)
-            return usable, [
-                KLFactor(
-                    jnp.where(usable[:, None, None], new[axis].statistics, old.statistics),
-                    old.vectors,
-                    jnp.where(usable[:, None] & ~is_first, new[axis].eigenvalues, old.eigenvalues),
-                )
-                for axis, old in zip(axes, kept, strict=True)
-            ]
-
-        unlearned = (usable_blocks(wide(blocks), order), kept)
-        usable, new = if_due(self.learns, learned, unlearned)
+        learned = functools.partial(self._learned, is_first, axes, blocks)
+        usable, new = if_due(self.learns, learned, (usable_blocks(wide(blocks), order), kept))
         seen = jnp.where(usable.reshape(-1, *(1,) * order), wide(blocks), 0)
         mean = jnp.where(
             is_first, mean, cast(cast(lerp(seen, mean, self.b1), mu_dtype), mean.dtype)
@@ -73,36 +61,42 @@ class KLEigenbasis(NamedTuple):
         return _whitened(mean, by_axis(kept, axes, order), self.eps), usable, new
 
     def _learned(
-        self, blocks: jax.Array, usable: jax.Array, factors: Any, is_first: jax.Array
+        self, is_first: jax.Array, axes: Sequence[int], blocks: jax.Array, carry: Any
     ) -> Any:
-        """The factors updated with the gradients of usable blocks, and which blocks are usable.
+        """Which blocks are usable, and the factors updated with their gradients.
 
         Every axis uses the previous values of the others. A block is usable if its squares can be summed
         after whitening too.
         """
-        order = len(factors)
+        (usable, kept), order, sizes = carry, blocks.ndim - 1, blocks.shape[1:]
         seen = jnp.where(usable.reshape(-1, *(1,) * order), wide(blocks), 0)
-        sizes = blocks.shape[blocks.ndim - order :]
-        vectors = [None if f is None else f.vectors for f in factors]
-        roots = [None if f is None else f.eigenvalues**-0.5 for f in factors]
+        roots = by_axis([factor.eigenvalues**-0.5 for factor in kept], axes, order)
+        vectors = by_axis([factor.vectors for factor in kept], axes, order)
         rotated = rotate(seen, vectors, back=True)
 
-        def one(axis: int, own: KLFactor) -> tuple[jax.Array, KLFactor]:
+        def one(axis: int, own: KLFactor) -> tuple[jax.Array, jax.Array, jax.Array]:
             others = [None if at == axis else root for at, root in enumerate(roots)]
             whitened = rotated * _outer(others, blocks)
-            away = tuple(usable.ndim + at for at in range(order) if at != axis)
+            away = tuple(1 + at for at in range(order) if at != axis)
             count = max(1, math.prod(sizes[:axis] + sizes[axis + 1 :]))
             mean = jnp.sum(jnp.square(whitened), axis=away) / count
             values = jnp.maximum(lerp(mean, own.eigenvalues, self.b2), self._floor(sizes[axis]))
             plain = jnp.where(is_first, seen, mode_product(whitened, own.vectors, axis, order))
             gram = mode_gram(plain, axis, order) / count
-            new = KLFactor(lerp(gram, own.statistics, self.b2), own.vectors, values)
-            return is_summable(jnp.trace(gram, axis1=-2, axis2=-1)), new
+            fits = is_summable(jnp.trace(gram, axis1=1, axis2=2))
+            return fits, lerp(gram, own.statistics, self.b2), values
 
-        found = {axis: one(axis, f) for axis, f in enumerate(factors) if f is not None}
-        for fits, _ in found.values():
+        found = [one(axis, own) for axis, own in zip(axes, kept, strict=True)]
+        for fits, *_ in found:
             usable &= fits
-        return usable, {axis: new for axis, (_, new) in found.items()}
+        return usable, [
+            KLFactor(
+                jnp.where(usable[:, None, None], statistics, old.statistics),
+                old.vectors,
+                jnp.where(usable[:, None] & ~is_first, values, old.eigenvalues),
+            )
+            for (_, statistics, values), old in zip(found, kept, strict=True)
+        ]
 
     def _floor(self, size: int) -> float:
         return max(10.0, min(float(size), self.max_inverse_root)) ** -2
@@ -222,19 +216,12 @@ def _balanced(factors: Sequence[KLFactor | None], due: jax.Array) -> tuple[KLFac
     present = [factor for factor in factors if factor is not None]
     if len(present) < 2:
         return tuple(factors)
-    means = [jnp.mean(factor.eigenvalues, axis=-1) for factor in present]
-    logs = [jnp.log(mean) for mean in means]
+    logs = [jnp.log(jnp.mean(factor.eigenvalues, axis=-1)) for factor in present]
     common = sum(logs[1:], logs[0]) / len(logs)
-
-    def scaled(factor: KLFactor | None) -> KLFactor | None:
-        if factor is None:
-            return None
-        by = jnp.exp(common - jnp.log(jnp.mean(factor.eigenvalues, axis=-1)))
-        by = jnp.where(due, by, 1)
-        return KLFactor(
-            factor.statistics * by[..., None, None],
-            factor.vectors,
-            factor.eigenvalues * by[..., None],
-        )
-
-    return tuple(scaled(factor) for factor in factors)
+    scales = [jnp.where(due, jnp.exp(common - log), 1)[..., None] for log in logs]
+    scaled = list(zip(present, scales, strict=True))
+    return with_fields(
+        factors,
+        statistics=[factor.statistics * by[..., None] for factor, by in scaled],
+        eigenvalues=[factor.eigenvalues * by for factor, by in scaled],
+    )

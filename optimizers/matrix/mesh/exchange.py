@@ -15,8 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ....core.mapped import explicit_mapped_axes, spmd_mapped_axes
 from .dealing import Deal
-from .explicit import specs_after, specs_of
-from .placement import Names, Placement, explicit_sizes, mesh_of, names_of, spec
+from .explicit import auto_axes, explicitly, specs_after, specs_of, specs_of_state
+from .placement import Names, Placement, explicit_sizes, mesh_in, mesh_of, names_of, spec
 
 PACKED = 2**18
 """The most elements of a part that is copied to share an exchange: one megabyte in float32. With large
@@ -34,25 +34,31 @@ class Cut(Protocol):
 def per_shard(
     body: Callable[[Any, Any, Sequence[Any]], Any],
     init: Callable[[Any], Any],
+    cuts: Callable[[Any], Sequence[Cut]],
     made: Callable[[Any], Any] | None = None,
-) -> Callable[[Any, Any, Sequence[Cut]], Any]:
+) -> Callable[[Any, Any], Any]:
     """`body` on every device's part of its arguments, if their types say that they are cut.
 
     Args:
       body: maps (updates, state, cuts of all leaves) to updates and state with unchanged shardings.
       init: maps a tree like the updates to a state with the shardings that the state should have.
+      cuts: finds how the leaves of the updates are cut.
       made: for other results, maps the updates to how the results are cut.
     """
 
-    def update(updates: Any, state: Any, cuts: Sequence[Cut]) -> Any:
-        meshes = [mesh for x in jax.tree.leaves(updates) if (mesh := mesh_of(x)) is not None]
-        if not meshes:
-            return body(updates, state, cuts)
-        specs = (specs_of(updates), specs_after(init, updates))
+    def update(updates: Any, state: Any) -> Any:
+        mesh = mesh_in(updates)
+        if mesh is None:
+            return body(updates, state, cuts(updates))
+        if auto_axes(mesh):
+            specs = specs_of(updates)
+            state_specs = specs_of_state(init, updates, specs, mesh.abstract_mesh)
+            return explicitly(mesh, update, (specs, state_specs), updates, state)
+        specs, found = (specs_of(updates), specs_after(init, updates)), cuts(updates)
         state = jax.tree.map(_resharded, state, specs[1])
-        local = lambda updates, state: body(updates, state, [cut.local() for cut in cuts])
+        local = lambda updates, state: body(updates, state, [cut.local() for cut in found])
         results = specs if made is None else made(updates)
-        return _on_shards(local, specs, results, meshes[0])(updates, state)
+        return _on_shards(local, specs, results, mesh)(updates, state)
 
     return update
 

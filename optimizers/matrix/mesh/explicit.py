@@ -7,14 +7,12 @@ unless `on_mesh` specifies otherwise, and they share the work like all axes that
 
 import contextlib
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
-from .placement import axes_of_type, mesh_of, names_of, spec
-
-Found = TypeVar("Found")
+from .placement import axes_of_type, mesh_in, names_of, spec
 
 
 def explicitly(
@@ -46,35 +44,16 @@ def auto_axes(mesh: Any) -> tuple[str, ...]:
     return tuple(axes_of_type(mesh, AxisType.Auto))
 
 
-def with_explicit_axes(mesh: AbstractMesh) -> AbstractMesh:
-    """The mesh with `Explicit` axes in place of `Auto` ones."""
-    return mesh.update_axis_types(dict.fromkeys(auto_axes(mesh), AxisType.Explicit))
-
-
-def on_mixed_meshes(
-    init: Callable[[Any], Any], update: Callable[[Any, Any], Found]
-) -> tuple[Callable[[Any], Any], Callable[[Any, Any], Found]]:
-    """The functions of a transformation, also for meshes with `Explicit` and `Auto` axes."""
-
-    def mixed(tree: Any) -> Mesh | AbstractMesh | None:
-        meshes = [mesh for x in jax.tree.leaves(tree) if (mesh := mesh_of(x)) is not None]
-        return meshes[0] if meshes and auto_axes(meshes[0]) else None
+def on_mixed_meshes(init: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The `init` of a transformation, also for meshes with `Explicit` and `Auto` axes."""
 
     def init_anywhere(params: Any) -> Any:
-        mesh = mixed(params)
-        if mesh is None:
+        mesh = mesh_in(params)
+        if mesh is None or not auto_axes(mesh):
             return init(params)
         return explicitly(mesh, init, specs_of(params), params)
 
-    def update_anywhere(updates: Any, state: Any) -> Found:
-        mesh = mixed(updates)
-        if mesh is None:
-            return update(updates, state)
-        specs = specs_of(updates)
-        state_specs = specs_of_state(init, updates, specs, mesh.abstract_mesh)
-        return explicitly(mesh, update, (specs, state_specs), updates, state)
-
-    return init_anywhere, update_anywhere
+    return init_anywhere
 
 
 def specs_of(tree: Any) -> Any:
@@ -87,7 +66,7 @@ def specs_of_state(init: Callable[[Any], Any], tree: Any, specs: Any, mesh: Abst
 
     It is traced with all axes `Explicit`; nothing is computed.
     """
-    twin = with_explicit_axes(mesh)
+    twin = mesh.update_axis_types(dict.fromkeys(auto_axes(mesh), AxisType.Explicit))
     structs = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(twin, s)),
         tree,

@@ -159,6 +159,11 @@ def mesh_of(x: Any) -> Any:
     return mesh if mesh is not None and explicit_sizes(mesh) else None
 
 
+def mesh_in(tree: Any) -> Any:
+    """The mesh in the types of a tree's leaves, if it has `Explicit` axes, else None."""
+    return next((mesh for x in jax.tree.leaves(tree) if (mesh := mesh_of(x)) is not None), None)
+
+
 def explicit_sizes(mesh: Any) -> dict[str, int]:
     """Sizes by name of the mesh's `Explicit` axes, except those that `jax.vmap` maps over."""
     return {name: mesh.shape[name] for name in axes_of_type(mesh, AxisType.Explicit)}

@@ -13,7 +13,7 @@
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
@@ -21,7 +21,6 @@ from .dealing import is_native
 from .placement import Names
 
 Distribution = Literal["auto", "whole", "ragged", "gram"]
-DISTRIBUTIONS = get_args(Distribution)
 RAGGED_OVERHEAD = 1.1
 """How much more a byte is assumed to cost in a ragged exchange, so that the usual collective is
 preferred where it sends little more."""
