@@ -50,6 +50,9 @@ def inject_hyperparams(
     parameters = inspect.signature(builder, eval_str=True).parameters
     static = {name for name, parameter in parameters.items() if not _takes_float(parameter)}
 
+    function = getattr(builder, "func", builder)  # of a `functools.partial`
+    name = getattr(function, "__name__", type(function).__name__)
+
     def injectable(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
         return as_injected(builder(*args, **kwargs))
 
@@ -63,7 +66,7 @@ def inject_hyperparams(
             bound.arguments.update(state.hyperparams)
             return norms_in(injectable(*bound.args, **bound.kwargs), grads, state.inner_state)
 
-        return with_norm(inject(*args, **kwargs), builder.__name__, norms)
+        return with_norm(inject(*args, **kwargs), name, norms)
 
     return build
 

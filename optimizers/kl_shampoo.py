@@ -121,8 +121,19 @@ def scale_by_kl_shampoo(
     check_non_negative(eps=eps)
     check_positive(initial_eigenvalue=initial_eigenvalue, max_inverse_root=max_inverse_root)
     refresh.check_at_once("KL-Shampoo")
-    rates = (b1, refresh.decay(b2), eps)
-    eigenbasis = KLEigenbasis(*rates, initial_eigenvalue, max_inverse_root)
+
+    def eigenbasis(
+        b1: float, b2: float, eps: float, initial_eigenvalue: float, max_inverse_root: float
+    ) -> KLEigenbasis:
+        return KLEigenbasis(b1, refresh.decay(b2), eps, initial_eigenvalue, max_inverse_root)
+
+    numbers = {
+        "b1": b1,
+        "b2": b2,
+        "eps": eps,
+        "initial_eigenvalue": initial_eigenvalue,
+        "max_inverse_root": max_inverse_root,
+    }
 
     def blockings(tree: Any) -> list[Blocking]:
         return blockings_of(tree, axes, blocks, sums=False)
@@ -131,15 +142,18 @@ def scale_by_kl_shampoo(
         return ScaleByKLShampooState(
             count=jnp.zeros([], jnp.int32),
             mu=wide_zeros_like(params, mu_dtype),
-            factors=factors_like(params, blockings(params), eigenbasis.factor),
+            factors=factors_like(params, blockings(params), eigenbasis(**numbers).factor),
         )
 
     def step(
-        updates: optax.Updates, state: ScaleByKLShampooState, tensors: Tensors
+        updates: optax.Updates,
+        state: ScaleByKLShampooState,
+        tensors: Tensors,
+        **numbers: float,
     ) -> tuple[optax.Updates, ScaleByKLShampooState]:
         count = increment(state.count)
         is_first = count == 1
-        learning = eigenbasis._replace(learns=refresh.learning_from_first(count))
+        learning = eigenbasis(**numbers)._replace(learns=refresh.learning_from_first(count))
         means = jax.tree.map(lambda m, u: cast(m, wide_dtype(m.dtype, u.dtype)), state.mu, updates)
         blocks, means = tensors.opened_together(updates, means)
         directions, usable, factors = stepped(
@@ -151,7 +165,7 @@ def scale_by_kl_shampoo(
             functools.partial(learning.step, is_first),
         )
         factors = refreshed_factors(tensors, factors, refresh, count, balance=balance)
-        averaged = ema(tensors.zero_unless(usable, updates), state.mu, b1)
+        averaged = ema(tensors.zero_unless(usable, updates), state.mu, numbers["b1"])
         mu = jax.tree.map(
             lambda new, old: jnp.where(is_first, old, cast(new, old.dtype)), averaged, state.mu
         )
@@ -163,11 +177,16 @@ def scale_by_kl_shampoo(
         return moved, ScaleByKLShampooState(count, mu, tensors.to_keep(factors))
 
     def norm(
-        updates: optax.Updates, state: ScaleByKLShampooState, tensors: Tensors
+        updates: optax.Updates,
+        state: ScaleByKLShampooState,
+        tensors: Tensors,
+        *,
+        eps: float,
+        **_: float,
     ) -> list[OwnNorm]:
         return norms(tensors, tensors.opened(updates), tensors.kept(state.factors), eps)
 
-    return blockwise("scale_by_kl_shampoo", blockings, init, step, norm, refresh)
+    return blockwise("scale_by_kl_shampoo", blockings, init, step, norm, refresh, **numbers)
 
 
 @checked

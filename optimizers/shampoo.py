@@ -21,6 +21,7 @@ from ..core.own_norm import OwnNorm
 from ..core.paths import path_string
 from .by_role import FALLBACK, Fallback, by_role
 from .links.decay import Mask
+from .links.graft import Magnitude
 from .matrix.batch.refresh import REFRESH, Refresh
 from .matrix.shape.blocking import Blocking
 from .matrix.shape.blocks import BLOCKS, Blocks, blockings_of
@@ -127,11 +128,17 @@ def scale_by_shampoo(
     check_decay_rates(b1=b1)
     if number("b2", b2) != 1:
         check_decay_rates(b2=b2)
-    size = graft.magnitude(b2, eps, nu_dtype)
     factors.check_ridge(roots.ridge)
     roots.check_need(refresh)
-    preconditioner = Preconditioner(refresh.decay(b2), factors, roots, refresh)
     per = "none" if graft.step == "none" else graft.per
+
+    def size(b2: float, eps: float) -> Magnitude:
+        return graft.magnitude(b2, eps, nu_dtype)
+
+    def preconditioner(b2: float) -> Preconditioner:
+        return Preconditioner(refresh.decay(b2), factors, roots, refresh)
+
+    first_size, first = size(b2, eps), preconditioner(b2)
 
     def blockings(tree: Any) -> list[Blocking]:
         # KL statistics need whole blocks: they are sums over products of both factors.
@@ -140,29 +147,35 @@ def scale_by_shampoo(
     def init(params: optax.Params) -> ScaleByShampooState:
         found = blockings(params)
         paths = [path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-        preconditioner.check(paths, found)
+        first.check(paths, found)
         return ScaleByShampooState(
             count=jnp.zeros([], jnp.int32),
             mu=wide_zeros_like(params, mu_dtype),
-            nu=size.init(params),
-            factors=factors_like(params, found, preconditioner.factor),
+            nu=first_size.init(params),
+            factors=factors_like(params, found, first.factor),
             graft_ratio=ones_like_scalars(params, found),
         )
 
     def step(
-        updates: optax.Updates, state: ScaleByShampooState, tensors: Tensors
+        updates: optax.Updates,
+        state: ScaleByShampooState,
+        tensors: Tensors,
+        *,
+        b1: float,
+        b2: float,
+        eps: float,
     ) -> tuple[optax.Updates, ScaleByShampooState]:
-        count = increment(state.count)
+        count, shampoo = increment(state.count), preconditioner(b2)
         kept = tensors.kept(state.factors)
-        usable, kept = preconditioner.learn(tensors, tensors.opened(updates), kept, count)
+        usable, kept = shampoo.learn(tensors, tensors.opened(updates), kept, count)
         seen = tensors.zero_unless(usable, updates)
         mu = ema(seen, state.mu, b1)
         mean = corrected_mean(seen, mu, b1, count, nesterov=nesterov)
-        graft_step, nu = size.update(seen, mean, state.nu, count)
-        kept = preconditioner.refresh(tensors, kept, count)
+        graft_step, nu = size(b2, eps).update(seen, mean, state.nu, count)
+        kept = shampoo.refresh(tensors, kept, count)
         means, steps = tensors.opened_together(mean, graft_step)
-        blocks = preconditioner.apply(tensors, means, kept)
-        distrusted = list(map(preconditioner.distrusted, kept, blocks))
+        blocks = shampoo.apply(tensors, means, kept)
+        distrusted = list(map(shampoo.distrusted, kept, blocks))
         directions, ratios = grafted(tensors, blocks, distrusted, graft_step, steps, per)
         started = refresh.started(count)
         directions = jax.tree.map(
@@ -180,10 +193,21 @@ def scale_by_shampoo(
         )
         return directions, state
 
-    def norm(updates: optax.Updates, state: ScaleByShampooState, tensors: Tensors) -> list[OwnNorm]:
-        return preconditioner.norms(tensors, tensors.opened(updates), tensors.kept(state.factors))
+    def norm(
+        updates: optax.Updates,
+        state: ScaleByShampooState,
+        tensors: Tensors,
+        *,
+        b2: float,
+        **_: float,
+    ) -> list[OwnNorm]:
+        return preconditioner(b2).norms(
+            tensors, tensors.opened(updates), tensors.kept(state.factors)
+        )
 
-    return blockwise("scale_by_shampoo", blockings, init, step, norm, refresh)
+    return blockwise(
+        "scale_by_shampoo", blockings, init, step, norm, refresh, b1=b1, b2=b2, eps=eps
+    )
 
 
 @checked

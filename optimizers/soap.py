@@ -145,7 +145,14 @@ def scale_by_soap(
         )
 
     def step(
-        updates: optax.Updates, state: ScaleBySoapState, tensors: Tensors
+        updates: optax.Updates,
+        state: ScaleBySoapState,
+        tensors: Tensors,
+        *,
+        b1: float,
+        b2: float,
+        eps: float,
+        statistics_b2: float,
     ) -> tuple[optax.Updates, ScaleBySoapState]:
         count = increment(state.count)
         k = jnp.maximum(count - 1, 1)
@@ -171,11 +178,14 @@ def scale_by_soap(
         )
         return tensors.closed(directions), state
 
-    def norm(updates: optax.Updates, state: ScaleBySoapState, tensors: Tensors) -> list[OwnNorm]:
+    def norm(
+        updates: optax.Updates, state: ScaleBySoapState, tensors: Tensors, *, eps: float, **_: float
+    ) -> list[OwnNorm]:
         kept = tensors.kept(state.nu), tensors.kept(state.bases)
         return norms(tensors, tensors.opened(updates), *kept, eps)
 
-    return blockwise("scale_by_soap", blockings, init, step, norm, refresh)
+    numbers = {"b1": b1, "b2": b2, "eps": eps, "statistics_b2": statistics_b2}
+    return blockwise("scale_by_soap", blockings, init, step, norm, refresh, **numbers)
 
 
 @checked

@@ -1,8 +1,10 @@
 """Configurations by name: JSON round trips, duplicates, refusals."""
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import ravine
 
@@ -138,6 +140,12 @@ def test_options_stay_as_they_are_where_numbers_are_injected():
     state = tx.init({"kernel": jnp.ones((2, 3))})
     assert {"b1", "b2", "learning_rate", "weight_decay"} <= set(state.hyperparams)
     assert not {"refresh", "blocks", "fallback"} & set(state.hyperparams)
+
+
+def test_a_builder_with_some_arguments_given_is_injected_too():
+    build = functools.partial(ravine.shampoo, b1=0.8, rules=[("", "matrix")])
+    tx = ravine.inject_hyperparams(build)(learning_rate=1e-3)
+    assert float(tx.init({"kernel": jnp.ones((2, 3))}).hyperparams["b1"]) == np.float32(0.8)
 
 
 def test_dtypes_inside_options_survive_json():

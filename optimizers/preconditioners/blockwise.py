@@ -115,9 +115,10 @@ def blockwise(
     name: str,
     blockings: Callable[[Any], list[Blocking]],
     init: Callable[[optax.Params], Any],
-    step: Callable[[optax.Updates, Any, Tensors], tuple[optax.Updates, Any]],
-    norm: Callable[[optax.Updates, Any, Tensors], list[OwnNorm]],
+    step: Callable[..., tuple[optax.Updates, Any]],
+    norm: Callable[..., list[OwnNorm]],
     refresh: Refresh,
+    **numbers: Any,
 ) -> optax.GradientTransformation:
     """The transformation of a step on blocks.
 
@@ -125,15 +126,20 @@ def blockwise(
       name: the name of the function that makes it.
       blockings: gives the blockings of all leaves of a tree.
       init: makes the initial state.
-      step: from updates, state and tensors to updates and state; on a mesh, for each device's parts.
+      step: from updates, state, tensors and numbers, by their names, to updates and state; on a mesh,
+        for each device's parts.
       norm: from the same to the norms of all blocks, see `with_norm`.
       refresh: for the explanation, which lists options that differ from the defaults.
+      **numbers: hyperparameters, which are arrays if they are injected.
     """
-    on_shards = per_shard(
-        lambda updates, state, found: step(updates, state, Tensors(updates, found)),
-        init,
-        blockings,
-    )
+    arrays = {key: value for key, value in numbers.items() if isinstance(value, jax.Array)}
+
+    def body(
+        updates: optax.Updates, state: Any, found: Sequence[Blocking], **arrays: jax.Array
+    ) -> tuple[optax.Updates, Any]:
+        return step(updates, state, Tensors(updates, found), **(numbers | arrays))
+
+    on_shards = per_shard(body, init, blockings, numbers=arrays)
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
@@ -147,19 +153,23 @@ def blockwise(
         }
 
     made = transformation(on_mixed_meshes(init), update, describe, name)
-    return with_norm(made, name, _norms(blockings, init, norm))
+    return with_norm(made, name, _norms(blockings, init, norm, numbers, arrays))
 
 
 def _norms(
     blockings: Callable[[Any], list[Blocking]],
     init: Callable[[optax.Params], Any],
-    norm: Callable[[optax.Updates, Any, Tensors], list[OwnNorm]],
+    norm: Callable[..., list[OwnNorm]],
+    numbers: dict[str, Any],
+    arrays: dict[str, jax.Array],
 ) -> Callable[[optax.Updates, Any], dict[str, OwnNorm]]:
     """The norms of leaves: those of their blocks, added up over all devices."""
 
-    def body(updates: optax.Updates, state: Any, found: Sequence[Blocking]) -> list[OwnNorm]:
+    def body(
+        updates: optax.Updates, state: Any, found: Sequence[Blocking], **arrays: jax.Array
+    ) -> list[OwnNorm]:
         tensors = Tensors(updates, found)
-        leaves = tensors.by_leaf(norm(updates, state, tensors))
+        leaves = tensors.by_leaf(norm(updates, state, tensors, **(numbers | arrays)))
 
         def summed(blocks: Sequence[jax.Array], cut: Blocking) -> jax.Array:
             return jax.lax.psum(functools.reduce(jnp.add, map(jnp.sum, blocks)), cut.block_names)
@@ -169,7 +179,7 @@ def _norms(
             for each, cut in zip(leaves, found, strict=True)
         ]
 
-    on_shards = per_shard(body, init, blockings, replicated_norms)
+    on_shards = per_shard(body, init, blockings, replicated_norms, arrays)
 
     def norms(updates: optax.Updates, state: Any) -> dict[str, OwnNorm]:
         paths = [path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(updates)]

@@ -32,35 +32,43 @@ class Cut(Protocol):
 
 
 def per_shard(
-    body: Callable[[Any, Any, Sequence[Any]], Any],
+    body: Callable[..., Any],
     init: Callable[[Any], Any],
     cuts: Callable[[Any], Sequence[Cut]],
     made: Callable[[Any], Any] | None = None,
+    numbers: Mapping[str, jax.Array] | None = None,
 ) -> Callable[[Any, Any], Any]:
     """`body` on every device's part of its arguments, if their types say that they are cut.
 
     Args:
-      body: maps (updates, state, cuts of all leaves) to updates and state with unchanged shardings.
+      body: maps (updates, state, cuts of all leaves) to updates and state with unchanged shardings;
+        the numbers are arguments by their names.
       init: maps a tree like the updates to a state with the shardings that the state should have.
       cuts: finds how the leaves of the updates are cut.
       made: for other results, maps the updates to how the results are cut.
+      numbers: arrays that the body needs whole, as injected hyperparameters are. It may not close over
+        any, see "Closing over inputs to shard_map" in JAX.
     """
+    whole = jax.tree.map(lambda _: PartitionSpec(), dict(numbers or {}))
 
-    def update(updates: Any, state: Any) -> Any:
+    def update(updates: Any, state: Any, numbers: Mapping[str, jax.Array]) -> Any:
         mesh = mesh_in(updates)
         if mesh is None:
-            return body(updates, state, cuts(updates))
+            return body(updates, state, cuts(updates), **numbers)
         if auto_axes(mesh):
             specs = specs_of(updates)
             state_specs = specs_of_state(init, updates, specs, mesh.abstract_mesh)
-            return explicitly(mesh, update, (specs, state_specs), updates, state)
+            return explicitly(mesh, update, (specs, state_specs, whole), updates, state, numbers)
         specs, found = (specs_of(updates), specs_after(init, updates)), cuts(updates)
         state = jax.tree.map(_resharded, state, specs[1])
-        local = lambda updates, state: body(updates, state, [cut.local() for cut in found])
         results = specs if made is None else made(updates)
-        return _on_shards(local, specs, results, mesh)(updates, state)
 
-    return update
+        def local(updates: Any, state: Any, numbers: Mapping[str, jax.Array]) -> Any:
+            return body(updates, state, [cut.local() for cut in found], **numbers)
+
+        return _on_shards(local, (*specs, whole), results, mesh)(updates, state, numbers)
+
+    return lambda updates, state: update(updates, state, dict(numbers or {}))
 
 
 def _on_shards(local: Callable[..., Any], taken: Any, made: Any, mesh: Any) -> Callable[..., Any]:
