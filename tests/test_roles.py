@@ -392,3 +392,8 @@ def test_a_mask_in_a_transformation():
     updates, _ = tx.update(optax.tree.zeros_like(params), tx.init(params), params)
     np.testing.assert_allclose(updates["kernel"], -0.1)
     np.testing.assert_array_equal(updates["scale"], 0.0)
+
+
+def test_flattened_parameters_are_refused_for_what_they_lost():
+    with pytest.raises(ValueError, match=r"\(72,\)  no role rule matches, .* optax.flatten loses"):
+        optax.flatten(ravine.muon(0.01)).init({"kernel": jnp.ones((8, 8)), "bias": jnp.ones(8)})

@@ -45,6 +45,8 @@ def refusal(unclear: Sequence[Any], shapes: Mapping[str, tuple[int, ...]], *, de
 
 
 def _problem(d: Any) -> str:
+    if d.role is None and not d.path and len(d.shape) == 1:
+        return "no role rule matches, as it has no name; optax.flatten loses names and shapes"
     if d.role is None:
         return "no role rule matches"
     if len(d.shape) < 2:
