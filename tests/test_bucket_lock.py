@@ -67,23 +67,24 @@ def test_a_silent_lock_is_taken_over_and_its_holder_named(memory, capsys):
 
 
 @pytest.mark.parametrize(
-    ("lock", "said"),
+    ("left", "said"),
     [
         (
-            left_by(4242, minutes=1),
+            lambda: left_by(4242, minutes=1),
             "last heard of 6\\d s ago.* remove .*, or try again in 5 minutes",
         ),
         # Its clock is ahead.
-        (left_by(4242, minutes=-60), "last heard of 0 s ago; wait for it"),
+        (lambda: left_by(4242, minutes=-60), "last heard of 0 s ago; wait for it"),
         # Locks of earlier versions have no signs of life.
         (
-            left_by(4242, minutes=99, seen=None),
+            lambda: left_by(4242, minutes=99, seen=None),
             f"since yesterday; wait .* remove {URL}/race.lock first",
         ),
-        (b"{", "another process; wait for it"),
+        (lambda: b"{", "another process; wait for it"),
     ],
 )
-def test_any_other_lock_is_refused_with_its_holder(memory, lock, said):
+def test_any_other_lock_is_refused_with_its_holder(memory, left, said):
+    lock = left()  # when the test runs, not when it is collected
     memory.pipe_file(LOCK, lock)
     with pytest.raises(ValueError, match=f"{URL} is in use by .*{said}"), bucket_folder(URL):
         pass
