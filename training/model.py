@@ -6,19 +6,16 @@ is `[L, in, out]`, as large JAX trainers have it: an optimizer that goes by `ndi
 norms `[L, D]` for matrices, which is why ours go by role.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.extend.core import Primitive
 
 from ..stability import attention, soft_cap
 from .dropout import dropped
 from .layers import RMSNorm, rotate
 from .model_config import ModelConfig
-from .sharding import constrained, of_all_positions
+from .scanned import recomputed, unrolled
+from .sharding import constrained, of_all_positions, one_device
 
 JOINED = 2**20
 """Elements up to which kernels of one input are multiplied as one, see `_project`."""
@@ -227,12 +224,12 @@ class Transformer(nnx.Module):
     ) -> tuple[jax.Array, jax.Array | None]:
         """The stream behind the last of the layers that are here, and the largest logits `[L, H]`."""
 
-        @nnx.scan(in_axes=(nnx.Carry, 0, 0), out_axes=(nnx.Carry, 0), unroll=_unrolled(self.config))
+        @nnx.scan(in_axes=(nnx.Carry, 0, 0), out_axes=(nnx.Carry, 0), unroll=unrolled(self.config))
         def through(
             x_BxTxD: jax.Array, layer: Block, keys_2: jax.Array | None
         ) -> tuple[jax.Array, jax.Array | None]:
             call = lambda layer, x_BxTxD, keys_2: layer(x_BxTxD, measured, keys_2)
-            x_BxTxD, highest_H = _recomputed(call, self.config)(layer, x_BxTxD, keys_2)
+            x_BxTxD, highest_H = recomputed(call, self.config)(layer, x_BxTxD, keys_2)
             return constrained(x_BxTxD, "rows", "context", None), highest_H
 
         return through(x_BxTxD, self.layers, keys_Lx2)
@@ -269,30 +266,6 @@ class Transformer(nnx.Module):
         return soft_cap(logits_BxTxV, self.config.final_soft_cap, self.config.soft_cap_form)
 
 
-def _unrolled(config: ModelConfig) -> int:
-    """Layers unrolled; on one device both of two, which take less time than a loop does."""
-    return config.layers if config.layers <= 2 and _one_device() else config.unroll
-
-
-def _one_device() -> bool:
-    mesh = jax.sharding.get_abstract_mesh()
-    return mesh.empty or mesh.size == 1
-
-
-def _recomputed(call: Callable[..., Any], config: ModelConfig) -> Callable[..., Any]:
-    """The call of a layer, of which the backward pass computes again what it does not keep.
-
-    Storing every activation of a scanned layer takes longer than computing it again from products, and
-    twice the memory (docs/log.md, 2026-11-29).
-    """
-    if config.remat:
-        return nnx.remat(call)
-    if config.attention == "cudnn":  # its kernel is no product, and would run twice
-        return call
-    # Forward and backward pass are different loops, so nothing here could be merged with its repetition.
-    return nnx.remat(call, policy=_kept, prevent_cse=False)
-
-
 def check_attention(config: ModelConfig) -> None:
     """Refuses a kernel of attention that these devices do not have.
 
@@ -303,10 +276,6 @@ def check_attention(config: ModelConfig) -> None:
         raise ValueError(
             f"attention cudnn needs an NVIDIA GPU, not {jax.default_backend()}; take xla or plain."
         )
-
-
-def _kept(primitive: Primitive, *_: Any, **__: Any) -> bool:
-    return primitive.name in ("dot_general", "random_bits")
 
 
 def _output_scale(config: ModelConfig, given: float | None) -> float:
@@ -344,7 +313,7 @@ def _project(x: jax.Array, *maps: nnx.Linear) -> list[jax.Array]:
     and those that a mesh cuts, stay apart.
     """
     kernels = [linear.kernel[...] for linear in maps]
-    if not _one_device() or sum(k.size for k in kernels) > JOINED:
+    if not one_device() or sum(k.size for k in kernels) > JOINED:
         return [linear(x) for linear in maps]
     joined = jnp.concatenate(kernels, axis=-1).astype(x.dtype)
     ends = [k.shape[-1] for k in kernels[:-1]]

@@ -187,6 +187,12 @@ def auto_axes(mesh: Any) -> tuple[str, ...]:
     return tuple(name for name, kind in kinds if kind == AxisType.Auto)
 
 
+def one_device() -> bool:
+    """Whether what is traced is for one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1
+
+
 def constrained(x: jax.Array, *entries: str | None) -> jax.Array:
     """`x` cut by mesh axes, under an `Auto` mesh that has them; elsewhere `x` itself.
 
