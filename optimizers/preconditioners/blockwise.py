@@ -132,14 +132,13 @@ def blockwise(
       refresh: for the explanation, which lists options that differ from the defaults.
       **numbers: hyperparameters, which are arrays if they are injected.
     """
-    arrays = {key: value for key, value in numbers.items() if isinstance(value, jax.Array)}
 
     def body(
-        updates: optax.Updates, state: Any, found: Sequence[Blocking], **arrays: jax.Array
+        updates: optax.Updates, state: Any, found: Sequence[Blocking], **numbers: Any
     ) -> tuple[optax.Updates, Any]:
-        return step(updates, state, Tensors(updates, found), **(numbers | arrays))
+        return step(updates, state, Tensors(updates, found), **numbers)
 
-    on_shards = per_shard(body, init, blockings, numbers=arrays)
+    on_shards = per_shard(body, init, blockings, numbers=numbers)
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
@@ -153,7 +152,7 @@ def blockwise(
         }
 
     made = transformation(on_mixed_meshes(init), update, describe, name)
-    return with_norm(made, name, _norms(blockings, init, norm, numbers, arrays))
+    return with_norm(made, name, _norms(blockings, init, norm, numbers))
 
 
 def _norms(
@@ -161,15 +160,14 @@ def _norms(
     init: Callable[[optax.Params], Any],
     norm: Callable[..., list[OwnNorm]],
     numbers: dict[str, Any],
-    arrays: dict[str, jax.Array],
 ) -> Callable[[optax.Updates, Any], dict[str, OwnNorm]]:
     """The norms of leaves: those of their blocks, added up over all devices."""
 
     def body(
-        updates: optax.Updates, state: Any, found: Sequence[Blocking], **arrays: jax.Array
+        updates: optax.Updates, state: Any, found: Sequence[Blocking], **numbers: Any
     ) -> list[OwnNorm]:
         tensors = Tensors(updates, found)
-        leaves = tensors.by_leaf(norm(updates, state, tensors, **(numbers | arrays)))
+        leaves = tensors.by_leaf(norm(updates, state, tensors, **numbers))
 
         def summed(blocks: Sequence[jax.Array], cut: Blocking) -> jax.Array:
             return jax.lax.psum(functools.reduce(jnp.add, map(jnp.sum, blocks)), cut.block_names)
@@ -179,7 +177,7 @@ def _norms(
             for each, cut in zip(leaves, found, strict=True)
         ]
 
-    on_shards = per_shard(body, init, blockings, replicated_norms, arrays)
+    on_shards = per_shard(body, init, blockings, replicated_norms, numbers)
 
     def norms(updates: optax.Updates, state: Any) -> dict[str, OwnNorm]:
         paths = [path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(updates)]

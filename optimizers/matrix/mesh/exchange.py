@@ -36,7 +36,7 @@ def per_shard(
     init: Callable[[Any], Any],
     cuts: Callable[[Any], Sequence[Cut]],
     made: Callable[[Any], Any] | None = None,
-    numbers: Mapping[str, jax.Array] | None = None,
+    numbers: Mapping[str, Any] | None = None,
 ) -> Callable[[Any, Any], Any]:
     """`body` on every device's part of its arguments, if their types say that they are cut.
 
@@ -46,29 +46,31 @@ def per_shard(
       init: maps a tree like the updates to a state with the shardings that the state should have.
       cuts: finds how the leaves of the updates are cut.
       made: for other results, maps the updates to how the results are cut.
-      numbers: arrays that the body needs whole, as injected hyperparameters are. It may not close over
-        any, see "Closing over inputs to shard_map" in JAX.
+      numbers: hyperparameters, which are arrays if they are injected. The body may not close over
+        arrays, see "Closing over inputs to shard_map" in JAX.
     """
-    whole = jax.tree.map(lambda _: PartitionSpec(), dict(numbers or {}))
+    fixed = {k: x for k, x in (numbers or {}).items() if not isinstance(x, jax.Array)}
+    arrays = {k: x for k, x in (numbers or {}).items() if isinstance(x, jax.Array)}
+    whole = dict.fromkeys(arrays, PartitionSpec())
 
-    def update(updates: Any, state: Any, numbers: Mapping[str, jax.Array]) -> Any:
+    def update(updates: Any, state: Any, arrays: Mapping[str, jax.Array]) -> Any:
         mesh = mesh_in(updates)
         if mesh is None:
-            return body(updates, state, cuts(updates), **numbers)
+            return body(updates, state, cuts(updates), **fixed, **arrays)
         if auto_axes(mesh):
             specs = specs_of(updates)
             state_specs = specs_of_state(init, updates, specs, mesh.abstract_mesh)
-            return explicitly(mesh, update, (specs, state_specs, whole), updates, state, numbers)
+            return explicitly(mesh, update, (specs, state_specs, whole), updates, state, arrays)
         specs, found = (specs_of(updates), specs_after(init, updates)), cuts(updates)
         state = jax.tree.map(_resharded, state, specs[1])
         results = specs if made is None else made(updates)
 
-        def local(updates: Any, state: Any, numbers: Mapping[str, jax.Array]) -> Any:
-            return body(updates, state, [cut.local() for cut in found], **numbers)
+        def local(updates: Any, state: Any, arrays: Mapping[str, jax.Array]) -> Any:
+            return body(updates, state, [cut.local() for cut in found], **fixed, **arrays)
 
-        return _on_shards(local, (*specs, whole), results, mesh)(updates, state, numbers)
+        return _on_shards(local, (*specs, whole), results, mesh)(updates, state, arrays)
 
-    return lambda updates, state: update(updates, state, dict(numbers or {}))
+    return lambda updates, state: update(updates, state, arrays)
 
 
 def _on_shards(local: Callable[..., Any], taken: Any, made: Any, mesh: Any) -> Callable[..., Any]:
