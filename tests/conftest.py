@@ -101,6 +101,16 @@ def float64():
 
 
 @pytest.fixture
+def memory():
+    """Buckets in memory, as fsspec has them; empty again after the test."""
+    import fsspec
+
+    files = fsspec.filesystem("memory")
+    yield files
+    files.rm("/", recursive=True)
+
+
+@pytest.fixture
 def untimed(monkeypatch):
     """Skip the separate timing of the optimizer at the end of a run, which needs another compilation."""
     from ravine.training import train

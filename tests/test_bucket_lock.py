@@ -7,7 +7,6 @@ import tempfile
 import threading
 import time
 
-import fsspec
 import pytest
 from ravine.training.run import bucket_lock
 from ravine.training.run.bucket import bucket_folder
@@ -20,13 +19,6 @@ from .test_processes import launched
 URL = "memory://bucket/run"
 LOCK = "/bucket/run/race.lock"
 pytestmark = pytest.mark.usefixtures("untimed")
-
-
-@pytest.fixture
-def memory():
-    files = fsspec.filesystem("memory")
-    yield files
-    files.rm("/", recursive=True)
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ import os
 import tempfile
 from pathlib import Path
 
-import fsspec
 import pytest
 from ravine.training.compare.race_config import RaceConfig, check_bucket
 from ravine.training.run.bucket import bucket_folder
@@ -16,13 +15,6 @@ from .short_race import race
 
 URL = "memory://bucket/run"
 MANIFEST = json.dumps({"writes": ["race.json", "adamw/metrics.jsonl", "adamw/checkpoints/"]})
-
-
-@pytest.fixture
-def memory():
-    files = fsspec.filesystem("memory")
-    yield files
-    files.rm("/", recursive=True)
 
 
 @pytest.fixture(autouse=True)

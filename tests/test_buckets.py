@@ -23,13 +23,6 @@ from ravine.training.data.shards import write_shard
 from .short_race import SHORT
 
 
-@pytest.fixture
-def memory():
-    files = fsspec.filesystem("memory")
-    yield files
-    files.rm("/", recursive=True)
-
-
 def texts(count):
     return {f"inner/{i:03}.txt": f"file {i} ünïcode ".ljust(999).encode() for i in range(count)}
 
