@@ -4,15 +4,23 @@ import argparse
 import json
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ravine.training.cli import main
-from ravine.training.compare.runs import Late
+from ravine.training.compare.entrants import line_up
+from ravine.training.compare.kept import digest
+from ravine.training.compare.runs import Late, kept_losses
+from ravine.training.config import RunConfig
 from ravine.training.model import ModelConfig
 from ravine.training.studies.decay import DecayStudyConfig, largest_rise
 from ravine.training.studies.optimum import Optimum, optimum, search
 from ravine.training.studies.width import moved
 from ravine.training.studies.width_config import WidthStudyConfig
+from ravine.training.studies.width_lines import Line
+from ravine.training.studies.width_runs import WidthRuns
+from rich.console import Console
 
 SMALL = """--steps 12 --batch-size 4 --eval-batches 1 --width 16 --layers 1 --heads 1 --unroll 1
 --context 16"""
@@ -119,6 +127,79 @@ def test_the_study_of_width_goes_on_where_it_stopped(tmp_path, capsys):
     assert "one for all" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["muon", "shampoo", "soap"])
+def test_with_a_fallback_rate_only_that_of_the_matrices_is_swept(name):
+    (entrant,) = line_up(name)
+    line = Line(entrant, fallback_rate=0.01)
+    params = {"dense": {"kernel": jnp.ones((4, 4))}, "norm": {"scale": jnp.ones(4)}}
+    grads = jax.tree.map(lambda x: x + jnp.arange(1.0 * x.size).reshape(x.shape), params)
+    steps = []
+    for factor in (1.0, 2.0):
+        tried = line.at(factor)
+        tx = tried.optimizer.build(tried.learning_rate, weight_decay=0.0)
+        steps.append(tx.update(grads, tx.init(params), params)[0])
+    kernels = [np.asarray(step["dense"]["kernel"]) for step in steps]
+    np.testing.assert_allclose(kernels[1], 2 * kernels[0], rtol=1e-6)
+    for step in steps:
+        np.testing.assert_allclose(step["norm"]["scale"], -0.01, rtol=1e-6)  # Adam's first step
+
+
+def test_a_fallback_rate_at_the_tuned_one_is_the_same_run_under_another_key(tmp_path):
+    config = WidthStudyConfig(
+        optimizers="muon",
+        widths=(8, 16),
+        length=12,
+        run=RunConfig(
+            model=ModelConfig(width=8, layers=1, heads=1, unroll=1, context=8),
+            batch_size=2,
+            eval_batches=1,
+            data=(argparse.__file__,),
+        ),
+    )
+    (entrant,) = line_up("muon")
+    together, apart = Line(entrant), Line(entrant, entrant.learning_rate)
+    with kept_losses(config.run, tmp_path / "runs.jsonl") as (corpus, kept):
+        runs = WidthRuns(config, corpus, kept, Console(quiet=True))
+        found = {
+            (line.name, width, factor): runs.losses(line, True, width, factor)[0]
+            for width in config.widths
+            for line in (together, apart)
+            for factor in (1.0, 2.0)
+        }
+    names = ("muon", "muon, fallback 0.0493")
+    for width in config.widths:  # decay is coupled in one and independent in the other
+        same, other = ([found[name, width, factor] for name in names] for factor in (1.0, 2.0))
+        assert same[0] == pytest.approx(same[1], rel=1e-5)
+        assert abs(other[0] - other[1]) > 1e-3
+    rows = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert len({tuple(row["key"]) for row in rows}) == len(rows) == 8
+    told = [row.get("fallback_rate") for row in rows]
+    assert told == [None, None, 0.0493, 0.0493] * 2
+
+
+def test_runs_without_a_fallback_rate_keep_their_keys():
+    (entrant,) = line_up("muon")
+    tried = Line(entrant).at(1.0)
+    told = [tried.optimizer.to_json(), tried.learning_rate, tried.weight_decay, tried.warmup]
+    assert digest(told) == "7dc094d2c02c"  # of the first run of Muon in docs/width/runs.jsonl
+
+
+def test_a_line_for_the_matrices_alone_stands_beside_that_for_both():
+    config = WidthStudyConfig(optimizers="adamw,muon,soap", fallback_rates="muon=0.02")
+    assert [line.name for line in config.lines()] == [
+        "adamw",
+        "muon",
+        "muon, fallback 0.02",
+        "soap",
+    ]
+    assert [line.kinds(control=True) for line in config.lines()] == [
+        (True, False),
+        (True, False),
+        (True,),
+        (True, False),
+    ]
+
+
 def test_bad_input(capsys):
     assert main(["study", "decai"]) == 2
     assert "no study 'decai'; write: study decay or study width" in capsys.readouterr().err
@@ -128,6 +209,18 @@ def test_bad_input(capsys):
         WidthStudyConfig(widths=(64,))
     with pytest.raises(ValueError, match="minutes must be finite and not negative"):
         WidthStudyConfig(minutes=-1.0)
+    with pytest.raises(
+        ValueError, match="adamw has no fallback: all parameters are its own; leave"
+    ):
+        WidthStudyConfig(fallback_rates="adamw=0.01")
+    with pytest.raises(ValueError, match="'lion' is no optimizer of this study"):
+        WidthStudyConfig(fallback_rates="lion=0.01")
+    with pytest.raises(
+        ValueError, match="learning rate of muon's fallback must be positive and fin"
+    ):
+        WidthStudyConfig(fallback_rates="muon=-0.01")
+    with pytest.raises(ValueError, match="muon must be a number, got 'tuned'"):
+        WidthStudyConfig(fallback_rates="muon=tuned")
     with pytest.raises(ValueError, match="weight_decay must be finite and positive, got 0"):
         DecayStudyConfig(weight_decay=0.0)
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):

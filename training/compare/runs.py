@@ -58,21 +58,27 @@ class Runs:
         fields = to_json(dataclasses.replace(self._run, **UNTOLD))
         self._task = digest([fields, corpus.fingerprint])
 
-    def loss(self, entrant: Entrant, repeat: int, steps: int) -> float:
+    def loss(self, entrant: Entrant, repeat: int, steps: int, **told: float) -> float:
         """Of an entrant, with the seed so far behind the first; infinite if it diverged.
+
+        Args:
+          entrant: which.
+          repeat: how far its seed is behind the first.
+          steps: of its schedule.
+          told: numbers that its line says too, such as another learning rate of the entrant.
 
         Raises:
           Late: if it would have to be made after the time for that.
         """
         interrupts.check()
-        told = [
+        decided = [
             entrant.optimizer.to_json(),
             entrant.learning_rate,
             entrant.weight_decay,
             entrant.warmup,
             *self._decides(entrant),
         ]
-        key = (self._task, entrant.name, repeat, steps, digest(told))
+        key = (self._task, entrant.name, repeat, steps, digest(decided))
         if key not in self._kept:
             if time.monotonic() > self._until:
                 raise Late
@@ -81,9 +87,12 @@ class Runs:
             loss = self._trials(repeat).loss(point, steps)
             width = self._run.model.width
             row = {"optimizer": entrant.name, "width": width, "steps": steps}
-            row |= {"learning_rate": entrant.learning_rate, "seed": self._run.seed + repeat}
+            row |= {"learning_rate": entrant.learning_rate, "seed": self._run.seed + repeat} | told
             self._kept.add(key, loss, **row)
             what = f"{entrant.name:<12} {width:>4} wide, rate {entrant.learning_rate:<8.3g}"
+            what += "".join(
+                f", {name.replace('_', ' ')} {value:.3g}," for name, value in told.items()
+            )
             self._console.print(f"{what} {steps:>6} steps: {loss:.4f} nats", highlight=False)
         return self._kept[key]
 

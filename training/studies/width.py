@@ -8,13 +8,16 @@ all widths. The control has one rate for all parameters of all widths.
 Rates are a factor of 2 apart until worse ones lie on both sides of the best, and then a factor of
 root 2; a parabola in the logarithm of the rate through those next to the best says where the best is.
 
+One rate is swept for all parameters, so that of the fallback moves with that of the matrices. With a
+fallback's rate given, there is a second line for the same optimizer, in which it stays.
+
 Source: Yang et al., 2022, https://arxiv.org/abs/2203.03466 (transfer of the best rate); Qiu et al.,
 2025, https://arxiv.org/abs/2512.05620, for matrix optimizers.
 """
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,17 +26,17 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from ..compare.entrants import line_up
 from ..compare.runs import kept_losses
 from ..identity import to_json
 from ..run.files import write_json
 from .optimum import Optimum, optimum, search
 from .picture import draw_width
 from .width_config import WidthStudyConfig
+from .width_lines import Line
 from .width_runs import WidthRuns
 
 Key = tuple[str, bool, int]
-"""An optimizer, whether the rule is used, and a width."""
+"""The name of a line, whether the rule is used, and a width."""
 Found = dict[Key, dict[float, list[float]]]
 """Losses by factor of the tuned rate, one per seed."""
 
@@ -45,27 +48,27 @@ def study_width(config: WidthStudyConfig, console: Console) -> dict[Key, Optimum
       ValueError: for a text or a file of runs that cannot be used.
     """
     found: Found = {}
-    entrants = line_up(config.optimizers)
+    lines = config.lines()
     with kept_losses(config.run, config.out / "runs.jsonl") as (corpus, kept):
         runs = WidthRuns(config, corpus, kept, console)
-        for ruled in (True, False) if config.control else (True,):
+        for ruled in (True, False):
             for width in config.widths:
-                for entrant in entrants:
+                for line in (line for line in lines if ruled in line.kinds(config.control)):
                     if width == config.widths[0] and not ruled:
-                        found[entrant.name, ruled, width] = found[entrant.name, True, width]
+                        found[line.name, ruled, width] = found[line.name, True, width]
                         continue
-                    mine = found.setdefault((entrant.name, ruled, width), {})
+                    mine = found.setdefault((line.name, ruled, width), {})
                     before = [w for w in config.widths if w < width][-1:]
-                    known = found[entrant.name, ruled, before[0]] if before else {}
+                    known = found[line.name, ruled, before[0]] if before else {}
                     search(
-                        functools.partial(runs.losses, entrant, ruled, width),
+                        functools.partial(runs.losses, line, ruled, width),
                         mine,
                         min(known, key=lambda f, k=known: float(np.mean(k[f])), default=1.0),
                     )
     best = {key: optimum(losses) for key, losses in found.items() if losses}
-    rates = {entrant.name: entrant.learning_rate for entrant in entrants}
-    console.print(_table(config, rates, best))
-    write_json(config.out / "width.json", _told(config, rates, found, best))
+    console.print(_table(config, lines, best))
+    write_json(config.out / "width.json", _told(config, lines, found, best))
+    rates = {line.name: line.entrant.learning_rate for line in lines}
     draw_width(config.out / "width.png", rates, found, best)
     return best
 
@@ -84,14 +87,14 @@ def moved(best: Mapping[Key, Optimum], name: str, ruled: bool) -> tuple[float, f
     return by, float(stats.t.ppf(0.95, free)) * error
 
 
-def _table(
-    config: WidthStudyConfig, rates: Mapping[str, float], best: Mapping[Key, Optimum]
-) -> Table:
+def _table(config: WidthStudyConfig, lines: Sequence[Line], best: Mapping[Key, Optimum]) -> Table:
     caption = (
         "best learning rates of the base model by a parabola, with standard errors in percent; < or >: "
         "the best one tried is an end of the search. Moved: from the first width to the last, with an "
         "interval of 90 %"
     )
+    if any(line.fallback_rate is not None for line in lines):
+        caption += ". With a fallback's rate beside the name: rates of the matrices alone"
     table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
     table.add_column("optimizer")
     table.add_column("rates")
@@ -99,8 +102,9 @@ def _table(
         table.add_column(f"{width} wide", justify="right")
     table.add_column("moved", justify="right")
     table.add_column("below root 2")
-    for name, rate in rates.items():
-        for ruled in (True, False) if config.control else (True,):
+    for line in lines:
+        name, rate = line.name, line.entrant.learning_rate
+        for ruled in line.kinds(config.control):
             cells = [_cell(rate, best.get((name, ruled, width))) for width in config.widths]
             row = [name, "by the rule" if ruled else "one for all", *cells]
             ends = [
@@ -127,15 +131,17 @@ def _cell(rate: float, at: Optimum | None) -> str:
 
 def _told(
     config: WidthStudyConfig,
-    rates: Mapping[str, float],
+    lines: Sequence[Line],
     found: Found,
     best: Mapping[Key, Optimum],
 ) -> dict[str, Any]:
+    by_name = {line.name: line for line in lines}
     rows = []
     for (name, ruled, width), losses in found.items():
         if losses:
-            runs = {f"{rates[name] * factor:.5g}": losses[factor] for factor in sorted(losses)}
-            at = best[name, ruled, width]
-            row = {"optimizer": name, "rule": ruled, "width": width, "losses": runs}
-            rows.append(row | {"best_rate": rates[name] * 2**at.log2, **at._asdict()})
+            line, at = by_name[name], best[name, ruled, width]
+            rate = line.entrant.learning_rate
+            runs = {f"{rate * factor:.5g}": losses[factor] for factor in sorted(losses)}
+            row = {"optimizer": line.entrant.name, **line.told, "rule": ruled, "width": width}
+            rows.append(row | {"losses": runs, "best_rate": rate * 2**at.log2, **at._asdict()})
     return {"config": to_json(config), "best": rows}

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from ...optimizers.links.growth import Rank
 from ...optimizers.width import width_rule
-from ..compare.entrants import line_up
 from ..compare.trial import check_used
 from ..config import RunConfig
+from ..identity import LATER
 from ..width.coordinates import at_width
+from .width_lines import Line, lines_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,10 @@ class WidthStudyConfig:
 
     optimizers: str = "adamw,muon,soap,shampoo"
     """Names, separated by commas; tuned ones."""
+    fallback_rates: str = dataclasses.field(default="", metadata=LATER)
+    """name=value, separated by commas: also sweep the rate of that optimizer's matrices alone, and keep
+    its fallback's peak rate (AdamW's, for embeddings, head and norms) at the value, times its factor
+    for width."""
     widths: tuple[int, ...] = (64, 128, 256)
     """Two or more, rising; the first is the base model's."""
     length: int = 200
@@ -54,5 +59,9 @@ class WidthStudyConfig:
         base = at_width(self.run.model, self.widths[0])
         for width in self.widths:
             at_width(base, width)
-        for entrant in line_up(self.optimizers):
-            width_rule(entrant.optimizer, rank=self.rank)
+        for line in self.lines():
+            width_rule(line.entrant.optimizer, rank=self.rank)
+
+    def lines(self) -> tuple[Line, ...]:
+        """What is swept, a row of the table each."""
+        return lines_of(self.optimizers, self.fallback_rates)

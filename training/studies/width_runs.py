@@ -23,6 +23,7 @@ from ..model_config import ModelConfig
 from ..step import init_params
 from ..width.coordinates import at_width
 from .width_config import WidthStudyConfig
+from .width_lines import Line
 
 
 class WidthRuns:
@@ -40,16 +41,17 @@ class WidthRuns:
         self._kept, self._console = kept, console
         self._until = time.monotonic() + 60 * config.minutes if config.minutes else math.inf
 
-    def losses(self, entrant: Entrant, ruled: bool, width: int, factor: float) -> list[float]:
+    def losses(self, line: Line, ruled: bool, width: int, factor: float) -> list[float]:
         """At the end of a schedule, one per seed; infinite where a run diverged.
 
         Raises:
           Late: if one would have to be made after the time for that.
         """
-        runs = self._runs(width, ruled and width > self._config.widths[0])
-        tried = dataclasses.replace(entrant, learning_rate=entrant.learning_rate * factor)
-        repeats = range(self._config.seeds)
-        return [runs.loss(tried, repeat, self._config.length) for repeat in repeats]
+        # With a fallback apart, decay is to be independent of both rates at the first width too.
+        apart = line.fallback_rate is not None
+        runs = self._runs(width, apart or (ruled and width > self._config.widths[0]))
+        tried, length = line.at(factor), self._config.length
+        return [runs.loss(tried, seed, length, **line.told) for seed in range(self._config.seeds)]
 
     @functools.lru_cache(2)  # noqa: B019 - as long-lived as its command
     def _runs(self, width: int, scaled: bool) -> Runs:
