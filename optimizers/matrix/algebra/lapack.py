@@ -5,18 +5,28 @@ and under an `Explicit` mesh they raise (jax #33230); optimizers call this insid
 
 On CPU the matrices go to LAPACK one by one. Given a batch, jaxlib (0.10 to 0.12) splits it over XLA's
 thread pool and waits inside that same pool: when as many such calls run at once as there are threads,
-from two independent places of a program or from two devices, they wait for each other forever.
+from two independent places of a program or from two devices, they wait for each other forever. A call
+with one matrix starts no other work and waits for nothing, so several of these may run side by side, and
+do if OpenBLAS leaves the other cores to them: with ``OPENBLAS_NUM_THREADS=1``.
 """
 
+import math
+import os
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+SIDE_BY_SIDE = 12
+"""Calls in one turn of a loop. XLA (jaxlib 0.10) hands half of what is ready to another thread if that
+is more than eight calls."""
+LARGE = 2**14
+"""Elements of a matrix from which on that takes less time than it costs to compile."""
+
 
 def for_each_matrix(function: Callable[[jax.Array], Any], batch: jax.Array) -> Any:
-    """``function(batch)``, on CPU one matrix at a time.
+    """``function(batch)``, on CPU with one call for each matrix.
 
     Args:
       function: maps `[K, n, m]`, matrix by matrix, to arrays `[K, ...]`.
@@ -30,10 +40,21 @@ def for_each_matrix(function: Callable[[jax.Array], Any], batch: jax.Array) -> A
     """
 
     def one_by_one(batch: jax.Array) -> Any:
-        found = jax.lax.map(lambda matrix: function(matrix[None]), batch)
+        each = lambda _, matrix: (None, function(matrix[None]))
+        _, found = jax.lax.scan(each, None, batch, unroll=_side_by_side(batch))
         return jax.tree.map(lambda x: x.reshape(x.shape[0], *x.shape[2:]), found)
 
     return jax.lax.platform_dependent(batch, cpu=one_by_one, default=function)
+
+
+def _side_by_side(batch: jax.Array) -> int:
+    """How many matrices of a batch may be decomposed at the same time.
+
+    With more OpenBLAS threads than one, calls side by side take longer than one after the other.
+    """
+    one_thread = os.environ.get("OPENBLAS_NUM_THREADS") == "1"
+    large = math.prod(batch.shape[1:]) >= LARGE
+    return max(1, min(SIDE_BY_SIDE, batch.shape[0])) if one_thread and large else 1
 
 
 def eigh(symmetric_KxNxN: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,0 +1,45 @@
+"""Decompositions on CPU: one call for each matrix, side by side, with the same results."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from ravine.optimizers.matrix.algebra import lapack
+from ravine.optimizers.matrix.algebra.eigenbasis import followed
+
+
+def statistics(count, size):
+    """Gram matrices of gradients whose columns fall off like a power, as float32."""
+    rng = np.random.default_rng(0)
+    columns = rng.normal(size=(count, size, 2 * size)) * np.arange(1, 2 * size + 1) ** -0.8
+    return jnp.asarray(columns @ columns.swapaxes(1, 2), jnp.float32)
+
+
+def followed_once(batch):
+    return followed(batch, jnp.broadcast_to(jnp.eye(batch.shape[-1])[None], batch.shape), sort=True)
+
+
+@pytest.mark.parametrize("function", [lapack.eigh, followed_once])
+@pytest.mark.parametrize("count", [1, 13])
+def test_matrices_side_by_side_have_the_results_of_one_at_a_time(function, count, monkeypatch):
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
+    batch = statistics(count, 128)
+    found = jax.jit(function)(batch)
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "2")
+    for ours, alone in zip(found, jax.jit(lambda x: function(x))(batch), strict=True):
+        np.testing.assert_array_equal(ours, alone)
+
+
+def test_eight_devices_on_few_cores_do_not_wait_for_each_other(monkeypatch):
+    """Batches of more than one matrix would: a pool has a thread for each core."""
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
+    mesh, rows = jax.make_mesh((8,), ("data",)), PartitionSpec("data")
+    batch = jax.device_put(statistics(8 * 13, 128), NamedSharding(mesh, rows))
+    on_mesh = jax.shard_map(
+        lambda x: (*lapack.eigh(x), *followed_once(x)), mesh=mesh, in_specs=rows, out_specs=rows
+    )
+    values, *_ = jax.jit(on_mesh)(batch)
+    # LAPACK is backward stable: n times the rounding of the largest eigenvalue, times a small constant.
+    bound = 128 * 2.0**-23 * float(jnp.max(values))
+    np.testing.assert_allclose(values, np.linalg.eigvalsh(np.float64(batch)), rtol=0, atol=bound)
