@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from .mapped import mapped_as_arguments
-from .paths import path_string
+from .paths import key_names
 from .state_fit import StateMismatchError, check_state
 
 MOST_SHOWN = 4
@@ -107,10 +107,9 @@ def _same_shape(leaf: Any, other: Any) -> bool:
     return leaf.shape == jnp.shape(other)
 
 
-def _named(tree: Any) -> dict[str, Any]:
-    is_taken = lambda node: isinstance(node, optax.MaskedNode)
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_taken)
-    return {path_string(path): leaf for path, leaf in leaves}
+def _named(tree: Any) -> dict[tuple[str, ...], Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_taken)
+    return {key_names(path): leaf for path, leaf in leaves}
 
 
 def _problems(what: str, tree: Any, like: Any, of: str) -> list[str]:
@@ -118,11 +117,14 @@ def _problems(what: str, tree: Any, like: Any, of: str) -> list[str]:
     expected = found if like is None else _named(like)
     taken = [name for tree in (found, expected) for name, leaf in tree.items() if _is_taken(leaf)]
 
-    def is_part_of_taken(name: str) -> bool:
-        return any(not path or name == path or name.startswith(f"{path}/") for path in taken)
+    def is_part_of_taken(name: tuple[str, ...]) -> bool:
+        return any(name[: len(path)] == path for path in taken)
+
+    def said(name: tuple[str, ...]) -> str:
+        return repr("/".join(name) or "(root)")
 
     for name, leaf in found.items():
-        where = f"{what} {name or '(root)'!r}"
+        where = f"{what} {said(name)}"
         if is_part_of_taken(name):
             continue
         if not hasattr(leaf, "shape"):
@@ -134,7 +136,7 @@ def _problems(what: str, tree: Any, like: Any, of: str) -> list[str]:
         elif leaf.shape != jnp.shape(expected[name]):
             problems.append(f"{where} has shape {leaf.shape}, its {of} {jnp.shape(expected[name])}")
     missing = [name for name in expected if name not in found and not is_part_of_taken(name)]
-    problems += [f"the {of} {name or '(root)'!r} has no {what}" for name in missing]
+    problems += [f"the {of} {said(name)} has no {what}" for name in missing]
     return problems
 
 
@@ -163,8 +165,8 @@ def placed_like(tree: Any, like: Any) -> Any:
     if all(_mesh(x) is None for x in others):
         return tree
     if structure != other_structure:
-        named = {path_string(p): x for p, x in jax.tree_util.tree_leaves_with_path(like)}
-        paths = [path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+        named = {key_names(p): x for p, x in jax.tree_util.tree_leaves_with_path(like)}
+        paths = [key_names(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
         others = [named.get(path, x) for path, x in zip(paths, leaves, strict=True)]
     return structure.unflatten(map(_moved, leaves, others))
 

@@ -14,7 +14,7 @@ import jax
 import optax
 from jax.sharding import PartitionSpec
 
-from .paths import path_string
+from .paths import path_string, paths_of
 from .transformation import unwatched
 
 
@@ -83,7 +83,7 @@ def norms_in(
     tx: optax.GradientTransformation, grads: optax.Updates, opt_state: Any
 ) -> dict[str, OwnNorm]:
     """The norms of gradients in all parts of `tx` that tell them, by path."""
-    leaves = {path_string(path): x for path, x in jax.tree_util.tree_leaves_with_path(grads)}
+    leaves = dict(zip(paths_of(grads), jax.tree.leaves(grads), strict=True))
     found: dict[str, OwnNorm] = {}
     owners: dict[str, str] = {}
     for each, where in _asked(tx, grads):

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .paths import path_string
+from .paths import key_names
 
 
 class StateMismatchError(ValueError):
@@ -36,18 +36,19 @@ def check_state(state: Any, init: Callable[[Any], Any], params: Any) -> None:
     if found == expected:
         return
     path = next(p for p in (*expected, *found) if found.get(p) != expected.get(p))
+    name = repr("/".join(path))
     if path not in found:
-        what = f"it has no {path!r}"
+        what = f"it has no {name}"
     elif path not in expected:
-        what = f"it has {path!r}, which this optimizer does not keep"
+        what = f"it has {name}, which this optimizer does not keep"
     else:
-        what = f"its {path!r} has shape {found[path]}, not {expected[path]}"
+        what = f"its {name} has shape {found[path]}, not {expected[path]}"
     raise StateMismatchError(
         f"the state was not made by this optimizer with these options and parameters: {what}; build "
         "the optimizer as it was when the state was made, or start again with tx.init(params)."
     )
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+def _shapes(tree: Any) -> dict[tuple[str, ...], tuple[int, ...]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {path_string(path): tuple(np.shape(leaf)) for path, leaf in leaves}
+    return {key_names(path): tuple(np.shape(leaf)) for path, leaf in leaves}

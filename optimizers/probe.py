@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from ..core.checks import shown
-from ..core.paths import key_names, path_string
+from ..core.paths import key_names, path_string, paths_of
 from ..core.transformation import Link, watching
 
 WRAPPERS = frozenset(
@@ -66,10 +66,9 @@ def probe(tx: Any, params: Any) -> tuple[dict[str, Found], int]:
                 f"{where} must be an array or its shape, got {shown(leaf)}; make it one, or leave it "
                 "out, as eqx.filter(model, eqx.is_inexact_array) does."
             )
-    keys = [
-        (path_string(path), key_names(path))
-        for path, _ in jax.tree_util.tree_leaves_with_path(params)
-    ]
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    own_keys = [key_names(path) for path, _ in leaves]
+    keys = list(zip(paths_of(params), own_keys, strict=True))
     found = {path: Found() for path, _ in keys}
     with watching() as links:
         state = jax.eval_shape(lambda tree: tx.init(tree), params)  # a new function, never cached

@@ -11,7 +11,7 @@ import optax
 from ..core.arguments import checked
 from ..core.arithmetic import cast, wide
 from ..core.checks import check_positive
-from ..core.paths import path_string
+from ..core.paths import paths_of
 from ..core.transformation import transformation
 from .links.growth import (
     Growth,
@@ -210,7 +210,8 @@ def scale_by_width(
     """
     check_positive(depth_ratio=depth_ratio)
     found_rule = rule if isinstance(rule, WidthRule) else width_rule(rule, rank=rank)
-    shapes = {path_string(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(base)}
+    base_shapes = [leaf.shape for leaf in jax.tree.leaves(base)]
+    shapes = dict(zip(paths_of(base), base_shapes, strict=True))
 
     def factors(tree: Any) -> list[float]:
         decided = decide(tree, rules, ("matrix", "embedding", "head", "convolution"))

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from ...core.checks import near, shown
-from ...core.paths import path_string
+from ...core.paths import path_string, paths_of
 from ...core.tree_checks import check_real_leaves, is_part
 from ..matrix.shape.layout import Layout, MatrixAxes, layout
 from .refusal import refusal
@@ -115,8 +115,9 @@ def decide(
       vectors: whether parameters with needed roles may have fewer than two axes.
 
     Raises:
-      ValueError: unless `lenient`, for all parameters that no rule matches or that have needed but
-        unknown axes, together; or a required rule that decides no parameter.
+      ValueError: for two parameters with one path; unless `lenient`, for all parameters that no rule
+        matches or that have needed but unknown axes, together; or a required rule that decides no
+        parameter.
       TypeError: if one of these parameters is not a real floating-point array, so that no rule helps.
 
     Example:
@@ -126,10 +127,8 @@ def decide(
       MatrixAxes(rows=(-2,), columns=(-1,), row_parts=1, column_parts=1)
     """
     ready = complete(rules)
-    leaves = [
-        (path_string(path), tuple(np.shape(leaf)))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    ]
+    shapes = [tuple(np.shape(leaf)) for leaf in jax.tree.leaves(params)]
+    leaves = list(zip(paths_of(params), shapes, strict=True))
     layers, modules = _layer_axes(leaves, ready), _modules(leaves)
     used, decided = set(), []
     for name, shape in leaves:

@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ....core.arguments import checked
 from ....core.own_norm import OwnNorm, norms_in, with_norm
-from ....core.paths import path_string
+from ....core.paths import key_names, path_string
 from ....core.transformation import with_extra_args
 from .exchange import resharded, resharded_as
 from .explicit import auto_axes, explicitly, set_outside_of_jit, specs_of_state
@@ -117,13 +117,13 @@ def on_mesh(
 
     def known_specs(tree: Any) -> Any:
         def spec_of(path: Any, x: Any) -> PartitionSpec:
-            name = path_string(path)
-            if name not in known:
+            names = key_names(path)
+            if names not in known:
                 raise ValueError(
-                    f"on_mesh was not told how the parameter {name!r} of shape {tuple(x.shape)} is "
-                    "sharded; give it all parameters, or a PartitionSpec for each."
+                    f"on_mesh was not told how the parameter {path_string(path)!r} of shape "
+                    f"{tuple(x.shape)} is sharded; give it all parameters, or a PartitionSpec for each."
                 )
-            return known[name]
+            return known[names]
 
         specs = jax.tree_util.tree_map_with_path(spec_of, tree)
         check_specs(tree, specs, chosen())
@@ -172,7 +172,7 @@ def on_mesh(
     return with_norm(with_extra_args(init, update), "on_mesh", norms)
 
 
-def _known_specs(params: Any) -> tuple[dict[str, PartitionSpec], Any]:
+def _known_specs(params: Any) -> tuple[dict[tuple[str, ...], PartitionSpec], Any]:
     """Specifications by the parameters' paths, and the mesh if their shardings have one."""
     known, mesh = {}, None
     for path, x in jax.tree_util.tree_leaves_with_path(params):
@@ -181,7 +181,7 @@ def _known_specs(params: Any) -> tuple[dict[str, PartitionSpec], Any]:
         )
         if isinstance(sharding, NamedSharding):
             mesh, sharding = sharding.mesh, sharding.spec
-        known[path_string(path)] = sharding
+        known[key_names(path)] = sharding
     if not any(isinstance(s, PartitionSpec) for s in known.values()):
         raise ValueError(
             "on_mesh needs to know how parameters are sharded, and none of these has a NamedSharding; "
