@@ -214,7 +214,7 @@ def decay_or_identity(
 class AfterFirstState(NamedTuple):
     """State of `decay_after_first`."""
 
-    started: jax.Array  # bool scalar: whether there was an update that no guard skipped
+    started: jax.Array  # int32 scalar: 1 after an update that no guard skipped, before it 0
     inner: Any  # of the decay, with its clock
 
 
@@ -227,13 +227,13 @@ def decay_after_first(
     decay = add_decayed_weights(weight_decay, mask)
 
     def init(params: optax.Params) -> AfterFirstState:
-        return AfterFirstState(jnp.zeros([], bool), decay.init(params))
+        return AfterFirstState(jnp.zeros([], jnp.int32), decay.init(params))
 
     def update(
         updates: optax.Updates, state: AfterFirstState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, AfterFirstState]:
         decayed, inner = decay.update(updates, state.inner, params)
-        updates = jax.tree.map(lambda d, u: jnp.where(state.started, d, u), decayed, updates)
+        updates = jax.tree.map(lambda d, u: jnp.where(state.started > 0, d, u), decayed, updates)
         return updates, AfterFirstState(jnp.ones_like(state.started), inner)
 
     return transformation(init, update)
