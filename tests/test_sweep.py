@@ -19,7 +19,7 @@ from ravine.training.compare.sweep import TRIALS, derived, read_trials
 from ravine.training.compare.trial import Trials
 from ravine.training.config import RunConfig
 from ravine.training.data.corpus import load_corpus
-from ravine.training.model import ModelConfig
+from ravine.training.model import ModelConfig, Transformer
 from ravine.training.run.around import RunPaths
 from ravine.training.run.outcome import Outcome
 from ravine.training.train import train
@@ -106,6 +106,21 @@ def test_seeds_share_a_program(monkeypatch):
     assert len(traced) == 1
     assert losses[0] == losses[2] != losses[1]
     assert losses[1] == Trials(dataclasses.replace(RUN, seed=8), corpus).loss(point, 4)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "loss", "fused"),
+    [(8192, "auto", False), (8193, "auto", True), (8193, "plain", False), (256, "fused", True)],
+)
+def test_a_trial_takes_the_fused_loss_where_a_race_does(vocabulary, loss, fused, monkeypatch):
+    """The fused loss never asks the model for logits."""
+    model = dataclasses.replace(MODEL, vocabulary=vocabulary, width=8)
+    run = dataclasses.replace(RUN, model=model, loss=loss)
+    asked, logits = [], Transformer.logits
+    monkeypatch.setattr(Transformer, "logits", lambda *a: asked.append(1) or logits(*a))
+    corpus = load_corpus((TEXT,)).for_tuning()
+    assert math.isfinite(Trials(run, corpus).loss(Point(0.1, 0.0, 0.0, OptimizerConfig("sgd")), 2))
+    assert run.fused == fused == (not asked)
 
 
 def test_a_diverged_trial_is_infinite_and_null_in_the_file(tmp_path):

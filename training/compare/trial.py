@@ -81,14 +81,14 @@ class Trials:
         numbers["weight_decay"] = point.weight_decay / point.learning_rate
         numbers = {name: jnp.float32(value) for name, value in numbers.items()}
         run = self._run
-        init, step = _programs(run.model, run.clip_norm, self._update, rest)
+        init, step = _programs(run.model, run.clip_norm, run.fused, self._update, rest)
         state, batches = init(self._start, numbers), self._batches()
         for done, rate in enumerate(self._rates(point, steps), 1):
             interrupts.check()
             state, metrics = step(state, next(batches), jnp.float32(rate), numbers)
             if done % LOOK == 0 and not math.isfinite(float(metrics["loss"])):
                 return math.inf
-        loss = float(mean_loss(self._graphdef, evaluated(state), self._heldout))
+        loss = float(mean_loss(self._graphdef, evaluated(state), self._heldout, run.fused))
         return loss if math.isfinite(loss) else math.inf
 
     def _rates(self, point: Point, steps: int) -> np.ndarray:
@@ -102,7 +102,7 @@ class Trials:
 
 @functools.lru_cache(maxsize=REMEMBERED)
 def _programs(
-    model: ModelConfig, clip_norm: float, update: Update, rest: OptimizerConfig
+    model: ModelConfig, clip_norm: float, fused: bool, update: Update, rest: OptimizerConfig
 ) -> tuple[Callable[..., TrainState], Callable[..., Any]]:
     """``init(params, numbers)`` and ``step(state, batch, rate, numbers)``, jitted."""
 
@@ -116,13 +116,14 @@ def _programs(
 
     def step(state: TrainState, batch: Any, rate: Any, numbers: dict[str, Any]) -> Any:
         tx = build(rate, numbers)
-        options = {"attention_logits": False, "by_hutchinson": rest.name in HUTCHINSON}
+        options = {"fused": fused, "by_hutchinson": rest.name in HUTCHINSON}
+        options["attention_logits"] = False
         return make_train_step(model_graph(model), tx, **options)(state, batch)
 
     return jax.jit(init), jax.jit(step, donate_argnums=0)
 
 
-USED = {"model", "batch_size", "seed", "clip_norm", "eval_batches", "data"}
+USED = {"model", "batch_size", "seed", "clip_norm", "eval_batches", "data", "loss"}
 USED |= {"bpe", "tokenizer", "bytes_per_token", "heldout_data", "order"}
 """The settings of a run that trials use."""
 
