@@ -7,6 +7,7 @@ import inspect
 import itertools
 import math
 import os
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -108,6 +109,15 @@ def memory():
     files = fsspec.filesystem("memory")
     yield files
     files.rm("/", recursive=True)
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    """The folder of temporary files, empty before the test."""
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
 
 
 @pytest.fixture

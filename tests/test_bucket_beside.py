@@ -2,24 +2,13 @@
 
 import os
 import sys
-import tempfile
 import types
 from pathlib import Path
 
-import fsspec
 import pytest
 from ravine.training.run import profile, tensorboard
 
 URL = Path("memory://bucket/beside")
-
-
-@pytest.fixture
-def memory(tmp_path, monkeypatch):
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    files = fsspec.filesystem("memory")
-    yield files
-    files.rm("/", recursive=True)
 
 
 class Writer:
@@ -37,7 +26,7 @@ class Writer:
     close = flush
 
 
-def test_events_are_copied_when_asked_and_in_the_end(memory, tmp_path, monkeypatch, capsys):
+def test_events_are_copied_when_asked_and_in_the_end(memory, temporary, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=Writer))
     with tensorboard.events(URL) as (write, copy):
         write({"step": 3, "loss": 2.0})
@@ -45,7 +34,7 @@ def test_events_are_copied_when_asked_and_in_the_end(memory, tmp_path, monkeypat
         assert memory.cat_file("/bucket/beside/events") == b"loss 2.0 3\n"
         write({"step": 4, "loss": 1.0})
     assert memory.cat_file("/bucket/beside/events") == b"loss 2.0 3\nloss 1.0 4\n"
-    assert not os.listdir(tmp_path / "tmp")
+    assert not os.listdir(temporary)
 
     def fails(self, path, value, **kwargs):
         raise RuntimeError("no network")
@@ -60,7 +49,7 @@ def test_events_are_copied_when_asked_and_in_the_end(memory, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("ends", [True, False])
-def test_a_profile_is_copied_once_it_is_whole(memory, tmp_path, monkeypatch, ends):
+def test_a_profile_is_copied_once_it_is_whole(memory, temporary, monkeypatch, ends):
     monkeypatch.setattr(profile, "START", 1)
     monkeypatch.setattr(profile, "STOP", 2)
     folders = []
@@ -75,7 +64,7 @@ def test_a_profile_is_copied_once_it_is_whole(memory, tmp_path, monkeypatch, end
     trace.close()
     assert memory.cat_file("/bucket/beside/trace") == b"ten updates"
     assert len(folders) == 1
-    assert not os.listdir(tmp_path / "tmp")
+    assert not os.listdir(temporary)
 
 
 @pytest.mark.parametrize("fails", ["start_trace", "stop_trace"])

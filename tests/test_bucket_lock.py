@@ -3,7 +3,6 @@
 import datetime
 import json
 import os
-import tempfile
 import threading
 import time
 
@@ -18,16 +17,14 @@ from .test_processes import launched
 
 URL = "memory://bucket/run"
 LOCK = "/bucket/run/race.lock"
-pytestmark = pytest.mark.usefixtures("untimed")
+pytestmark = pytest.mark.usefixtures("untimed", "temporary")
 
 
 @pytest.fixture(autouse=True)
-def hurried(monkeypatch, tmp_path):
+def hurried(monkeypatch):
     """A silent lock is watched for a second, in which its holder would write it twenty times."""
     monkeypatch.setattr(bucket_lock, "BEAT", 0.05)
     monkeypatch.setattr(bucket_lock, "WATCHED", 1.0)
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
 
 
 def left_by(pid, minutes, **more):

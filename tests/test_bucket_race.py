@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,12 +15,7 @@ from .short_race import race
 URL = "memory://bucket/run"
 MANIFEST = json.dumps({"writes": ["race.json", "adamw/metrics.jsonl", "adamw/checkpoints/"]})
 
-
-@pytest.fixture(autouse=True)
-def temporary(tmp_path, monkeypatch):
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    return tmp_path / "tmp"
+pytestmark = pytest.mark.usefixtures("temporary")
 
 
 def names(memory):
