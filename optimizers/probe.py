@@ -75,9 +75,9 @@ def probe(tx: Any, params: Any) -> tuple[dict[str, Found], int]:
     for link in links:
         _note(link, found)
     shared = 0
-    for names, kinds, leaf in _leaves(state, (), ()):
+    for names, starts, kinds, leaf in _leaves(state, (), (), ()):
         size = leaf.size * leaf.dtype.itemsize  # of random keys too, which NumPy has no dtype for
-        owners = [(len(own), path) for path, own in keys if own and _contains(names, own)]
+        owners = [(len(own), path) for path, own in keys if own and _contains(names, own, starts)]
         if len(keys) == 1 and not keys[0][1] and leaf.ndim:
             owners = [(0, keys[0][0])]
         if not owners:
@@ -104,21 +104,24 @@ def _note(link: Link, found: dict[str, Found]) -> None:
 
 
 def _leaves(
-    node: Any, names: tuple[str, ...], kinds: tuple[str, ...]
-) -> Iterator[tuple[tuple[str, ...], tuple[str, ...], Any]]:
-    """Every leaf with the names of its keys and of the states around it."""
+    node: Any, names: tuple[str, ...], starts: tuple[int, ...], kinds: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], tuple[int, ...], tuple[str, ...], Any]]:
+    """Every leaf with the names of its keys, where fields of states begin in these, and the states."""
     children, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
     if len(children) == 1 and not children[0][0]:
-        yield names, kinds, node
+        yield names, starts, kinds, node
         return
     if hasattr(node, "_fields"):
         kinds = (*kinds, type(node).__name__)
+        starts = (*starts, len(names) + 1)
     for path, child in children:
         if child is not None:
-            yield from _leaves(child, (*names, *key_names(path)), kinds)
+            yield from _leaves(child, (*names, *key_names(path)), starts, kinds)
 
 
-def _contains(names: Sequence[str], part: Sequence[str]) -> bool:
+def _contains(names: Sequence[str], part: Sequence[str], starts: Sequence[int]) -> bool:
+    """Whether a path is part of another, from the field of a state on, if there is any state."""
     return any(
-        tuple(names[at : at + len(part)]) == tuple(part) for at in range(len(names) - len(part) + 1)
+        tuple(names[at : at + len(part)]) == tuple(part)
+        for at in starts or range(len(names) - len(part) + 1)
     )

@@ -1,5 +1,8 @@
 """Explanations are derived from the optimizer itself: they describe what it really does."""
 
+import math
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +37,49 @@ def test_bytes_add_up_for_every_optimizer(name):
     assert found.shared_bytes < 100
     assert {row.learning_rate for row in found.rows} <= {"0.001", "1.5e-05"}
     assert all(row.optimizer not in ("-", "") for row in found.rows)
+
+
+class Policy(NamedTuple):
+    mu: jax.Array
+    nu: jax.Array
+    value: jax.Array
+
+
+STATE_NAMES = {
+    "dictionary": {
+        "mu": jnp.ones((4, 3)),
+        "log_sigma": jnp.zeros(3),
+        "nu": jnp.ones(5),
+        "count": jnp.ones(7),
+    },
+    "named tuple": {"policy": Policy(jnp.ones((4, 3)), jnp.ones(5), jnp.ones(7))},
+}
+
+
+@pytest.mark.parametrize("params", STATE_NAMES.values(), ids=STATE_NAMES)
+@pytest.mark.parametrize(("tx", "per"), [(ravine.adamw(), 8), (ravine.sgd(0.1), 0)])
+def test_parameters_with_the_names_of_states_have_their_own_bytes(tx, per, params):
+    """A Gaussian policy has a mean called mu, as Adam's state has."""
+    found = ravine.explain(tx, params).rows
+    assert [row.state_bytes for row in found] == [per * math.prod(row.shape) for row in found]
+
+
+def test_refused_roots_of_parameters_called_factors_are_theirs():
+    params = {"factors": {"kernel": jnp.ones((4, 3))}, "kernel": jnp.ones((6, 3))}
+    tx = ravine.shampoo(refresh={"every": 1}, roots={"tolerance": 0})
+    _, state = jax.jit(tx.update)(params, jax.jit(tx.init)(params), params)
+    found = {path: len(roots) for path, roots in ravine.root_failures(state).items()}
+    assert found == {"factors/kernel": 2, "kernel": 2}
+
+
+def test_factors_called_factors_have_their_own_bytes():
+    params = {"factors": {"kernel": jnp.ones((4, 3))}, "statistics": {"kernel": jnp.ones((6, 3))}}
+    renamed = {"a": params["factors"], "b": params["statistics"]}
+    for tx in (ravine.shampoo(), ravine.soap(), ravine.kl_shampoo()):
+        own, other = (
+            [row.state_bytes for row in ravine.explain(tx, tree).rows] for tree in (params, renamed)
+        )
+        assert own == other
 
 
 def wrapped(tx):

@@ -1,5 +1,6 @@
 """Which blocks' roots Shampoo has refused, read from its state."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -48,8 +49,7 @@ def root_failures(opt_state: Any) -> dict[str, list[RefusedRoot]]:
         if not is_factor(factor):
             continue
         names = key_names(path)
-        start = len(names) - names[::-1].index("factors")
-        parameter = "/".join(names[start:-2])
+        parameter = "/".join(names[_start(path) : -2])
         refused, failures, residual = (
             np.asarray(x[...]) for x in (factor.refused, factor.failures, factor.residual)
         )
@@ -65,3 +65,11 @@ def root_failures(opt_state: Any) -> dict[str, list[RefusedRoot]]:
             )
             found.setdefault(parameter, []).append(root)
     return found
+
+
+def _start(path: Sequence[Any]) -> int:
+    """Where the parameter's own path begins, which may have a `factors` too."""
+    fields = [getattr(key, "name", None) for key in path]
+    if "factors" not in fields:  # in a dictionary
+        return key_names(path).index("factors") + 1
+    return fields.index("factors") + 1
