@@ -283,8 +283,28 @@ def test_every_layer_of_equinox():
     assert found["attention/query_proj/weight"] == ("matrix", (1, 8, 8))
     assert found["gru/weight_ih"] == ("matrix", (1, 4, 18))
     assert found["before/weight"] == found["rms/weight"] == found["weighted/g"] == "norm"
+    assert found["weighted/layer/weight"] == ("matrix", (1, 4, 5))
     assert found["lm_head/weight"] == ("head", (1, 4, 11))
     assert found["conv/bias"] == found["gru/bias_n"] == "bias"
+
+
+def test_what_is_suggested_for_equinox_is_right():
+    """Outputs come first, also behind the axis of stacked layers."""
+    stacked = eqx.filter_vmap(lambda key: eqx.nn.Linear(6, 5, key=key))
+    modules = {
+        "stem": eqx.nn.Conv2d(3, 8, 4, key=KEY),
+        "bare": eqx.nn.Conv1d(3, 8, 4, use_bias=False, key=KEY),
+        "trunk": stacked(jax.random.split(KEY, 3)),
+    }
+    with pytest.raises(ValueError, match="3 of 5 parameters") as refused:
+        ravine.muon(1e-3).init(eqx.filter(modules, eqx.is_array))
+    for name, axes in (
+        ("stem", "(-3, -2, -1), (-4,)"),
+        ("bare", "(-2, -1), (-3,)"),
+        ("trunk", "(-1,), (-2,)"),
+    ):
+        rule = f"(r'^{name}/weight$', 'matrix', ravine.MatrixAxes({axes}))"
+        assert rule in str(refused.value)
 
 
 def haiku_layers(x):

@@ -209,7 +209,8 @@ def _layer_axes(
     by_name = [rule for rule in rules if rule.ndim is None and rule.where is None]
     found: dict[str, int] = {}
     for name, shape in leaves:
-        if len(shape) < 2 or name in found:
+        # A gain for one element, as Equinox's WeightNorm has for each output, stacks nothing.
+        if len(shape) < 2 or shape[-1] == 1 or name in found:
             continue
         first = next((rule.role for rule in by_name if re.search(rule.pattern, name)), None)
         if first != "norm":

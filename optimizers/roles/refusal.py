@@ -75,6 +75,9 @@ def _suggestion(d: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, str
         if path.rpartition("/")[0] == module
     )
     axes = MatrixAxes(tuple(range(-2 if stacked else -ndim, -outputs)), tuple(range(-outputs, 0)))
+    if own == "weight":  # [out, in, *window], as those with two axes are, with a bias [out, 1, ...]
+        first = ndim - (stacked or (len(bias) == ndim - 1 and bias[:2] == d.shape[:2]))
+        axes = MatrixAxes(tuple(range(1 - first, 0)), (-first,))
     return role, f", ravine.MatrixAxes({axes.rows}, {axes.columns})", f"{d.shape}: in, out?"
 
 
