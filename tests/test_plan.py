@@ -83,9 +83,8 @@ def test_a_train_step_that_is_compiled_here():
     assert {c.kind for c in found.collectives} >= {"all-reduce", "all-gather"}
 
 
-@pytest.mark.parametrize("name", ["sophia_g", "sophia_h"])
-def test_a_planned_step_estimates_the_curvature_as_the_trainer_does(name, monkeypatch):
-    """Hutchinson's estimate has negative entries, as the Hessian; Sophia-G's is a square."""
+def test_a_planned_step_estimates_the_curvature_as_the_trainer_does(monkeypatch):
+    """Hutchinson's estimate has negative entries, as the Hessian; that of all others is a square."""
     from ravine.training.plan import plan as planning
 
     planned, plan_of = [], planning.plan_of
@@ -95,8 +94,8 @@ def test_a_planned_step_estimates_the_curvature_as_the_trainer_does(name, monkey
         return plan_of(name, found, *rest, **options)
 
     monkeypatch.setattr(planning, "plan_of", kept)
-    words = [*GPUS, "--train-step", "--optimizer", name, "--options", '{"start": 0, "b2": 0.0}']
-    assert main(["plan", *words]) == 0
+    options = ["--optimizer", "sophia_h", "--options", '{"start": 0, "b2": 0.0}']
+    assert main(["plan", *GPUS, "--train-step", *options]) == 0
     (found,) = planned
     model = trainer_model("ravine", PRESETS["ravine"])
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), init_params(model, 0)[1])
@@ -106,8 +105,7 @@ def test_a_planned_step_estimates_the_curvature_as_the_trainer_does(name, monkey
     arguments = jax.device_put(arguments, found.program.input_shardings[0])
     after, _ = found.program(*arguments)
     estimate = jax.tree.leaves(optax.tree.get(after.opt_state, "nu"))
-    assert sum(jnp.sum(x != 0) for x in estimate) > 0
-    assert any(jnp.any(x < 0) for x in estimate) == (name == "sophia_h")
+    assert any(jnp.any(x < 0) for x in estimate)
 
 
 @pytest.mark.parametrize(
