@@ -48,7 +48,7 @@ def run(tx, gradients, params=None):
 
 def factors(state):
     """All factors, in the order of leaves."""
-    leaves = jax.tree.leaves(state.factors, is_leaf=lambda x: hasattr(x, "residual"))
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "residual"))
     return [leaf for leaf in leaves if hasattr(leaf, "residual")]
 
 

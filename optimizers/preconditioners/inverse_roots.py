@@ -18,7 +18,7 @@ from ..matrix.batch.phases import refreshed
 from ..matrix.batch.refresh import Refresh
 from ..matrix.batch.together import Unit, together
 from ..matrix.shape.blocking import Blocking
-from .block_state import by_axis, fields, identities, usable_blocks, with_fields
+from .block_state import by_axis, fields, identities, numbers, usable_blocks, with_fields
 from .blockwise import Tensors
 from .options import Factors, Roots
 from .own_norm import Insides, forms, of_factors
@@ -29,10 +29,27 @@ class Factor(NamedTuple):
 
     statistics: jax.Array  # [..., b, b], or packed: mean (or sum) of Gram matrices
     root: jax.Array  # the same: the last root that passed its certificate, initially the identity
-    residual: jax.Array  # largest element of |A R^p - I| of the last root tried
-    condition: jax.Array  # estimated condition number at that time
-    failures: jax.Array  # int32, refused roots since the last good one
-    refused: jax.Array  # int32, refused roots so far
+    record: jax.Array  # [..., 4]: what was found out about roots, by the properties below
+
+    @property
+    def residual(self) -> jax.Array:
+        """The largest element of `|A R^p - I|` of the last root tried."""
+        return self.record[..., 0]
+
+    @property
+    def condition(self) -> jax.Array:
+        """The estimated condition number at that time."""
+        return self.record[..., 1]
+
+    @property
+    def failures(self) -> jax.Array:
+        """How many roots were refused since the last good one, int32."""
+        return self.record[..., 2].astype(jnp.int32)
+
+    @property
+    def refused(self) -> jax.Array:
+        """How many roots were refused so far, int32."""
+        return self.record[..., 3].astype(jnp.int32)
 
 
 TensorFactors = tuple[Factor | None, ...]
@@ -69,10 +86,9 @@ class Preconditioner:
         identity = identities(scalars, size)
         # Every field has its own buffer, since the state is donated.
         statistics = self._kept(jnp.zeros_like(identity), self.factors.statistics_dtype)
-        residual, condition = (jnp.zeros_like(scalars) for _ in range(2))
-        failures, refused = (jnp.zeros_like(scalars, dtype=jnp.int32) for _ in range(2))
         root = self._kept(identity, self.factors.root_dtype)
-        return Factor(statistics, root, residual, condition, failures, refused)
+        # One array for four numbers: a leaf's arrays are separate kernels wherever leaves are joined.
+        return Factor(statistics, root, numbers(scalars, 4))
 
     def exponent_of(self, factors: Sequence[Any]) -> float:
         """The exponent of a tensor's roots; its factors are None on axes without one."""
@@ -201,8 +217,9 @@ class Preconditioner:
 
     def _refreshed(self, kind: Any, source: Any, carry: Any, weight: Any) -> Any:
         (exponent, _), (_, inside), options = kind, source, self.roots
-        root, residual, condition, failures, refused = carry
-        statistics = self._corrected(kind, source, weight, residual.dtype)
+        root, record = carry
+        residual, condition, failures, refused = jnp.unstack(record, axis=1)
+        statistics = self._corrected(kind, source, weight, record.dtype)
         found = inverse_root(
             statistics,
             exponent,
@@ -216,13 +233,14 @@ class Preconditioner:
         good, bad = found.residual <= options.tolerance, found.residual > options.tolerance
         good, bad = good & seen, bad & seen
         new = self._kept(found.root, root.dtype)
-        return (
-            jnp.where(jnp.expand_dims(good, tuple(range(1, root.ndim))), new, root),
-            jnp.where(seen, found.residual.astype(residual.dtype), residual),
-            jnp.where(seen, found.condition.astype(condition.dtype), condition),
-            jnp.where(good, 0, failures + bad.astype(jnp.int32)),
-            refused + bad.astype(jnp.int32),
+        found_out = (
+            jnp.where(seen, found.residual.astype(record.dtype), residual),
+            jnp.where(seen, found.condition.astype(record.dtype), condition),
+            jnp.where(good, 0, failures + bad.astype(record.dtype)),
+            refused + bad.astype(record.dtype),
         )
+        good = jnp.expand_dims(good, tuple(range(1, root.ndim)))
+        return jnp.where(good, new, root), jnp.stack(found_out, axis=1)
 
     def _corrected(self, kind: Any, source: Any, weight: Any, dtype: Any) -> jax.Array:
         """The statistics that roots are computed from, at least as wide as `dtype`."""
@@ -231,8 +249,8 @@ class Preconditioner:
         return statistics if weight is None else statistics / weight.astype(statistics.dtype)
 
     def _misfit(self, kind: Any, source: Any, carry: Any, weight: Any) -> jax.Array:
-        (exponent, size), (_, inside), (root, residual, *_) = kind, source, carry
-        statistics = self._corrected(kind, source, weight, residual.dtype)
+        (exponent, size), (_, inside), (root, record) = kind, source, carry
+        statistics = self._corrected(kind, source, weight, record.dtype)
         return misfit(
             statistics,
             self._loaded(root, size, statistics.dtype),

@@ -51,7 +51,7 @@ def root_failures(opt_state: Any) -> dict[str, list[RefusedRoot]]:
         names = key_names(path)
         parameter = "/".join(names[_start(path) : -2])
         refused, failures, residual = (
-            np.asarray(x[...]) for x in (factor.refused, factor.failures, factor.residual)
+            np.asarray(x) for x in (factor.refused, factor.failures, factor.residual)
         )
         for at in np.argwhere(refused > 0):
             block = tuple(map(int, at))
