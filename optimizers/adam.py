@@ -100,7 +100,6 @@ def scale_by_adam(
         if has_momentum:
             mu = ema(updates, state.mu, b1)
             mean = corrected_mean(updates, mu, b1, count, nesterov=nesterov)
-            mu = cast_like(mu, state.mu)
         else:
             mu, mean = None, jax.tree.map(wide, updates)
 
@@ -108,8 +107,8 @@ def scale_by_adam(
             below = root(v / cast(weight, v.dtype), eps, eps_root)
             return cast(m / cast(below, m.dtype), g.dtype)
 
-        state = ScaleByAdamState(count, mu, cast_like(nu, state.nu))
-        return jax.tree.map(direction, updates, mean, nu), state
+        directions = jax.tree.map(direction, updates, mean, nu)
+        return directions, ScaleByAdamState(count, *cast_like((mu, nu), (state.mu, state.nu)))
 
     return transformation(init, update)
 

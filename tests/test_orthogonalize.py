@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 import ravine
-from ravine.optimizers.matrix.algebra import halves
+from ravine.optimizers.matrix.algebra import polar as polar_file
 from ravine.optimizers.matrix.algebra.coefficients import (
     PRESETS,
     check_coefficients,
@@ -215,7 +215,7 @@ def test_halvings_make_no_difference_to_the_iterations():
 def test_matrices_in_halves_have_the_same_factors(form, monkeypatch):
     x = matrices((2, 32, 48))
     whole = np.asarray(compiled(form=form)(x))
-    monkeypatch.setattr(halves, "SMALLEST", 16)
+    monkeypatch.setattr(polar_file, "SMALLEST_HALF", 16)
     products = str(jax.make_jaxpr(NewtonSchulz(form=form))(x))
     assert "f32[2,16,16]" in products
     assert "f32[2,32,32]" not in products

@@ -96,8 +96,7 @@ def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.Gradi
         updates: optax.Updates, state: ScaleByLearningRateState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, ScaleByLearningRateState]:
         del params
-        now = evaluate(learning_rate, state.count)
-        kept = widest()
+        now, kept = evaluate(learning_rate, state.count), state.scheduled.dtype
         scheduled, held = (jnp.asarray(rate).astype(kept) for rate in (now, state.learning_rate))
         is_held = ~jnp.array_equal(held, state.scheduled, equal_nan=True)
 

@@ -93,8 +93,8 @@ def scale_by_momentum(
 
         mu = jax.tree.map(accumulate, updates, state.mu)
         direction = jax.tree.map(look_ahead, updates, mu) if nesterov else mu
-        state = ScaleByMomentumState(increment(state.count), cast_like(mu, state.mu))
-        return cast_like(direction, updates), state
+        direction, mu = cast_like((direction, mu), (updates, state.mu))
+        return direction, ScaleByMomentumState(increment(state.count), mu)
 
     return transformation(init, update)
 
@@ -146,6 +146,7 @@ def scale_by_ema_momentum(
         del params
         mu = ema(updates, state.mu, b1)
         direction = jax.tree.map(lambda g, m: lerp(g, m, b1), updates, mu) if nesterov else mu
-        return cast_like(direction, updates), ScaleByEmaMomentumState(cast_like(mu, state.mu))
+        direction, mu = cast_like((direction, mu), (updates, state.mu))
+        return direction, ScaleByEmaMomentumState(mu)
 
     return transformation(init, update)

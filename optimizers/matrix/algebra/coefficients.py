@@ -139,6 +139,7 @@ def check_coefficients(coefficients: Steps, name: str = "coefficients") -> Steps
     return table
 
 
+@functools.cache
 def named_coefficients(preset: str, steps: int, lower: float = 1e-3) -> Steps:
     """The steps of a preset, if it allows that number of steps.
 

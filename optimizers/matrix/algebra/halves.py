@@ -12,13 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ....core.platform import platform
 from .newton_schulz import product
-
-SMALLEST = 256
-"""Rows of a half worth its products, on CPU: those of 256 rows multiply at 0.93 of the rate of those of
-512, those of 128 at 0.8 of it."""
-
 
 class Rows(NamedTuple):
     """The two halves of a batch of matrices, `[K, M/2, N]`."""
@@ -33,14 +27,6 @@ class Symmetric(NamedTuple):
     first: jax.Array
     right: jax.Array  # above the diagonal; the block below is its transpose
     last: jax.Array
-
-
-def worth_halving(rows: int) -> bool:
-    """Whether matrices with so many rows are halved.
-
-    Other platforms keep them whole: there, products of halves were never measured.
-    """
-    return platform() == "cpu" and rows % 2 == 0 and rows // 2 >= SMALLEST
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,21 +83,35 @@ def map_matrices(
                 for index, wide in members
             ]
         )
-        sharing = {name: size for name, size in sizes.items() if name not in batch_names}
-        way = cheapest(function, batch, row_names, column_names, sizes)
-        kept = way.kept
-        if kept and isinstance(function, OnShards):
-            sharing = {name: size for name, size in sharing.items() if name not in kept}
-            work = functools.partial(function, summed=kept)
+        most = max(1, max_elements // (rows * columns))
+        if sizes:
+            cut = (batch_names, row_names, column_names)
+            done = _on_mesh(function, batch, most, cut, sizes)
         else:
-            most = max(1, max_elements // (rows * columns))
-            work = functools.partial(in_chunks, function, most=most)
-        exchanged = tuple(name for name in column_names if name not in kept)
-        done = whole_matrices(work, batch, row_names, exchanged, sharing, ragged=way.ragged)
+            done = in_chunks(function, batch, most)
         lengths = [pieces[index].shape[0] for index, _ in members]
         for (index, wide), part in zip(members, _unjoin([done], lengths)[0], strict=True):
             results[index] = part if wide else jnp.swapaxes(part, 1, 2)
     return results
+
+
+def _on_mesh(
+    function: Callable[[jax.Array], jax.Array],
+    batch: jax.Array,
+    most: int,
+    cut: Sequence[Names],
+    sizes: Mapping[str, int],
+) -> jax.Array:
+    """`function` of a batch whose matrices mesh axes cut, in the way that sends the fewest bytes."""
+    batch_names, rows, columns = cut
+    way = cheapest(function, batch, rows, columns, sizes)
+    shared = {n: size for n, size in sizes.items() if n not in (*batch_names, *way.kept)}
+    if way.kept and isinstance(function, OnShards):
+        work = functools.partial(function, summed=way.kept)
+    else:
+        work = functools.partial(in_chunks, function, most=most)
+    exchanged = tuple(name for name in columns if name not in way.kept)
+    return whole_matrices(work, batch, rows, exchanged, shared, ragged=way.ragged)
 
 
 def in_chunks(function: Callable[..., Any], batch: Any, most: int, beside: Any = None) -> Any:
