@@ -74,19 +74,27 @@ def ema(
     return jax.tree.map(lambda v, m: lerp(power(wide(v)), m, decay), values, moments)
 
 
-def is_summable(squares: jax.Array) -> jax.Array:
-    """Whether a sum of squares is finite, with a margin for rounding.
+def is_summable(squares: Any) -> Any:
+    """Whether sums of squares, a tree, are finite, with a margin for rounding.
 
     The one rule for what may enter a moment: in float32, norms up to 1.3e19. Non-finite values break
     it, and so do finite values whose squares overflow: they would make a second moment infinite, and
     every later step zero.
     """
-    return jnp.isfinite(2 * squares)
+    return jax.tree.map(lambda x: jnp.isfinite(2 * x), squares)
 
 
-def is_usable(x: jax.Array) -> jax.Array:
-    """Whether the squares of an array can be summed: a boolean scalar."""
-    return is_summable(jnp.sum(jnp.square(wide(x))))
+def is_usable(
+    x: jax.Array, axes: tuple[int, ...] | None = None, summed: tuple[str, ...] = ()
+) -> jax.Array:
+    """Whether the squares of an array can be summed: by default a boolean scalar.
+
+    Args:
+      x: an array.
+      axes: the axes summed over; None for all.
+      summed: mesh axes that cut the array along these axes, inside `jax.shard_map`.
+    """
+    return is_summable(jax.lax.psum(jnp.sum(jnp.square(wide(x)), axis=axes), summed))
 
 
 def sign(x: jax.Array) -> jax.Array:

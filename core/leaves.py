@@ -13,15 +13,16 @@ import jax
 
 def at_leaves(tree: Any, values: Sequence[Any]) -> Any:
     """A tree like `tree`, with a value for every leaf, or for the box around it."""
-    return jax.tree.unflatten(_places(tree), values)
+    return places(tree).unflatten(values)
 
 
 def from_leaves(tree: Any, kept: Any) -> list[Any]:
     """The inverse of `at_leaves`: what is kept for every leaf of `tree`, in their order."""
-    return _places(tree).flatten_up_to(kept)
+    return places(tree).flatten_up_to(kept)
 
 
-def _places(tree: Any) -> Any:
+def places(tree: Any) -> Any:
+    """The structure of a tree with one value for every leaf, or for the box around it."""
     return jax.tree.structure(tree, is_leaf=_is_box)
 
 

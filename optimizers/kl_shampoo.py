@@ -24,7 +24,6 @@ from ..core.own_norm import OwnNorm
 from .by_role import FALLBACK, Fallback, by_role
 from .links.decay import Mask, decay_after_first
 from .matrix.batch.refresh import REFRESH, Refresh
-from .matrix.shape.blocking import Blocking
 from .matrix.shape.blocks import UNCUT, Blocks, blockings_of
 from .matrix.shape.matrices import Axes
 from .preconditioners.block_state import factors_like
@@ -134,9 +133,7 @@ def scale_by_kl_shampoo(
         "initial_eigenvalue": initial_eigenvalue,
         "max_inverse_root": max_inverse_root,
     }
-
-    def blockings(tree: Any) -> list[Blocking]:
-        return blockings_of(tree, axes, blocks, sums=False)
+    blockings = functools.partial(blockings_of, axes=axes, blocks=blocks, sums=False)
 
     def init(params: optax.Params) -> ScaleByKLShampooState:
         return ScaleByKLShampooState(

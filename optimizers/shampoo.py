@@ -21,9 +21,7 @@ from ..core.own_norm import OwnNorm
 from ..core.paths import path_string
 from .by_role import FALLBACK, Fallback, by_role
 from .links.decay import Mask
-from .links.graft import Magnitude
 from .matrix.batch.refresh import REFRESH, Refresh
-from .matrix.shape.blocking import Blocking
 from .matrix.shape.blocks import BLOCKS, Blocks, blockings_of
 from .matrix.shape.matrices import Axes
 from .preconditioners.block_graft import grafted
@@ -131,18 +129,15 @@ def scale_by_shampoo(
     factors.check_ridge(roots.ridge)
     roots.check_need(refresh)
     per = "none" if graft.step == "none" else graft.per
-
-    def size(b2: float, eps: float) -> Magnitude:
-        return graft.magnitude(b2, eps, nu_dtype)
+    size = graft.magnitude(b2, eps, nu_dtype)
 
     def preconditioner(b2: float) -> Preconditioner:
         return Preconditioner(refresh.decay(b2), factors, roots, refresh)
 
-    first_size, first = size(b2, eps), preconditioner(b2)
-
-    def blockings(tree: Any) -> list[Blocking]:
-        # KL statistics need whole blocks: they are sums over products of both factors.
-        return blockings_of(tree, axes, blocks, sums=factors.statistics != "kl")
+    first = preconditioner(b2)
+    # KL statistics need whole blocks: they are sums over products of both factors.
+    sums = factors.statistics != "kl"
+    blockings = functools.partial(blockings_of, axes=axes, blocks=blocks, sums=sums)
 
     def init(params: optax.Params) -> ScaleByShampooState:
         found = blockings(params)
@@ -151,7 +146,7 @@ def scale_by_shampoo(
         return ScaleByShampooState(
             count=jnp.zeros([], jnp.int32),
             mu=wide_zeros_like(params, mu_dtype),
-            nu=first_size.init(params),
+            nu=size.init(params),
             factors=factors_like(params, found, first.factor),
             graft_ratio=ones_like_scalars(params, found),
         )
@@ -171,7 +166,8 @@ def scale_by_shampoo(
         seen = tensors.zero_unless(usable, updates)
         mu = ema(seen, state.mu, b1)
         mean = corrected_mean(seen, mu, b1, count, nesterov=nesterov)
-        graft_step, nu = size(b2, eps).update(seen, mean, state.nu, count)
+        sized = size._replace(b2=b2 if graft.b2 is None else graft.b2, eps=eps)
+        graft_step, nu = sized.update(seen, mean, state.nu, count)
         kept = shampoo.refresh(tensors, kept, count)
         means, steps = tensors.opened_together(mean, graft_step)
         blocks = shampoo.apply(tensors, means, kept)
@@ -184,14 +180,9 @@ def scale_by_shampoo(
             graft_step,
             updates,
         )
-        state = ScaleByShampooState(
-            count,
-            cast_like(mu, state.mu),
-            cast_like(nu, state.nu),
-            tensors.to_keep(kept),
-            tensors.to_keep(ratios),
-        )
-        return directions, state
+        mu, nu = cast_like((mu, nu), (state.mu, state.nu))
+        kept, ratios = tensors.to_keep(kept), tensors.to_keep(ratios)
+        return directions, ScaleByShampooState(count, mu, nu, kept, ratios)
 
     def norm(
         updates: optax.Updates,

@@ -34,7 +34,6 @@ from ..core.own_norm import OwnNorm
 from .by_role import FALLBACK, Fallback, by_role
 from .links.decay import Mask, decay_after_first
 from .matrix.batch.refresh import REFRESH, Refresh
-from .matrix.shape.blocking import Blocking
 from .matrix.shape.blocks import UNCUT, Blocks, blockings_of
 from .matrix.shape.matrices import Axes
 from .preconditioners.adam_in_eigenbasis import (
@@ -42,7 +41,6 @@ from .preconditioners.adam_in_eigenbasis import (
     Step,
     new_basis,
     norms,
-    refreshed_bases,
     stepped,
 )
 from .preconditioners.block_state import blocks_like, factors_like
@@ -131,9 +129,9 @@ def scale_by_soap(
         check_decay_rates(shampoo_b2=shampoo_b2)
     refresh.check_at_once("SOAP")
     statistics_b2 = b2 if shampoo_b2 is None else shampoo_b2
-
-    def blockings(tree: Any) -> list[Blocking]:
-        return blockings_of(tree, axes, blocks, vectors=precondition_vectors)
+    blockings = functools.partial(
+        blockings_of, axes=axes, blocks=blocks, vectors=precondition_vectors
+    )
 
     def init(params: optax.Params) -> ScaleBySoapState:
         found = blockings(params)
@@ -166,10 +164,8 @@ def scale_by_soap(
             learns=refresh.learning_from_first(count),
         )
         moments = list(map(Moments, tensors.kept(state.mu), tensors.kept(state.nu)))
-        directions, moments, bases = stepped(
-            tensors, tensors.opened(updates), moments, tensors.kept(state.bases), adam
-        )
-        moments, bases = refreshed_bases(tensors, moments, bases, refresh, count, b1=b1, b2=b2)
+        bases, blocks = tensors.kept(state.bases), tensors.opened(updates)
+        directions, moments, bases = stepped(tensors, blocks, moments, bases, adam, refresh, count)
         state = ScaleBySoapState(
             count,
             tensors.to_keep([each.mu for each in moments]),

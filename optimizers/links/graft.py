@@ -12,7 +12,6 @@ Source: Agarwal et al., 2020, https://arxiv.org/abs/2002.11803 (AdaGraft).
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -38,6 +37,7 @@ from ..matrix.mesh.exchange import largest
 from ..matrix.mesh.placement import Names
 
 Graft = Literal["none", "sgd", "adagrad", "rmsprop", "adam", "adamw", "sign"]
+WITHOUT_MOMENTS = ("none", "sgd", "sign")
 
 
 def norm_ratio(
@@ -65,13 +65,12 @@ def norm_ratio(
       >>> norm_ratio(jnp.array([3e-30, 4e-30]), jnp.array([1e-30, 0.0]), (0,), keep=False)
       Array(5., dtype=float32)
     """
-    sizes = []
-    for x in (wide(magnitude), wide(direction)):
-        most = largest(jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0), summed)
-        scaled = x / jnp.where(most > 0, most, 1)
-        squares = jax.lax.psum(jnp.sum(jnp.square(scaled), axis=axes, keepdims=True), summed)
-        sizes.append((most, jnp.sqrt(squares)))
-    (above, over), (below, under) = sizes
+    both = wide(magnitude), wide(direction)
+    most = [jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0) for x in both]
+    above, below = most = largest(most, summed)
+    scaled = [x / jnp.where(m > 0, m, 1) for x, m in zip(both, most, strict=True)]
+    squares = [jnp.sum(jnp.square(x), axis=axes, keepdims=True) for x in scaled]
+    over, under = map(jnp.sqrt, jax.lax.psum(squares, summed))
     nothing = below == 0
     ratio = above / jnp.where(nothing, 1, below) * (over / jnp.where(nothing, 1, under))
     ratio = jnp.where(nothing, 1, ratio)
@@ -79,12 +78,35 @@ def norm_ratio(
 
 
 class Magnitude(NamedTuple):
-    """An optimizer that lends its step size; it shares the momentum of the other one."""
+    """An optimizer that lends its step size, see `magnitude`; it shares the other's momentum."""
 
-    init: Callable[[Any], Any]
-    """From parameters to its second moments, a tree like them (or none)."""
-    update: Callable[[Any, Any, Any, jax.Array], tuple[Any, Any]]
-    """From (gradients, their mean, moments, steps including this one) to (step, moments)."""
+    name: Graft
+    b2: Any
+    eps: Any
+    nu_dtype: Any
+
+    def init(self, params: Any) -> Any:
+        """Its second moments, a tree like the parameters (or none)."""
+        if self.name in WITHOUT_MOMENTS:
+            return optax.EmptyState()
+        return wide_zeros_like(params, self.nu_dtype)
+
+    def update(self, g: Any, mean: Any, nu: Any, count: jax.Array) -> tuple[Any, Any]:
+        """From (gradients, their mean, moments, steps including this one) to (step, moments)."""
+        if self.name in WITHOUT_MOMENTS:
+            return jax.tree.map(jnp.sign, mean) if self.name == "sign" else mean, nu
+        if self.name == "adagrad":
+            wider = lambda x, v: cast(v, wide_dtype(v.dtype, x.dtype)) + jnp.square(wide(x))
+            moments = jax.tree.map(wider, g, nu)
+        else:
+            moments = ema(g, nu, self.b2, jnp.square)
+        weight = bias_correction(self.b2, count) if self.name in ("adam", "adamw") else None
+
+        def step(m: jax.Array, v: jax.Array) -> jax.Array:
+            v = v if weight is None else v / weight.astype(v.dtype)
+            return m / root(v, self.eps, 0.0).astype(m.dtype)
+
+        return jax.tree.map(step, mean, moments), moments
 
 
 def magnitude(name: Graft, b2: float = 0.999, eps: float = 1e-8, nu_dtype: Any = None) -> Magnitude:
@@ -110,15 +132,7 @@ def magnitude(name: Graft, b2: float = 0.999, eps: float = 1e-8, nu_dtype: Any =
     if name not in get_args(Graft):
         raise ValueError(f"unknown graft {name!r}; known: {', '.join(get_args(Graft))}.")
     check_non_negative(eps=eps)
-    if name in ("none", "sgd", "sign"):
-        sign = name == "sign"
-
-        def plain(g: Any, mean: Any, nu: Any, count: jax.Array) -> tuple[Any, Any]:
-            del g, count
-            return jax.tree.map(jnp.sign, mean) if sign else mean, nu
-
-        return Magnitude(lambda params: optax.EmptyState(), plain)
-    if name != "adagrad":
+    if name not in ("adagrad", *WITHOUT_MOMENTS):
         try:
             check_decay_rates(**{"graft.b2": b2})
         except ValueError as error:
@@ -126,22 +140,7 @@ def magnitude(name: Graft, b2: float = 0.999, eps: float = 1e-8, nu_dtype: Any =
                 f"the graft {name!r} averages squared gradients: {error} With b2=1 (sums), give "
                 "graft.b2, or 'adagrad' for graft.step."
             ) from None
-
-    def update(g: Any, mean: Any, nu: Any, count: jax.Array) -> tuple[Any, Any]:
-        if name == "adagrad":
-            wider = lambda x, v: cast(v, wide_dtype(v.dtype, x.dtype)) + jnp.square(wide(x))
-            moments = jax.tree.map(wider, g, nu)
-        else:
-            moments = ema(g, nu, b2, jnp.square)
-        weight = bias_correction(b2, count) if name in ("adam", "adamw") else None
-
-        def step(m: jax.Array, v: jax.Array) -> jax.Array:
-            v = v if weight is None else v / weight.astype(v.dtype)
-            return m / root(v, eps, 0.0).astype(m.dtype)
-
-        return jax.tree.map(step, mean, moments), moments
-
-    return Magnitude(lambda params: wide_zeros_like(params, nu_dtype), update)
+    return Magnitude(name, b2, eps, nu_dtype)
 
 
 class GraftState(NamedTuple):

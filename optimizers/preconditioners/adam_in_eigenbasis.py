@@ -8,16 +8,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ...core.arithmetic import cast, lerp, wide, wide_dtype
+from ...core.arithmetic import cast, cast_like, ema, is_usable, lerp, wide, wide_dtype
 from ...core.once import if_due
 from ...core.own_norm import OwnNorm
 from ..matrix.algebra.eigenbasis import eigenbasis, followed, off_diagonal
-from ..matrix.algebra.kronecker import mode_gram, rotate
+from ..matrix.algebra.kronecker import mode_grams, rotate
 from ..matrix.batch.batches import joined
 from ..matrix.batch.phases import refreshed
 from ..matrix.batch.refresh import Refresh
 from ..matrix.batch.together import Unit, together
-from .block_state import by_axis, fields, identities, usable_blocks, with_fields
+from .block_state import by_axis, fields, identities, with_fields
 from .blockwise import Tensors
 from .own_norm import Insides, forms, in_basis
 
@@ -60,7 +60,7 @@ class Step(NamedTuple):
     def __call__(self, kind: Any, carry: Any, vectors: Sequence[jax.Array]) -> Any:
         """Direction, moments and statistics for gradients, moments and statistics."""
         (order, axes, summed), (blocks, mu, nu, statistics) = kind, carry
-        usable = usable_blocks(wide(blocks), order, summed)
+        usable = is_usable(blocks, tuple(range(1, 1 + order)), summed)
         seen = jnp.where(usable.reshape(-1, *(1,) * order), wide(blocks), 0)
         turn = by_axis(vectors, axes, order)
         rotated = without_rounding(rotate(seen, turn, back=True), seen, axes)
@@ -70,15 +70,17 @@ class Step(NamedTuple):
         adam = jnp.where(self.moves, adam * self.correction.astype(adam.dtype), 0)
 
         def learned(statistics: Sequence[jax.Array]) -> list[jax.Array]:
-            grams = [jax.lax.psum(mode_gram(seen, axis, order), summed) for axis in axes]
+            grams = jax.lax.psum(mode_grams(seen, axes, order), summed)
             return [
-                jnp.where(usable[:, None, None], lerp(gram, old, self.statistics_b2), old)
-                for gram, old in zip(grams, statistics, strict=True)
+                jnp.where(usable[:, None, None], new, old)
+                for new, old in zip(
+                    ema(grams, statistics, self.statistics_b2), statistics, strict=True
+                )
             ]
 
         statistics = if_due(self.learns, learned, list(statistics))
-        direction = cast(rotate(adam, turn), blocks.dtype)
-        return direction, cast(new_mu, mu.dtype), cast(new_nu, nu.dtype), statistics
+        found = (rotate(adam, turn), new_mu, new_nu)
+        return *cast_like(found, (blocks, mu, nu)), statistics
 
 
 def stepped(
@@ -87,27 +89,32 @@ def stepped(
     moments: Sequence[Moments],
     bases: Sequence[Bases],
     step: Step,
+    schedule: Refresh,
+    count: jax.Array,
 ) -> tuple[list[jax.Array], list[Moments], list[Bases]]:
-    """Directions, moments and statistics after the gradients; all in blocks."""
+    """Directions, moments and bases after the gradients of this step; all in blocks."""
+    vectors = [fields(each, "vectors") for each in bases]
     units = [
         Unit(
             (len(tensor.sizes), tensor.axes, tensor.summed),
-            fields(each, "vectors"),
+            turn,
             (blocks, *old, fields(each, "statistics")),
             tensor.spread,
             is_whole=bool(tensor.summed),
         )
-        for tensor, blocks, old, each in zip(tensors, gradients, moments, bases, strict=True)
+        for tensor, blocks, old, each, turn in zip(
+            tensors, gradients, moments, bases, vectors, strict=True
+        )
     ]
     found = together(units, step)
-    return (
-        [direction for direction, *_ in found],
-        [Moments(mu, nu) for _, mu, nu, _ in found],
-        [
-            with_fields(each, statistics=statistics)
-            for each, (*_, statistics) in zip(bases, found, strict=True)
-        ],
-    )
+    moments = [Moments(mu, nu) for _, mu, nu, _ in found]
+    statistics = [new for *_, new in found]
+    moments, vectors = _refreshed(tensors, moments, vectors, statistics, step, schedule, count)
+    bases = [
+        with_fields(each, statistics=new, vectors=turn)
+        for each, new, turn in zip(bases, statistics, vectors, strict=True)
+    ]
+    return [direction for direction, *_ in found], moments, bases
 
 
 def norms(
@@ -131,42 +138,37 @@ def norms(
     return forms(tensors, gradients, kinds, sources, norm)
 
 
-def refreshed_bases(
+def _refreshed(
     tensors: Tensors,
-    moments: list[Moments],
-    bases: list[Bases],
+    moments: Sequence[Moments],
+    vectors: Sequence[Any],
+    statistics: Sequence[Any],
+    step: Step,
     schedule: Refresh,
     count: jax.Array,
-    *,
-    b1: Any,
-    b2: Any,
-) -> tuple[list[Moments], list[Bases]]:
-    """New bases where they are due, and the moments in them, with their decay rates `b1` and `b2`."""
-    moments, bases = list(moments), list(bases)
-    turned = [(at, tensor) for at, tensor in enumerate(tensors) if tensor.axes]
+) -> tuple[list[Moments], list[Any]]:
+    """New bases, as their vectors, where they are due, and the moments in them."""
+    moments, vectors = list(moments), list(vectors)
+    turned = [at for at, tensor in enumerate(tensors) if tensor.axes]
 
     def first(_: Any, vectors: Any, statistics: Any) -> Any:
         del vectors
         return _by_size(eigenbasis, statistics)
 
-    def units(with_moments: bool) -> list[Unit]:
-        made = []
-        for at, tensor in turned:
-            vectors = fields(bases[at], "vectors")
-            carry = (vectors, *moments[at]) if with_moments else vectors
-            made.append(Unit(tensor.axes, fields(bases[at], "statistics"), carry, tensor.spread))
-        return made
+    def units(carries: Sequence[Any]) -> list[Unit]:
+        return [
+            Unit(tensors[at].axes, statistics[at], carry, tensors[at].spread)
+            for at, carry in zip(turned, carries, strict=True)
+        ]
 
-    found = refreshed(units(with_moments=False), first, 1, lambda _: count == 1)
-    for (at, _), vectors in zip(turned, found, strict=True):
-        bases[at] = with_fields(bases[at], vectors=vectors)
-    due = lambda phase: schedule.follows(count, phase)
-    follow = functools.partial(_followed, floor=_floor(b1, b2))
-    need = schedule.by_need(count, _off)
-    found = refreshed(units(with_moments=True), follow, schedule.phases, due, need=need)
-    for (at, _), (vectors, mu, nu) in zip(turned, found, strict=True):
-        moments[at], bases[at] = Moments(mu, nu), with_fields(bases[at], vectors=vectors)
-    return moments, bases
+    found = refreshed(units([vectors[at] for at in turned]), first, 1, lambda _: count == 1)
+    carries = [(each, *moments[at]) for at, each in zip(turned, found, strict=True)]
+    follow = functools.partial(_followed, floor=_floor(step.b1, step.b2))
+    due, need = functools.partial(schedule.follows, count), schedule.by_need(count, _off)
+    found = refreshed(units(carries), follow, schedule.phases, due, need=need)
+    for at, (turn, mu, nu) in zip(turned, found, strict=True):
+        moments[at], vectors[at] = Moments(mu, nu), turn
+    return moments, vectors
 
 
 def _floor(b1: Any, b2: Any) -> Any:
@@ -199,11 +201,8 @@ def _followed(axes: Any, carry: Any, statistics: Sequence[jax.Array], floor: Any
     mean = cast(mu, wide_dtype(mu.dtype, *(basis.dtype for basis in vectors)))
     turned = without_rounding(_turned(axes, mean, vectors, new), mean, axes)
     proven = jnp.square(turned) * jnp.asarray(floor, turned.dtype)
-    return (
-        new,
-        cast(turned, mu.dtype),
-        cast(jnp.maximum(cast(permuted, proven.dtype), proven), nu.dtype),
-    )
+    raised = jnp.maximum(cast(permuted, proven.dtype), proven)
+    return new, *cast_like((turned, raised), (mu, nu))
 
 
 def _off(_: Any, carry: Any, statistics: Sequence[jax.Array]) -> jax.Array:

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ...core.arithmetic import wide
 from ..links.graft import norm_ratio
 from .blockwise import Tensors
 
@@ -24,7 +23,6 @@ def grafted(
     `steps` are the blocks of `step`, which blocks without a trusted root take. ``per`` is "block",
     "parameter" or "none", which leaves directions unchanged.
     """
-    steps = [wide(blocks) for blocks in steps]
     if per == "parameter":
         leaves = (jax.tree.leaves(tree) for tree in (step, tensors.closed(directions)))
         every = tensors.of_leaves(

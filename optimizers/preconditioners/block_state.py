@@ -6,10 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ...core.arithmetic import is_summable, wide_dtype
+from ...core.arithmetic import wide_dtype
 from ...core.leaves import at_leaves
 from ...core.tree_checks import check_real_leaves
-from ..matrix.mesh.placement import Names
 from ..matrix.shape.blocking import Blocking
 
 
@@ -56,12 +55,6 @@ def _map_leaves(
 ) -> Any:
     check_real_leaves(params)
     return at_leaves(params, list(map(function, jax.tree.leaves(params), blockings)))
-
-
-def usable_blocks(blocks: jax.Array, order: int, summed: Names = ()) -> jax.Array:
-    """Which blocks are usable, `[*batch, *counts]`: their squares can be summed, as `is_usable` says."""
-    inside = tuple(range(blocks.ndim - order, blocks.ndim))
-    return is_summable(jax.lax.psum(jnp.sum(jnp.square(blocks), axis=inside), summed))
 
 
 def fields(factors: Sequence[Any], name: str) -> list[jax.Array]:

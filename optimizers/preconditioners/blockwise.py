@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ...core.arithmetic import cast, wide_dtype
-from ...core.leaves import at_leaves, from_leaves
+from ...core.arithmetic import cast, cast_like, wide_dtype
+from ...core.leaves import places
 from ...core.own_norm import OwnNorm, replicated_norms, with_norm
 from ...core.paths import path_string
 from ...core.transformation import transformation
@@ -34,7 +34,7 @@ class Tensors(list[Tensor]):
 
     def __init__(self, like: Any, blockings: Sequence[Blocking]):
         super().__init__(tensor for blocking in blockings for tensor in blocking.tensors)
-        self._like, self.blockings = like, blockings
+        self._like, self.blockings, self._places = like, blockings, places(like)
 
     def opened(self, tree: Any) -> list[jax.Array]:
         """The blocks of a tree of leaves."""
@@ -65,38 +65,38 @@ class Tensors(list[Tensor]):
 
     def kept(self, tree: Any) -> list[Any]:
         """The state of each tensor, from a tree with a tuple for every leaf."""
-        return [each for leaf in from_leaves(self._like, tree) for each in leaf]
+        return [each for leaf in self._places.flatten_up_to(tree) for each in leaf]
 
     def to_keep(self, values: Sequence[Any]) -> Any:
         """The inverse of `kept`."""
-        return at_leaves(self._like, self.by_leaf(values))
+        return self._places.unflatten(self.by_leaf(values))
 
     def zero_unless(self, usable: Sequence[jax.Array], tree: Any) -> Any:
         """The leaves of a tree, zero in blocks that are not usable; flags are `[*batch, *counts]`."""
-        by_leaf = list(zip(self.blockings, self.by_leaf(usable), strict=True))
-        sent = [(cut, flags) for cut, (flags, *_) in by_leaf if cut.takes_flags]
-        every = iter(
-            gathered(
-                [flags for _, flags in sent],
-                [cut.count_names[0] for cut, _ in sent],
-                sent[0][0].placement.sizes if sent else {},
+        by_leaf = self.by_leaf(usable)
+        sent = [at for at, cut in enumerate(self.blockings) if cut.takes_flags]
+        every: dict[int, jax.Array] = {}
+        if sent:
+            whole = gathered(
+                [by_leaf[at][0] for at in sent],
+                [self.blockings[at].count_names[0] for at in sent],
+                self.blockings[sent[0]].placement.sizes,
             )
-        )
+            every = dict(zip(sent, whole, strict=True))
 
-        def kept(cut: Blocking, flags: Sequence[jax.Array], leaf: jax.Array) -> jax.Array:
-            if cut.takes_flags:
-                return jnp.where(cut.at_elements(next(every), leaf), leaf, 0)
+        def kept(at: int, leaf: jax.Array) -> jax.Array:
+            cut = self.blockings[at]
+            if at in every:
+                return jnp.where(cut.at_elements(every[at], leaf), leaf, 0)
             sizes = [grid.sizes for grid in cut.grids]
             wide = [
                 jnp.broadcast_to(x[(..., *(None,) * len(size))], (*x.shape, *size))
-                for x, size in zip(flags, sizes, strict=True)
+                for x, size in zip(by_leaf[at], sizes, strict=True)
             ]
             return jnp.where(cut.from_blocks(wide), leaf, 0)
 
         leaves, structure = jax.tree.flatten(tree)
-        return structure.unflatten(
-            kept(*each, leaf) for each, leaf in zip(by_leaf, leaves, strict=True)
-        )
+        return structure.unflatten(map(kept, range(len(leaves)), leaves))
 
 
 def _as_wide_as(params: optax.Params | None, updates: optax.Updates) -> optax.Updates:
@@ -144,7 +144,7 @@ def blockwise(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, Any]:
         found, state = on_shards(_as_wide_as(params, updates), state)
-        return jax.tree.map(lambda u, g: cast(u, g.dtype), found, updates), state
+        return cast_like(found, updates), state
 
     def describe(params: optax.Params) -> dict[str, list[str]]:
         return {

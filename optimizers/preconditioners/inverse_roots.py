@@ -8,17 +8,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ...core.arithmetic import bias_correction, is_summable, lerp, wide, wide_dtype
+from ...core.arithmetic import (
+    bias_correction,
+    ema,
+    is_summable,
+    is_usable,
+    wide,
+    wide_dtype,
+)
 from ...core.once import if_due
 from ...core.own_norm import OwnNorm
-from ..matrix.algebra.kronecker import mode_gram, rotate
+from ..matrix.algebra.kronecker import mode_grams, rotate
 from ..matrix.algebra.packing import pack, unpack
 from ..matrix.algebra.roots import exponent_fraction, inverse_root, misfit
 from ..matrix.batch.phases import refreshed
 from ..matrix.batch.refresh import Refresh
 from ..matrix.batch.together import Unit, together
 from ..matrix.shape.blocking import Blocking
-from .block_state import by_axis, fields, identities, numbers, usable_blocks, with_fields
+from .block_state import by_axis, fields, identities, numbers, with_fields
 from .blockwise import Tensors
 from .options import Factors, Roots
 from .own_norm import Insides, forms, of_factors
@@ -144,30 +151,26 @@ class Preconditioner:
     def _learned(self, kind: Any, carry: Any, beside: Any, *, due: jax.Array | None) -> Any:
         (sizes, axes, summed), (_, kept), (blocks, roots) = kind, carry, beside
         order, every = len(sizes), self.schedule.statistics_every
-        usable = usable_blocks(wide(blocks), order, summed)
+        usable = is_usable(blocks, tuple(range(1, 1 + order)), summed)
 
         def learned(carry: Any) -> Any:
             usable, kept = carry
             seen = jnp.where(usable.reshape(-1, *(1,) * order), wide(blocks), 0)
-            loaded = roots and self._roots(roots, sizes, axes, seen.dtype)
-            pairs = []
-            for axis, statistics in zip(axes, kept, strict=True):
-                whitened = seen
-                if loaded:
-                    others = [None if at == axis else root for at, root in enumerate(loaded)]
-                    whitened = rotate(seen, others)
-                gram = jax.lax.psum(mode_gram(whitened, axis, order), summed)
-                dtype = wide_dtype(gram.dtype, statistics.dtype)
-                old = self._loaded(statistics, sizes[axis], dtype)
-                new = _accumulated(gram.astype(dtype), old, self.b2, every)
-                # No element of a positive semi-definite matrix is larger than its trace.
-                fits = is_summable(jnp.trace(new, axis1=1, axis2=2))
+            others = self._roots(roots, sizes, axes, seen.dtype) if roots else None
+            grams = jax.lax.psum(mode_grams(seen, axes, order, others), summed)
+            old = [
+                self._loaded(x, sizes[axis], wide_dtype(gram.dtype, x.dtype))
+                for x, axis, gram in zip(kept, axes, grams, strict=True)
+            ]
+            new = _accumulated(grams, old, self.b2, every)
+            # No element of a positive semi-definite matrix is larger than its trace.
+            traces = [[jnp.trace(x, axis1=1, axis2=2) for x in each] for each in (new, old)]
+            for fits, fitted in zip(*is_summable(traces), strict=True):
                 # Statistics corrupted from outside are left to the certificate of their root.
-                usable &= fits | ~is_summable(jnp.trace(old, axis1=1, axis2=2))
-                pairs.append((new, old))
+                usable &= fits | ~fitted
             return usable, [
-                self._kept(jnp.where(usable[:, None, None], new, old), statistics.dtype)
-                for (new, old), statistics in zip(pairs, kept, strict=True)
+                self._kept(jnp.where(usable[:, None, None], after, before), x.dtype)
+                for after, before, x in zip(new, old, kept, strict=True)
             ]
 
         return if_due(due, learned, (usable, kept))
@@ -207,7 +210,7 @@ class Preconditioner:
         def misfits(kind: Any, carry: Any, source: Any) -> jax.Array:
             return self._misfit(kind, source, carry, weight)
 
-        due, need = lambda phase: schedule.due(step, phase), schedule.by_need(step, misfits)
+        due, need = functools.partial(schedule.due, step), schedule.by_need(step, misfits)
         most = self.factors.max_elements
         found = iter(refreshed(units, new_roots, schedule.phases, due, most, need))
         return [
@@ -314,13 +317,19 @@ def _is_number(b2: Any) -> bool:
     return isinstance(b2, (int, float))
 
 
-def _accumulated(new: jax.Array, old: jax.Array, keep: Any, every: int) -> jax.Array:
-    """The moving average with that decay rate, or the sum if it is one, where `new` counts for `every`
+def _accumulated(
+    new: Sequence[jax.Array], old: Sequence[jax.Array], keep: Any, every: int
+) -> list[jax.Array]:
+    """The moving averages with that decay rate, or the sums if it is one, where `new` counts for `every`
     gradients."""
+    if _is_number(keep) and keep != 1:
+        return ema(new, old, keep)
     if _is_number(keep):
-        return old + every * new if keep == 1 else lerp(new, old, keep)
-    take = jnp.where(keep == 1, jnp.full_like(keep, every), 1 - keep)
-    return keep.astype(old.dtype) * old + take.astype(old.dtype) * new
+        one = lambda x, y: y + every * x.astype(y.dtype)
+    else:
+        take = jnp.where(keep == 1, jnp.full_like(keep, every), 1 - keep)
+        one = lambda x, y: keep.astype(y.dtype) * y + take.astype(y.dtype) * x.astype(y.dtype)
+    return list(map(one, new, old))
 
 
 def _weight(b2: Any, count: jax.Array) -> jax.Array | None:

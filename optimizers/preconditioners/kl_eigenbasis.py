@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ...core.arithmetic import cast, is_summable, lerp, wide
+from ...core.arithmetic import cast, is_summable, is_usable, lerp, wide
 from ...core.once import if_due
 from ...core.own_norm import OwnNorm
 from ..matrix.algebra.eigenbasis import eigenbasis, followed, off_diagonal
@@ -16,7 +16,7 @@ from ..matrix.algebra.kronecker import mode_gram, mode_product, rotate
 from ..matrix.batch.phases import refreshed
 from ..matrix.batch.refresh import Refresh
 from ..matrix.batch.together import Unit, together
-from .block_state import by_axis, identities, usable_blocks, with_fields
+from .block_state import by_axis, identities, with_fields
 from .blockwise import Tensors
 from .own_norm import Insides, forms, in_basis
 
@@ -53,7 +53,8 @@ class KLEigenbasis(NamedTuple):
         """Direction, usable blocks and factors, from mean gradients, factors, and the gradient."""
         (order, axes, mu_dtype), (mean, _, kept) = kind, carry
         learned = functools.partial(self._learned, is_first, axes, blocks)
-        usable, new = if_due(self.learns, learned, (usable_blocks(wide(blocks), order), kept))
+        usable = is_usable(blocks, tuple(range(1, 1 + order)))
+        usable, new = if_due(self.learns, learned, (usable, kept))
         seen = jnp.where(usable.reshape(-1, *(1,) * order), wide(blocks), 0)
         mean = jnp.where(
             is_first, mean, cast(cast(lerp(seen, mean, self.b1), mu_dtype), mean.dtype)
@@ -191,7 +192,7 @@ def refreshed_factors(
         return off_diagonal(statistics, vectors)
 
     is_first, due = count == 1, schedule.follows(count, 0)
-    follows = lambda phase: schedule.follows(count, phase)
+    follows = functools.partial(schedule.follows, count)
     found = list(factors)
     for function, phases, when, need in (
         (first, 1, lambda _: is_first, None),

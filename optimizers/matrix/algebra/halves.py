@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from .newton_schulz import product
 
+
 class Rows(NamedTuple):
     """The two halves of a batch of matrices, `[K, M/2, N]`."""
 

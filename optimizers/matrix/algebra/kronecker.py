@@ -31,6 +31,20 @@ def mode_gram(blocks: jax.Array, axis: int, order: int) -> jax.Array:
     return _einsum(f"...{letters},...{other}->...{letters[axis]}z", blocks, blocks)
 
 
+def mode_grams(
+    blocks: jax.Array,
+    axes: Sequence[int],
+    order: int,
+    others: Sequence[jax.Array | None] | None = None,
+) -> list[jax.Array]:
+    """`mode_gram` along each of these axes, of blocks rotated along all `others` by their factors."""
+    if others is None:
+        return [mode_gram(blocks, axis, order) for axis in axes]
+    along = [[None if at == axis else x for at, x in enumerate(others)] for axis in axes]
+    rotated = [rotate(blocks, factors) for factors in along]
+    return [mode_gram(x, axis, order) for x, axis in zip(rotated, axes, strict=True)]
+
+
 def mode_product(
     blocks: jax.Array, factor: jax.Array, axis: int, order: int, *, transposed: bool = False
 ) -> jax.Array:

@@ -7,6 +7,7 @@ the steps on which nothing happens.
 """
 
 import functools
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -78,7 +79,7 @@ def refreshed(
     given, units = units, [unit.flat for unit in units]
     carries = [unit.carry for unit in units]
     parts = [unit.spread.layers if phases > 1 else 1 for unit in given]
-    costs = [unit.cost / n for unit, n in zip(units, parts, strict=True) for _ in range(n)]
+    costs = [_cost(unit) / n for unit, n in zip(units, parts, strict=True) for _ in range(n)]
     dealt = iter(phases_of(costs, phases))
     groups: dict[tuple[int, Hashable], list[int]] = {}
     work, busy = Work(function, max_elements, need), jnp.zeros([], bool)
@@ -146,6 +147,12 @@ def _layer_by_layer(
         )
 
     return with_each(busy, unit.carry, refreshed)
+
+
+def _cost(unit: Unit) -> float:
+    """Proportional to the work on all the leaf's matrices, independent of sharding."""
+    work = [x.size * math.prod(x.shape[1:]) ** 0.5 for x in jax.tree.leaves(unit.source)]
+    return unit.spread.shards * sum(work)
 
 
 def phases_of(costs: Sequence[float], phases: int) -> list[int]:

@@ -58,12 +58,6 @@ class Unit(NamedTuple):
         return jax.tree.map(lambda new, old: new.reshape(old.shape), carry, self.carry)
 
     @property
-    def cost(self) -> float:
-        """Proportional to the work on all the leaf's matrices, independent of sharding."""
-        work = [x.size * math.prod(x.shape[1:]) ** 0.5 for x in jax.tree.leaves(self.source)]
-        return self.spread.shards * sum(work)
-
-    @property
     def likeness(self) -> Hashable:
         """Properties that units must share to be processed as one batch."""
         arrays, structure = jax.tree.flatten((self.source, self.carry))
