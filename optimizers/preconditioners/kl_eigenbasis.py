@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ...core.arithmetic import cast, is_summable, is_usable, lerp, wide
+from ...core.arithmetic import cast, ema, is_summable, is_usable, lerp, wide, wide_dtype
 from ...core.once import if_due
 from ...core.own_norm import OwnNorm
 from ..matrix.algebra.eigenbasis import eigenbasis, followed, off_diagonal
@@ -71,9 +71,9 @@ class KLEigenbasis(NamedTuple):
         """
         (usable, kept), order, sizes = carry, blocks.ndim - 1, blocks.shape[1:]
         seen = jnp.where(usable.reshape(-1, *(1,) * order), wide(blocks), 0)
-        roots = by_axis([factor.eigenvalues**-0.5 for factor in kept], axes, order)
-        vectors = by_axis([factor.vectors for factor in kept], axes, order)
-        rotated = rotate(seen, vectors, back=True)
+        factors = by_axis(kept, axes, order)
+        roots = [None if f is None else f.eigenvalues**-0.5 for f in factors]
+        rotated = rotate(seen, [None if f is None else f.vectors for f in factors], back=True)
 
         def one(axis: int, own: KLFactor) -> tuple[jax.Array, jax.Array, jax.Array]:
             others = [None if at == axis else root for at, root in enumerate(roots)]
@@ -81,14 +81,14 @@ class KLEigenbasis(NamedTuple):
             away = tuple(1 + at for at in range(order) if at != axis)
             count = max(1, math.prod(sizes[:axis] + sizes[axis + 1 :]))
             mean = jnp.sum(jnp.square(whitened), axis=away) / count
-            values = jnp.maximum(lerp(mean, own.eigenvalues, self.b2), self._floor(sizes[axis]))
             plain = jnp.where(is_first, seen, mode_product(whitened, own.vectors, axis, order))
             gram = mode_gram(plain, axis, order) / count
-            fits = is_summable(jnp.trace(gram, axis1=1, axis2=2))
-            return fits, lerp(gram, own.statistics, self.b2), values
+            new = ema((mean, gram), (own.eigenvalues, own.statistics), self.b2)
+            values = jnp.maximum(new[0], self._floor(sizes[axis]))
+            return jnp.trace(gram, axis1=1, axis2=2), new[1], values
 
         found = [one(axis, own) for axis, own in zip(axes, kept, strict=True)]
-        for fits, *_ in found:
+        for fits in is_summable([trace for trace, *_ in found]):
             usable &= fits
         return usable, [
             KLFactor(
@@ -134,7 +134,7 @@ def stepped(
 def _outer(vectors: list[jax.Array | None], blocks: jax.Array) -> jax.Array:
     """The product of one vector per axis, as `[..., b1, ..., bk]`, with ones where there is none."""
     order = len(vectors)
-    product = jnp.ones((1,) * blocks.ndim, wide(blocks).dtype)
+    product = jnp.ones((1,) * blocks.ndim, wide_dtype(blocks.dtype))
     for axis, vector in enumerate(vectors):
         if vector is not None:
             inside = [vector.shape[-1] if at == axis else 1 for at in range(order)]
