@@ -86,7 +86,6 @@ def add_decayed_weights(
     """
     check_non_negative(weight_decay=weight_decay)
     _check_form(form, learning_rate, peak_learning_rate)
-    needs_rate = form in ("adamc", "proximal")
 
     def init(params: optax.Params) -> AddDecayedWeightsState:
         del params
@@ -97,12 +96,12 @@ def add_decayed_weights(
     ) -> tuple[optax.Updates, AddDecayedWeightsState]:
         check_params_given(params, "weight decay")
         decay = evaluate(weight_decay, state.count)
-        rate = evaluate(learning_rate, state.count) if needs_rate else None
         if form == "adamc":
+            rate = evaluate(learning_rate, state.count)
             peak = rate if peak_learning_rate is None else peak_learning_rate
             decay = 0.0 if _is_zero(peak) else decay * (rate / peak)
         elif form == "proximal":
-            decay = decay * rate
+            decay = decay * evaluate(learning_rate, state.count)
 
         def decayed(u: jax.Array, p: jax.Array) -> jax.Array:
             dtype = wide_dtype(u.dtype, p.dtype)

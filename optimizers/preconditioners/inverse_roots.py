@@ -322,13 +322,13 @@ def _accumulated(
 ) -> list[jax.Array]:
     """The moving averages with that decay rate, or the sums if it is one, where `new` counts for `every`
     gradients."""
-    if _is_number(keep) and keep != 1:
-        return ema(new, old, keep)
-    if _is_number(keep):
-        one = lambda x, y: y + every * x.astype(y.dtype)
-    else:
+    if not _is_number(keep):
         take = jnp.where(keep == 1, jnp.full_like(keep, every), 1 - keep)
         one = lambda x, y: keep.astype(y.dtype) * y + take.astype(y.dtype) * x.astype(y.dtype)
+    elif keep == 1:
+        one = lambda x, y: y + every * x.astype(y.dtype)
+    else:
+        return ema(new, old, keep)
     return list(map(one, new, old))
 
 
