@@ -2,13 +2,13 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import optax.contrib
 import pytest
 import ravine
 
 from .optimizers_table import builder
+from .tolerances import HALF, double, furthest
 
 PARAMS = {
     "up": {"kernel": jnp.linspace(-1.0, 1.0, 24).reshape(4, 6), "bias": jnp.zeros(6)},
@@ -43,6 +43,7 @@ def decayed(name):
     return {"weight_decay": 0.1} if ravine.OptimizerConfig(name).accepts("weight_decay") else {}
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", ["soap", "muon"])
 def test_steps_are_those_at_the_adversarial_points(name):
     tx = builder(name)(1e-2, weight_decay=0.1)
@@ -54,10 +55,11 @@ def test_steps_are_those_at_the_adversarial_points(name):
         updates, state = both.update(jax.grad(loss)(params), state, params)
         return (optax.apply_updates(params, updates), state), None
 
+    start = double(PARAMS)
     (found, _), _ = jax.jit(lambda carry: jax.lax.scan(body, carry, length=8))(
-        (PARAMS, both.init(PARAMS))
+        (start, both.init(start))
     )
-    params, state = PARAMS, tx.init(PARAMS)
+    params, state = start, tx.init(start)
     update = jax.jit(tx.update)
     for _ in range(4):
         grads = jax.grad(loss)(params)
@@ -65,5 +67,4 @@ def test_steps_are_those_at_the_adversarial_points(name):
         away = jax.tree.map(lambda p, g, norm=norm: p + 0.05 * g / norm, params, grads)
         updates, state = update(jax.grad(loss)(away), state, params)
         params = optax.apply_updates(params, updates)
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
-    jax.tree.map(close, found, params)
+    assert furthest(found, params) <= HALF
