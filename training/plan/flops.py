@@ -28,7 +28,7 @@ _DECOMPOSITIONS = {
 }
 _MOVES = re.compile(
     "axis_index|barrier|broadcast|concat|constraint|convert|copy|device_put|empty|gather|iota|pad|pcast"
-    "|permute|pvary|random|real|imag|reshape|reshard|rev|scatter|select|slice|sort|split|squeeze"
+    "|permute|pvary|random|real|imag|reshape|reshard|rev|scatter|select|slice|sort|split|squeeze|stack"
     "|stop_gradient|to_all|top_k|transpose|while"
 )
 _SUMS = re.compile("reduce_(?!precision)|arg|cum|psum|pmax|pmin")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ....core.arguments import checked
-from ....core.checks import check_whole
+from ....core.checks import check_positive, check_whole
 from ....core.kinds import OPTIONS
 from ....core.platform import platform
 from ..mesh.placement import Names
@@ -86,6 +86,8 @@ class NewtonSchulz:
             raise ValueError(f"restarts must be steps of at least 1, got {self.restarts}.")
         check_whole(0, halvings=self.halvings)
         check_whole(1, steps=self.steps)
+        check_positive(lower=self.lower)
+        object.__setattr__(self, "lower", float(self.lower))
         if self.steps > MOST_STEPS:
             raise ValueError(f"steps must be at most {MOST_STEPS}, got {self.steps}.")
         self.table()
