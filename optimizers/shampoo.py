@@ -129,12 +129,12 @@ def scale_by_shampoo(
     factors.check_ridge(roots.ridge)
     roots.check_need(refresh)
     per = "none" if graft.step == "none" else graft.per
-    size = graft.magnitude(b2, eps, nu_dtype)
+    size = functools.partial(graft.magnitude, nu_dtype=nu_dtype)
 
     def preconditioner(b2: float) -> Preconditioner:
         return Preconditioner(refresh.decay(b2), factors, roots, refresh)
 
-    first = preconditioner(b2)
+    first_size, first = size(b2, eps), preconditioner(b2)
     # KL statistics need whole blocks: they are sums over products of both factors.
     sums = factors.statistics != "kl"
     blockings = functools.partial(blockings_of, axes=axes, blocks=blocks, sums=sums)
@@ -146,7 +146,7 @@ def scale_by_shampoo(
         return ScaleByShampooState(
             count=jnp.zeros([], jnp.int32),
             mu=wide_zeros_like(params, mu_dtype),
-            nu=size.init(params),
+            nu=first_size.init(params),
             factors=factors_like(params, found, first.factor),
             graft_ratio=ones_like_scalars(params, found),
         )
@@ -166,8 +166,7 @@ def scale_by_shampoo(
         seen = tensors.zero_unless(usable, updates)
         mu = ema(seen, state.mu, b1)
         mean = corrected_mean(seen, mu, b1, count, nesterov=nesterov)
-        sized = size._replace(b2=b2 if graft.b2 is None else graft.b2, eps=eps)
-        graft_step, nu = sized.update(seen, mean, state.nu, count)
+        graft_step, nu = size(b2, eps).update(seen, mean, state.nu, count)
         kept = shampoo.refresh(tensors, kept, count)
         means, steps = tensors.opened_together(mean, graft_step)
         blocks = shampoo.apply(tensors, means, kept)
