@@ -25,8 +25,10 @@ def followed_once(batch):
 def test_matrices_side_by_side_have_the_results_of_one_at_a_time(function, count, monkeypatch):
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
     batch = statistics(count, 128)
+    assert (f"unroll={lapack.SIDE_BY_SIDE}" in str(jax.make_jaxpr(function)(batch))) == (count > 1)
     found = jax.jit(function)(batch)
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "2")
+    assert "unroll=1 " in str(jax.make_jaxpr(lambda x: function(x))(batch)).replace("\n", " ")
     for ours, alone in zip(found, jax.jit(lambda x: function(x))(batch), strict=True):
         np.testing.assert_array_equal(ours, alone)
 

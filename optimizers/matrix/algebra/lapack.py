@@ -3,7 +3,7 @@
 Outside `jax.shard_map` the compiler gathers the operands of LAPACK and similar calls onto every device,
 and under an `Explicit` mesh they raise (jax #33230); optimizers call this inside `per_shard`.
 
-On CPU the matrices go to LAPACK one by one. Given a batch, jaxlib (0.10 to 0.12) splits it over XLA's
+On CPU the matrices go to LAPACK one by one. Given a batch, jaxlib (0.10 and 0.11.0) splits it over XLA's
 thread pool and waits inside that same pool: when as many such calls run at once as there are threads,
 from two independent places of a program or from two devices, they wait for each other forever. A call
 with one matrix starts no other work and waits for nothing, so several of these may run side by side, and
