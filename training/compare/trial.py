@@ -116,8 +116,11 @@ def _programs(
 
     def step(state: TrainState, batch: Any, rate: Any, numbers: dict[str, Any]) -> Any:
         tx = build(rate, numbers)
-        options = {"fused": fused, "by_hutchinson": rest.name in HUTCHINSON}
-        options["attention_logits"] = False
+        options = {
+            "attention_logits": False,
+            "fused": fused,
+            "by_hutchinson": rest.name in HUTCHINSON,
+        }
         return make_train_step(model_graph(model), tx, **options)(state, batch)
 
     return jax.jit(init), jax.jit(step, donate_argnums=0)
