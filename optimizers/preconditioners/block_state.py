@@ -82,6 +82,6 @@ def identities(scalars: jax.Array, size: int) -> jax.Array:
     return scalars[..., None, None] + jnp.broadcast_to(eye, (1,) * scalars.ndim + eye.shape)
 
 
-def numbers(scalars: jax.Array, count: int) -> jax.Array:
+def zeros_each(scalars: jax.Array, count: int) -> jax.Array:
     """So many zeros for each of the zeros `[*batch, *counts]`."""
     return scalars[..., None] + jnp.zeros((1,) * scalars.ndim + (count,), scalars.dtype)

@@ -20,7 +20,7 @@ import optax
 from ...core.arithmetic import cast, cast_like, wide_dtype
 from ...core.leaves import places
 from ...core.own_norm import OwnNorm, replicated_norms, with_norm
-from ...core.paths import path_string
+from ...core.paths import paths_of
 from ...core.transformation import transformation
 from ..matrix.batch.refresh import Refresh
 from ..matrix.mesh.exchange import gathered, per_shard
@@ -180,7 +180,6 @@ def _norms(
     on_shards = per_shard(body, init, blockings, replicated_norms, numbers)
 
     def norms(updates: optax.Updates, state: Any) -> dict[str, OwnNorm]:
-        paths = [path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(updates)]
-        return dict(zip(paths, on_shards(updates, state), strict=True))
+        return dict(zip(paths_of(updates), on_shards(updates, state), strict=True))
 
     return norms

@@ -25,7 +25,7 @@ from ..matrix.batch.phases import refreshed
 from ..matrix.batch.refresh import Refresh
 from ..matrix.batch.together import Unit, together
 from ..matrix.shape.blocking import Blocking
-from .block_state import by_axis, fields, identities, numbers, with_fields
+from .block_state import by_axis, fields, identities, with_fields, zeros_each
 from .blockwise import Tensors
 from .options import Factors, Roots
 from .own_norm import Insides, forms, of_factors
@@ -95,7 +95,7 @@ class Preconditioner:
         statistics = self._kept(jnp.zeros_like(identity), self.factors.statistics_dtype)
         root = self._kept(identity, self.factors.root_dtype)
         # One array for four numbers: a leaf's arrays are separate kernels wherever leaves are joined.
-        return Factor(statistics, root, numbers(scalars, 4))
+        return Factor(statistics, root, zeros_each(scalars, 4))
 
     def exponent_of(self, factors: Sequence[Any]) -> float:
         """The exponent of a tensor's roots; its factors are None on axes without one."""
