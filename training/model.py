@@ -17,7 +17,7 @@ from .model_config import ModelConfig
 from .scanned import recomputed, unrolled
 from .sharding import constrained, of_all_positions, one_device
 
-JOINED = 2**20
+JOINED = 2**16
 """Elements up to which kernels of one input are multiplied as one, see `_project`."""
 
 
@@ -317,7 +317,7 @@ def _project(x: jax.Array, *maps: nnx.Linear) -> list[jax.Array]:
         return [linear(x) for linear in maps]
     joined = jnp.concatenate(kernels, axis=-1).astype(x.dtype)
     ends = [k.shape[-1] for k in kernels[:-1]]
-    found = x @ joined
+    found = maps[0].dot_general(x, joined, (((x.ndim - 1,), (0,)), ((), ())))
     if biases := [linear.bias[...] for linear in maps if linear.bias is not None]:
         bias = jnp.concatenate(biases, axis=-1).astype(x.dtype)
         found += jnp.broadcast_to(bias, found.shape)

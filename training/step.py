@@ -27,6 +27,7 @@ from .gradients import micro_batch_value_and_grad, sampled_value_and_grad
 from .loss import fused_loss
 from .model import Transformer, check_attention
 from .model_config import ModelConfig
+from .products import fast_products
 from .staged import staged_value_and_grad
 
 Batch = Any  # int32 [B, T + 1]: inputs are [:, :-1], targets [:, 1:]
@@ -113,7 +114,7 @@ def _trained_loss(
     """
 
     def loss(params: Any, batch: Batch) -> tuple[jax.Array, Any]:
-        model = nnx.merge(graphdef, params)
+        model = fast_products(nnx.merge(graphdef, params))
         key = dropout_key(count, batch) if model.config.dropout else None
         hidden, highest_LxH = model.hidden(
             batch[:, :-1], measured=attention_logits, dropout_key=key
