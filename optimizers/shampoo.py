@@ -24,8 +24,8 @@ from .links.decay import Mask
 from .matrix.batch.refresh import REFRESH, Refresh
 from .matrix.shape.blocks import BLOCKS, Blocks, blockings_of
 from .matrix.shape.matrices import Axes
-from .preconditioners.block_graft import grafted
-from .preconditioners.block_state import factors_like, ones_like_scalars
+from .preconditioners.block_graft import BlockGraft
+from .preconditioners.block_state import factors_like, fields, ones_like_scalars
 from .preconditioners.blockwise import Tensors, blockwise
 from .preconditioners.inverse_roots import Preconditioner
 from .preconditioners.options import FACTORS, GRAFTING, ROOTS, Factors, Grafting, Roots
@@ -129,12 +129,12 @@ def scale_by_shampoo(
     factors.check_ridge(roots.ridge)
     roots.check_need(refresh)
     per = "none" if graft.step == "none" else graft.per
-    size = functools.partial(graft.magnitude, nu_dtype=nu_dtype)
+    lent = graft.magnitude(b2, eps, nu_dtype)
 
     def preconditioner(b2: float) -> Preconditioner:
         return Preconditioner(refresh.decay(b2), factors, roots, refresh)
 
-    first_size, first = size(b2, eps), preconditioner(b2)
+    first = preconditioner(b2)
     # KL statistics need whole blocks: they are sums over products of both factors.
     sums = factors.statistics != "kl"
     blockings = functools.partial(blockings_of, axes=axes, blocks=blocks, sums=sums)
@@ -146,7 +146,7 @@ def scale_by_shampoo(
         return ScaleByShampooState(
             count=jnp.zeros([], jnp.int32),
             mu=wide_zeros_like(params, mu_dtype),
-            nu=first_size.init(params),
+            nu=lent.init(params),
             factors=factors_like(params, found, first.factor),
             graft_ratio=ones_like_scalars(params, found),
         )
@@ -159,6 +159,7 @@ def scale_by_shampoo(
         b1: float,
         b2: float,
         eps: float,
+        graft_b2: float,
     ) -> tuple[optax.Updates, ScaleByShampooState]:
         count, shampoo = increment(state.count), preconditioner(b2)
         kept = tensors.kept(state.factors)
@@ -166,22 +167,18 @@ def scale_by_shampoo(
         seen = tensors.zero_unless(usable, updates)
         mu = ema(seen, state.mu, b1)
         mean = corrected_mean(seen, mu, b1, count, nesterov=nesterov)
-        graft_step, nu = size(b2, eps).update(seen, mean, state.nu, count)
+        size = lent._replace(b2=graft_b2, eps=eps)
+        graft_step, nu = size.update(seen, mean, state.nu, count)
         kept = shampoo.refresh(tensors, kept, count)
         means, steps = tensors.opened_together(mean, graft_step)
-        blocks = shampoo.apply(tensors, means, kept)
-        distrusted = list(map(shampoo.distrusted, kept, blocks))
-        directions, ratios = grafted(tensors, blocks, distrusted, graft_step, steps, per)
-        started = refresh.started(count)
-        directions = jax.tree.map(
-            lambda x, d, u: jnp.where(started, x.astype(d.dtype), d).astype(u.dtype),
-            directions,
-            graft_step,
-            updates,
-        )
+        grafting = BlockGraft(per, refresh.started(count))
+        blocks, ratios = shampoo.apply(tensors, means, steps, kept, grafting)
+        if per == "parameter":
+            distrusted = [shampoo.distrusted(fields(each, "record")) for each in kept]
+            blocks, ratios = grafting.of_parameters(tensors, blocks, graft_step, steps, distrusted)
         mu, nu = cast_like((mu, nu), (state.mu, state.nu))
         kept, ratios = tensors.to_keep(kept), tensors.to_keep(ratios)
-        return directions, ScaleByShampooState(count, mu, nu, kept, ratios)
+        return tensors.closed(blocks), ScaleByShampooState(count, mu, nu, kept, ratios)
 
     def norm(
         updates: optax.Updates,
@@ -195,9 +192,8 @@ def scale_by_shampoo(
             tensors, tensors.opened(updates), tensors.kept(state.factors)
         )
 
-    return blockwise(
-        "scale_by_shampoo", blockings, init, step, norm, refresh, b1=b1, b2=b2, eps=eps
-    )
+    numbers = {"b1": b1, "b2": b2, "eps": eps, "graft_b2": lent.b2}
+    return blockwise("scale_by_shampoo", blockings, init, step, norm, refresh, **numbers)
 
 
 @checked

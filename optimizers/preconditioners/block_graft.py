@@ -1,47 +1,81 @@
 """The graft of blocks: the directions of Shampoo with the sizes of another step."""
 
+import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ..links.graft import norm_ratio
+from ..matrix.mesh.placement import Names
 from .blockwise import Tensors
 
 
-def grafted(
-    tensors: Tensors,
-    directions: Sequence[jax.Array],
-    distrusted: Sequence[jax.Array],
-    step: Any,
-    steps: Sequence[jax.Array],
-    per: str,
-) -> tuple[Any, list[jax.Array]]:
-    """The leaves of blocks' directions with the size of `step`, a tree, and the blocks' size ratios.
+class BlockGraft(NamedTuple):
+    """How large the blocks of a direction are, and which take the other step instead."""
 
-    `steps` are the blocks of `step`, which blocks without a trusted root take. ``per`` is "block",
-    "parameter" or "none", which leaves directions unchanged.
-    """
-    if per == "parameter":
+    per: str
+    """What gets one size: a "block", a "parameter", or "none", which leaves directions unchanged."""
+    started: jax.Array
+    """Whether directions are used; before, all blocks take the other step."""
+
+    def of_batch(
+        self,
+        directions: jax.Array,
+        steps: jax.Array,
+        distrusted: Sequence[jax.Array],
+        summed: Names,
+    ) -> tuple[jax.Array, jax.Array]:
+        """A batch of blocks `[B, ...]`, and the ratios `[B]` of sizes.
+
+        Directions stay as they are with one size per parameter, see `of_parameters`.
+
+        Args:
+          directions: blocks `[B, ...]`.
+          steps: the same blocks of the other step.
+          distrusted: for each factor, which blocks have no root to trust, `[B]`.
+          summed: mesh axes that cut through the blocks.
+        """
+        inside = tuple(range(1, directions.ndim))
+        if self.per == "block":
+            ratios = norm_ratio(steps, directions, inside, keep=False, summed=summed)
+        else:
+            ratios = jnp.ones(directions.shape[:1], directions.dtype)
+        if self.per == "parameter":
+            return directions, ratios
+        return self._sized(directions, steps, distrusted, ratios), ratios
+
+    def of_parameters(
+        self,
+        tensors: Tensors,
+        directions: Sequence[jax.Array],
+        step: Any,
+        steps: Sequence[jax.Array],
+        distrusted: Sequence[Sequence[jax.Array]],
+    ) -> tuple[list[jax.Array], list[jax.Array]]:
+        """The blocks of all tensors, with one size for each leaf of `step`, and the ratios of sizes."""
         leaves = (jax.tree.leaves(tree) for tree in (step, tensors.closed(directions)))
-        every = tensors.of_leaves(
-            [
-                norm_ratio(d, x, tuple(range(x.ndim)), keep=False, summed=blocking.leaf_names)
-                for d, x, blocking in zip(*leaves, tensors.blockings, strict=True)
-            ]
-        )
-    elif per == "block":
-        every = [
-            norm_ratio(d, x, tuple(range(f.ndim, x.ndim)), keep=False, summed=tensor.summed)
-            for d, x, f, tensor in zip(steps, directions, distrusted, tensors, strict=True)
+        by_leaf = [
+            norm_ratio(d, x, tuple(range(x.ndim)), keep=False, summed=blocking.leaf_names)
+            for d, x, blocking in zip(*leaves, tensors.blockings, strict=True)
         ]
-    else:
-        every = [jnp.ones([], d.dtype) for d in steps]
-    blocks, ratios = [], []
-    for direction, failed, other, ratio in zip(directions, distrusted, steps, every, strict=True):
-        ratios.append(jnp.broadcast_to(ratio, failed.shape).astype(direction.dtype))
-        wider = (...,) + (None,) * (direction.ndim - failed.ndim)
-        sized = direction * ratios[-1][wider].astype(direction.dtype)
-        blocks.append(jnp.where(failed[wider], other.astype(direction.dtype), sized))
-    return tensors.closed(blocks), ratios
+        ratios = [
+            jnp.broadcast_to(ratio, tensor.counts)
+            for tensor, ratio in zip(tensors, tensors.of_leaves(by_leaf), strict=True)
+        ]
+        return list(map(self._sized, directions, steps, distrusted, ratios)), ratios
+
+    def _sized(
+        self,
+        directions: jax.Array,
+        steps: jax.Array,
+        distrusted: Sequence[jax.Array],
+        ratios: jax.Array,
+    ) -> jax.Array:
+        """Directions `[..., *sizes]` times their ratios `[...]`, or steps where they are not used."""
+        left_out = functools.reduce(jnp.logical_or, distrusted, ~self.started)
+        wider = (..., *(None,) * (directions.ndim - ratios.ndim))
+        return jnp.where(
+            jnp.broadcast_to(left_out, ratios.shape)[wider], steps, directions * ratios[wider]
+        )

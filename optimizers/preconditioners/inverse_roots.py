@@ -25,10 +25,14 @@ from ..matrix.batch.phases import refreshed
 from ..matrix.batch.refresh import Refresh
 from ..matrix.batch.together import Unit, together
 from ..matrix.shape.blocking import Blocking
+from .block_graft import BlockGraft
 from .block_state import by_axis, fields, identities, with_fields, zeros_each
 from .blockwise import Tensors
 from .options import Factors, Roots
 from .own_norm import Insides, forms, of_factors
+
+FAILURES = 2
+"""Where a factor's record counts failures."""
 
 
 class Factor(NamedTuple):
@@ -51,7 +55,7 @@ class Factor(NamedTuple):
     @property
     def failures(self) -> jax.Array:
         """How many roots were refused since the last good one, int32."""
-        return self.record[..., 2].astype(jnp.int32)
+        return self.record[..., FAILURES].astype(jnp.int32)
 
     @property
     def refused(self) -> jax.Array:
@@ -267,23 +271,35 @@ class Preconditioner:
         self,
         tensors: Tensors,
         means: Sequence[jax.Array],
+        steps: Sequence[jax.Array],
         factors: Sequence[TensorFactors],
-    ) -> list[jax.Array]:
-        """The preconditioned blocks."""
+        graft: BlockGraft,
+    ) -> tuple[list[jax.Array], list[jax.Array]]:
+        """The preconditioned blocks of means, grafted onto steps, and their ratios of sizes."""
         units = [
             Unit(
-                (tensor.sizes, tensor.axes),
-                fields(each, "root"),
-                blocks,
+                (tensor.sizes, tensor.axes, tensor.summed),
+                (fields(each, "root"), fields(each, "record"), step),
+                (blocks, jnp.ones(tensor.counts, blocks.dtype)),
                 tensor.spread,
+                is_whole=bool(tensor.summed),
                 growth=self._growth,
             )
-            for tensor, blocks, each in zip(tensors, means, factors, strict=True)
+            for tensor, blocks, step, each in zip(tensors, means, steps, factors, strict=True)
         ]
-        return together(units, self._applied, self.factors.max_elements)
+        applied = functools.partial(self._applied, graft)
+        found = together(units, applied, self.factors.max_elements)
+        return [blocks for blocks, _ in found], [ratios for _, ratios in found]
 
-    def _applied(self, kind: Any, blocks: jax.Array, roots: Sequence[jax.Array]) -> jax.Array:
-        return rotate(blocks, self._roots(roots, *kind, dtype=blocks.dtype)) if roots else blocks
+    def _applied(self, graft: BlockGraft, kind: Any, carry: Any, source: Any) -> Any:
+        (*of_roots, summed), (blocks, _), (roots, records, steps) = kind, carry, source
+        dtype = blocks.dtype
+        directions = rotate(blocks, self._roots(roots, *of_roots, dtype=dtype)) if roots else blocks
+        return graft.of_batch(directions, steps, self.distrusted(records), summed)
+
+    def distrusted(self, records: Sequence[jax.Array]) -> list[jax.Array]:
+        """For the record of each factor, whether its blocks have no trusted root."""
+        return [record[..., FAILURES] > self.roots.patience for record in records]
 
     def norms(
         self,
@@ -304,13 +320,6 @@ class Preconditioner:
 
     def _norm(self, kind: Any, blocks: jax.Array, roots: Any, insides: Insides) -> OwnNorm:
         return of_factors(blocks, self._roots(roots, *kind, dtype=blocks.dtype), insides)
-
-    def distrusted(self, factors: Sequence[Factor | None], blocks: jax.Array) -> jax.Array:
-        """Which blocks `[*batch, *counts]` have no trusted root."""
-        failed = jnp.zeros(blocks.shape[: blocks.ndim - len(factors)], bool)
-        for factor in factors:
-            failed = failed if factor is None else failed | (factor.failures > self.roots.patience)
-        return failed
 
 
 def _is_number(b2: Any) -> bool:
