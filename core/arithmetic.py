@@ -120,28 +120,53 @@ def bias_correction(decay: Any, count: jax.Array) -> jax.Array:
     return -jnp.expm1(count.astype(dtype) * jnp.asarray(log_decay, dtype))
 
 
-def corrected_mean(
+def momentum(
     updates: Any, mu: Any, b1: Any, count: jax.Array, *, nesterov: bool = False
-) -> Any:
-    r""":math:`m_t / (1 - \beta_1^t)`, or, with Nesterov's look-ahead, the mean one step later.
+) -> tuple[Any, Any]:
+    r"""The moving average :math:`m_t` of updates, unrounded, and the mean that it stands for.
+
+    The mean is :math:`m_t / (1 - \beta_1^t)`, or, with Nesterov's look-ahead, that of one step later.
 
     Args:
       updates: the gradients :math:`g_t`.
-      mu: their moving average, :math:`g_t` included.
+      mu: their moving average so far.
       b1: its decay rate.
       count: t, from one on.
       nesterov: :math:`\beta_1 m_t / (1 - \beta_1^{t+1}) + (1 - \beta_1) g_t / (1 - \beta_1^t)`.
     """
+    mu = ema(updates, mu, b1)
     weight = bias_correction(b1, count)
     if not nesterov:
-        return jax.tree.map(lambda m: m / cast(weight, m.dtype), mu)
+        return mu, jax.tree.map(lambda m: m / cast(weight, m.dtype), mu)
     ahead = bias_correction(b1, increment(count))
 
     def mean(g: jax.Array, m: jax.Array) -> jax.Array:
         g = wide(g)
         return lerp(g / cast(weight, g.dtype), m / cast(ahead, m.dtype), b1)
 
-    return jax.tree.map(mean, updates, mu)
+    return mu, jax.tree.map(mean, updates, mu)
+
+
+def over_root(
+    means: Any, squares: Any, decay: Any, count: jax.Array, eps: Any, eps_root: Any = 0.0
+) -> Any:
+    r""":math:`m / (\sqrt{v / (1 - \beta^t) + \epsilon_\mathrm{root}} + \epsilon)`: Adam's step.
+
+    Args:
+      means: m, a tree.
+      squares: v, likewise.
+      decay: :math:`\beta`, the decay rate of v; None for a v that needs no correction.
+      count: t, from one on.
+      eps: added to the root.
+      eps_root: added inside of it.
+    """
+    weight = None if decay is None else bias_correction(decay, count)
+
+    def one(m: jax.Array, v: jax.Array) -> jax.Array:
+        v = v if weight is None else v / cast(weight, v.dtype)
+        return m / cast(root(v, eps, eps_root), m.dtype)
+
+    return jax.tree.map(one, means, squares)
 
 
 def root(x: jax.Array, eps: Any, eps_root: Any) -> jax.Array:

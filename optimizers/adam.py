@@ -8,13 +8,11 @@ import optax
 
 from ..core.arguments import checked
 from ..core.arithmetic import (
-    bias_correction,
-    cast,
     cast_like,
-    corrected_mean,
     ema,
     increment,
-    root,
+    momentum,
+    over_root,
     wide,
     wide_zeros_like,
 )
@@ -96,19 +94,13 @@ def scale_by_adam(
         del params
         count = increment(state.count)
         nu = ema(updates, state.nu, b2, jax.lax.square)
-        weight = bias_correction(b2, count)
         if has_momentum:
-            mu = ema(updates, state.mu, b1)
-            mean = corrected_mean(updates, mu, b1, count, nesterov=nesterov)
+            mu, mean = momentum(updates, state.mu, b1, count, nesterov=nesterov)
         else:
             mu, mean = None, jax.tree.map(wide, updates)
-
-        def direction(g: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
-            below = root(v / cast(weight, v.dtype), eps, eps_root)
-            return cast(m / cast(below, m.dtype), g.dtype)
-
-        directions = jax.tree.map(direction, updates, mean, nu)
-        return directions, ScaleByAdamState(count, *cast_like((mu, nu), (state.mu, state.nu)))
+        found = over_root(mean, nu, b2, count, eps, eps_root), mu, nu
+        directions, mu, nu = cast_like(found, (updates, state.mu, state.nu))
+        return directions, ScaleByAdamState(count, mu, nu)
 
     return transformation(init, update)
 

@@ -146,6 +146,7 @@ def by_role(
     if gated:
         fallback = _gated(fallback)
     fallback = as_fallback(fallback)
+    idle = optax.GradientTransformationExtraArgs(fallback.init, _unchanged)
     complete(rules)
     check_roles(f"the roles of {name}", roles)
     if not roles:
@@ -170,15 +171,17 @@ def by_role(
                 "or take the optimizer that the rest is left to."
             )
         labels = [name if d.role in roles else "fallback" for d in decided]
+        rest = fallback if "fallback" in labels else idle
         labels = jax.tree.unflatten(jax.tree.structure(tree), labels)
-        return optax.partition({name: chain(mine), "fallback": fallback}, lambda _: labels)
+        return optax.partition({name: chain(mine), "fallback": rest}, lambda _: labels)
 
     def init(params: Any) -> Any:
         return parts(params).init(params)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        whole = with_whole_curvature(extra, params)
-        return parts(updates).update(updates, state, params, **whole)
+        if extra:
+            extra = with_whole_curvature(extra, params)
+        return parts(updates).update(updates, state, params, **extra)
 
     def describe(tree: Any) -> dict[str, list[Any]]:
         decided = decide(tree, rules, roles, vectors=vectors)
@@ -196,6 +199,12 @@ def _with_words(decided: Decided) -> Any:
     return decided.axes and dataclasses.replace(
         decided.axes, vocabulary=decided.axes.vocabulary or VOCABULARY.get(decided.role or "")
     )
+
+
+def _unchanged(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+    """The update of an optimizer that has no parameters: its state stays as it is."""
+    del params, extra
+    return updates, state
 
 
 def _gated(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

@@ -158,7 +158,7 @@ def scale_by_kl_shampoo(
             blocks,
             means,
             tensors.of_leaves([m.dtype for m in jax.tree.leaves(state.mu)]),
-            tensors.kept(state.factors),
+            *tensors.kept(state.factors),
             functools.partial(learning.step, is_first),
         )
         factors = refreshed_factors(tensors, factors, refresh, count, balance=balance)
@@ -171,7 +171,7 @@ def scale_by_kl_shampoo(
             tensors.closed(directions),
             updates,
         )
-        return moved, ScaleByKLShampooState(count, mu, tensors.to_keep(factors))
+        return moved, ScaleByKLShampooState(count, mu, *tensors.to_keep(factors))
 
     def norm(
         updates: optax.Updates,
@@ -181,7 +181,7 @@ def scale_by_kl_shampoo(
         eps: float,
         **_: float,
     ) -> list[OwnNorm]:
-        return norms(tensors, tensors.opened(updates), tensors.kept(state.factors), eps)
+        return norms(tensors, tensors.opened(updates), *tensors.kept(state.factors), eps)
 
     return blockwise("scale_by_kl_shampoo", blockings, init, step, norm, refresh, **numbers)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from ..core.arguments import checked
-from ..core.arithmetic import cast_like, corrected_mean, ema, increment, wide_zeros_like
+from ..core.arithmetic import increment, momentum, wide_zeros_like
 from ..core.checks import check_decay_rates, number
 from ..core.own_norm import OwnNorm
 from ..core.paths import path_string
@@ -131,10 +131,11 @@ def scale_by_shampoo(
     per = "none" if graft.step == "none" else graft.per
     lent = graft.magnitude(b2, eps, nu_dtype)
 
-    def preconditioner(b2: float) -> Preconditioner:
-        return Preconditioner(refresh.decay(b2), factors, roots, refresh)
-
-    first = preconditioner(b2)
+    preconditioner = functools.partial(
+        Preconditioner, factors=factors, roots=roots, schedule=refresh
+    )
+    statistics_b2 = refresh.decay(b2)
+    first = preconditioner(statistics_b2)
     # KL statistics need whole blocks: they are sums over products of both factors.
     sums = factors.statistics != "kl"
     blockings = functools.partial(blockings_of, axes=axes, blocks=blocks, sums=sums)
@@ -157,16 +158,15 @@ def scale_by_shampoo(
         tensors: Tensors,
         *,
         b1: float,
-        b2: float,
         eps: float,
+        statistics_b2: float,
         graft_b2: float,
     ) -> tuple[optax.Updates, ScaleByShampooState]:
-        count, shampoo = increment(state.count), preconditioner(b2)
-        kept = tensors.kept(state.factors)
+        count, shampoo = increment(state.count), preconditioner(statistics_b2)
+        (kept,) = tensors.kept(state.factors)
         usable, kept = shampoo.learn(tensors, tensors.opened(updates), kept, count)
         seen = tensors.zero_unless(usable, updates)
-        mu = ema(seen, state.mu, b1)
-        mean = corrected_mean(seen, mu, b1, count, nesterov=nesterov)
+        mu, mean = momentum(seen, state.mu, b1, count, nesterov=nesterov)
         size = lent._replace(b2=graft_b2, eps=eps)
         graft_step, nu = size.update(seen, mean, state.nu, count)
         kept = shampoo.refresh(tensors, kept, count)
@@ -176,8 +176,7 @@ def scale_by_shampoo(
         if per == "parameter":
             distrusted = [shampoo.distrusted(fields(each, "record")) for each in kept]
             blocks, ratios = grafting.of_parameters(tensors, blocks, graft_step, steps, distrusted)
-        mu, nu = cast_like((mu, nu), (state.mu, state.nu))
-        kept, ratios = tensors.to_keep(kept), tensors.to_keep(ratios)
+        kept, ratios = tensors.to_keep(kept, ratios)
         return tensors.closed(blocks), ScaleByShampooState(count, mu, nu, kept, ratios)
 
     def norm(
@@ -185,14 +184,14 @@ def scale_by_shampoo(
         state: ScaleByShampooState,
         tensors: Tensors,
         *,
-        b2: float,
+        statistics_b2: float,
         **_: float,
     ) -> list[OwnNorm]:
-        return preconditioner(b2).norms(
-            tensors, tensors.opened(updates), tensors.kept(state.factors)
+        return preconditioner(statistics_b2).norms(
+            tensors, tensors.opened(updates), *tensors.kept(state.factors)
         )
 
-    numbers = {"b1": b1, "b2": b2, "eps": eps, "graft_b2": lent.b2}
+    numbers = {"b1": b1, "eps": eps, "statistics_b2": statistics_b2, "graft_b2": lent.b2}
     return blockwise("scale_by_shampoo", blockings, init, step, norm, refresh, **numbers)
 
 

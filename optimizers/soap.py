@@ -163,21 +163,17 @@ def scale_by_soap(
             correction=jnp.sqrt(bias_correction(b2, k)) / bias_correction(b1, k),
             learns=refresh.learning_from_first(count),
         )
-        moments = list(map(Moments, tensors.kept(state.mu), tensors.kept(state.nu)))
-        bases, blocks = tensors.kept(state.bases), tensors.opened(updates)
+        mu, nu, bases = tensors.kept(state.mu, state.nu, state.bases)
+        moments, blocks = list(map(Moments, mu, nu)), tensors.opened(updates)
         directions, moments, bases = stepped(tensors, blocks, moments, bases, adam, refresh, count)
-        state = ScaleBySoapState(
-            count,
-            tensors.to_keep([each.mu for each in moments]),
-            tensors.to_keep([each.nu for each in moments]),
-            tensors.to_keep(bases),
-        )
+        mu, nu = ([getattr(each, name) for each in moments] for name in Moments._fields)
+        state = ScaleBySoapState(count, *tensors.to_keep(mu, nu, bases))
         return tensors.closed(directions), state
 
     def norm(
         updates: optax.Updates, state: ScaleBySoapState, tensors: Tensors, *, eps: float, **_: float
     ) -> list[OwnNorm]:
-        kept = tensors.kept(state.nu), tensors.kept(state.bases)
+        kept = tensors.kept(state.nu, state.bases)
         return norms(tensors, tensors.opened(updates), *kept, eps)
 
     numbers = {"b1": b1, "b2": b2, "eps": eps, "statistics_b2": statistics_b2}

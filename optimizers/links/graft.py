@@ -20,11 +20,10 @@ import optax
 
 from ...core.arguments import checked
 from ...core.arithmetic import (
-    bias_correction,
     cast,
     ema,
     increment,
-    root,
+    over_root,
     scalar,
     wide,
     wide_dtype,
@@ -65,9 +64,9 @@ def norm_ratio(
       >>> norm_ratio(jnp.array([3e-30, 4e-30]), jnp.array([1e-30, 0.0]), (0,), keep=False)
       Array(5., dtype=float32)
     """
-    both = wide(magnitude), wide(direction)
+    both = [x.astype(wide_dtype(x.dtype)) for x in (magnitude, direction)]
     most = [jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0) for x in both]
-    above, below = most = largest(most, summed)
+    above, below = most = largest(most, summed) if summed else most
     scaled = [x / jnp.where(m > 0, m, 1) for x, m in zip(both, most, strict=True)]
     squares = [jnp.sum(jnp.square(x), axis=axes, keepdims=True) for x in scaled]
     over, under = map(jnp.sqrt, jax.lax.psum(squares, summed))
@@ -100,13 +99,8 @@ class Magnitude(NamedTuple):
             moments = jax.tree.map(wider, g, nu)
         else:
             moments = ema(g, nu, self.b2, jnp.square)
-        weight = bias_correction(self.b2, count) if self.name in ("adam", "adamw") else None
-
-        def step(m: jax.Array, v: jax.Array) -> jax.Array:
-            v = v if weight is None else v / weight.astype(v.dtype)
-            return m / root(v, self.eps, 0.0).astype(m.dtype)
-
-        return jax.tree.map(step, mean, moments), moments
+        b2 = self.b2 if self.name in ("adam", "adamw") else None
+        return over_root(mean, moments, b2, count, self.eps), moments
 
 
 def magnitude(name: Graft, b2: float = 0.999, eps: float = 1e-8, nu_dtype: Any = None) -> Magnitude:

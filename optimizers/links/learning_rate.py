@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from ...core.arguments import checked
-from ...core.arithmetic import cast, increment, scalar, wide, wide_dtype, widest
+from ...core.arithmetic import increment, wide_dtype, widest
 from ...core.checks import check_non_negative
 from ...core.transformation import transformation
 from ...core.tree_checks import check_real_leaves
@@ -100,12 +100,12 @@ def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.Gradi
         scheduled, held = (jnp.asarray(rate).astype(kept) for rate in (now, state.learning_rate))
         is_held = ~jnp.array_equal(held, state.scheduled, equal_nan=True)
 
+        rate = jnp.where(is_held, held, scheduled)
+
         def scaled(u: jax.Array) -> jax.Array:
             dtype = wide_dtype(u.dtype)
-            rate = jnp.where(is_held, cast(held, dtype), scalar(now, dtype))
-            return cast(wide(u) * -rate, u.dtype)
+            return (u.astype(dtype) * -rate.astype(dtype)).astype(u.dtype)
 
-        rate = jnp.where(is_held, held, scheduled)
         state = ScaleByLearningRateState(increment(state.count), rate, scheduled)
         return jax.tree.map(scaled, updates), state
 

@@ -63,18 +63,21 @@ class Tensors(list[Tensor]):
         leaves = zip(values, self.blockings, strict=True)
         return [value for value, blocking in leaves for _ in blocking.grids]
 
-    def kept(self, tree: Any) -> list[Any]:
-        """The state of each tensor, from a tree with a tuple for every leaf."""
-        return [each for leaf in self._places.flatten_up_to(tree) for each in leaf]
+    def kept(self, *trees: Any) -> list[list[Any]]:
+        """The state of each tensor, from each tree with a tuple for every leaf."""
+        flatten = self._places.flatten_up_to
+        return [[each for leaf in flatten(tree) for each in leaf] for tree in trees]
 
-    def to_keep(self, values: Sequence[Any]) -> Any:
+    def to_keep(self, *values: Sequence[Any]) -> list[Any]:
         """The inverse of `kept`."""
-        return self._places.unflatten(self.by_leaf(values))
+        return [self._places.unflatten(self.by_leaf(each)) for each in values]
 
     def zero_unless(self, usable: Sequence[jax.Array], tree: Any) -> Any:
         """The leaves of a tree, zero in blocks that are not usable; flags are `[*batch, *counts]`."""
         by_leaf = self.by_leaf(usable)
-        sent = [at for at, cut in enumerate(self.blockings) if cut.takes_flags]
+        sent = [
+            at for at, cut in enumerate(self.blockings) if cut.placement.moves and cut.takes_flags
+        ]
         every: dict[int, jax.Array] = {}
         if sent:
             whole = gathered(
@@ -143,8 +146,8 @@ def blockwise(
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, Any]:
-        found, state = on_shards(_as_wide_as(params, updates), state)
-        return cast_like(found, updates), state
+        found = on_shards(_as_wide_as(params, updates), state)
+        return cast_like(found, (updates, state))
 
     def describe(params: optax.Params) -> dict[str, list[str]]:
         return {

@@ -279,7 +279,7 @@ class Preconditioner:
         units = [
             Unit(
                 (tensor.sizes, tensor.axes, tensor.summed),
-                (fields(each, "root"), fields(each, "record"), step),
+                ([(factor.root, factor.record) for factor in each if factor is not None], step),
                 (blocks, jnp.ones(tensor.counts, blocks.dtype)),
                 tensor.spread,
                 is_whole=bool(tensor.summed),
@@ -292,10 +292,12 @@ class Preconditioner:
         return [blocks for blocks, _ in found], [ratios for _, ratios in found]
 
     def _applied(self, graft: BlockGraft, kind: Any, carry: Any, source: Any) -> Any:
-        (*of_roots, summed), (blocks, _), (roots, records, steps) = kind, carry, source
-        dtype = blocks.dtype
-        directions = rotate(blocks, self._roots(roots, *of_roots, dtype=dtype)) if roots else blocks
-        return graft.of_batch(directions, steps, self.distrusted(records), summed)
+        (*of_roots, summed), (blocks, _), (kept, steps) = kind, carry, source
+        roots, directions = [root for root, _ in kept], blocks
+        if roots:
+            directions = rotate(blocks, self._roots(roots, *of_roots, dtype=blocks.dtype))
+        distrusted = self.distrusted([record for _, record in kept])
+        return graft.of_batch(directions, steps, distrusted, summed)
 
     def distrusted(self, records: Sequence[jax.Array]) -> list[jax.Array]:
         """For the record of each factor, whether its blocks have no trusted root."""

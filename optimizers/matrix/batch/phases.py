@@ -19,7 +19,7 @@ from ....core.platform import platform
 from .batches import part_of
 from .by_need import in_need, misfit_dtype, misfits, only_those, worst
 from .refresh import Need
-from .together import ELEMENTS, Unit, row_major, worked_on
+from .together import ELEMENTS, Unit, alike, carries_like, flat, row_major, worked_on
 
 AT_ONCE = {"cpu": 2**21}
 """Elements refreshed at once, by platform; `ELEMENTS` on all others. A CPU gains nothing from more than
@@ -76,7 +76,8 @@ def refreshed(
     """
     if max_elements is None:
         max_elements = AT_ONCE.get(platform(), ELEMENTS)
-    given, units = units, [unit.flat for unit in units]
+    given, units = units, flat(units)
+    likeness = alike(units)
     carries = [unit.carry for unit in units]
     parts = [unit.spread.layers if phases > 1 else 1 for unit in given]
     costs = [_cost(unit) / n for unit, n in zip(units, parts, strict=True) for _ in range(n)]
@@ -86,11 +87,11 @@ def refreshed(
     for at, count in enumerate(parts):
         own = [next(dealt) for _ in range(count)]
         if count == 1:
-            groups.setdefault((own[0], units[at].likeness), []).append(at)
+            groups.setdefault((own[0], likeness[at]), []).append(at)
             continue
         flags = due(jnp.asarray(own, jnp.int32))
         busy, carry = _layer_by_layer(given[at], flags, busy, work)
-        carries[at] = given[at]._replace(carry=carry).flat.carry
+        carries[at] = flat([given[at]._replace(carry=carry)])[0].carry
     for (phase, _), members in groups.items():
         refresh = functools.partial(work, [units[at] for at in members])
         # One group after the other, since XLA would run independent groups in parallel, and LAPACK's
@@ -98,7 +99,7 @@ def refreshed(
         busy, found = once(due(phase) & ~busy, refresh, [carries[at] for at in members])
         for at, carry in zip(members, found, strict=True):
             carries[at] = carry
-    return [unit.like(carry) for unit, carry in zip(given, carries, strict=True)]
+    return carries_like(given, carries)
 
 
 def _layer_by_layer(
@@ -123,11 +124,11 @@ def _layer_by_layer(
         return jax.lax.fori_loop(0, count, one, (busy, carry))
 
     flags: jax.Array | None = None
-    need, blocks = work.need, unit.flat.blocks
+    need, blocks = work.need, flat([unit])[0].blocks
     if need is not None and blocks:
         # Of all layers before any is refreshed, since they share the bound.
         def measured(at: Any, found: jax.Array) -> jax.Array:
-            part = layer(at, unit.carry).flat
+            (part,) = flat([layer(at, unit.carry)])
             (new,) = misfits([part], [part.carry], need, work.max_elements)
             return found.at[at].set(new)
 
@@ -137,13 +138,13 @@ def _layer_by_layer(
         flags = worst(found.ravel(), need, members.ravel()).reshape(found.shape)
 
     def refreshed(at: Any, carry: Any) -> Any:
-        part = layer(at, carry)
-        flat = part.flat
-        (new,) = work.of([flat], [flat.carry], None if flags is None else [flags[at]])
+        part = [layer(at, carry)]
+        (joint,) = flat(part)
+        new = work.of([joint], [joint.carry], None if flags is None else [flags[at]])
         return jax.tree.map(
             lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, at, 0),
             carry,
-            part.like(new),
+            carries_like(part, new)[0],
         )
 
     return with_each(busy, unit.carry, refreshed)

@@ -39,32 +39,6 @@ class Unit(NamedTuple):
     """The growth of arrays while they are processed, if they are stored packed."""
 
     @property
-    def flat(self) -> "Unit":
-        """The same with one batch axis."""
-        axes = self.spread.batch_axes
-        if axes == 1:
-            return self
-
-        def flat(x: jax.Array) -> jax.Array:
-            return x.reshape(math.prod(x.shape[:axes]), *x.shape[axes:])
-
-        source, carry = jax.tree.map(flat, (self.source, self.carry))
-        return self._replace(source=source, carry=carry, spread=self.spread._replace(batch_axes=1))
-
-    def like(self, carry: Any) -> Any:
-        """A carry of `flat`, in the shapes of this one's."""
-        if self.spread.batch_axes == 1:
-            return carry
-        return jax.tree.map(lambda new, old: new.reshape(old.shape), carry, self.carry)
-
-    @property
-    def likeness(self) -> Hashable:
-        """Properties that units must share to be processed as one batch."""
-        arrays, structure = jax.tree.flatten((self.source, self.carry))
-        shapes = tuple((x.shape[1:], str(x.dtype)) for x in arrays)
-        return self.kind, self.is_whole, structure, shapes
-
-    @property
     def elements(self) -> int:
         """How many elements belong to one block."""
         trees = (jax.tree.leaves(tree) for tree in (self.source, self.carry))
@@ -75,6 +49,42 @@ class Unit(NamedTuple):
     def blocks(self) -> int:
         """The number of blocks; zero if nothing is to be replaced."""
         return next((x.shape[0] for x in jax.tree.leaves(self.carry)), 0)
+
+
+def flat(units: Sequence[Unit]) -> list[Unit]:
+    """The same units, with one batch axis."""
+
+    def one(unit: Unit) -> Unit:
+        axes = unit.spread.batch_axes
+        if axes == 1:
+            return unit
+        joint = lambda x: x.reshape(math.prod(x.shape[:axes]), *x.shape[axes:])
+        source, carry = jax.tree.map(joint, (unit.source, unit.carry))
+        return unit._replace(source=source, carry=carry, spread=unit.spread._replace(batch_axes=1))
+
+    return list(map(one, units))
+
+
+def carries_like(units: Sequence[Unit], carries: Sequence[Any]) -> list[Any]:
+    """Carries of `flat` units, in the shapes of those of the units."""
+
+    def one(unit: Unit, carry: Any) -> Any:
+        if unit.spread.batch_axes == 1:
+            return carry
+        return jax.tree.map(lambda new, old: new.reshape(old.shape), carry, unit.carry)
+
+    return list(map(one, units, carries))
+
+
+def alike(units: Sequence[Unit]) -> list[Hashable]:
+    """For each unit what it must share with others to be processed as one batch with them."""
+
+    def one(unit: Unit) -> Hashable:
+        arrays, structure = jax.tree.flatten((unit.source, unit.carry))
+        shapes = tuple((x.shape[1:], str(x.dtype)) for x in arrays)
+        return unit.kind, unit.is_whole, structure, shapes
+
+    return list(map(one, units))
 
 
 def together(
@@ -93,18 +103,18 @@ def together(
       max_elements: bound on the elements processed at once; ``None`` takes `ELEMENTS`.
     """
     max_elements = ELEMENTS if max_elements is None else max_elements
-    given, units = units, [unit.flat for unit in units]
+    given, units = units, flat(units)
     carries = [unit.carry for unit in units]
     groups: dict[Hashable, list[int]] = {}
-    for at, unit in enumerate(units):
+    for at, (unit, likeness) in enumerate(zip(units, alike(units), strict=True)):
         if unit.blocks:
-            groups.setdefault(unit.likeness, []).append(at)
+            groups.setdefault(likeness, []).append(at)
     for members in groups.values():
         for batch in _batches(members, units, _most(units[members[0]], max_elements)):
             found = worked_on([units[at] for at in batch], function, max_elements)
             for at, carry in zip(batch, found, strict=True):
                 carries[at] = carry
-    return [unit.like(carry) for unit, carry in zip(given, carries, strict=True)]
+    return carries_like(given, carries)
 
 
 def _batches(members: Sequence[int], units: Sequence[Unit], most: int) -> list[list[int]]:

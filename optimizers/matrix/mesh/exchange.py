@@ -115,8 +115,6 @@ def move_in(x: jax.Array, placement: Placement) -> jax.Array:
 
 def move_in_together(leaves: Sequence[jax.Array], placement: Placement) -> list[jax.Array]:
     """`move_in` of leaves with one placement, each once: small ones of one dtype in one exchange."""
-    if not placement.moves:
-        return list(leaves)
     given = list({id(x): x for x in leaves}.values())
     is_small = len(given) > 1 and leaves[0].size <= PACKED
     if is_small and len({x.dtype for x in given}) == 1 and placement.sends_in:

@@ -166,10 +166,11 @@ class Blocking:
         if self._batch_axes:
             names = self.placement.inside[self._batch_axes[0]] if self.placement.inside else ()
             layers = self.batches[0][0] * self.placement.parts(names)
+        shards = self.placement.parts(tuple(cut)) if cut else 1
         made = []
         for grid, marks, batch in zip(self.grids, self.factored, self.batches, strict=True):
             counts = (*batch, *grid.counts)
-            spread = Spread(len(counts), layers, names, cut, self.placement.parts(tuple(cut)))
+            spread = Spread(len(counts), layers, names, cut, shards)
             lengths = [grid.inside(axis, math.prod(batch)) for axis in range(len(marks))]
             made.append(
                 Tensor(
@@ -185,7 +186,9 @@ class Blocking:
 
     def to_blocks(self, leaves: Sequence[jax.Array]) -> list[list[jax.Array]]:
         """For the leaf, and others like it, an array `[*batch, *counts, *sizes]` for each tensor."""
-        return [self._cut(leaf) for leaf in move_in_together(leaves, self.placement)]
+        if self.placement.moves:
+            leaves = move_in_together(leaves, self.placement)
+        return [self._cut(leaf) for leaf in leaves]
 
     def _cut(self, leaf: jax.Array) -> list[jax.Array]:
         pieces = (leaf[None],) if self.layout is None else self.layout.to_matrices(leaf)
@@ -201,7 +204,7 @@ class Blocking:
             for grid, block, batch in zip(self.grids, blocks, self.batches, strict=True)
         ]
         leaf = pieces[0][0] if self.layout is None else self.layout.from_matrices(pieces)
-        return move_out(leaf, self.placement)
+        return move_out(leaf, self.placement) if self.placement.moves else leaf
 
     def placed(self, leaf: Any, *, sums: bool) -> "Blocking":
         """The same, placed on the mesh in the leaf's type.
@@ -265,11 +268,10 @@ class Blocking:
 
     @property
     def takes_flags(self) -> bool:
-        """Whether flags of blocks are better sent as such than one for each element of the leaf."""
+        """Whether to send flags of blocks as such, not one for each element, if the leaf is moved."""
         inner = [axis for axes in self._groups for axis in axes[1:]]
         outside = self.placement.outside
-        moved = bool(self.placement.moves)
-        return moved and self._is_one_piece and not any(outside[axis] for axis in inner)
+        return self._is_one_piece and not any(outside[axis] for axis in inner)
 
     def at_elements(self, flags: jax.Array, leaf: jax.Array) -> jax.Array:
         """For each element of a device's part of the leaf the flag of its block.
