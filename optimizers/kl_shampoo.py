@@ -153,12 +153,13 @@ def scale_by_kl_shampoo(
         learning = eigenbasis(**numbers)._replace(learns=refresh.learning_from_first(count))
         means = jax.tree.map(lambda m, u: cast(m, wide_dtype(m.dtype, u.dtype)), state.mu, updates)
         blocks, means = tensors.opened_together(updates, means)
+        (kept,) = tensors.kept(state.factors)
         directions, usable, factors = stepped(
             tensors,
             blocks,
             means,
             tensors.of_leaves([m.dtype for m in jax.tree.leaves(state.mu)]),
-            *tensors.kept(state.factors),
+            kept,
             functools.partial(learning.step, is_first),
         )
         factors = refreshed_factors(tensors, factors, refresh, count, balance=balance)
@@ -181,7 +182,8 @@ def scale_by_kl_shampoo(
         eps: float,
         **_: float,
     ) -> list[OwnNorm]:
-        return norms(tensors, tensors.opened(updates), *tensors.kept(state.factors), eps)
+        (kept,) = tensors.kept(state.factors)
+        return norms(tensors, tensors.opened(updates), kept, eps)
 
     return blockwise("scale_by_kl_shampoo", blockings, init, step, norm, refresh, **numbers)
 

@@ -187,9 +187,8 @@ def scale_by_shampoo(
         statistics_b2: float,
         **_: float,
     ) -> list[OwnNorm]:
-        return preconditioner(statistics_b2).norms(
-            tensors, tensors.opened(updates), *tensors.kept(state.factors)
-        )
+        (kept,) = tensors.kept(state.factors)
+        return preconditioner(statistics_b2).norms(tensors, tensors.opened(updates), kept)
 
     numbers = {"b1": b1, "eps": eps, "statistics_b2": statistics_b2, "graft_b2": lent.b2}
     return blockwise("scale_by_shampoo", blockings, init, step, norm, refresh, **numbers)

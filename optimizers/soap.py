@@ -173,8 +173,8 @@ def scale_by_soap(
     def norm(
         updates: optax.Updates, state: ScaleBySoapState, tensors: Tensors, *, eps: float, **_: float
     ) -> list[OwnNorm]:
-        kept = tensors.kept(state.nu, state.bases)
-        return norms(tensors, tensors.opened(updates), *kept, eps)
+        nu, bases = tensors.kept(state.nu, state.bases)
+        return norms(tensors, tensors.opened(updates), nu, bases, eps)
 
     numbers = {"b1": b1, "b2": b2, "eps": eps, "statistics_b2": statistics_b2}
     return blockwise("scale_by_soap", blockings, init, step, norm, refresh, **numbers)

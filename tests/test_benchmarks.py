@@ -74,3 +74,9 @@ def test_missed_bars_are_named(monkeypatch, ratio, bar, said):
     import measure
 
     assert measure.verdict(ratio, bar) == said
+
+
+@pytest.mark.parametrize(("name", "most"), [("shampoo", 90), ("muon", 60)])
+def test_a_gradient_has_a_short_way(name, most):
+    found, _ = runpy.run_path(str(FOLDER / "moves.py"), run_name="moves")["moves"](name)
+    assert 10 < sum(found.values()) <= most

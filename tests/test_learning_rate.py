@@ -90,6 +90,20 @@ def test_a_chain_with_a_fallback_has_one_learning_rate():
     assert float(found["learning_rate/fallback"]) == np.float32(0.03)
 
 
+def test_a_fallback_without_parameters_rests():
+    """Its count and rate stay as they are; with a parameter of its own they follow the schedule."""
+    tx = ravine.muon(s.linear(0.1, 4))
+    for rests in (True, False):
+        params = {"kernel": jnp.ones((2, 3))} | ({} if rests else {"bias": jnp.ones(3)})
+        first = tx.init(params)
+        _, state = jax.jit(tx.update)(params, first, params)
+        _, state = jax.jit(tx.update)(params, state, params)
+        before = optax.tree.get(first, "fallback_learning_rate")
+        after = optax.tree.get(state, "fallback_learning_rate")
+        assert bool(before == after) == rests
+        assert float(optax.tree.get(state, "learning_rate")) == np.float32(0.075)
+
+
 def test_a_fallback_follows_the_schedule_at_its_ratio():
     for build, ratio in ((ravine.muon, 0.015), (ravine.adamuon, 1.0)):
         state = build(s.linear(0.1, 4)).init(PARAMS)
