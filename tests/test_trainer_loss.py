@@ -5,11 +5,17 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import ravine
 from ravine.stability import fused_cross_entropy
 from ravine.training import loss as loss_module
+from ravine.training import step as step_module
+from ravine.training.batch_size.config import BatchSizeConfig
+from ravine.training.batch_size.trainer import Trainer
 from ravine.training.config import RunConfig
+from ravine.training.data.batches import train_batches
+from ravine.training.data.corpus import load_corpus
 from ravine.training.model import ModelConfig
 from ravine.training.placed import place
 from ravine.training.plan.collectives import collectives
@@ -21,6 +27,8 @@ from ravine.training.step import (
     make_train_step,
     mean_loss,
 )
+from ravine.training.studies import decay
+from ravine.training.width.coordinates import changes
 
 from .run_rounding import rounding_of
 from .tolerances import furthest
@@ -133,3 +141,50 @@ def test_large_vocabularies_use_the_fused_loss_by_default(options, fused):
 def test_the_fused_loss_is_refused_with_monitors():
     with pytest.raises(ValueError, match="take --loss plain"):
         RunConfig(loss="fused", monitor_every=5)
+
+
+def of_batch_size(config, corpus):
+    asked = BatchSizeConfig(model=config, batch_size=4, eval_batches=1)
+    trainer = Trainer(asked, corpus)
+    state = trainer.fresh()
+    trainer.loss(state)
+    trainer.step(4).lower(state, next(trainer.batches(4, seed=0)), jnp.float32(1e-3))
+    trainer.noise(state, seed=0)
+
+
+def of_decay(config, corpus):
+    asked = decay.DecayStudyConfig(steps=2, batch_size=4, eval_batches=1, model=config)
+    decay._run(asked, corpus, 0.1)
+
+
+def of_coordinates(config, corpus):
+    batches = [next(train_batches(corpus, batch_size=4, context=config.context, seed=0))]
+    changes(ravine.OptimizerConfig("adamw"), 1e-3, config, config.width, batches, rule=[False])
+
+
+@pytest.mark.parametrize("command", [of_batch_size, of_decay, of_coordinates])
+@pytest.mark.parametrize("vocabulary", [8192, 8256])
+def test_commands_beside_races_use_it_too(command, vocabulary, tmp_path, monkeypatch):
+    """Every loss of a large vocabulary is the fused one, of a small one none."""
+    jax.clear_caches()
+    losses = {"fused": 0, "plain": 0}
+
+    def counted(name, call):
+        def counting(*args, **kwargs):
+            losses[name] += 1
+            return call(*args, **kwargs)
+
+        return counting
+
+    monkeypatch.setattr(loss_module, "chunk_of", lambda columns, backend: 32)
+    for name, of_step in (("fused", "fused_loss"), ("plain", "next_token_loss")):
+        call = counted(name, getattr(step_module, of_step))
+        monkeypatch.setattr(step_module, of_step, call)
+    monkeypatch.setattr(step_module, "_of_logits", counted("plain", step_module._of_logits))
+    file = tmp_path / "tokens.bin"
+    np.random.default_rng(0).integers(0, vocabulary, 20_000).astype("<u2").tofile(file)
+    model = ModelConfig(vocabulary=vocabulary, width=16, layers=1, heads=2, context=8)
+    command(model, load_corpus([file], vocabulary=vocabulary))
+    used, other = ("fused", "plain") if vocabulary > 8192 else ("plain", "fused")
+    assert losses[used] > 0
+    assert losses[other] == 0

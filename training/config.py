@@ -16,7 +16,7 @@ from ..schedules import BatchSizes
 from .auxiliary import NO_AUXILIARY, AuxiliaryConfig
 from .batch_schedule import CONSTANT, BatchSchedule, Rule
 from .identity import BUCKET, EXTENDS, FREE, LATER
-from .loss import LARGE
+from .loss import is_large
 from .model_config import ModelConfig
 from .rollback import RollbackPolicy
 
@@ -207,7 +207,7 @@ class RunConfig:
     @property
     def fused(self) -> bool:
         """Whether the loss never holds logits."""
-        large = self.model.vocabulary > LARGE and not self.monitor_every
+        large = is_large(self.model.vocabulary) and not self.monitor_every
         return self.loss == "fused" or (self.loss == "auto" and large)
 
     @property

@@ -23,6 +23,17 @@ LEAST_TOKENS = 1024
 """Of a chunk on an accelerator, whatever it takes: products of fewer rows leave it idle."""
 
 
+def is_large(vocabulary: int) -> bool:
+    """Whether a vocabulary takes the fused loss by default, in every command.
+
+    Example:
+      >>> from ravine.training.loss import is_large
+      >>> is_large(256), is_large(50_304)
+      (False, True)
+    """
+    return vocabulary > LARGE
+
+
 def chunk_of(columns: int, backend: str) -> int:
     """Tokens per chunk, for a number of columns of the head on one device.
 

@@ -16,6 +16,7 @@ from ..curvature import HUTCHINSON
 from ..data.batches import heldout_batches, train_batches
 from ..data.corpus import Corpus
 from ..gradients import micro_batch_value_and_grad
+from ..loss import is_large
 from ..schedule_free import evaluated
 from ..step import TrainState, init_params, init_state, make_loss, make_train_step, mean_loss
 from .config import MICRO_BATCHES, BatchSizeConfig
@@ -37,6 +38,7 @@ class Trainer:
         self.config, self.corpus = config, corpus
         self.optimizer, self.rate = entrant.optimizer, entrant.learning_rate
         check_learning_rate(config.optimizer, self.rate)
+        self.fused = is_large(config.model.vocabulary)
         self.graphdef, self.start = init_params(config.model, config.seed)
         self.heldout = jnp.asarray(
             heldout_batches(
@@ -74,6 +76,7 @@ class Trainer:
             tx = self.transformation(batch_size, rate)
             options = {
                 "attention_logits": False,
+                "fused": self.fused,
                 "by_hutchinson": self.optimizer.name in HUTCHINSON,
             }
             return make_train_step(self.graphdef, tx, **options)(state, batch)
@@ -93,13 +96,13 @@ class Trainer:
 
     def loss(self, state: TrainState) -> float:
         """Held-out loss."""
-        return float(mean_loss(self.graphdef, evaluated(state), self.heldout))
+        return float(mean_loss(self.graphdef, evaluated(state), self.heldout, self.fused))
 
     def noise(self, state: TrainState, seed: int) -> float:
         """The noise scale at these parameters, in tokens."""
         context = self.config.model.context
         measure = micro_batch_value_and_grad(
-            make_loss(self.graphdef),
+            make_loss(self.graphdef, self.fused),
             MICRO_BATCHES,
             tokens=lambda batch: batch.shape[0] * context,
             measure=squared_norms,

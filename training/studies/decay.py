@@ -28,6 +28,7 @@ from ...optimizers.roles import RAVINE_RULES, assign_roles, mask_by_role
 from ...stability import clip_by_global_norm
 from ..data.batches import heldout_batches, train_batches
 from ..data.corpus import Corpus, load_corpus
+from ..loss import is_large
 from ..model_config import ModelConfig
 from ..run import interrupts
 from ..run.files import write_json
@@ -177,7 +178,8 @@ def _run(
         ),
     )
     roles = assign_roles(params, RAVINE_RULES)
-    loss = make_loss(graphdef)
+    fused = is_large(model.vocabulary)
+    loss = make_loss(graphdef, fused)
 
     @jax.jit
     def step(params: Any, state: Any, batch: Any, rate: Any, wanted: Any) -> Any:
@@ -207,7 +209,7 @@ def _run(
         losses,
         [float(x) for x in sizes_of],
         float(np.mean(losses[-_last(config.steps) :])),
-        float(mean_loss(graphdef, params, heldout)),
+        float(mean_loss(graphdef, params, heldout, fused)),
     )
 
 

@@ -19,6 +19,7 @@ from ...optimizers.matrix.batch.refresh import Refresh
 from ...optimizers.registry import OptimizerConfig
 from ...optimizers.roles import RAVINE_RULES, decide
 from ...optimizers.width import width_rule
+from ..loss import is_large
 from ..model import Transformer
 from ..model_config import ModelConfig
 from ..run import interrupts
@@ -167,7 +168,7 @@ def _programs(
 ) -> tuple[Any, ...]:
     """Parameters, their activations, the step and the look, for a model."""
     graphdef, params = init_params(config, seed)
-    loss = make_loss(graphdef)
+    loss = make_loss(graphdef, is_large(config.vocabulary))
     look = jax.jit(lambda p: activations(graphdef, p, first[:, :-1], layers))
 
     @jax.jit
