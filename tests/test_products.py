@@ -18,10 +18,12 @@ PLAIN = (((2,), (0,)), ((), ()))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_same_value_and_gradients(dtype):
+@pytest.mark.parametrize(("inner", "outer"), [(8, 6), (6, 8)])
+def test_same_value_and_gradients(inner, outer, dtype):
     rng = np.random.default_rng(0)
     x, kernel, out = (
-        jnp.asarray(rng.normal(size=shape), dtype) for shape in ((3, 5, 8), (8, 6), (3, 5, 6))
+        jnp.asarray(rng.normal(size=shape), dtype)
+        for shape in ((3, 5, inner), (inner, outer), (3, 5, outer))
     )
 
     def with_gradients(multiply):

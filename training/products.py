@@ -2,8 +2,8 @@ r"""Products of activations and matrices, with the gradient of the matrix as CPU
 
 JAX transposes :math:`y = x W` into :math:`(g^\top x)^\top`. XLA:CPU (jaxlib 0.10.2) then copies both
 operands into another layout, of which :math:`g` is often the wider one, and multiplies outside of its
-fast library. Written as :math:`x^\top g` only :math:`x` is copied: 0.3 to 1.0 of the time
-(docs/log.md, 2026-11-30).
+fast library. Written as :math:`x^\top g` only :math:`x` is copied, or, where :math:`g` is narrower, only
+that: 0.3 to 1.0 of the time (docs/log.md, 2026-11-30).
 """
 
 from typing import Any, TypeVar
@@ -58,7 +58,13 @@ def _backward(kept: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.A
     x, kernel = kept
     rows = tuple(range(x.ndim - 1))
     of_x = lax.dot_general(grad, kernel, (((x.ndim - 1,), (1,)), ((), ())))
-    return of_x, lax.dot_general(x, grad, ((rows, rows), ((), ())))
+    if kernel.shape[0] <= kernel.shape[1]:
+        return of_x, lax.dot_general(x, grad, ((rows, rows), ((), ())))
+    # The barriers keep XLA from swapping the factors again, and from computing x, a product of the gate
+    # and its input, in the strided order of a copy.
+    x_NxD = lax.optimization_barrier(x.reshape(-1, x.shape[-1]))
+    grad_FxN = lax.optimization_barrier(grad.reshape(-1, grad.shape[-1]).T)
+    return of_x, (grad_FxN @ x_NxD).T
 
 
 _product.defvjp(_forward, _backward)
