@@ -146,6 +146,40 @@ def test_sums_with_a_graft_of_their_own():
         assert furthest(found, expected) <= HALF
 
 
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("per", ["block", "parameter"])
+def test_leaves_of_one_shape_have_sizes_of_their_own(per):
+    gradients = [
+        {name: normal((8, 6), 3 * step + at, scale=100.0**at) for at, name in enumerate("abc")}
+        for step in range(3)
+    ]
+    gradients = double(gradients)
+    tx = ravine.scale_by_shampoo(
+        refresh=ravine.Refresh(every=1),
+        blocks=ravine.Blocks(size=4),
+        graft=ravine.Grafting(step="sgd", per=per),
+    )
+    updates, states = run(tx, gradients)
+    for name in "abc":
+        alone, of_one = run(tx, [g[name] for g in gradients])
+        found = [update[name] for update in updates], states[-1].graft_ratio[name]
+        assert furthest(found, (alone, of_one[-1].graft_ratio)) <= HALF
+
+
+@pytest.mark.parametrize("per", ["block", "parameter"])
+def test_blocks_without_a_trusted_root_take_the_grafts_step(per):
+    """The tolerance refuses every root."""
+    gradients = [{"a": normal((8, 6), step), "b": normal((4, 4), step)} for step in range(3)]
+    options = {"blocks": ravine.Blocks(size=4), "graft": ravine.Grafting(per=per)}
+    roots = ravine.Roots(tolerance=1e-30, patience=1)
+    refused = ravine.scale_by_shampoo(**options, roots=roots, refresh=ravine.Refresh(every=1))
+    plain = ravine.scale_by_shampoo(**options, refresh=ravine.Refresh(start=math.inf))
+    found, expected = run(refused, gradients)[0], run(plain, gradients)[0]
+    for at in range(3):
+        for ours, theirs in zip(*map(jax.tree.leaves, (found[at], expected[at])), strict=True):
+            assert np.array_equal(ours, theirs) == (at > 0)
+
+
 def test_sizes_of_all_leaves_are_found_together():
     """Per leaf they were a quarter of the compiled program's kernels."""
     tx = ravine.scale_by_shampoo()
