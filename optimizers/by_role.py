@@ -129,7 +129,8 @@ def by_role(
       weight_decay_mask: of both.
       rules: role rules; None for the default.
       roles: the roles that the direction takes.
-      fallback: a complete optimizer with its learning rate, or AdamW's options.
+      fallback: a complete optimizer with its learning rate, or AdamW's options. While no parameter is
+        its own, its state stays as it is.
       decay: replaces decoupled decay.
       fallback_ratio: AdamW's learning rate divided by the direction's, unless its options say.
       fallback_mu_dtype: AdamW's `mu_dtype`.

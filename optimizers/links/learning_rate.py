@@ -99,7 +99,6 @@ def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.Gradi
         now, kept = evaluate(learning_rate, state.count), state.scheduled.dtype
         scheduled, held = (jnp.asarray(rate).astype(kept) for rate in (now, state.learning_rate))
         is_held = ~jnp.array_equal(held, state.scheduled, equal_nan=True)
-
         rate = jnp.where(is_held, held, scheduled)
 
         def scaled(u: jax.Array) -> jax.Array:
@@ -119,7 +118,8 @@ def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.Gradi
 def as_fallback(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """`tx`, with its rate in the state named ``fallback_learning_rate``.
 
-    So ``optax.tree.get(state, "learning_rate")`` finds one rate, that of the main optimizer.
+    So ``optax.tree.get(state, "learning_rate")`` finds one rate, that of the main optimizer. A fallback
+    without parameters keeps its first rate, see `by_role`.
     """
     return _with_rate_as(FallbackLearningRateState, tx)
 
