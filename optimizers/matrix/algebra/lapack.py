@@ -18,11 +18,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ....core.row_major import row_major
+
 SIDE_BY_SIDE = 12
 """Calls in one turn of a loop. XLA (jaxlib 0.10) hands half of what is ready to another thread if that
 is more than eight calls."""
 LARGE = 2**14
 """Elements of a matrix from which on that takes less time than it costs to compile."""
+VERY_LARGE = 2**20
+"""Elements from which on a separate copy into LAPACK's layout and back, by columns, takes less time than
+transposing in the kernels before and after."""
 
 
 def for_each_matrix(function: Callable[[jax.Array], Any], batch: jax.Array) -> Any:
@@ -40,7 +45,11 @@ def for_each_matrix(function: Callable[[jax.Array], Any], batch: jax.Array) -> A
     """
 
     def one_by_one(batch: jax.Array) -> Any:
-        each = lambda _, matrix: (None, function(matrix[None]))
+        def each(_: None, matrix: jax.Array) -> tuple[None, Any]:
+            if matrix.size < VERY_LARGE:
+                return None, function(matrix[None])
+            return None, jax.tree.map(row_major, function(row_major(matrix[None])))
+
         _, found = jax.lax.scan(each, None, batch, unroll=_side_by_side(batch))
         return jax.tree.map(lambda x: x.reshape(x.shape[0], *x.shape[2:]), found)
 

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 
 from ....core.once import once
 from ....core.platform import platform
+from ....core.row_major import row_major
 from .batches import part_of
 from .by_need import in_need, misfit_dtype, misfits, only_those, worst
 from .refresh import Need
-from .together import ELEMENTS, Unit, alike, carries_like, flat, row_major, worked_on
+from .together import ELEMENTS, Unit, alike, carries_like, flat, worked_on
 
 AT_ONCE = {"cpu": 2**21}
 """Elements refreshed at once, by platform; `ELEMENTS` on all others. A CPU gains nothing from more than

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 
+from ....core.row_major import row_major
 from ..mesh.placement import ALONE, Spread
 from .batches import joined, part_of
 
@@ -190,15 +190,6 @@ def worked_on(
         ]
 
     return jax.lax.fori_loop(0, slices, one, list(carries))
-
-
-def row_major(x: jax.Array) -> jax.Array:
-    """The array in the layout in which it was given.
-
-    Otherwise XLA for TPU gives a loop's whole carry the layout that is best for the products in the
-    loop, and copies the state at the beginning and at the end.
-    """
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def _written(
