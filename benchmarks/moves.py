@@ -11,6 +11,7 @@ is traced twice, and the second time counts.
 import argparse
 import ast
 import collections
+import functools
 import io
 import sys
 import tokenize
@@ -21,7 +22,15 @@ import jax.numpy as jnp
 import ravine
 
 ROOT = Path(ravine.__file__).parent
+FOLDERS = ("core", "optimizers", "schedules", "stability", "training")
 NAMES = ("shampoo", "soap", "kl_shampoo", "muon", "adamw")
+
+
+@functools.cache
+def is_ours(filename: str) -> bool:
+    """Whether a file is the library's; this one and a virtual environment in the checkout are not."""
+    path = Path(filename)
+    return path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in FOLDERS
 
 
 def moves(name: str) -> tuple[collections.Counter, int]:
@@ -36,12 +45,12 @@ def moves(name: str) -> tuple[collections.Counter, int]:
         nonlocal in_turn, last
         del argument
         here = frame.f_code.co_filename
-        if event != "call" or not here.startswith(str(ROOT)):
+        if event != "call" or not is_ours(here):
             return
         in_turn += here != last
         last = here
         there = frame.f_back.f_code.co_filename if frame.f_back else ""
-        if there.startswith(str(ROOT)) and there != here:
+        if is_ours(there) and there != here:
             call = [str(Path(f).relative_to(ROOT)) for f in (there, here)]
             found[f"{call[0]} -> {call[1]}:{frame.f_code.co_name}"] += 1
 
