@@ -42,6 +42,7 @@ def test_the_study_of_decay_runs_and_matches_the_effective_rate(tmp_path, capsys
 
 def test_the_largest_rise_is_after_the_lowest_mean():
     assert largest_rise([5.0, 4.0, 3.0, 2.0], window=1) == 0
+    assert largest_rise([1.0, 3.0], window=5) == 0
     assert largest_rise([5.0, 1.0, 1.0, 4.0, 1.0], window=2) == 1.5
 
 
@@ -223,7 +224,7 @@ def test_bad_input(capsys):
         WidthStudyConfig(fallback_rates="muon=tuned")
     with pytest.raises(ValueError, match="weight_decay must be finite and positive, got 0"):
         DecayStudyConfig(weight_decay=0.0)
-    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
-        DecayStudyConfig(steps=0)
+    with pytest.raises(ValueError, match="steps must be at least 2, got 1"):
+        DecayStudyConfig(steps=1)
     with pytest.raises(ValueError, match="float32, and then in bfloat16; leave out --dtype"):
         DecayStudyConfig(model=ModelConfig(dtype="bfloat16"))

@@ -71,9 +71,10 @@ class DecayStudyConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "eval_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        # The first update is warm-up, the second the whole decay of the rate.
+        for name, least in (("steps", 2), ("batch_size", 1), ("eval_batches", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
         for name in ("learning_rate", "weight_decay"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
@@ -139,9 +140,10 @@ def largest_rise(losses: list[float], window: int = 5) -> float:
 
     Example:
       >>> from ravine.training.studies.decay import largest_rise
-      >>> largest_rise([3.0, 2.0, 1.0, 4.0, 1.0], window=1)
-      3.0
+      >>> largest_rise([3.0, 2.0, 1.0, 4.0, 1.0], window=1), largest_rise([1.0, 3.0])
+      (3.0, 0.0)
     """
+    window = min(window, len(losses))
     means = np.convolve(losses, np.ones(window) / window, "valid")
     return float(np.max(means - np.minimum.accumulate(means)))
 
