@@ -33,6 +33,15 @@ def test_matrices_side_by_side_have_the_results_of_one_at_a_time(function, count
         np.testing.assert_array_equal(ours, alone)
 
 
+@pytest.mark.parametrize(("size", "constraints"), [(512, 0), (1024, 2)])
+def test_very_large_matrices_are_transposed_apart(size, constraints):
+    """Before LAPACK and after it, instead of within the kernels beside it."""
+    qr = lambda x: jnp.linalg.qr(x)[0]
+    batch = jax.ShapeDtypeStruct((2, size, size), jnp.float32)
+    program = jax.make_jaxpr(lambda x: lapack.for_each_matrix(qr, x))(batch)
+    assert str(program).count("layout_constraint[") == constraints
+
+
 def test_eight_devices_on_few_cores_do_not_wait_for_each_other(monkeypatch):
     """Batches of more than one matrix would: a pool has a thread for each core."""
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
