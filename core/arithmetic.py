@@ -74,6 +74,20 @@ def ema(
     return jax.tree.map(lambda v, m: lerp(power(wide(v)), m, decay), values, moments)
 
 
+def traces(matrices: jax.Array) -> jax.Array:
+    """The traces of matrices `[..., n, n]`.
+
+    `jnp.trace` masks whole matrices, which takes XLA for CPU a hundred times as long.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ravine.core.arithmetic import traces
+      >>> traces(jnp.array([[1.0, 2.0], [3.0, 4.0]]))
+      Array(5., dtype=float32)
+    """
+    return jnp.sum(jnp.diagonal(matrices, axis1=-2, axis2=-1), axis=-1)
+
+
 def is_summable(squares: Any) -> Any:
     """Whether sums of squares, a tree, are finite, with a margin for rounding.
 

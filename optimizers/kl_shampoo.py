@@ -18,17 +18,19 @@ import jax.numpy as jnp
 import optax
 
 from ..core.arguments import checked
-from ..core.arithmetic import cast, ema, increment, wide_dtype, wide_zeros_like
+from ..core.arithmetic import increment
 from ..core.checks import check_decay_rates, check_non_negative, check_positive
+from ..core.once import after
 from ..core.own_norm import OwnNorm
 from .by_role import FALLBACK, Fallback, by_role
 from .links.decay import Mask, decay_after_first
 from .matrix.batch.refresh import REFRESH, Refresh
 from .matrix.shape.blocks import UNCUT, Blocks, blockings_of
 from .matrix.shape.matrices import Axes
-from .preconditioners.block_state import factors_like
-from .preconditioners.blockwise import Tensors, blockwise
+from .preconditioners.block_state import blocks_like, factors_like
+from .preconditioners.blockwise import blockwise
 from .preconditioners.kl_eigenbasis import KLEigenbasis, norms, refreshed_factors, stepped
+from .preconditioners.tensors import Tensors
 from .roles import Role, Rules
 from .shampoo import SHAMPOO_ROLES
 
@@ -37,7 +39,7 @@ class ScaleByKLShampooState(NamedTuple):
     """State of `scale_by_kl_shampoo`."""
 
     count: jax.Array  # int32 scalar, updates made so far, including the first, which has no effect
-    mu: optax.Updates  # like params, mu_dtype: mean of gradients
+    mu: Any  # like params: a tuple (tensors) of blocks, mu_dtype: mean of gradients
     factors: Any  # like params: a tuple (tensors) of tuples (axes) of KLFactor, or None without one
 
 
@@ -136,10 +138,11 @@ def scale_by_kl_shampoo(
     blockings = functools.partial(blockings_of, axes=axes, blocks=blocks, sums=False)
 
     def init(params: optax.Params) -> ScaleByKLShampooState:
+        found = blockings(params)
         return ScaleByKLShampooState(
             count=jnp.zeros([], jnp.int32),
-            mu=wide_zeros_like(params, mu_dtype),
-            factors=factors_like(params, blockings(params), eigenbasis(**numbers).factor),
+            mu=blocks_like(params, found, mu_dtype),
+            factors=factors_like(params, found, eigenbasis(**numbers).factor),
         )
 
     def step(
@@ -151,28 +154,19 @@ def scale_by_kl_shampoo(
         count = increment(state.count)
         is_first = count == 1
         learning = eigenbasis(**numbers)._replace(learns=refresh.learning_from_first(count))
-        means = jax.tree.map(lambda m, u: cast(m, wide_dtype(m.dtype, u.dtype)), state.mu, updates)
-        blocks, means = tensors.opened_together(updates, means)
-        (kept,) = tensors.kept(state.factors)
-        directions, usable, factors = stepped(
+        mu, kept = tensors.kept(state.mu, state.factors)
+        directions, mu, factors = stepped(
             tensors,
-            blocks,
-            means,
-            tensors.of_leaves([m.dtype for m in jax.tree.leaves(state.mu)]),
+            tensors.opened(updates),
+            mu,
             kept,
             functools.partial(learning.step, is_first),
         )
-        factors = refreshed_factors(tensors, factors, refresh, count, balance=balance)
-        averaged = ema(tensors.zero_unless(usable, updates), state.mu, numbers["b1"])
-        mu = jax.tree.map(
-            lambda new, old: jnp.where(is_first, old, cast(new, old.dtype)), averaged, state.mu
-        )
-        moved = jax.tree.map(
-            lambda u, g: cast(jnp.where(is_first, 0, u), g.dtype),
-            tensors.closed(directions),
-            updates,
-        )
-        return moved, ScaleByKLShampooState(count, mu, *tensors.to_keep(factors))
+        # They are turned by the old bases, which may be overwritten then.
+        later = after(count, directions)
+        factors = refreshed_factors(tensors, factors, refresh, later, balance=balance)
+        mu, factors = tensors.to_keep(mu, factors)
+        return tensors.closed(directions), ScaleByKLShampooState(count, mu, factors)
 
     def norm(
         updates: optax.Updates,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from ..core.arguments import checked
-from ..core.arithmetic import increment, momentum, wide_zeros_like
+from ..core.arithmetic import increment, momentum
 from ..core.checks import check_decay_rates, number
 from ..core.own_norm import OwnNorm
 from ..core.paths import path_string
@@ -25,10 +25,17 @@ from .matrix.batch.refresh import REFRESH, Refresh
 from .matrix.shape.blocks import BLOCKS, Blocks, blockings_of
 from .matrix.shape.matrices import Axes
 from .preconditioners.block_graft import BlockGraft
-from .preconditioners.block_state import factors_like, fields, ones_like_scalars
-from .preconditioners.blockwise import Tensors, blockwise
+from .preconditioners.block_state import (
+    blocks_like,
+    factors_like,
+    fields,
+    ones_like_scalars,
+    zero_unless,
+)
+from .preconditioners.blockwise import blockwise
 from .preconditioners.inverse_roots import Preconditioner
 from .preconditioners.options import FACTORS, GRAFTING, ROOTS, Factors, Grafting, Roots
+from .preconditioners.tensors import Tensors
 from .roles import Role, Rules
 
 SHAMPOO_ROLES: tuple[Role, ...] = ("matrix", "convolution", "embedding", "head")
@@ -38,8 +45,8 @@ class ScaleByShampooState(NamedTuple):
     """State of `scale_by_shampoo`."""
 
     count: jax.Array  # int32 scalar, updates made so far
-    mu: optax.Updates  # like params, mu_dtype: mean of gradients
-    nu: Any  # like params, nu_dtype: second moments of the graft, if it has any
+    mu: Any  # like params: a tuple (tensors) of blocks, mu_dtype: mean of gradients
+    nu: Any  # likewise, nu_dtype: second moments of the graft, if it has any
     factors: (
         Any  # like params: a tuple (tensors) of tuples (axes) of Factor, or None without a factor
     )
@@ -129,7 +136,7 @@ def scale_by_shampoo(
     factors.check_ridge(roots.ridge)
     roots.check_need(refresh)
     per = "none" if graft.step == "none" else graft.per
-    lent = graft.magnitude(b2, eps, nu_dtype)
+    lent = graft.magnitude(b2, eps)
 
     preconditioner = functools.partial(
         Preconditioner, factors=factors, roots=roots, schedule=refresh
@@ -146,8 +153,8 @@ def scale_by_shampoo(
         first.check(paths, found)
         return ScaleByShampooState(
             count=jnp.zeros([], jnp.int32),
-            mu=wide_zeros_like(params, mu_dtype),
-            nu=lent.init(params),
+            mu=blocks_like(params, found, mu_dtype),
+            nu=blocks_like(params, found, nu_dtype) if lent.has_moments else optax.EmptyState(),
             factors=factors_like(params, found, first.factor),
             graft_ratio=ones_like_scalars(params, found),
         )
@@ -163,20 +170,22 @@ def scale_by_shampoo(
         graft_b2: float,
     ) -> tuple[optax.Updates, ScaleByShampooState]:
         count, shampoo = increment(state.count), preconditioner(statistics_b2)
-        (kept,) = tensors.kept(state.factors)
-        usable, kept = shampoo.learn(tensors, tensors.opened(updates), kept, count)
-        seen = tensors.zero_unless(usable, updates)
-        mu, mean = momentum(seen, state.mu, b1, count, nesterov=nesterov)
+        mu, kept = tensors.kept(state.mu, state.factors)
+        nu = tensors.kept(state.nu)[0] if lent.has_moments else state.nu
+        gradients = tensors.opened(updates)
+        usable, kept = shampoo.learn(tensors, gradients, kept, count)
+        seen = list(map(zero_unless, usable, gradients))
+        mu, means = momentum(seen, mu, b1, count, nesterov=nesterov)
         size = lent._replace(b2=graft_b2, eps=eps)
-        graft_step, nu = size.update(seen, mean, state.nu, count)
+        steps, nu = size.update(seen, means, nu, count)
         kept = shampoo.refresh(tensors, kept, count)
-        means, steps = tensors.opened_together(mean, graft_step)
         grafting = BlockGraft(per, refresh.started(count))
         blocks, ratios = shampoo.apply(tensors, means, steps, kept, grafting)
         if per == "parameter":
             distrusted = [shampoo.distrusted(fields(each, "record")) for each in kept]
-            blocks, ratios = grafting.of_parameters(tensors, blocks, graft_step, steps, distrusted)
-        kept, ratios = tensors.to_keep(kept, ratios)
+            blocks, ratios = grafting.of_parameters(tensors, blocks, steps, distrusted)
+        mu, kept, ratios = tensors.to_keep(mu, kept, ratios)
+        nu = tensors.to_keep(nu)[0] if lent.has_moments else nu
         return tensors.closed(blocks), ScaleByShampooState(count, mu, nu, kept, ratios)
 
     def norm(

@@ -44,7 +44,8 @@ from .preconditioners.adam_in_eigenbasis import (
     stepped,
 )
 from .preconditioners.block_state import blocks_like, factors_like
-from .preconditioners.blockwise import Tensors, blockwise
+from .preconditioners.blockwise import blockwise
+from .preconditioners.tensors import Tensors
 from .roles import Role, Rules
 from .shampoo import SHAMPOO_ROLES
 

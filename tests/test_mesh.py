@@ -11,10 +11,6 @@ import pytest
 import ravine
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from ravine.optimizers.matrix.mesh.exchange import per_shard
-from ravine.optimizers.matrix.shape.blocks import blockings_of
-from ravine.optimizers.matrix.shape.layout import MatrixAxes
-from ravine.optimizers.preconditioners.blockwise import Tensors
 from ravine.optimizers.roles import IN_OUT
 
 from .arrays import normal_leaves, single
@@ -211,44 +207,12 @@ def test_sharded_experts_have_the_updates_and_the_state_of_one_device(name):
     assert furthest(without_residuals(found), without_residuals(expected)) <= HALF
 
 
-def test_flags_of_blocks_that_shards_cross_reach_every_element():
-    shapes = {"rows": (12, 4), "uneven": (4, 10), "stack": (2, 8, 12), "heads": (4, 2, 6)}
-    names = ("x", "y")
-    specs = {
-        "rows": P(names),
-        "uneven": P(*names),
-        "stack": P(None, names),
-        "heads": P(*names),
-    }
-    axes = lambda path: MatrixAxes((0,), (1, 2)) if "heads" in path else IN_OUT
-    tensors = {k: single(x) for k, x in normal_leaves(shapes, 0).items()}
-    tensors = {k: x.at[(-1,) * x.ndim].set(jnp.inf) for k, x in tensors.items()}
-
-    def finite_blocks(updates, state, found):
-        assert all(not cut.placement.moves or cut.takes_flags for cut in found)
-        each = Tensors(updates, found)
-        flags = [jnp.all(jnp.isfinite(blocks), axis=(-2, -1)) for blocks in each.opened(updates)]
-        return each.zero_unless(flags, updates), state
-
-    cuts = lambda x: blockings_of(x, axes, ravine.Blocks(size=6))
-    on_shards = per_shard(finite_blocks, lambda _: optax.EmptyState(), cuts)
-    kept = lambda x: on_shards(x, optax.EmptyState())
-    expected, _ = jax.jit(kept)(tensors)
-    mesh = jax.make_mesh((2, 2), names, devices=jax.devices()[:4])
-    with jax.set_mesh(mesh):
-        placed = {k: jax.device_put(x, NamedSharding(mesh, specs[k])) for k, x in tensors.items()}
-        found, _ = jax.jit(kept)(placed)
-    for name, shape in shapes.items():
-        np.testing.assert_array_equal(found[name], expected[name])
-        assert 0 < np.count_nonzero(found[name]) < np.prod(shape)
-
-
 def test_state_is_split_over_mesh_axes_that_parameters_do_not_use():
     mesh = jax.make_mesh((4, 2), ("data", "x"))
     params = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=NamedSharding(mesh, P("x")))
     shampoo = ravine.state_shardings(ravine.scale_by_shampoo(blocks=ravine.Blocks(size=4)), params)
     assert shampoo.factors[0][0].statistics.spec == P(None, "x", "data", None, None)
-    assert shampoo.mu.spec == P("x", None)
+    assert shampoo.mu[0].spec == P(None, "x", "data", None, None)
     adam = ravine.state_shardings(ravine.split_state(ravine.scale_by_adam()), params)
     assert adam.mu.spec == P("x", "data")
 

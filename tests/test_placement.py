@@ -11,9 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ravine.optimizers.matrix.mesh.dealing import ragged_all_to_all
 from ravine.optimizers.matrix.mesh.exchange import (
-    PACKED,
     move_in,
-    move_in_together,
     move_out,
     whole_matrices,
 )
@@ -96,20 +94,6 @@ def test_moving_in_brings_the_right_part_and_moving_out_undoes_it(outside, cuts)
     for y, names in ((into, found.inside), (back, outside)):
         assert names_of(y) == names
         np.testing.assert_array_equal(y, x)
-
-
-@pytest.mark.parametrize(
-    ("parts", "dtypes", "exchanges"),
-    [(PACKED, "ff", 1), (2 * PACKED, "ff", 2), (PACKED, "fe", 2), (PACKED, "f", 1)],
-)
-def test_small_leaves_of_one_dtype_share_an_exchange(parts, dtypes, exchanges):
-    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
-    found = place([("x",), ()], [1, 2], {"x": 2})
-    cut = NamedSharding(mesh, P("x"))
-    leaves = [jax.ShapeDtypeStruct((2, parts), dtype, sharding=cut) for dtype in dtypes]
-    both = lambda *given: move_in_together([*given, given[0]], found)
-    moved = jax.shard_map(both, mesh=mesh, in_specs=P("x"), out_specs=P(None, "x"), check_vma=False)
-    assert str(jax.make_jaxpr(moved)(*leaves)).count("all_to_all[") == exchanges
 
 
 @pytest.mark.usefixtures("float64")

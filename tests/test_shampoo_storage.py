@@ -104,7 +104,7 @@ def test_dtypes_are_kept(staggered, packed):
         assert factor.residual.dtype == jnp.float32
         assert factor.refused.dtype == jnp.int32
         assert not np.any(factor.refused)
-    assert states[-1].mu.dtype == states[-1].nu.dtype == jnp.bfloat16
+    assert states[-1].mu[0].dtype == states[-1].nu[0].dtype == jnp.bfloat16
     assert updates[-1].dtype == jnp.float32
     exact = shampoo(
         refresh=ravine.Refresh(every=3, staggered=staggered),

@@ -27,7 +27,6 @@ from ...core.arithmetic import (
     scalar,
     wide,
     wide_dtype,
-    wide_zeros_like,
 )
 from ...core.checks import check_decay_rates, check_non_negative
 from ...core.kinds import MaybeInfinite
@@ -82,17 +81,15 @@ class Magnitude(NamedTuple):
     name: Graft
     b2: Any
     eps: Any
-    nu_dtype: Any
 
-    def init(self, params: Any) -> Any:
-        """Its second moments, a tree like the parameters (or none)."""
-        if self.name in WITHOUT_MOMENTS:
-            return optax.EmptyState()
-        return wide_zeros_like(params, self.nu_dtype)
+    @property
+    def has_moments(self) -> bool:
+        """Whether it keeps second moments."""
+        return self.name not in WITHOUT_MOMENTS
 
     def update(self, g: Any, mean: Any, nu: Any, count: jax.Array) -> tuple[Any, Any]:
         """From (gradients, their mean, moments, steps including this one) to (step, moments)."""
-        if self.name in WITHOUT_MOMENTS:
+        if not self.has_moments:
             return jax.tree.map(jnp.sign, mean) if self.name == "sign" else mean, nu
         if self.name == "adagrad":
             wider = lambda x, v: cast(v, wide_dtype(v.dtype, x.dtype)) + jnp.square(wide(x))
@@ -103,7 +100,7 @@ class Magnitude(NamedTuple):
         return over_root(mean, moments, b2, count, self.eps), moments
 
 
-def magnitude(name: Graft, b2: float = 0.999, eps: float = 1e-8, nu_dtype: Any = None) -> Magnitude:
+def magnitude(name: Graft, b2: float = 0.999, eps: float = 1e-8) -> Magnitude:
     r"""The step to graft, by name; :math:`\hat g` is the mean of gradients that the direction is
     computed from.
 
@@ -134,7 +131,7 @@ def magnitude(name: Graft, b2: float = 0.999, eps: float = 1e-8, nu_dtype: Any =
                 f"the graft {name!r} averages squared gradients: {error} With b2=1 (sums), give "
                 "graft.b2, or 'adagrad' for graft.step."
             ) from None
-    return Magnitude(name, b2, eps, nu_dtype)
+    return Magnitude(name, b2, eps)
 
 
 class GraftState(NamedTuple):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ...core.arithmetic import cast, cast_like, ema, is_usable, lerp, wide, wide_dtype
-from ...core.once import if_due
+from ...core.once import after, either, if_due
 from ...core.own_norm import OwnNorm
 from ..matrix.algebra.eigenbasis import eigenbasis, followed, off_diagonal
 from ..matrix.algebra.kronecker import mode_grams, rotate
@@ -18,8 +18,8 @@ from ..matrix.batch.phases import refreshed
 from ..matrix.batch.refresh import Refresh
 from ..matrix.batch.together import Unit, together
 from .block_state import by_axis, fields, identities, with_fields
-from .blockwise import Tensors
 from .own_norm import Insides, forms, in_basis
+from .tensors import Tensors
 
 
 class Basis(NamedTuple):
@@ -109,12 +109,15 @@ def stepped(
     found = together(units, step)
     moments = [Moments(mu, nu) for _, mu, nu, _ in found]
     statistics = [new for *_, new in found]
+    directions = [direction for direction, *_ in found]
+    # They are turned by the old bases, which may be overwritten then.
+    count = after(count, directions)
     moments, vectors = _refreshed(tensors, moments, vectors, statistics, step, schedule, count)
     bases = [
         with_fields(each, statistics=new, vectors=turn)
         for each, new, turn in zip(bases, statistics, vectors, strict=True)
     ]
-    return [direction for direction, *_ in found], moments, bases
+    return directions, moments, bases
 
 
 def norms(
@@ -150,22 +153,19 @@ def _refreshed(
     """New bases, as their vectors, where they are due, and the moments in them."""
     moments, vectors = list(moments), list(vectors)
     turned = [at for at, tensor in enumerate(tensors) if tensor.axes]
+    is_first, floor = count == 1, _floor(step.b1, step.b2)
 
-    def first(_: Any, vectors: Any, statistics: Any) -> Any:
-        del vectors
-        return _by_size(eigenbasis, statistics)
+    def new(axes: Any, carry: Any, statistics: Any) -> Any:
+        first = lambda carry: (_by_size(eigenbasis, statistics), *carry[1:])
+        return either(is_first, first, lambda old: _followed(axes, old, statistics, floor), carry)
 
-    def units(carries: Sequence[Any]) -> list[Unit]:
-        return [
-            Unit(tensors[at].axes, statistics[at], carry, tensors[at].spread)
-            for at, carry in zip(turned, carries, strict=True)
-        ]
-
-    found = refreshed(units([vectors[at] for at in turned]), first, 1, lambda _: count == 1)
-    carries = [(each, *moments[at]) for at, each in zip(turned, found, strict=True)]
-    follow = functools.partial(_followed, floor=_floor(step.b1, step.b2))
-    due, need = functools.partial(schedule.follows, count), schedule.by_need(count, _off)
-    found = refreshed(units(carries), follow, schedule.phases, due, need=need)
+    units = [
+        Unit(tensors[at].axes, statistics[at], (vectors[at], *moments[at]), tensors[at].spread)
+        for at in turned
+    ]
+    due = lambda phase: is_first | schedule.follows(count, phase)
+    need = schedule.by_need(count, _off, is_first)
+    found = refreshed(units, new, schedule.phases, due, need=need)
     for at, (turn, mu, nu) in zip(turned, found, strict=True):
         moments[at], vectors[at] = Moments(mu, nu), turn
     return moments, vectors

@@ -2,14 +2,14 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ..links.graft import norm_ratio
 from ..matrix.mesh.placement import Names
-from .blockwise import Tensors
+from .tensors import Tensors
 
 
 class BlockGraft(NamedTuple):
@@ -50,20 +50,18 @@ class BlockGraft(NamedTuple):
         self,
         tensors: Tensors,
         directions: Sequence[jax.Array],
-        step: Any,
         steps: Sequence[jax.Array],
         distrusted: Sequence[Sequence[jax.Array]],
     ) -> tuple[list[jax.Array], list[jax.Array]]:
-        """The blocks of all tensors, with one size for each leaf of `step`, and the ratios of sizes."""
-        leaves = (jax.tree.leaves(tree) for tree in (step, tensors.closed(directions)))
-        by_leaf = [
-            norm_ratio(d, x, tuple(range(x.ndim)), keep=False, summed=blocking.leaf_names)
-            for d, x, blocking in zip(*leaves, tensors.blockings, strict=True)
-        ]
-        ratios = [
-            jnp.broadcast_to(ratio, tensor.counts)
-            for tensor, ratio in zip(tensors, tensors.of_leaves(by_leaf), strict=True)
-        ]
+        """The blocks of all tensors, with one size for each leaf, and the ratios of sizes."""
+
+        def ratio(
+            names: Names, steps: Sequence[jax.Array], directions: Sequence[jax.Array]
+        ) -> jax.Array:
+            d, p = (jnp.concatenate([x.reshape(-1) for x in each]) for each in (steps, directions))
+            return norm_ratio(d, p, (0,), keep=False, summed=names)
+
+        ratios = tensors.numbers(ratio, steps, directions)
         return list(map(self._sized, directions, steps, distrusted, ratios)), ratios
 
     def _sized(

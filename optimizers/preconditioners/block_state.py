@@ -57,6 +57,11 @@ def _map_leaves(
     return at_leaves(params, list(map(function, jax.tree.leaves(params), blockings)))
 
 
+def zero_unless(usable: jax.Array, blocks: jax.Array) -> jax.Array:
+    """Blocks `[..., *sizes]`, zero where they are not usable, `[...]`."""
+    return jnp.where(usable[(..., *(None,) * (blocks.ndim - usable.ndim))], blocks, 0)
+
+
 def fields(factors: Sequence[Any], name: str) -> list[jax.Array]:
     """A field of every factor of a tensor, for axes that have one."""
     return [getattr(factor, name) for factor in factors if factor is not None]

@@ -13,6 +13,7 @@ from ...core.arithmetic import (
     ema,
     is_summable,
     is_usable,
+    traces,
     wide,
     wide_dtype,
 )
@@ -27,9 +28,9 @@ from ..matrix.batch.together import Unit, together
 from ..matrix.shape.blocking import Blocking
 from .block_graft import BlockGraft
 from .block_state import by_axis, fields, identities, with_fields, zeros_each
-from .blockwise import Tensors
 from .options import Factors, Roots
 from .own_norm import Insides, forms, of_factors
+from .tensors import Tensors
 
 FAILURES = 2
 """Where a factor's record counts failures."""
@@ -168,8 +169,8 @@ class Preconditioner:
             ]
             new = _accumulated(grams, old, self.b2, every)
             # No element of a positive semi-definite matrix is larger than its trace.
-            traces = [[jnp.trace(x, axis1=1, axis2=2) for x in each] for each in (new, old)]
-            for fits, fitted in zip(*is_summable(traces), strict=True):
+            found = [list(map(traces, each)) for each in (new, old)]
+            for fits, fitted in zip(*is_summable(found), strict=True):
                 # Statistics corrupted from outside are left to the certificate of their root.
                 usable &= fits | ~fitted
             return usable, [

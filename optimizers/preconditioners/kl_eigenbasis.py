@@ -8,17 +8,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ...core.arithmetic import cast, ema, is_summable, is_usable, lerp, wide, wide_dtype
-from ...core.once import if_due
+from ...core.arithmetic import cast, ema, is_summable, is_usable, lerp, traces, wide, wide_dtype
+from ...core.once import either, if_due
 from ...core.own_norm import OwnNorm
 from ..matrix.algebra.eigenbasis import eigenbasis, followed, off_diagonal
 from ..matrix.algebra.kronecker import mode_gram, mode_product, rotate
 from ..matrix.batch.phases import refreshed
 from ..matrix.batch.refresh import Refresh
 from ..matrix.batch.together import Unit, together
-from .block_state import by_axis, identities, with_fields
-from .blockwise import Tensors
+from .block_state import by_axis, identities, with_fields, zero_unless
 from .own_norm import Insides, forms, in_basis
+from .tensors import Tensors
 
 
 class KLFactor(NamedTuple):
@@ -49,17 +49,18 @@ class KLEigenbasis(NamedTuple):
         values = jnp.zeros_like(identity[..., 0]) + self.initial_eigenvalue
         return KLFactor(jnp.zeros_like(identity), identity, values)
 
-    def step(self, is_first: jax.Array, kind: Any, carry: Any, blocks: jax.Array) -> Any:
-        """Direction, usable blocks and factors, from mean gradients, factors, and the gradient."""
-        (order, axes, mu_dtype), (mean, _, kept) = kind, carry
+    def step(self, is_first: jax.Array, kind: Any, carry: Any, _: Any) -> Any:
+        """Direction, mean and factors, from gradient, mean and factors."""
+        (order, axes), (blocks, mu, kept) = kind, carry
         learned = functools.partial(self._learned, is_first, axes, blocks)
         usable = is_usable(blocks, tuple(range(1, 1 + order)))
         usable, new = if_due(self.learns, learned, (usable, kept))
-        seen = jnp.where(usable.reshape(-1, *(1,) * order), wide(blocks), 0)
-        mean = jnp.where(
-            is_first, mean, cast(cast(lerp(seen, mean, self.b1), mu_dtype), mean.dtype)
+        seen = zero_unless(usable, wide(blocks))
+        mean = jnp.where(is_first, mu, cast(lerp(seen, mu, self.b1), mu.dtype))
+        moved = _whitened(
+            cast(mean, wide_dtype(mu.dtype, blocks.dtype)), by_axis(kept, axes, order), self.eps
         )
-        return _whitened(mean, by_axis(kept, axes, order), self.eps), usable, new
+        return cast(jnp.where(is_first, 0, moved), blocks.dtype), mean, new
 
     def _learned(
         self, is_first: jax.Array, axes: Sequence[int], blocks: jax.Array, carry: Any
@@ -85,7 +86,7 @@ class KLEigenbasis(NamedTuple):
             gram = mode_gram(plain, axis, order) / count
             new = ema((mean, gram), (own.eigenvalues, own.statistics), self.b2)
             values = jnp.maximum(new[0], self._floor(sizes[axis]))
-            return jnp.trace(gram, axis1=1, axis2=2), new[1], values
+            return traces(gram), new[1], values
 
         found = [one(axis, own) for axis, own in zip(axes, kept, strict=True)]
         for fits in is_summable([trace for trace, *_ in found]):
@@ -107,28 +108,25 @@ def stepped(
     tensors: Tensors,
     gradients: Sequence[jax.Array],
     means: Sequence[jax.Array],
-    mu_dtypes: Sequence[Any],
     factors: Sequence[KLFactors],
     step: Callable[[Any, Any, Any], Any],
 ) -> tuple[list[jax.Array], list[jax.Array], list[KLFactors]]:
-    """Directions, which blocks are usable, and factors updated with those; all in blocks."""
+    """Directions, means and factors after the gradients of this step; all in blocks."""
     units = [
         Unit(
-            (len(tensor.sizes), tensor.axes, dtype),
-            blocks,
-            (mean, jnp.ones(tensor.counts, bool), [each for each in kept if each is not None]),
+            (len(tensor.sizes), tensor.axes),
+            (),
+            (blocks, mean, [each for each in kept if each is not None]),
             tensor.spread,
         )
-        for tensor, blocks, mean, dtype, kept in zip(
-            tensors, gradients, means, mu_dtypes, factors, strict=True
-        )
+        for tensor, blocks, mean, kept in zip(tensors, gradients, means, factors, strict=True)
     ]
     found = together(units, step)
     learned = []
     for kept, (*_, new) in zip(factors, found, strict=True):
         left = iter(new)
         learned.append(tuple(factor and next(left) for factor in kept))
-    return [direction for direction, *_ in found], [usable for _, usable, _ in found], learned
+    return [direction for direction, *_ in found], [mean for _, mean, _ in found], learned
 
 
 def _outer(vectors: list[jax.Array | None], blocks: jax.Array) -> jax.Array:
@@ -181,35 +179,31 @@ def refreshed_factors(
 ) -> list[KLFactors]:
     """The factors with new bases where they are due."""
 
-    def first(_: Any, vectors: jax.Array, statistics: jax.Array) -> jax.Array:
-        del vectors
-        return eigenbasis(statistics)
+    is_first = count == 1
 
-    def follow(_: Any, vectors: jax.Array, statistics: jax.Array) -> jax.Array:
-        return followed(statistics, vectors, sort=False)[0]
+    def new(_: Any, vectors: jax.Array, statistics: jax.Array) -> jax.Array:
+        first = lambda _: eigenbasis(statistics)
+        follow = lambda vectors: followed(statistics, vectors, sort=False)[0]
+        return either(is_first, first, follow, vectors)
 
     def off(_: Any, vectors: jax.Array, statistics: jax.Array) -> jax.Array:
         return off_diagonal(statistics, vectors)
 
-    is_first, due = count == 1, schedule.follows(count, 0)
-    follows = functools.partial(schedule.follows, count)
-    found = list(factors)
-    for function, phases, when, need in (
-        (first, 1, lambda _: is_first, None),
-        (follow, schedule.phases, follows, schedule.by_need(count, off)),
-    ):
-        units = [
-            Unit(None, factor.statistics, factor.vectors, tensor.spread)
-            for tensor, each in zip(tensors, found, strict=True)
-            for factor in each
-            if factor is not None
-        ]
-        new = iter(refreshed(units, function, phases, when, need=need))
-        found = [
-            tuple(factor and factor._replace(vectors=next(new)) for factor in each)
-            for each in found
-        ]
-    return [_balanced(each, due) for each in found] if balance else found
+    units = [
+        Unit(None, factor.statistics, factor.vectors, tensor.spread)
+        for tensor, each in zip(tensors, factors, strict=True)
+        for factor in each
+        if factor is not None
+    ]
+    due = lambda phase: is_first | schedule.follows(count, phase)
+    need = schedule.by_need(count, off, is_first)
+    turned = iter(refreshed(units, new, schedule.phases, due, need=need))
+    found = [
+        tuple(factor and factor._replace(vectors=next(turned)) for factor in each)
+        for each in factors
+    ]
+    follows = schedule.follows(count, 0)
+    return [_balanced(each, follows) for each in found] if balance else found
 
 
 def _balanced(factors: Sequence[KLFactor | None], due: jax.Array) -> tuple[KLFactor | None, ...]:

@@ -143,9 +143,9 @@ class Grafting:
     def __post_init__(self) -> None:
         check_decay_rates(**{"graft.b2": self.b2})
 
-    def magnitude(self, b2: Any, eps: Any, nu_dtype: Any) -> Magnitude:
+    def magnitude(self, b2: Any, eps: Any) -> Magnitude:
         """The step, given the decay rate `b2` of Shampoo's statistics."""
-        return magnitude(self.step, b2 if self.b2 is None else self.b2, eps, nu_dtype)
+        return magnitude(self.step, b2 if self.b2 is None else self.b2, eps)
 
 
 FACTORS, GRAFTING, ROOTS = Factors(), Grafting(), Roots()

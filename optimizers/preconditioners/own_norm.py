@@ -13,7 +13,7 @@ from ...core.arithmetic import wide
 from ...core.own_norm import OwnNorm
 from ..matrix.algebra.kronecker import rotate
 from ..matrix.batch.together import Unit, together
-from .blockwise import Tensors
+from .tensors import Tensors
 
 Insides = Sequence[jax.Array | None]
 """By axis, how much of it is not padding, `[B]`; None for all of it."""

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from ....core.arithmetic import traces
 from .root_parts import Found, identity, multiply, power, ridged
 from .roots_by_eigh import Eigh, PseudoInverse
 from .roots_by_products import CoupledNewton, CoupledNewtonSchulz
@@ -133,7 +134,7 @@ def inverse_root(
         a = jnp.where(inside[:, :, None] & inside[:, None, :], a, 0)
         # The mean eigenvalue is below the largest, so padding does not change the estimate of the
         # largest.
-        mean = jnp.trace(a, axis1=1, axis2=2) / jnp.maximum(size, 1).astype(wide)
+        mean = traces(a) / jnp.maximum(size, 1).astype(wide)
         filling = jnp.where(inside, 0, jnp.where(mean > 0, mean, 1)[:, None])
         a = a + filling[:, :, None] * jnp.eye(n, dtype=wide)[None]
     # Divided by its largest element, every matrix has the same scale: squares of tiny statistics

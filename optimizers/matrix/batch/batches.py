@@ -90,7 +90,7 @@ def map_matrices(
         else:
             done = in_chunks(function, batch, most)
         lengths = [pieces[index].shape[0] for index, _ in members]
-        for (index, wide), part in zip(members, _unjoin([done], lengths)[0], strict=True):
+        for (index, wide), part in zip(members, unjoin([done], lengths)[0], strict=True):
             results[index] = part if wide else jnp.swapaxes(part, 1, 2)
     return results
 
@@ -173,7 +173,7 @@ def joined(
     lengths = [jax.tree.leaves(batch)[0].shape[0] for batch in parts[0]]
     done = function(*trees) if most is None else in_chunks(function, trees[0], most, *trees[1:])
     arrays, structure = jax.tree.flatten(done)
-    cut = _unjoin(arrays, lengths, hidden=len(lengths) > 2 and platform() == "cpu")
+    cut = unjoin(arrays, lengths)
     return [jax.tree.unflatten(structure, part) for part in zip(*cut, strict=True)]
 
 
@@ -186,22 +186,13 @@ def _join(parts: Sequence[jax.Array]) -> jax.Array:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
-def _unjoin(
-    batches: Sequence[jax.Array], lengths: Sequence[int], *, hidden: bool = True
+def unjoin(
+    batches: Sequence[jax.Array], lengths: Sequence[int], starts: Sequence[Any] = ()
 ) -> list[list[jax.Array]]:
-    """Every batch split into parts of `lengths` along its first axis.
-
-    XLA compiles a kernel for every slice at a different constant offset, 12 ms each on CPU, but equal
-    kernels only once; so for many slices, `hidden` makes the offsets values that are unknown at compile
-    time.
-    """
+    """Every batch split into parts of `lengths` along its first axis; `starts` as from `starts_of`."""
     if len(lengths) == 1:
         return [[batch] for batch in batches]
-    starts: Sequence[Any] = [sum(lengths[:at]) for at in range(len(lengths))]
-    seen = next((batch for batch in batches if batch.size), None)
-    if hidden and len(lengths) > 2 and seen is not None:
-        starts = _unknown_to_the_compiler(starts, seen)
-    places = list(zip(starts, lengths, strict=True))
+    places = list(zip(starts or starts_of(lengths, batches), lengths, strict=True))
     return [
         [
             jax.lax.dynamic_slice_in_dim(batch, start, length, allow_negative_indices=False)
@@ -209,6 +200,19 @@ def _unjoin(
         ]
         for batch in batches
     ]
+
+
+def starts_of(lengths: Sequence[int], batches: Sequence[jax.Array]) -> Sequence[Any]:
+    """Where the parts of these joint batches start.
+
+    XLA compiles a kernel for every slice at a different constant offset, 12 ms each on CPU, but equal
+    kernels only once; so there, for many slices, the starts are values that are unknown at compile time.
+    """
+    starts = [sum(lengths[:at]) for at in range(len(lengths))]
+    seen = next((batch for batch in batches if batch.size), None)
+    if platform() != "cpu" or len(lengths) <= 2 or seen is None:
+        return starts
+    return _unknown_to_the_compiler(starts, seen)
 
 
 def _unknown_to_the_compiler(values: Sequence[int], seen_at_runtime: jax.Array) -> list[jax.Array]:

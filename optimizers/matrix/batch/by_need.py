@@ -71,7 +71,8 @@ def worst(found: jax.Array, need: Need, due: jax.Array | None = None) -> jax.Arr
 
     A non-finite misfit is in need too, but after all others: a refresh may not help.
     """
-    wanted = ~(found <= need.above) if due is None else due & ~(found <= need.above)
+    wanted = ~(found <= need.above) | need.every
+    wanted = wanted if due is None else due & wanted
     if need.most == 1:
         return wanted
     key = jnp.where(wanted, jnp.where(jnp.isfinite(found), -found, 0), jnp.inf)

@@ -30,6 +30,8 @@ class Need:
     first."""
     bounded: jax.Array | bool = True
     """Whether that bound applies yet."""
+    every: jax.Array | bool = False
+    """Whether all are refreshed, whatever their misfit."""
 
 
 @options("refresh")
@@ -127,12 +129,15 @@ class Refresh:
             )
 
     def by_need(
-        self, step: jax.Array, misfit: Callable[[Hashable, Any, Any], jax.Array]
+        self,
+        step: jax.Array,
+        misfit: Callable[[Hashable, Any, Any], jax.Array],
+        every: jax.Array | bool = False,
     ) -> Need | None:
         """The need that selects which due blocks are refreshed; None for all."""
         if self.need is None:
             return None
-        return Need(misfit, self.need, self.most, bounded=step > self.first)
+        return Need(misfit, self.need, self.most, step > self.first, every)
 
     def learning(self, step: jax.Array) -> jax.Array | None:
         """Whether this step's gradient updates the statistics, None for always.

@@ -51,11 +51,6 @@ class Placement:
         """How many devices do the same work."""
         return math.prod(self.sizes[move.name] for move in self.moves if move.target is None)
 
-    @property
-    def sends_in(self) -> bool:
-        """Whether devices send anything to bring the leaf in; a share of what all have takes nothing."""
-        return any(move.source is not None for move in self.moves)
-
     def parts(self, names: Names) -> int:
         """The number of parts into which these mesh axes cut together."""
         return math.prod(self.sizes[name] for name in names)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..mesh.exchange import move_in_together, move_out, zeros
+from ..mesh.exchange import move_in, move_out, zeros
 from ..mesh.placement import (
     WHOLE,
     Names,
@@ -126,6 +126,12 @@ class Tensor(NamedTuple):
     """Mesh axes over which a block's sums must be added up."""
     spread: Spread
 
+    def repeated(self, n: int) -> "Tensor":
+        """The same n times, along the first axis."""
+        times = lambda x: None if x is None else jnp.concatenate([x] * n)
+        counts = (n * self.counts[0], *self.counts[1:])
+        return self._replace(counts=counts, inside=tuple(map(times, self.inside)))
+
 
 @dataclasses.dataclass(frozen=True)
 class Blocking:
@@ -142,11 +148,6 @@ class Blocking:
     """For each tensor, which axes have a factor."""
     placement: Placement = WHOLE
     """The placement on the mesh that the leaf is sharded over."""
-
-    @property
-    def leaf_names(self) -> Names:
-        """Mesh axes over which a leaf's sums must be added up."""
-        return tuple(name for names in self.placement.outside for name in names)
 
     @property
     def block_names(self) -> Names:
@@ -184,13 +185,9 @@ class Blocking:
             )
         return made
 
-    def to_blocks(self, leaves: Sequence[jax.Array]) -> list[list[jax.Array]]:
-        """For the leaf, and others like it, an array `[*batch, *counts, *sizes]` for each tensor."""
-        if self.placement.moves:
-            leaves = move_in_together(leaves, self.placement)
-        return [self._cut(leaf) for leaf in leaves]
-
-    def _cut(self, leaf: jax.Array) -> list[jax.Array]:
+    def to_blocks(self, leaf: jax.Array) -> list[jax.Array]:
+        """For each tensor of the leaf its blocks `[*batch, *counts, *sizes]`."""
+        leaf = move_in(leaf, self.placement)
         pieces = (leaf[None],) if self.layout is None else self.layout.to_matrices(leaf)
         return [
             grid.to_blocks(piece).reshape(*batch, *grid.counts, *grid.sizes)
@@ -204,7 +201,7 @@ class Blocking:
             for grid, block, batch in zip(self.grids, blocks, self.batches, strict=True)
         ]
         leaf = pieces[0][0] if self.layout is None else self.layout.from_matrices(pieces)
-        return move_out(leaf, self.placement) if self.placement.moves else leaf
+        return move_out(leaf, self.placement)
 
     def placed(self, leaf: Any, *, sums: bool) -> "Blocking":
         """The same, placed on the mesh in the leaf's type.
@@ -247,12 +244,6 @@ class Blocking:
         return made
 
     @property
-    def count_names(self) -> list[list[Names]]:
-        """For each tensor the mesh axes that cut `[*batch, *counts]`."""
-        parts = zip(self._names, self.batches, self.grids, strict=True)
-        return [names[: len(batch) + len(grid.counts)] for names, batch, grid in parts]
-
-    @property
     def _names(self) -> list[list[Names]]:
         """For each tensor the mesh axes that cut `[*batch, *counts, *sizes]`."""
         made, cut = [], self.placement.inside
@@ -267,47 +258,8 @@ class Blocking:
         return made
 
     @property
-    def takes_flags(self) -> bool:
-        """Whether to send flags of blocks as such, not one for each element, if the leaf is moved."""
-        inner = [axis for axes in self._groups for axis in axes[1:]]
-        outside = self.placement.outside
-        return self._is_one_piece and not any(outside[axis] for axis in inner)
-
-    def at_elements(self, flags: jax.Array, leaf: jax.Array) -> jax.Array:
-        """For each element of a device's part of the leaf the flag of its block.
-
-        Args:
-          flags: of the blocks of all devices, `[*batch, *counts]`.
-          leaf: the part; with `takes_flags`.
-        """
-        flags = flags[0] if self.layout is None or not self._batch_axes else flags
-        for at, axes in enumerate(self._groups):
-            names = self.placement.outside[axes[0]]
-            length = math.prod(leaf.shape[axis] for axis in axes)
-            count, whole = flags.shape[at], length * self.placement.parts(names)
-            size = max(1, -(-whole // count))
-            start = jax.lax.axis_index(names) * length if names else 0
-            # The blocks that the part touches, and of these the part.
-            touched = min(count, length // size + 2)
-            first = jnp.minimum(start // size, count - touched)
-            cells = jax.lax.dynamic_slice_in_dim(flags, first, touched, at)
-            cells = jnp.repeat(cells, size, at)
-            flags = jax.lax.dynamic_slice_in_dim(cells, start - first * size, length, at)
-        order = [axis for axes in self._groups for axis in axes]
-        flags = flags.reshape([leaf.shape[axis] for axis in order])
-        return flags.transpose([order.index(axis) for axis in range(leaf.ndim)])
-
-    @property
     def _batch_axes(self) -> tuple[int, ...]:
         return () if self.layout is None else self.layout.batch_axes
-
-    @property
-    def _groups(self) -> list[tuple[int, ...]]:
-        """The axes of the leaf that make each axis of `[*batch, *counts]`."""
-        if self.layout is None:
-            return [(axis,) for axis in range(len(self.grids[0].sides))]
-        batch = [(axis,) for axis in self._batch_axes]
-        return [*batch, self.layout.row_axes, self.layout.column_axes]
 
     def _grid_axes(self) -> dict[int, int]:
         """The axes of the leaf that can be cut between blocks, and the tensors' axis each cuts."""

@@ -1,0 +1,111 @@
+"""Small leaves that are alike, stacked: one leaf with a first axis.
+
+Every array that enters a batch, or leaves one, is a kernel to compile. Stacked once per update, leaves
+enter and leave together, and a model of many small ones compiles in little more time than one of a few.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..matrix.batch.batches import starts_of, unjoin
+from ..matrix.shape.blocking import Blocking, Tensor
+
+SMALL = 2**14
+"""The most elements of a leaf that is stacked. Its state is copied, which costs little while it fits a
+cache; the state of larger leaves is updated in place."""
+STACKED = 2**20
+"""The most elements of a stack."""
+
+
+class Stack:
+    """Leaves that are cut into blocks the same way, as one; or one leaf as it is."""
+
+    def __init__(self, cut: Blocking, members: Sequence[int]):
+        """`members`: where the leaves are among all leaves."""
+        self.cut, self.members = cut, members
+        self._is_one, self._starts = len(members) == 1, ()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors of the stack; their first axis is as many times that of a leaf's."""
+        each, n = self.cut.tensors, len(self.members)
+        return each if self._is_one else [tensor.repeated(n) for tensor in each]
+
+    def to_blocks(self, leaves: Sequence[jax.Array]) -> list[jax.Array]:
+        """The blocks of each tensor."""
+        if self._is_one:
+            return self.cut.to_blocks(leaves[0])
+        return _joint(jax.vmap(self.cut.to_blocks)(jnp.stack(leaves)))
+
+    def from_blocks(self, blocks: Sequence[jax.Array]) -> list[jax.Array]:
+        """The leaves of these blocks."""
+        if self._is_one:
+            return [self.cut.from_blocks(blocks)]
+        leaves = jax.vmap(lambda *each: self.cut.from_blocks(each))(*self._apart(blocks))
+        return self._parts([leaves])[0]
+
+    def joined(self, trees: Sequence[Any]) -> Any:
+        """Trees of arrays `[b, ...]`, one for each leaf, as one tree of arrays."""
+        if self._is_one:
+            return trees[0]
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *trees)
+
+    def split(self, tree: Any) -> list[Any]:
+        """The inverse of `joined`."""
+        arrays, structure = jax.tree.flatten(tree)
+        if self._is_one or not arrays:
+            return [tree] * len(self.members)
+        parts = zip(*self._parts(self._apart(arrays)), strict=True)
+        return list(map(structure.unflatten, parts))
+
+    def numbers(
+        self, function: Callable[..., jax.Array], *blocks: Sequence[jax.Array]
+    ) -> list[jax.Array]:
+        """What a function finds for each leaf, one number for its blocks, for each tensor's blocks."""
+
+        def of(*blocks: Sequence[jax.Array]) -> list[jax.Array]:
+            number = function(*blocks)
+            return [jnp.broadcast_to(number, tensor.counts) for tensor in self.cut.tensors]
+
+        if self._is_one:
+            return of(*blocks)
+        return _joint(jax.vmap(of)(*map(self._apart, blocks)))
+
+    def _apart(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
+        return [x.reshape(len(self.members), -1, *x.shape[1:]) for x in arrays]
+
+    def _parts(self, stacks: Sequence[jax.Array]) -> list[list[jax.Array]]:
+        lengths = [1] * len(self.members)
+        self._starts = self._starts or tuple(starts_of(lengths, stacks))
+        return [[x[0] for x in parts] for parts in unjoin(stacks, lengths, self._starts)]
+
+
+def _joint(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    return [x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]) for x in arrays]
+
+
+def stacks_of(
+    blockings: Sequence[Blocking], leaves: Sequence[Any], dtypes: Sequence[Hashable]
+) -> list[Stack]:
+    """Stacks of all leaves: of small ones that are cut alike and stay where they are on a mesh.
+
+    Args:
+      blockings: those of all leaves.
+      leaves: the leaves, or what has their shapes.
+      dtypes: something that stacked leaves have in common.
+    """
+    found: dict[Hashable, list[list[int]]] = {}
+    for at, (cut, leaf, dtype) in enumerate(zip(blockings, leaves, dtypes, strict=True)):
+        where = cut.placement
+        if leaf.size > SMALL or where.moves or where.summed:
+            found[at] = [[at]]
+            continue
+        own = (leaf.shape, cut.layout, cut.grids, cut.factored, where.inside, dtype)
+        groups = found.setdefault(own, [[]])
+        if (len(groups[-1]) + 1) * leaf.size > STACKED:
+            groups.append([])
+        groups[-1].append(at)
+    return [Stack(blockings[each[0]], each) for groups in found.values() for each in groups]
