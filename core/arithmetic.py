@@ -74,8 +74,8 @@ def ema(
     return jax.tree.map(lambda v, m: lerp(power(wide(v)), m, decay), values, moments)
 
 
-def traces(matrices: jax.Array) -> jax.Array:
-    """The traces of matrices `[..., n, n]`.
+def traces(matrices: Any) -> Any:
+    """The traces of matrices `[..., n, n]`, a tree.
 
     `jnp.trace` masks whole matrices, which takes XLA for CPU a hundred times as long.
 
@@ -85,7 +85,8 @@ def traces(matrices: jax.Array) -> jax.Array:
       >>> traces(jnp.array([[1.0, 2.0], [3.0, 4.0]]))
       Array(5., dtype=float32)
     """
-    return jnp.sum(jnp.diagonal(matrices, axis1=-2, axis2=-1), axis=-1)
+    of = lambda x: jnp.sum(jnp.diagonal(x, axis1=-2, axis2=-1), axis=-1)
+    return jax.tree.map(of, matrices)
 
 
 def is_summable(squares: Any) -> Any:

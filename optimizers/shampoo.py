@@ -29,6 +29,7 @@ from .preconditioners.block_state import (
     blocks_like,
     factors_like,
     fields,
+    nothing_like,
     ones_like_scalars,
     zero_unless,
 )
@@ -46,7 +47,7 @@ class ScaleByShampooState(NamedTuple):
 
     count: jax.Array  # int32 scalar, updates made so far
     mu: Any  # like params: a tuple (tensors) of blocks, mu_dtype: mean of gradients
-    nu: Any  # likewise, nu_dtype: second moments of the graft, if it has any
+    nu: Any  # likewise, nu_dtype: second moments of the graft; None if it has none
     factors: (
         Any  # like params: a tuple (tensors) of tuples (axes) of Factor, or None without a factor
     )
@@ -138,6 +139,9 @@ def scale_by_shampoo(
     per = "none" if graft.step == "none" else graft.per
     lent = graft.magnitude(b2, eps)
 
+    second_moments = nothing_like
+    if lent.has_moments:
+        second_moments = functools.partial(blocks_like, dtype=nu_dtype)
     preconditioner = functools.partial(
         Preconditioner, factors=factors, roots=roots, schedule=refresh
     )
@@ -154,7 +158,7 @@ def scale_by_shampoo(
         return ScaleByShampooState(
             count=jnp.zeros([], jnp.int32),
             mu=blocks_like(params, found, mu_dtype),
-            nu=blocks_like(params, found, nu_dtype) if lent.has_moments else optax.EmptyState(),
+            nu=second_moments(params, found),
             factors=factors_like(params, found, first.factor),
             graft_ratio=ones_like_scalars(params, found),
         )
@@ -170,8 +174,7 @@ def scale_by_shampoo(
         graft_b2: float,
     ) -> tuple[optax.Updates, ScaleByShampooState]:
         count, shampoo = increment(state.count), preconditioner(statistics_b2)
-        mu, kept = tensors.kept(state.mu, state.factors)
-        nu = tensors.kept(state.nu)[0] if lent.has_moments else state.nu
+        mu, nu, kept = tensors.kept(state.mu, state.nu, state.factors)
         gradients = tensors.opened(updates)
         usable, kept = shampoo.learn(tensors, gradients, kept, count)
         seen = list(map(zero_unless, usable, gradients))
@@ -184,9 +187,8 @@ def scale_by_shampoo(
         if per == "parameter":
             distrusted = [shampoo.distrusted(fields(each, "record")) for each in kept]
             blocks, ratios = grafting.of_parameters(tensors, blocks, steps, distrusted)
-        mu, kept, ratios = tensors.to_keep(mu, kept, ratios)
-        nu = tensors.to_keep(nu)[0] if lent.has_moments else nu
-        return tensors.closed(blocks), ScaleByShampooState(count, mu, nu, kept, ratios)
+        state = ScaleByShampooState(count, *tensors.to_keep(mu, nu, kept, ratios))
+        return tensors.closed(blocks), state
 
     def norm(
         updates: optax.Updates,

@@ -87,12 +87,10 @@ MOMENTS = (
     ravine.scale_by_adan,
     ravine.scale_by_ademamix,
     ravine.scale_by_ema_momentum,
-    ravine.scale_by_kl_shampoo,
     ravine.scale_by_lion,
     ravine.scale_by_momentum,
     ravine.scale_by_muon,
     ravine.scale_by_rmsprop,
-    ravine.scale_by_shampoo,
     lambda: ravine.accumulate(ravine.sgd(0.1), 2),
 )
 
@@ -103,6 +101,17 @@ def test_moments_give_the_shapes_where_parameters_are_missing(build):
     state = jax.eval_shape(tx.init, params)
     with pytest.raises(ValueError, match=r"gradient 'w' has shape \(3, 4, 6\), its .* \(4, 6\)"):
         tx.update({"w": struct(3, 4, 6)}, state)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 6), (1, 6), (4, 1)])
+@pytest.mark.parametrize(
+    "build", [ravine.scale_by_shampoo, ravine.scale_by_soap, ravine.scale_by_kl_shampoo]
+)
+def test_blocks_give_the_shapes_where_parameters_are_missing(build, shape):
+    tx = build()
+    state = jax.eval_shape(tx.init, {"w": struct(4, 6)})
+    with pytest.raises(ValueError, match=r"not made by this optimizer .* its 'mu/w/0' has shape"):
+        tx.update({"w": struct(*shape)}, state)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from ..matrix.batch.batches import joined
 from ..matrix.batch.phases import refreshed
 from ..matrix.batch.refresh import Refresh
 from ..matrix.batch.together import Unit, together
-from .block_state import by_axis, fields, identities, with_fields
+from .block_state import by_axis, fields, identities, with_fields, zero_unless
 from .own_norm import Insides, forms, in_basis
 from .tensors import Tensors
 
@@ -60,10 +60,10 @@ class Step(NamedTuple):
     def __call__(self, kind: Any, carry: Any, vectors: Sequence[jax.Array]) -> Any:
         """Direction, moments and statistics for gradients, moments and statistics."""
         (order, axes, summed), (blocks, mu, nu, statistics) = kind, carry
-        usable = is_usable(blocks, tuple(range(1, 1 + order)), summed)
-        seen = jnp.where(usable.reshape(-1, *(1,) * order), wide(blocks), 0)
+        usable, seen = is_usable(blocks, tuple(range(-order, 0)), summed), wide(blocks)
         turn = by_axis(vectors, axes, order)
-        rotated = without_rounding(rotate(seen, turn, back=True), seen, axes)
+        rotated = without_rounding(rotate(seen, turn, back=True), seen, axes, order)
+        rotated = zero_unless(usable, rotated)
         new_mu = jnp.where(self.moves, lerp(rotated, mu, self.b1), cast(mu, seen.dtype))
         new_nu = jnp.where(self.moves, lerp(jnp.square(rotated), nu, self.b2), cast(nu, seen.dtype))
         adam = new_mu / (jnp.sqrt(new_nu) + jnp.asarray(self.eps, new_nu.dtype))
@@ -72,7 +72,7 @@ class Step(NamedTuple):
         def learned(statistics: Sequence[jax.Array]) -> list[jax.Array]:
             grams = jax.lax.psum(mode_grams(seen, axes, order), summed)
             return [
-                jnp.where(usable[:, None, None], new, old)
+                jnp.where(usable[..., None, None], new, old)
                 for new, old in zip(
                     ema(grams, statistics, self.statistics_b2), statistics, strict=True
                 )
@@ -106,7 +106,7 @@ def stepped(
             tensors, gradients, moments, bases, vectors, strict=True
         )
     ]
-    found = together(units, step)
+    found = together(units, step, any_axes=True)
     moments = [Moments(mu, nu) for _, mu, nu, _ in found]
     statistics = [new for *_, new in found]
     directions = [direction for direction, *_ in found]
@@ -199,7 +199,7 @@ def _followed(axes: Any, carry: Any, statistics: Sequence[jax.Array], floor: Any
         )
         permuted = jnp.take_along_axis(permuted, index, axis=1 + axis)
     mean = cast(mu, wide_dtype(mu.dtype, *(basis.dtype for basis in vectors)))
-    turned = without_rounding(_turned(axes, mean, vectors, new), mean, axes)
+    turned = without_rounding(_turned(axes, mean, vectors, new), mean, axes, mean.ndim - 1)
     proven = jnp.square(turned) * jnp.asarray(floor, turned.dtype)
     raised = jnp.maximum(cast(permuted, proven.dtype), proven)
     return new, *cast_like((turned, raised), (mu, nu))
@@ -224,13 +224,15 @@ def _turned(
     return rotate(x, by_axis(both, axes, order))
 
 
-def without_rounding(rotated: jax.Array, blocks: jax.Array, axes: Sequence[int]) -> jax.Array:
-    """Rotated blocks `[B, ...]`, with zeros for elements that are mere rounding errors of the others.
+def without_rounding(
+    rotated: jax.Array, blocks: jax.Array, axes: Sequence[int], order: int
+) -> jax.Array:
+    """Rotated blocks `[..., *sizes]`, with zeros for mere rounding errors of other elements.
 
     Adam divides by the root of the square, so a rounding error would look like an ordinary step.
     """
-    inside = tuple(range(1, blocks.ndim))
-    sizes = blocks.shape[1:]
+    inside = tuple(range(-order, 0))
+    sizes = blocks.shape[-order:] if order else ()
     square = jnp.sum(jnp.square(blocks), axis=inside, keepdims=True)
     longest = max((sizes[axis] for axis in axes), default=0)
     eps = 32 * float(jnp.finfo(blocks.dtype).eps)

@@ -25,23 +25,25 @@ class BlockGraft(NamedTuple):
         directions: jax.Array,
         steps: jax.Array,
         distrusted: Sequence[jax.Array],
+        order: int,
         summed: Names,
     ) -> tuple[jax.Array, jax.Array]:
-        """A batch of blocks `[B, ...]`, and the ratios `[B]` of sizes.
+        """Blocks `[..., *sizes]`, and the ratios `[...]` of sizes.
 
         Directions stay as they are with one size per parameter, see `of_parameters`.
 
         Args:
-          directions: blocks `[B, ...]`.
+          directions: the blocks.
           steps: the same blocks of the other step.
-          distrusted: for each factor, which blocks have no root to trust, `[B]`.
+          distrusted: for each factor, which blocks have no root to trust, `[...]`.
+          order: how many sizes a block has.
           summed: mesh axes that cut through the blocks.
         """
-        inside = tuple(range(1, directions.ndim))
+        inside = tuple(range(-order, 0))
         if self.per == "block":
             ratios = norm_ratio(steps, directions, inside, keep=False, summed=summed)
         else:
-            ratios = jnp.ones(directions.shape[:1], directions.dtype)
+            ratios = jnp.ones(directions.shape[: directions.ndim - order], directions.dtype)
         if self.per == "parameter":
             return directions, ratios
         return self._sized(directions, steps, distrusted, ratios), ratios

@@ -50,6 +50,11 @@ def blocks_like(params: Any, blockings: Sequence[Blocking], dtype: Any = None) -
     return _map_leaves(blocks, params, blockings)
 
 
+def nothing_like(params: Any, blockings: Sequence[Blocking]) -> Any:
+    """A tree like `params` of tuples (tensors) of None."""
+    return _map_leaves(lambda _, blocking: (None,) * len(blocking.grids), params, blockings)
+
+
 def _map_leaves(
     function: Callable[[Any, Blocking], Any], params: Any, blockings: Sequence[Blocking]
 ) -> Any:

@@ -147,7 +147,7 @@ class Preconditioner:
             for tensor, blocks, each in zip(tensors, gradients, factors, strict=True)
         ]
         learned = functools.partial(self._learned, due=self.schedule.learning(step))
-        found = together(units, learned, self.factors.max_elements)
+        found = together(units, learned, self.factors.max_elements, any_axes=True)
         return [usable for usable, _ in found], [
             with_fields(each, statistics=statistics)
             for each, (_, statistics) in zip(factors, found, strict=True)
@@ -156,11 +156,11 @@ class Preconditioner:
     def _learned(self, kind: Any, carry: Any, beside: Any, *, due: jax.Array | None) -> Any:
         (sizes, axes, summed), (_, kept), (blocks, roots) = kind, carry, beside
         order, every = len(sizes), self.schedule.statistics_every
-        usable = is_usable(blocks, tuple(range(1, 1 + order)), summed)
+        usable = is_usable(blocks, tuple(range(-order, 0)), summed)
 
         def learned(carry: Any) -> Any:
             usable, kept = carry
-            seen = jnp.where(usable.reshape(-1, *(1,) * order), wide(blocks), 0)
+            seen = wide(blocks)
             others = self._roots(roots, sizes, axes, seen.dtype) if roots else None
             grams = jax.lax.psum(mode_grams(seen, axes, order, others), summed)
             old = [
@@ -169,12 +169,11 @@ class Preconditioner:
             ]
             new = _accumulated(grams, old, self.b2, every)
             # No element of a positive semi-definite matrix is larger than its trace.
-            found = [list(map(traces, each)) for each in (new, old)]
-            for fits, fitted in zip(*is_summable(found), strict=True):
+            for fits, fitted in zip(*is_summable(traces((new, old))), strict=True):
                 # Statistics corrupted from outside are left to the certificate of their root.
                 usable &= fits | ~fitted
             return usable, [
-                self._kept(jnp.where(usable[:, None, None], after, before), x.dtype)
+                self._kept(jnp.where(usable[..., None, None], after, before), x.dtype)
                 for after, before, x in zip(new, old, kept, strict=True)
             ]
 
@@ -289,7 +288,7 @@ class Preconditioner:
             for tensor, blocks, step, each in zip(tensors, means, steps, factors, strict=True)
         ]
         applied = functools.partial(self._applied, graft)
-        found = together(units, applied, self.factors.max_elements)
+        found = together(units, applied, self.factors.max_elements, any_axes=True)
         return [blocks for blocks, _ in found], [ratios for _, ratios in found]
 
     def _applied(self, graft: BlockGraft, kind: Any, carry: Any, source: Any) -> Any:
@@ -298,7 +297,7 @@ class Preconditioner:
         if roots:
             directions = rotate(blocks, self._roots(roots, *of_roots, dtype=blocks.dtype))
         distrusted = self.distrusted([record for _, record in kept])
-        return graft.of_batch(directions, steps, distrusted, summed)
+        return graft.of_batch(directions, steps, distrusted, len(of_roots[0]), summed)
 
     def distrusted(self, records: Sequence[jax.Array]) -> list[jax.Array]:
         """For the record of each factor, whether its blocks have no trusted root."""

@@ -53,7 +53,7 @@ class KLEigenbasis(NamedTuple):
         """Direction, mean and factors, from gradient, mean and factors."""
         (order, axes), (blocks, mu, kept) = kind, carry
         learned = functools.partial(self._learned, is_first, axes, blocks)
-        usable = is_usable(blocks, tuple(range(1, 1 + order)))
+        usable = is_usable(blocks, tuple(range(-order, 0)))
         usable, new = if_due(self.learns, learned, (usable, kept))
         seen = zero_unless(usable, wide(blocks))
         mean = jnp.where(is_first, mu, cast(lerp(seen, mu, self.b1), mu.dtype))
@@ -70,8 +70,8 @@ class KLEigenbasis(NamedTuple):
         Every axis uses the previous values of the others. A block is usable if its squares can be summed
         after whitening too.
         """
-        (usable, kept), order, sizes = carry, blocks.ndim - 1, blocks.shape[1:]
-        seen = jnp.where(usable.reshape(-1, *(1,) * order), wide(blocks), 0)
+        (usable, kept), seen = carry, wide(blocks)
+        order, sizes = blocks.ndim - usable.ndim, blocks.shape[usable.ndim :]
         factors = by_axis(kept, axes, order)
         roots = [None if f is None else f.eigenvalues**-0.5 for f in factors]
         rotated = rotate(seen, [None if f is None else f.vectors for f in factors], back=True)
@@ -79,7 +79,7 @@ class KLEigenbasis(NamedTuple):
         def one(axis: int, own: KLFactor) -> tuple[jax.Array, jax.Array, jax.Array]:
             others = [None if at == axis else root for at, root in enumerate(roots)]
             whitened = rotated * _outer(others, blocks)
-            away = tuple(1 + at for at in range(order) if at != axis)
+            away = tuple(at - order for at in range(order) if at != axis)
             count = max(1, math.prod(sizes[:axis] + sizes[axis + 1 :]))
             mean = jnp.sum(jnp.square(whitened), axis=away) / count
             plain = jnp.where(is_first, seen, mode_product(whitened, own.vectors, axis, order))
@@ -93,9 +93,9 @@ class KLEigenbasis(NamedTuple):
             usable &= fits
         return usable, [
             KLFactor(
-                jnp.where(usable[:, None, None], statistics, old.statistics),
+                jnp.where(usable[..., None, None], statistics, old.statistics),
                 old.vectors,
-                jnp.where(usable[:, None] & ~is_first, values, old.eigenvalues),
+                jnp.where(usable[..., None] & ~is_first, values, old.eigenvalues),
             )
             for (_, statistics, values), old in zip(found, kept, strict=True)
         ]
@@ -121,7 +121,7 @@ def stepped(
         )
         for tensor, blocks, mean, kept in zip(tensors, gradients, means, factors, strict=True)
     ]
-    found = together(units, step)
+    found = together(units, step, any_axes=True)
     learned = []
     for kept, (*_, new) in zip(factors, found, strict=True):
         left = iter(new)

@@ -28,11 +28,13 @@ class Tensors(list[Tensor]):
           stacks: whether leaves may be stacked.
         """
         self._like, self._places, leaves = like, places(like), jax.tree.leaves(like)
-        trees = [x for x in (like, *state) if jax.tree.leaves(x) and not isinstance(x, jax.Array)]
-        by_leaf = zip(*map(self._places.flatten_up_to, trees), strict=True)
+        kept = [tree for tree in state if jax.tree.leaves(tree) and not hasattr(tree, "dtype")]
+        by_leaf = zip(leaves, *map(self._places.flatten_up_to, kept), strict=True)
         dtypes = [tuple(x.dtype for x in jax.tree.leaves(each)) for each in by_leaf]
-        alone = [Stack(cut, [at]) for at, cut in enumerate(blockings)]
-        self._stacks = stacks_of(blockings, leaves, dtypes) if stacks else alone
+        if stacks:
+            self._stacks = stacks_of(blockings, leaves, dtypes)
+        else:
+            self._stacks = [Stack(cut, [at]) for at, cut in enumerate(blockings)]
         super().__init__(tensor for stack in self._stacks for tensor in stack.tensors)
 
     def opened(self, tree: Any) -> list[jax.Array]:
@@ -48,19 +50,18 @@ class Tensors(list[Tensor]):
 
     def kept(self, *trees: Any) -> list[list[Any]]:
         """The state of each tensor, from each tree with a tuple for every leaf."""
-        return [
-            [
-                each
-                for stack in self._stacks
-                for each in stack.joined([leaves[at] for at in stack.members])
-            ]
-            for leaves in map(self._places.flatten_up_to, trees)
-        ]
+        by_leaf = list(zip(*map(self._places.flatten_up_to, trees), strict=True))
+        found = [stack.joined([by_leaf[at] for at in stack.members]) for stack in self._stacks]
+        return [[each for of in found for each in of[at]] for at in range(len(trees))]
 
     def to_keep(self, *values: Sequence[Any]) -> list[Any]:
         """The inverse of `kept`."""
-        split = lambda stack, each: stack.split(each)
-        return [self._places.unflatten(self._in_order(split, each)) for each in values]
+        together = list(zip(*values, strict=True))
+        by_leaf = self._in_order(lambda stack, each: stack.split(each), together)
+        return [
+            self._places.unflatten([tuple(each[at] for each in leaf) for leaf in by_leaf])
+            for at in range(len(values))
+        ]
 
     def by_leaf(self, values: Sequence[Any]) -> list[tuple[Any, ...]]:
         """A tuple for every leaf, if none are stacked."""

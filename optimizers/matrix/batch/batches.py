@@ -210,7 +210,7 @@ def starts_of(lengths: Sequence[int], batches: Sequence[jax.Array]) -> Sequence[
     """
     starts = [sum(lengths[:at]) for at in range(len(lengths))]
     seen = next((batch for batch in batches if batch.size), None)
-    if platform() != "cpu" or len(lengths) <= 2 or seen is None:
+    if len(lengths) <= 2 or platform() != "cpu" or seen is None:
         return starts
     return _unknown_to_the_compiler(starts, seen)
 

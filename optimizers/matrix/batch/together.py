@@ -91,6 +91,8 @@ def together(
     units: Sequence[Unit],
     function: Callable[[Hashable, Any, Any], Any],
     max_elements: int | None = None,
+    *,
+    any_axes: bool = False,
 ) -> list[Any]:
     """The units' carries, replaced by ``function(kind, carry, source)``, of arrays with one batch axis.
 
@@ -101,20 +103,27 @@ def together(
       units: all units.
       function: maps joined carries and sources to new carries.
       max_elements: bound on the elements processed at once; ``None`` takes `ELEMENTS`.
+      any_axes: the function takes any number of batch axes, and a unit that is processed alone and
+        whole keeps its own. XLA for CPU updates an array in place only in the shape that it has.
     """
     max_elements = ELEMENTS if max_elements is None else max_elements
     given, units = units, flat(units)
     carries = [unit.carry for unit in units]
+    found: dict[int, Any] = {}
     groups: dict[Hashable, list[int]] = {}
     for at, (unit, likeness) in enumerate(zip(units, alike(units), strict=True)):
         if unit.blocks:
             groups.setdefault(likeness, []).append(at)
     for members in groups.values():
         for batch in _batches(members, units, _most(units[members[0]], max_elements)):
-            found = worked_on([units[at] for at in batch], function, max_elements)
-            for at, carry in zip(batch, found, strict=True):
+            most, unit = _most(units[batch[0]], max_elements), given[batch[0]]
+            if any_axes and len(batch) == 1 and units[batch[0]].blocks <= most:
+                found[batch[0]] = function(unit.kind, unit.carry, unit.source)
+                continue
+            new = worked_on([units[at] for at in batch], function, max_elements)
+            for at, carry in zip(batch, new, strict=True):
                 carries[at] = carry
-    return carries_like(given, carries)
+    return [found.get(at, carry) for at, carry in enumerate(carries_like(given, carries))]
 
 
 def _batches(members: Sequence[int], units: Sequence[Unit], most: int) -> list[list[int]]:

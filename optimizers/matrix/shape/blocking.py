@@ -187,7 +187,7 @@ class Blocking:
 
     def to_blocks(self, leaf: jax.Array) -> list[jax.Array]:
         """For each tensor of the leaf its blocks `[*batch, *counts, *sizes]`."""
-        leaf = move_in(leaf, self.placement)
+        leaf = move_in(leaf, self.placement) if self.placement.moves else leaf
         pieces = (leaf[None],) if self.layout is None else self.layout.to_matrices(leaf)
         return [
             grid.to_blocks(piece).reshape(*batch, *grid.counts, *grid.sizes)
@@ -201,7 +201,7 @@ class Blocking:
             for grid, block, batch in zip(self.grids, blocks, self.batches, strict=True)
         ]
         leaf = pieces[0][0] if self.layout is None else self.layout.from_matrices(pieces)
-        return move_out(leaf, self.placement)
+        return move_out(leaf, self.placement) if self.placement.moves else leaf
 
     def placed(self, leaf: Any, *, sums: bool) -> "Blocking":
         """The same, placed on the mesh in the leaf's type.
