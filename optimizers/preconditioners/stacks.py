@@ -4,6 +4,8 @@ Every array that enters a batch, or leaves one, is a kernel to compile. Stacked 
 enter and leave together, and a model of many small ones compiles in little more time than one of a few.
 """
 
+import functools
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -30,7 +32,7 @@ class Stack:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The tensors of the stack; their first axis is as many times that of a leaf's."""
+        """The tensors of the stack, with one batch axis if there are several leaves."""
         each, n = self.cut.tensors, len(self.members)
         return each if self._is_one else [tensor.repeated(n) for tensor in each]
 
@@ -38,28 +40,32 @@ class Stack:
         """The blocks of each tensor."""
         if self._is_one:
             return self.cut.to_blocks(leaves[0])
-        return _joint(jax.vmap(self.cut.to_blocks)(jnp.stack(leaves)))
+        cut = jax.vmap(self.cut.to_blocks)(jnp.stack(leaves))
+        return [_joint(x, 1 + len(counts)) for x, counts in zip(cut, self._counts, strict=True)]
 
     def from_blocks(self, blocks: Sequence[jax.Array]) -> list[jax.Array]:
         """The leaves of these blocks."""
         if self._is_one:
             return [self.cut.from_blocks(blocks)]
-        leaves = jax.vmap(lambda *each: self.cut.from_blocks(each))(*self._apart(blocks))
+        each = [self._apart(x, counts) for x, counts in zip(blocks, self._counts, strict=True)]
+        leaves = jax.vmap(lambda *blocks: self.cut.from_blocks(blocks))(*each)
         return self._parts([leaves])[0]
 
     def joined(self, trees: Sequence[Any]) -> Any:
-        """Trees of arrays `[b, ...]`, one for each leaf, as one tree of arrays."""
+        """Trees of arrays `[*batch, *counts, ...]`, one for each leaf, as one tree of arrays."""
         if self._is_one:
             return trees[0]
-        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *trees)
+        axes = len(self._counts[0])
+        return jax.tree.map(lambda *parts: _joint(jnp.concatenate(parts), axes), *trees)
 
-    def split(self, tree: Any) -> list[Any]:
-        """The inverse of `joined`."""
-        arrays, structure = jax.tree.flatten(tree)
-        if self._is_one or not arrays:
-            return [tree] * len(self.members)
-        parts = zip(*self._parts(self._apart(arrays)), strict=True)
-        return list(map(structure.unflatten, parts))
+    def split(self, trees: Sequence[Any]) -> list[tuple[Any, ...]]:
+        """For each leaf a tuple of trees, from a tree for each tensor; the inverse of `joined`."""
+        if self._is_one:
+            return [tuple(trees)]
+        cut = zip(trees, self._counts, strict=True)
+        arrays = [jax.tree.map(lambda x, n=n: self._apart(x, n), tree) for tree, n in cut]
+        flat, structure = jax.tree.flatten(tuple(arrays))
+        return [structure.unflatten(parts) for parts in zip(*self._parts(flat), strict=True)]
 
     def numbers(
         self, function: Callable[..., jax.Array], *blocks: Sequence[jax.Array]
@@ -68,14 +74,23 @@ class Stack:
 
         def of(*blocks: Sequence[jax.Array]) -> list[jax.Array]:
             number = function(*blocks)
-            return [jnp.broadcast_to(number, tensor.counts) for tensor in self.cut.tensors]
+            return [jnp.broadcast_to(number, counts) for counts in self._counts]
 
         if self._is_one:
             return of(*blocks)
-        return _joint(jax.vmap(of)(*map(self._apart, blocks)))
+        each = [
+            [self._apart(x, counts) for x, counts in zip(given, self._counts, strict=True)]
+            for given in blocks
+        ]
+        return [_joint(x, x.ndim) for x in jax.vmap(of)(*each)]
 
-    def _apart(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
-        return [x.reshape(len(self.members), -1, *x.shape[1:]) for x in arrays]
+    @functools.cached_property
+    def _counts(self) -> list[tuple[int, ...]]:
+        """`[*batch, *counts]` of each tensor of a leaf."""
+        return [tensor.counts for tensor in self.cut.tensors]
+
+    def _apart(self, x: jax.Array, counts: Sequence[int]) -> jax.Array:
+        return x.reshape(len(self.members), *counts, *x.shape[1:])
 
     def _parts(self, stacks: Sequence[jax.Array]) -> list[list[jax.Array]]:
         lengths = [1] * len(self.members)
@@ -83,8 +98,9 @@ class Stack:
         return [[x[0] for x in parts] for parts in unjoin(stacks, lengths, self._starts)]
 
 
-def _joint(arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    return [x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]) for x in arrays]
+def _joint(stack: jax.Array, axes: int) -> jax.Array:
+    """The array, with one axis in the place of so many."""
+    return stack.reshape(math.prod(stack.shape[:axes]), *stack.shape[axes:])
 
 
 def stacks_of(

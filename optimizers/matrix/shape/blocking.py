@@ -127,10 +127,13 @@ class Tensor(NamedTuple):
     spread: Spread
 
     def repeated(self, n: int) -> "Tensor":
-        """The same n times, along the first axis."""
-        times = lambda x: None if x is None else jnp.concatenate([x] * n)
-        counts = (n * self.counts[0], *self.counts[1:])
-        return self._replace(counts=counts, inside=tuple(map(times, self.inside)))
+        """The same n times, with one batch axis."""
+        times = lambda x: None if x is None else jnp.concatenate([x.reshape(-1)] * n)
+        return self._replace(
+            counts=(n * math.prod(self.counts),),
+            inside=tuple(map(times, self.inside)),
+            spread=self.spread._replace(batch_axes=1),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
