@@ -17,7 +17,7 @@ from ..matrix.shape.blocking import Blocking, Tensor
 
 SMALL = 2**14
 """The most elements of a leaf that is stacked. Its state is copied, which costs little while it fits a
-cache; the state of larger leaves is updated in place."""
+cache; the state of larger leaves is updated in place. Measured on a CPU."""
 STACKED = 2**20
 """The most elements of a stack."""
 

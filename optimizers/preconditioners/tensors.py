@@ -1,12 +1,12 @@
 """The tensors of all leaves, cut into blocks, and what is kept for them."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from ...core.leaves import places
-from ..matrix.mesh.placement import Names
 from ..matrix.shape.blocking import Blocking, Tensor
 from .stacks import Stack, stacks_of
 
@@ -80,7 +80,7 @@ class Tensors(list[Tensor]):
         return [
             number
             for stack, *each in zip(self._stacks, *map(self._by_stack, blocks), strict=True)
-            for number in stack.numbers(_with(function, stack.cut.block_names), *each)
+            for number in stack.numbers(functools.partial(function, stack.cut.block_names), *each)
         ]
 
     def _by_stack(self, values: Sequence[Any]) -> list[tuple[Any, ...]]:
@@ -95,7 +95,3 @@ class Tensors(list[Tensor]):
         for stack, each in zip(self._stacks, self._by_stack(values), strict=True):
             by_leaf.update(zip(stack.members, found(stack, each), strict=True))
         return [by_leaf[at] for at in range(len(by_leaf))]
-
-
-def _with(function: Callable[..., jax.Array], names: Names) -> Callable[..., jax.Array]:
-    return lambda *blocks: function(names, *blocks)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ....core.once import after
 from ....core.platform import platform
 from ..mesh.exchange import whole_matrices
 from ..mesh.placement import Names
@@ -217,9 +218,7 @@ def starts_of(lengths: Sequence[int], batches: Sequence[jax.Array]) -> Sequence[
 
 def _unknown_to_the_compiler(values: Sequence[int], seen_at_runtime: jax.Array) -> list[jax.Array]:
     """The same values, as results of a loop that runs once, which the compiler cannot predict."""
-    first = jnp.abs(seen_at_runtime[(0,) * seen_at_runtime.ndim]).astype(jnp.float32)
-    # A sum of 0 for NaN and every finite or infinite number, in a form that XLA does not simplify.
-    one = 1 + (jax.lax.population_count(jax.lax.bitcast_convert_type(first, jnp.int32)) >> 6)
+    one = after(jnp.int32(1), [seen_at_runtime])
 
     def body(carry: tuple[jax.Array, list[jax.Array]]) -> tuple[jax.Array, list[jax.Array]]:
         count, before = carry

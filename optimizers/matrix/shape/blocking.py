@@ -128,7 +128,7 @@ class Tensor(NamedTuple):
 
     def repeated(self, n: int) -> "Tensor":
         """The same n times, with one batch axis."""
-        times = lambda x: None if x is None else jnp.concatenate([x.reshape(-1)] * n)
+        times = lambda x: None if x is None else jnp.tile(x.reshape(-1), n)
         return self._replace(
             counts=(n * math.prod(self.counts),),
             inside=tuple(map(times, self.inside)),
