@@ -124,6 +124,19 @@ def test_soap_turns_only_bases_that_do_not_fit():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["soap", "kl_shampoo"])
+def test_the_first_bases_are_found_however_well_the_identity_fits(name):
+    """Statistics of diagonal gradients are diagonal, but the largest eigenvalue comes first."""
+    gradient = jnp.diag(jnp.array([1.0, 2.0, 3.0, 4.0]))
+    refresh = ravine.Refresh(every=5, need=0.5)
+    tx = getattr(ravine, f"scale_by_{name}")(axes=IN_OUT, refresh=refresh)
+    _, state = jax.jit(tx.update)(gradient, tx.init(gradient))
+    (((left, right),),) = (state.bases if name == "soap" else state.factors,)
+    for basis in (left, right):
+        vectors = np.abs(np.asarray(basis.vectors)).reshape(4, 4)
+        np.testing.assert_allclose(vectors, np.eye(4)[::-1], atol=1e-6)
+
+
 def test_all_roots_fit_that_are_not_refused():
     tx = MAKERS["shampoo"](b2=0.8, roots={"ridge": 1e-3}, refresh=Refresh(every=1, need=0.5))
     _, states = run(tx, drifting(8))
