@@ -89,6 +89,8 @@ def scale_by_kl_shampoo(
     are larger than AdamW's: of 16 trials on a byte-level model (`docs/results.md`), the best had 0.015,
     b1 0.75 and b2 0.79, and ended level with SOAP; the next best had 0.038 and 0.049.
 
+    An update cannot be differentiated (``jax.grad``, ``jax.jvp``), as for :func:`scale_by_soap`.
+
     Args:
       b1: decay rate of the momentum, in [0, 1).
       b2: decay rate of factors and eigenvalues.

@@ -96,6 +96,9 @@ def scale_by_soap(
     In directions without any gradient so far, bases keep their previous or identity columns, and
     rounding errors of the rotation there, up to 4e-6 of a block's size, are set to zero.
 
+    An update cannot be differentiated (``jax.grad``, ``jax.jvp``), since bases are found by
+    decompositions that have no derivatives.
+
     Args:
       b1: decay rate of the first moment, in [0, 1).
       b2: decay rate of the second, in [0, 1).

@@ -181,6 +181,18 @@ def test_zero_gives_zero_and_nan_stays_in_its_matrix(form):
 
 
 @pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("form", ["standard", "gram"])
+def test_a_zero_matrix_leaves_derivatives_of_the_others_what_they_are(form):
+    x = matrices((3, 8, 12))
+    slope = jax.jit(jax.grad(lambda x: jnp.sum(NewtonSchulz(form=form)(x) ** 3)))
+    alone = slope(x[1:])
+    x[0] = 0
+    beside = slope(x)
+    assert np.all(np.isfinite(beside[0]))
+    assert largest_difference(beside[1:], alone) <= HALF * np.max(np.abs(alone))
+
+
+@pytest.mark.usefixtures("float64")
 def test_many_steps_reach_the_singular_value_decomposition():
     x = matrices((2, 32, 48))
     exact = jax.jit(polar_factor)(x)

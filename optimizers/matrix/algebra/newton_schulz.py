@@ -45,9 +45,9 @@ def normalize(matrices_KxMxN: jax.Array, summed: Names = ()) -> jax.Array:
     here = jnp.max(jnp.abs(matrices_KxMxN), axis=(1, 2), keepdims=True, initial=0)
     maximum = largest(here, summed)
     scaled = matrices_KxMxN / jnp.where(maximum == 0, 1, maximum)
-    squares = jnp.sum(jnp.square(scaled), axis=(1, 2), keepdims=True)
-    norm = jnp.sqrt(jax.lax.psum(squares, summed))
-    return scaled / jnp.where(norm == 0, 1, norm)
+    squares = jax.lax.psum(jnp.sum(jnp.square(scaled), axis=(1, 2), keepdims=True), summed)
+    # Not after the root, whose slope at zero is infinite: derivatives would be NaN.
+    return scaled / jnp.sqrt(jnp.where(squares == 0, 1, squares))
 
 
 def iterated(
