@@ -288,6 +288,23 @@ def test_every_layer_of_equinox():
     assert found["conv/bias"] == found["gru/bias_n"] == "bias"
 
 
+def test_a_table_that_equinox_shares_is_asked_for():
+    def shared(*names):
+        layers = eqx.nn.Embedding(11, 4, key=KEY), eqx.nn.Linear(4, 11, False, key=KEY)
+        nodes = dict(zip(names, layers, strict=True)) if names else layers
+        first, last = names or (0, 1)
+        return eqx.nn.Shared(nodes, lambda node: node[last].weight, lambda node: node[first].weight)
+
+    rest = {"dense": eqx.nn.Linear(4, 4, key=KEY), "layers": [eqx.nn.Linear(4, 4, key=KEY)]}
+    for rules in (None, EQUINOX_RULES):
+        params = eqx.filter({"table": shared(), **rest}, eqx.is_array)
+        assert asked(params, rules) == {"table/pytree/0/weight"}
+        params = eqx.filter({"table": shared("embed", "head"), **rest}, eqx.is_array)
+        found = {d.path: d.role for d in decide(params, rules)}
+        assert found["table/pytree/embed/weight"] == "embedding"
+        assert found["dense/weight"] == found["layers/0/weight"] == "matrix"
+
+
 def test_what_is_suggested_for_equinox_is_right():
     """Outputs come first, also behind the axis of stacked layers."""
     stacked = eqx.filter_vmap(lambda key: eqx.nn.Linear(6, 5, key=key))

@@ -126,6 +126,8 @@ _NORM = (
 _TABLE = r"(tok|token|pos|position|word|char|label|class|type|segment)_emb"
 # A projection to the width of an embedding, and one of patches, are no tables.
 _EMBED = rf"(^|/)(?![^/]*([pP]roj|[pP]atch))([^/]*[eE]mbed[^/]*|wte|wpe|emb|{_TABLE}[^/]*)"
+# Layers without names in Equinox's `Shared`: which of them is the embedding is asked for.
+_SHARED = r"(.*/)?pytree/\d+/weight$"
 _PATCHES = r"patch_embed\w*(/proj(ection)?)?"
 _WINDOWS = (3, 4, 5)
 
@@ -214,7 +216,7 @@ _EQUINOX = (
         for n in _WINDOWS
     ),
     _maybe(r"(^|/)weight$", "norm", ndim=1),
-    _maybe(r"(^|/)weight(_ih|_hh)?$", "matrix", OUT_IN, ndim=2),
+    _maybe(rf"^(?!{_SHARED})(.*/)?weight(_ih|_hh)?$", "matrix", OUT_IN, ndim=2),
 )
 
 _HAIKU = (
@@ -241,7 +243,8 @@ _PLAIN = (
     _maybe(r"(^|/)\d+/0$", "matrix", ndim=2, where=_are_pairs),
     _maybe(r"(^|/)\d+/1$", "bias", ndim=1),
     _maybe(
-        r"(^|/)(?!words?$)(kernel|(\w+_)?lora_[ab]|[wW]\d*|[wW]_?[a-zA-Z]{1,8}(_?\d)?)$", "matrix"
+        rf"^(?!{_SHARED})(.*/)?(?!words?$)(kernel|(\w+_)?lora_[ab]|[wW]\d*|[wW]_?[a-zA-Z]{{1,8}}(_?\d)?)$",
+        "matrix",
     ),
 )
 
