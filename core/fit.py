@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from .containers import first_other
 from .mapped import mapped_as_arguments
 from .paths import key_names
 from .state_fit import StateMismatchError, check_state
@@ -45,13 +46,27 @@ def fitting(
             updates, state = update(updates, state, params, **extra)
         except StateMismatchError:
             raise
-        except Exception:
+        except Exception as error:
             if params is not None:
                 check_state(state, init, params)
+                _check_containers(updates, params, error)
             raise
         return updates, mapped_as_arguments(state)
 
     return checked
+
+
+def _check_containers(updates: Any, params: Any, error: Exception) -> None:
+    """Raises if gradients that fit are held otherwise than the parameters, as by a `FrozenDict`."""
+    if jax.tree.structure(updates) == jax.tree.structure(params):
+        return
+    if other := first_other(updates, params):
+        path, kind, expected = other
+        where = f" at {'/'.join(path)!r}" if path else ""
+        raise ValueError(
+            f"the gradients fit the parameters, but are a {kind}{where} where the parameters are a "
+            f"{expected}; convert one of them, as by flax.core.unfreeze for a FrozenDict."
+        ) from error
 
 
 def _has_states(tree: Any) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from .containers import first_other
 from .paths import key_names
 
 
@@ -17,7 +18,7 @@ class StateMismatchError(ValueError):
 
 
 def check_state(state: Any, init: Callable[[Any], Any], params: Any) -> None:
-    """Raises if a state has other leaves, or leaves of other shapes, than `init` would give it.
+    """Raises if a state has other leaves or containers, or other shapes, than `init` would give it.
 
     Raises:
       StateMismatchError: names the first difference, and what to do.
@@ -29,11 +30,12 @@ def check_state(state: Any, init: Callable[[Any], Any], params: Any) -> None:
       >>> check_state(tx.init(params), tx.init, params)
     """
     try:
-        expected = _shapes(jax.eval_shape(lambda tree: init(tree), params))
+        made = jax.eval_shape(lambda tree: init(tree), params)
     except Exception:  # Then the parameters are the problem, which the failed update names.
         return
-    found = _shapes(state)
+    found, expected = _shapes(state), _shapes(made)
     if found == expected:
+        _check_containers(state, made)
         return
     path = next(p for p in (*expected, *found) if found.get(p) != expected.get(p))
     name = repr("/".join(path))
@@ -46,6 +48,18 @@ def check_state(state: Any, init: Callable[[Any], Any], params: Any) -> None:
     raise StateMismatchError(
         f"the state was not made by this optimizer with these options and parameters: {what}; build "
         "the optimizer as it was when the state was made, or start again with tx.init(params)."
+    )
+
+
+def _check_containers(state: Any, made: Any) -> None:
+    other = first_other(state, made)
+    if other is None or other[1] not in ("dict", "list"):
+        return
+    path, kind, expected = other
+    where = f"its {'/'.join(path)!r}" if path else "it"
+    raise StateMismatchError(
+        f"the state has the right arrays, but {where} is a {kind} in place of a {expected}, as in a "
+        "checkpoint restored without a target; give the target jax.eval_shape(tx.init, params)."
     )
 
 

@@ -1,5 +1,6 @@
 """Gradients that do not fit the parameters are refused at the first update by path and both shapes."""
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -157,6 +158,40 @@ def test_a_state_that_another_optimizer_made_is_named(made_by, problem, way):
     state = way(made_by).init(params)
     with pytest.raises(ValueError, match=f"the state was not made by this optimizer.*{problem}"):
         way(ravine.shampoo(1e-3)).update(params, state, params)
+
+
+def dictionaries(tree):
+    """The tree as Orbax and Flax restore it without a target."""
+    if hasattr(tree, "_asdict"):
+        tree = tree._asdict()
+    if isinstance(tree, dict):
+        return {key: dictionaries(inside) for key, inside in tree.items()}
+    return list(map(dictionaries, tree)) if isinstance(tree, tuple) else tree
+
+
+@pytest.mark.parametrize("build", [ravine.adamw, ravine.muon, ravine.soap])
+def test_a_state_restored_without_a_target_is_named(build):
+    params = {"dense": {"kernel": jnp.ones((8, 6)), "bias": jnp.ones(6)}}
+    tx = build(1e-3)
+    with pytest.raises(
+        ValueError, match=r"is a dict in place of a \w+State.*target jax.eval_shape"
+    ):
+        tx.update(params, dictionaries(tx.init(params)), params)
+
+
+@pytest.mark.parametrize("build", [ravine.adamw, ravine.muon, ravine.shampoo])
+@pytest.mark.parametrize("freeze", ["gradients", "parameters"])
+def test_gradients_and_parameters_in_different_containers_are_named(build, freeze):
+    params = {"dense": {"kernel": jnp.ones((8, 6)), "bias": jnp.ones(6)}}
+    grads, tx = params, build(1e-3)
+    if freeze == "gradients":
+        grads = flax.core.freeze(grads)
+    else:
+        params = flax.core.freeze(params)
+    with pytest.raises(
+        ValueError, match=r"gradients fit .* are a (dict|FrozenDict) where .*unfreeze"
+    ):
+        tx.update(grads, tx.init(params), params)
 
 
 def test_an_update_that_fails_with_its_own_state_fails_as_it_did():
