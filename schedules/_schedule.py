@@ -51,19 +51,29 @@ class Schedule:
 
 def as_count(count: Any) -> jax.Array:
     """Counts as an integer array, none negative."""
-    if isinstance(count, int) and abs(count) > LARGEST_COUNT:
-        raise ValueError(
-            f"count must be at most {LARGEST_COUNT}, as updates are counted in int32, got {count}."
-        )
-    count = jnp.asarray(count)
+    if isinstance(count, int):
+        _check_count(count)
+    given, count = count, jnp.asarray(count)
     if not jnp.issubdtype(count.dtype, jnp.integer):
         raise ValueError(
             f"a schedule counts updates in whole numbers, got {count.dtype}; "
             "give an integer or an integer array."
         )
     if count.dtype != jnp.int64:
+        if isinstance(given, np.ndarray | np.generic) and given.size:  # JAX would wrap them around
+            _check_count(int(given.max()))
+            _check_count(int(given.min()))
+        if count.dtype in (jnp.uint32, jnp.uint64):
+            count = jnp.minimum(count, count.dtype.type(LARGEST_COUNT))
         count = count.astype(jnp.int32)
     return jnp.maximum(count, 0)
+
+
+def _check_count(count: int) -> None:
+    if abs(count) > LARGEST_COUNT:
+        raise ValueError(
+            f"count must be at most {LARGEST_COUNT}, as updates are counted in int32, got {count}."
+        )
 
 
 def evaluate(schedule: optax.Schedule, count: jax.Array) -> jax.Array:

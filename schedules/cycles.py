@@ -269,6 +269,10 @@ def one_cycle(
     check_whole(3, steps=steps)
     check_ratio(rise=rise, fall=fall, start_ratio=start_ratio, end_ratio=end_ratio)
     check_name("shape of a cycle", shape, ("cosine", "linear"))
+    if rise == 1:
+        raise ValueError("rise must be below 1, since the fall takes the rest of the run.")
+    if shape == "linear" and not rise < fall < 1:
+        raise ValueError(f"fall {fall!r} must lie above rise {rise!r} and below 1.")
     if rise * steps < 1:
         raise ValueError(f"rise must be at least one update, {1 / steps:.3g}, got {rise!r}.")
     counts, ratios = [int(rise * steps), steps], [1.0, end_ratio]

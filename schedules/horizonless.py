@@ -1,11 +1,13 @@
 """Shapes that do not depend on the length of the run."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ..core.arguments import checked
-from ..core.checks import check_finite, check_positive, check_whole
+from ..core.checks import LARGEST_COUNT, check_finite, check_positive, check_whole
 from ._arithmetic import power, times
 from ._schedule import Schedule
 
@@ -151,11 +153,15 @@ def power_law(
     if not (np.isfinite(exponent) and exponent < 0):
         raise ValueError(f"exponent must be negative, got {exponent!r}; the paper has -0.51.")
     first = batch_size * scale * float(tokens_per_step) ** exponent
-    reached = int(np.ceil((peak / first) ** (1.0 / exponent))) if peak > 0 else 0
+    check_positive(**{"batch_size * scale * tokens_per_step**exponent": first})
+    marks = (0,)
+    if peak > 0:  # by logarithms, as the count at which the law is below the cap may have no float
+        reached = (math.log(peak) - math.log(first)) / exponent
+        if reached <= math.log(LARGEST_COUNT):
+            marks = (0, math.ceil(math.exp(reached)))
 
     def function(count: jax.Array) -> jax.Array:
         law = times(power(jnp.maximum(count, 1).astype(jnp.float32), exponent), first)
         return jnp.where(count == 0, np.float32(peak), jnp.minimum(law, np.float32(peak)))
 
-    marks = (0, reached) if reached > 0 else (0,)
     return Schedule(function, "constant, then a power of the tokens", marks)

@@ -278,11 +278,13 @@ def shift(schedule: optax.Schedule, by: int) -> Schedule:
     """
     check_whole(-LARGEST_COUNT, by=by)
     marks = {0, *(mark + by for mark in boundaries_of(schedule) if mark + by > 0)}
-    return Schedule(
-        lambda count: evaluate(schedule, jnp.maximum(count - by, 0)),
-        words_of(schedule),
-        tuple(sorted(marks)),
-    )
+
+    def function(count: jax.Array) -> jax.Array:
+        if by < 0:  # a sum beyond the largest count would wrap around
+            count = jnp.minimum(count, int(jnp.iinfo(count.dtype).max) + by)
+        return evaluate(schedule, jnp.maximum(count - by, 0))
+
+    return Schedule(function, words_of(schedule), tuple(sorted(marks)))
 
 
 @checked

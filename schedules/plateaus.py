@@ -86,6 +86,8 @@ def wsd_s(
     """
     check_whole(1, steps=steps)
     check_ratio(decay_ratio=decay_ratio)
+    if periods is None and steps == 1:
+        raise ValueError("periods must be given for a run of one step, which has no two: [1].")
     lengths = tuple(periods) if periods is not None else (steps - steps // 2, steps // 2)
     for length in lengths:
         check_whole(1, periods=length)

@@ -93,6 +93,23 @@ def test_counts_that_are_not_whole_are_refused(count):
         s.linear(1.0, 10)(count)
 
 
+@pytest.mark.parametrize("count", [np.int64(2**31 + 5), np.int64(-(2**40)), np.array([1, 2**32])])
+def test_counts_of_numpy_beyond_int32_are_refused_as_pythons_are(count):
+    """They wrapped around, and the value was that of another count."""
+    with pytest.raises(ValueError, match="count must be at most 2147483647"):
+        s.linear(1.0, 10)(count)
+
+
+@pytest.mark.parametrize("where", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_the_end_is_kept_up_to_the_largest_counts(where):
+    schedule = s.linear(1.0, 10)
+    assert where(schedule)(jnp.uint32(3_000_000_000)) == 0
+    assert schedule(np.uint32(2**31 - 1)) == 0
+    for by in (-1, -5, 5):
+        assert where(s.shift(schedule, by))(jnp.int32(2**31 - 1)) == 0
+        assert s.shift(schedule, by)(7) == schedule(7 - by)
+
+
 REFUSED = {
     "steps must be a whole number of at least 1, got 0": lambda: s.linear(1.0, 0),
     "steps must be a whole number of at least 1, got -3": lambda: s.cosine(1.0, -3),
@@ -115,6 +132,11 @@ REFUSED = {
     "unknown ramp shape 'liner'; did you mean linear": lambda: s.warmup(
         s.constant(1.0), 5, shape="liner"
     ),
+    "periods must be given for a run of one step": lambda: s.wsd_s(1.0, 1),
+    "fall 0.4 must lie above rise 0.5": lambda: s.one_cycle(
+        1.0, 10, rise=0.5, fall=0.4, shape="linear"
+    ),
+    "rise must be below 1": lambda: s.one_cycle(1.0, 10, rise=1.0),
     "unknown mode 'triangle'; did you mean triangular": lambda: s.cyclic(1.0, 5, mode="triangle"),
     "unknown interpolation 'cubic'": lambda: s.piecewise(1.0, [1], [0.5], interpolate="cubic"),
     "unknown shape of a cycle 'cosines'": lambda: s.one_cycle(1.0, 10, shape="cosines"),
@@ -201,3 +223,10 @@ def test_schedules_can_be_built_while_tracing():
         return s.warmup(s.anneal_from(s.cosine(1.0, 100), 50, 10), 5)(count)
 
     np.testing.assert_array_equal(jax.jit(step)(57), step(57))
+
+
+@pytest.mark.parametrize(("peak", "exponent"), [(1.0, -1e-3), (1e-30, -0.51)])
+def test_a_power_law_may_reach_its_cap_after_more_updates_than_can_be_counted(peak, exponent):
+    schedule = s.power_law(peak, 2**20, 256, exponent=exponent)
+    assert schedule.boundaries == (0,)
+    np.testing.assert_array_equal(schedule(jnp.array([0, 10**6])), np.float32(peak))
