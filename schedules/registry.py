@@ -93,6 +93,8 @@ def parse_options(name: str, text: str) -> dict[str, Any]:
         if not equals:
             raise ValueError(f"an option of a schedule is written name=value, got {pair!r}.")
         check_name(f"option of {name}", key, known)
+        if key in options:
+            raise ValueError(f"the option {key} of {name} is given twice; give it once.")
         try:
             options[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):

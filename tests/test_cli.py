@@ -44,6 +44,51 @@ def test_names_of_optimizers_between_spaces_get_their_commas(words, fixed, capsy
     assert capsys.readouterr().err == "ravine: Unrecognized options: cake\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("race --step 2", "Unrecognized options: --step, 2; did you mean --steps?"),
+        ("race --setps=3", "Unrecognized options: --setps=3; did you mean --steps?"),
+        ("race --over-write", "Unrecognized options: --over-write; did you mean --overwrite?"),
+        ("plan --modle x", "Unrecognized options: --modle, x; did you mean --model?"),
+        ("race --steps 2.5", "--steps must be a whole number, got '2.5'."),
+        ("race --config", "--config needs a file."),
+        ("race --config=", "--config needs a file."),
+        ("race --ema much", "--ema must be a number, got 'much'."),
+        ("race --heads 0", "heads must be at least 1, got 0."),
+        ("race --width 16 --heads 20", "width 16 must be an even multiple of heads 20 (RoPE turns"),
+        ("race --seeds 0", "seeds must be at least 1, got 0."),
+        ("race --seeds 1000000000000", "seeds must be at most 10000, got 1000000000000."),
+        ("sweep --trials 1000000000000", "trials must be at most 10000, got 1000000000000."),
+        ("speedup --seeds 20000", "seeds must be at most 10000, got 20000."),
+        ("sensitivity --seeds 20000", "seeds must be at most 10000, got 20000."),
+        ("study width --seeds 20000", "seeds must be at most 10000, got 20000."),
+        ("batch-size --seeds 20000", "seeds must be at most 10000, got 20000."),
+        (
+            "speedup --factors nan 1",
+            "factors must be positive and named once each, got [nan, 1.0].",
+        ),
+        ("race --target-loss nan", "target_loss must be finite and not negative, got nan."),
+        ("race --target-loss -1", "target_loss must be finite and not negative, got -1.0."),
+        (
+            "race --optimizers adamw --learning-rates adamw=1,adamw=2",
+            "adamw is given twice; give it once.",
+        ),
+        ("race --rollback every=2,every=3", "every is given twice; give it once."),
+        (
+            "race --optimizers adamw --learning-rates adamw",
+            "adamw has no value; write adamw=NUMBER.",
+        ),
+    ],
+)
+def test_a_refusal_names_the_flag_and_the_fix(words, told, capsys):
+    assert main(words.split()) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"ravine: {told}")
+    assert said.count("\n") == 1
+    assert "default" not in said  # no help texts
+
+
 def test_an_installation_without_the_trainers_packages_is_told_the_fix(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "ravine.training.batch_size.command", raising=False)
     monkeypatch.setitem(sys.modules, "rich", None)

@@ -238,7 +238,7 @@ def test_a_run_that_diverged_counts():
     for outcome in (fine, gone):
         outcome.evaluations.append({"step": 5, "seconds": 1.0, "heldout_loss": 3.0})
     assert in_words([fine], 3.28) == [
-        "muon: 3.28 reached at step 5: mean 3.0000 of 1 run(s), evidence 0.2800 of 0.004"
+        "muon: 3.28 reached at step 5: mean 3.0000 of 1 run(s), evidence 0.2800, 0.004 needed"
     ]
     assert in_words([fine, gone], 3.28) == ["muon: 3.28 not reached by all of 2 run(s)"]
 

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import io
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from importlib import metadata
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.checks import near
+from .complaint import in_one_line
 from .run.files import FULL
 from .run.interrupts import Interrupted, Interrupts, check
 from .run.output import Output, say, silence
@@ -247,7 +247,7 @@ def _parse(config: Any, command: str, words: list[str]) -> Any:
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        raise ValueError(_with_commas(_one_line(complaint.getvalue()), config, words)) from None
+        raise ValueError(in_one_line(complaint.getvalue(), config, words)) from None
     check_local(parsed)
     return parsed
 
@@ -262,7 +262,10 @@ def _config_file(words: list[str]) -> tuple[Path | None, list[str]]:
             continue
         if file is not None:
             raise ValueError("--config is given twice; name one file.")
-        file = _path(value if equals else next(given, ""))
+        value = value if equals else next(given, "")
+        if not value:
+            raise ValueError("--config needs a file.")
+        file = _path(value)
     return file, rest
 
 
@@ -276,28 +279,6 @@ def _path(text: str) -> Path:
 
 class _EmptyPath(Exception):
     """Not a `ValueError`, of which tyro would make a page."""
-
-
-def _one_line(boxed: str) -> str:
-    """The text of a complaint that tyro drew into a box, up to its pointer to --help."""
-    lines = [line.strip("│╭╮╰╯─ ") for line in boxed.splitlines()[1:]]
-    text = " ".join(line for line in lines if line.strip("-"))  # boxes without Unicode are dashes
-    text = text.split("For full helptext")[0].strip()
-    return re.sub(r"^Error parsing [\w.]+: ", "", text)  # a sentence of ours, behind a class's name
-
-
-def _with_commas(text: str, config: Any, words: list[str]) -> str:
-    """A complaint about stray words, with the fix if there are names of optimizers among them."""
-    from ..optimizers.registry import names
-
-    stray = text.partition("Unrecognized options:")[2].replace(",", " ").split()
-    stray = [word for word in stray if word in names()]
-    if not stray or not hasattr(config, "optimizers"):
-        return text
-    given = " ".join(words).partition("--optimizers")[2].partition(" --")[0]
-    both = dict.fromkeys([*re.split(r"[\s,=]+", given.strip(" ,=")), *stray])
-    flag = f"--optimizers {','.join(filter(None, both))}"
-    return f"{text}; separate optimizers by commas: {flag}."
 
 
 def _refuse(message: str, status: int = 2) -> int:

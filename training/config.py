@@ -307,6 +307,18 @@ def check_learning_rate(name: str, value: float) -> float:
     return value
 
 
+MOST_REPEATS = 10_000
+
+
+def check_repeats(**counts: int) -> None:
+    """Raises unless there is at least one run of each and fewer than anybody can wait for."""
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}.")
+        if count > MOST_REPEATS:
+            raise ValueError(f"{name} must be at most {MOST_REPEATS}, got {count}.")
+
+
 def decisive(told: dict[str, Any]) -> dict[str, Any]:
     """Of a `RunConfig` in JSON, what decided the past of its run."""
     extends = {f.name for f in dataclasses.fields(RunConfig) if "extends" in f.metadata}

@@ -83,6 +83,14 @@ class ModelConfig:
     of layers over this one's."""
 
     def __post_init__(self) -> None:
+        for name in ("vocabulary", "context", "width", "layers", "heads", "unroll"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ValueError(
+                f"width {self.width} must be an even multiple of heads {self.heads} (RoPE turns "
+                "pairs of coordinates)."
+            )
         if not (math.isfinite(self.branch_scale) and self.branch_scale > 0):
             raise ValueError(f"branch_scale must be positive and finite, got {self.branch_scale}.")
         for name in ("init_scale", "init_output", "init_up", "init_down", "attention_scale"):
@@ -103,14 +111,6 @@ class ModelConfig:
             )
         if self.attention == "cudnn" and self.dtype != "bfloat16":
             raise ValueError("attention cudnn works in bfloat16 only; give --dtype bfloat16.")
-        for name in ("vocabulary", "context", "width", "layers", "heads", "unroll"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.width % self.heads or (self.width // self.heads) % 2:
-            raise ValueError(
-                f"width {self.width} must be an even multiple of heads {self.heads} (RoPE turns "
-                "pairs of coordinates)."
-            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}.")
         if self.kv_heads < 0 or self.heads % (self.kv_heads or self.heads):

@@ -14,7 +14,7 @@ def parse_numbers(text: str, known: Collection[str], what: str) -> dict[str, flo
       what: one of them, in a complaint: ``field of Policy``.
 
     Raises:
-      ValueError: for other names, or what is no number.
+      ValueError: for other names or one that comes twice, and for what is no number.
 
     Example:
       >>> from ravine.training.words import parse_numbers
@@ -23,9 +23,13 @@ def parse_numbers(text: str, known: Collection[str], what: str) -> dict[str, flo
     """
     numbers: dict[str, float] = {}
     for pair in filter(None, (word.strip() for word in text.split(","))):
-        name, _, value = (part.strip() for part in pair.partition("="))
+        name, equals, value = (part.strip() for part in pair.partition("="))
         if name not in known:
             raise ValueError(f"{name!r} is no {what}; {near(name, known)}")
+        if not equals:
+            raise ValueError(f"{name} has no value; write {name}=NUMBER.")
+        if name in numbers:
+            raise ValueError(f"{name} is given twice; give it once.")
         try:
             numbers[name] = float(value)
         except ValueError:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from pathlib import Path
 
+from ..config import check_repeats
 from ..model_config import ModelConfig
 from .branches import check_branches
 
@@ -59,6 +60,7 @@ class BatchSizeConfig:
     )
 
     def __post_init__(self) -> None:
+        check_repeats(seeds=self.seeds)
         check_branches(self.batch_sizes, self.rate_factors, range(self.seeds))
         for name in ("batch_size", "start_steps", "target_steps", "evaluations", "eval_batches"):
             if getattr(self, name) < 1:

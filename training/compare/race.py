@@ -81,8 +81,6 @@ def race(config: RaceConfig, console: Console | None = None) -> list[Outcome]:
         check_bucket(config)
         if config.tensorboard is not None:
             tensorboard.check()
-        if config.seeds < 1:
-            raise ValueError(f"seeds must be at least 1, got {config.seeds}.")
         entrants = tuple(
             dataclasses.replace(entrant, repeat=repeat)
             for entrant in line_up(config.optimizers, config.learning_rates, config.set)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from jax.sharding import Mesh
 
 from ..batch_schedule import CONSTANT, rule_of
 from ..checkpoint import METADATA, Checkpoints
-from ..config import RunConfig
+from ..config import RunConfig, check_repeats
 from ..config_file import read_config
 from ..data.batches import heldout_batches, train_batches
 from ..data.buckets import orbax_writes, url_of
@@ -68,6 +69,13 @@ class RaceConfig:
     tensorboardX."""
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
     launch: LaunchConfig = dataclasses.field(default_factory=LaunchConfig)
+
+    def __post_init__(self) -> None:
+        check_repeats(seeds=self.seeds)
+        if not (math.isfinite(self.target_loss) and self.target_loss >= 0):
+            raise ValueError(
+                f"target_loss must be finite and not negative, got {self.target_loss}."
+            )
 
     def asked(self) -> dict[str, Any]:
         """The settings that decide the results, as JSON values."""

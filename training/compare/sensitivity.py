@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..config import RunConfig
+from ..config import RunConfig, check_repeats
 from .entrants import line_up
 from .runs import Runs, kept_losses
 from .trial import check_used
@@ -43,10 +43,9 @@ class SensitivityConfig:
             raise ValueError(
                 f"factors must be positive, once each, and 1 among them, got {list(self.factors)}."
             )
-        if self.seeds < 1 or self.length < 1:
-            raise ValueError(
-                f"seeds and length must be at least 1, got {self.seeds}, {self.length}."
-            )
+        check_repeats(seeds=self.seeds)
+        if self.length < 1:
+            raise ValueError(f"length must be at least 1, got {self.length}.")
         check_used(self.run)
         line_up(self.optimizers)
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.optimize import least_squares
 
-from ..config import RunConfig
+from ..config import RunConfig, check_repeats
 from .entrants import Entrant, line_up
 from .runs import Runs, kept_losses
 from .summary import REFERENCE
@@ -49,11 +49,11 @@ class SpeedupConfig:
             raise ValueError(
                 f"a curve with an offset needs four horizons or more, got {list(self.horizons)}."
             )
-        if self.seeds < 1 or self.length < 1:
-            raise ValueError(
-                f"seeds and length must be at least 1, got {self.seeds}, {self.length}."
-            )
-        if not self.factors or min(self.factors) <= 0 or len(set(self.factors)) < len(self.factors):
+        check_repeats(seeds=self.seeds)
+        if self.length < 1:
+            raise ValueError(f"length must be at least 1, got {self.length}.")
+        bad = [f for f in self.factors if not (math.isfinite(f) and f > 0)]
+        if bad or not self.factors or len(set(self.factors)) < len(self.factors):
             raise ValueError(
                 f"factors must be positive and named once each, got {list(self.factors)}."
             )

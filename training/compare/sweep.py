@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ...core.checks import near
 from ...optimizers.registry import OptimizerConfig, names
-from ..config import RunConfig
+from ..config import RunConfig, check_repeats
 from ..data.bpe import corpus_of
 from ..identity import to_json
 from ..run import interrupts
@@ -57,8 +57,7 @@ class SweepConfig:
     """Only derive the table of races from the committed trials, training/compare/trials.jsonl."""
 
     def __post_init__(self) -> None:
-        if self.trials < 1:
-            raise ValueError(f"trials must be at least 1, got {self.trials}.")
+        check_repeats(trials=self.trials)
         if not self.rungs or min(self.rungs) < 1 or list(self.rungs) != sorted(set(self.rungs)):
             raise ValueError(f"rungs must be rising numbers of steps, got {list(self.rungs)}.")
         check_used(self.run)

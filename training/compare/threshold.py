@@ -98,6 +98,6 @@ def in_words(outcomes: Sequence[Outcome], target: float) -> list[str]:
         word = "reached" if found.reached else "not reached"
         lines.append(
             f"{name}: {target:g} {word} at step {found.step:,}: mean {found.mean:.4f} of {found.runs} "
-            f"run(s), evidence {found.evidence:.4f} of {MARGIN:g}"
+            f"run(s), evidence {found.evidence:.4f}, {MARGIN:g} needed"
         )
     return lines

@@ -7,7 +7,7 @@ from pathlib import Path
 from ...optimizers.links.growth import Rank
 from ...optimizers.width import width_rule
 from ..compare.trial import check_used
-from ..config import RunConfig
+from ..config import RunConfig, check_repeats
 from ..identity import LATER
 from ..width.coordinates import at_width
 from .width_lines import Line, lines_of
@@ -50,9 +50,9 @@ class WidthStudyConfig:
     def __post_init__(self) -> None:
         if len(self.widths) < 2 or list(self.widths) != sorted(set(self.widths)):
             raise ValueError(f"widths must be two or more that rise, got {list(self.widths)}.")
-        for name in ("length", "seeds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        check_repeats(seeds=self.seeds)
+        if self.length < 1:
+            raise ValueError(f"length must be at least 1, got {self.length}.")
         if not (math.isfinite(self.minutes) and self.minutes >= 0):
             raise ValueError(f"minutes must be finite and not negative, got {self.minutes}.")
         check_used(self.run)
