@@ -134,5 +134,7 @@ def check_name(what: str, name: Any, known: Iterable[str]) -> None:
 def near(name: Any, known: Iterable[str]) -> str:
     """``did you mean ...`` for an unknown name, or the list of the known ones."""
     known = list(known)
-    close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+    lower = {word.lower(): word for word in known}
+    found = difflib.get_close_matches(str(name).lower(), lower, n=3, cutoff=0.5)
+    close = [lower[word] for word in found]
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}."

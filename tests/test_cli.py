@@ -52,8 +52,18 @@ def test_names_of_optimizers_between_spaces_get_their_commas(words, fixed, capsy
         ("race --over-write", "Unrecognized options: --over-write; did you mean --overwrite?"),
         ("plan --modle x", "Unrecognized options: --modle, x; did you mean --model?"),
         ("race --steps 2.5", "--steps must be a whole number, got '2.5'."),
+        (
+            "presets --parameters 1e30",
+            "the rules of thumb are for at most 1e+14 parameters, got 1e+30.",
+        ),
+        (
+            "presets --tokens 1e30",
+            "the rules of thumb are for at most 1e+14 parameters, got 5e+28.",
+        ),
         ("race --config", "--config needs a file."),
         ("race --config=", "--config needs a file."),
+        ("race --optimizers SOAP", "unknown optimizer 'SOAP'; did you mean soap or "),
+        ("presets LLAMA2-7B", "unknown preset 'LLAMA2-7B'; did you mean llama2-7b or "),
         ("race --ema much", "--ema must be a number, got 'much'."),
         ("race --heads 0", "heads must be at least 1, got 0."),
         ("race --width 16 --heads 20", "width 16 must be an even multiple of heads 20 (RoPE turns"),

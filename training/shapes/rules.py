@@ -23,6 +23,7 @@ BYTES_PER_PARAMETER = 16
 
 
 TIED_BELOW = 4e9
+MOST_PARAMETERS = 1e14
 
 
 class ShapeRule(NamedTuple):
@@ -227,8 +228,8 @@ def suggest(
         weigh most, as in LLaMA 3.2 and Qwen 3.
 
     Raises:
-      ValueError: for neither parameters nor tokens, arguments that are not positive, or where no shape
-        comes within a tenth of the number of parameters.
+      ValueError: for neither parameters nor tokens, arguments that are not positive, more parameters
+        than a hundred trillion, or where no shape comes within a tenth of their number.
 
     Example:
       >>> from ravine.training.shapes.rules import suggest
@@ -244,6 +245,10 @@ def suggest(
     check_positive(parameters=parameters, tokens=tokens)
     check_amount(1, devices=devices, vocabulary=vocabulary, context=context)
     wanted = parameters if parameters is not None else (tokens or 0) / TOKENS_PER_PARAMETER
+    if wanted > MOST_PARAMETERS:
+        raise ValueError(
+            f"the rules of thumb are for at most {MOST_PARAMETERS:.0e} parameters, got {wanted:.3g}."
+        )
     rows = padded(vocabulary, math.lcm(128, devices))
     rest = _Rest(rows, context, activation, wanted < TIED_BELOW if tied is None else tied)
     shapes = [_filled(width, wanted, devices, rest) for width in _widths(wanted, devices)]
