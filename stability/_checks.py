@@ -20,6 +20,12 @@ def check_extra_given(value: Any, name: str, what: str) -> None:
         raise ValueError(f"{what} needs {name}: call tx.update(grads, state, params, {name}=...).")
 
 
+def check_scalar_loss(loss: Any) -> None:
+    """Raises for losses with axes, of which a guard could not decide for all."""
+    if jnp.ndim(loss):
+        raise ValueError(f"loss must be one number, got shape {jnp.shape(loss)}; give its mean.")
+
+
 def check_same_shape(shape: tuple[int, ...], **others: Any) -> None:
     """Raises unless every array, or None, has the shape of the labels."""
     for name, array in others.items():

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from ..core.arguments import checked
 from ..core.arithmetic import wide
+from ..core.mapped import cond
 from ..core.paths import path_string
 
 
@@ -59,9 +60,27 @@ def map_layers(function: Callable[..., Any], layers: Stacked, tree: Any, *others
 
 def layer_norm(axes: tuple[int, ...], x: jax.Array) -> jax.Array:
     """The norm over the given axes, which are kept, in at least float32."""
-    return jnp.sqrt(jnp.sum(jnp.square(wide(x)), axis=axes, keepdims=True))
+    return _root(jnp.sum, axes, wide(x))
 
 
 def layer_rms(axes: tuple[int, ...], x: jax.Array) -> jax.Array:
     """The root mean square over the given axes, which are kept, in at least float32."""
-    return jnp.sqrt(jnp.mean(jnp.square(wide(x)), axis=axes, keepdims=True))
+    return _root(jnp.mean, axes, wide(x))
+
+
+def _root(of: Callable[..., jax.Array], axes: tuple[int, ...], x: jax.Array) -> jax.Array:
+    """The root of the sum or mean of squares; infinite only if an element is.
+
+    Where the squares overflow, elements are divided by the largest magnitude first.
+    """
+    root = lambda x: jnp.sqrt(of(jnp.square(x), axis=axes, keepdims=True))
+    plain = root(x)
+    if not x.size:
+        return plain
+
+    def divided() -> jax.Array:
+        highest = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
+        by = jnp.where(jnp.isinf(plain) & jnp.isfinite(highest), highest, 1)
+        return by * root(x / by)
+
+    return cond(jnp.any(jnp.isinf(plain)), divided, lambda: plain)

@@ -15,7 +15,7 @@ from ..core.arguments import checked
 from ..core.arithmetic import is_summable
 from ..core.checks import check_positive, check_whole
 from ._arithmetic import global_norm
-from ._checks import check_extra_given
+from ._checks import check_extra_given, check_scalar_loss
 from ._window import Window, empty_window, push, threshold
 from .guarded_step import Guarded, guarded
 
@@ -70,6 +70,7 @@ def finite_gate(tx: optax.GradientTransformation) -> Guarded:
         # The norm is finite just where all leaves are, and cheaper than looking at each element.
         finite = is_summable(jnp.square(global_norm(updates)))
         if loss is not None:
+            check_scalar_loss(loss)
             finite &= jnp.isfinite(jnp.asarray(loss))
         skipped = state.skipped + (~finite).astype(jnp.int32)
         in_a_row = jnp.where(finite, 0, state.in_a_row + 1)
@@ -166,6 +167,7 @@ def skip_step(
 
     def decide(updates: Any, state: SkipStepState, loss: Any) -> tuple[jax.Array, Any]:
         check_extra_given(loss, "loss", "skip_step")
+        check_scalar_loss(loss)
         seen = jnp.asarray(loss).astype(jnp.float32)
         norm = global_norm(updates)
         finite = jnp.isfinite(seen) & is_summable(jnp.square(norm))

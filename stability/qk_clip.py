@@ -161,7 +161,7 @@ def _groups(weights: Mapping[str, HeadWeights]) -> tuple[int, int]:
         )
     (queries,) = kinds["query"]
     keys = next(iter(kinds["key"]), queries)
-    if keys < 1 or queries % keys:
+    if min(keys, queries) < 1 or queries % keys:
         raise ValueError(
             f"the number of key heads, {keys}, must divide that of query heads, {queries}."
         )

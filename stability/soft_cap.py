@@ -39,5 +39,12 @@ def soft_cap(logits: jax.Array, cap: float | None, form: CapForm = "tanh") -> ja
     if cap is None:
         return logits
     z = logits / cap
-    bounded = jnp.tanh(z) if form == "tanh" else z * jax.lax.rsqrt(1 + jnp.square(z))
+    if form == "tanh":
+        bounded = jnp.tanh(z)
+    else:
+        most = (
+            0.5 * float(jnp.finfo(z.dtype).max) ** 0.5
+        )  # the bound by then, and its square is finite
+        z = jnp.clip(z, -most, most)
+        bounded = z * jax.lax.rsqrt(1 + jnp.square(z))
     return (cap * bounded).astype(logits.dtype)

@@ -262,6 +262,10 @@ QUERY = HeadWeights("query", 2)
             r"max_logits of q must be \[2\]",
         ),
         (
+            lambda: qk_clip(1.0, {"q": HeadWeights("query", 0), "k": HeadWeights("key", 1)}),
+            "the number of key heads, 1, must divide that of query heads, 0",
+        ),
+        (
             lambda: qk_clip(1.0, {"q": QUERY}).update({}, None, {}),
             "qk_clip needs max_logits",
         ),

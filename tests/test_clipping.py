@@ -123,6 +123,25 @@ def test_global_norm_neither_overflows_nor_depends_on_the_mesh():
     np.testing.assert_array_equal(tx.update(small, tx.init(small))[0], small)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", ["clip_by_block_rms", "clip_adaptively", "adagc"])
+def test_finite_gradients_whose_squares_overflow_are_clipped(name, dtype):
+    """They passed as they were, as non-finite ones do."""
+    tx, params = EVERY[name](), tree(dtype=dtype)
+    grads = [tree(seed, dtype, 1e-3) for seed in range(1, 4)]
+    spike = tree(9, dtype, 1e-3)
+    spike["layers"]["kernel"] = spike["layers"]["kernel"].at[1, 2, 3].set(1e25)
+    (*_, found), state = run(tx, [*grads, spike], params)
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((found, state)))
+    assert float(jnp.abs(found["layers"]["kernel"]).max()) < 5
+    if name == "clip_by_block_rms":  # the other layers are below its bound
+        kernels = found["layers"]["kernel"], spike["layers"]["kernel"]
+        np.testing.assert_array_equal(*(kernel[jnp.array([0, 2])] for kernel in kernels))
+    vmapped = jax.vmap(lambda g: tx.update(g, tx.init(params), params)[0])
+    both = vmapped(jax.tree.map(lambda *x: jnp.stack(x), grads[0], spike))
+    assert all(bool((jnp.abs(x) < 5).all()) for x in jax.tree.leaves(both))
+
+
 def test_clip_adaptively_by_hand():
     w = jnp.array([[3.0, 0.0], [4.0, 0.0]])
     g = jnp.array([[0.0, 3.0], [10.0, 4.0]])

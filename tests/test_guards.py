@@ -331,6 +331,18 @@ def test_bad_input_is_refused(options, match):
         skip_step(ravine.sgd(0.1), **options)
 
 
+@pytest.mark.parametrize("guard", [finite_gate, skip_step])
+def test_a_loss_for_each_example_is_refused(guard):
+    tx, params = guard(ravine.sgd(0.5)), jnp.ones(2)
+    call = lambda: tx.update(params, tx.init(params), params, loss=jnp.ones(2))
+    with pytest.raises(
+        ValueError, match=r"loss must be one number, got shape \(2,\); give its mean"
+    ):
+        call()
+    with pytest.raises(ValueError, match="loss must be one number"):
+        guarded_step(tx, params, tx.init(params), params, loss=jnp.ones((1, 1)))
+
+
 def test_a_missing_loss_is_refused():
     tx = skip_step(ravine.sgd(0.1))
     with pytest.raises(ValueError, match="skip_step needs loss"):

@@ -108,6 +108,23 @@ def test_gradients_equal_finite_differences(options):
         assert_gradient(fused, hidden, unembedding)
 
 
+@pytest.mark.parametrize("form", ["tanh", "root"])
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_a_cap_holds_for_the_largest_logits_of_every_dtype(form, dtype):
+    """The square of the root form overflowed, and large logits became 0, infinite ones NaN."""
+    largest = float(jnp.finfo(dtype).max)
+    logits = jnp.array([300 * 30.0, largest / 2, largest, jnp.inf], dtype)
+    found = soft_cap(jnp.concatenate([logits, -logits]), 30.0, form).astype(jnp.float32)
+    eps, first = float(jnp.finfo(dtype).eps), 30 if form == "tanh" else 30 / (1 + 300**-2) ** 0.5
+    expected = np.array([first, 30, 30, 30])
+    np.testing.assert_allclose(found, [*expected, *-expected], rtol=4 * eps)
+    assert jnp.isnan(soft_cap(jnp.array(jnp.nan, dtype), 30.0, form))
+    slopes = jax.vmap(jax.grad(lambda z: soft_cap(z, 30.0, form)))(logits)
+    slope = [0 if form == "tanh" else (1 + 300**2) ** -1.5, 0, 0, 0]
+    # The first is the difference of two numbers of 1 / 300.
+    np.testing.assert_allclose(slopes.astype(jnp.float32), slope, rtol=0, atol=4 * eps / 300)
+
+
 def test_gradients_of_the_pieces_equal_finite_differences():
     with jax.enable_x64(True):
         logits = problem(7, 13, dtype=np.float64)[0]
