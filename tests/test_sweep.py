@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import jax
@@ -209,3 +210,21 @@ def test_bad_sweeps_are_refused(given, named, tmp_path, capsys):
     assert main(words) == 2
     assert named in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
+
+
+def test_a_sweep_reports_its_own_trials_only(tmp_path, capsys, monkeypatch):
+    """Wider models and longer rungs of earlier sweeps in the file have lower losses."""
+    monkeypatch.setattr(
+        Trials, "loss", lambda trials, _, steps: 128 / steps / trials._run.model.width
+    )
+
+    def best(width, rungs):
+        given = SMALL | {"optimizers": "sgd", "width": width, "rungs": rungs}
+        words = " ".join(f"--{name} {value}" for name, value in given.items()).split()
+        assert main(["sweep", *words, "--out", str(tmp_path / "trials.jsonl")]) == 0
+        return re.findall(r"^ +sgd +([\d.]+)", capsys.readouterr().out, re.MULTILINE)
+
+    assert best(16, "4 8") == ["1.000"]
+    assert best(8, "4") == ["4.000"]
+    assert best(16, "2 4") == ["2.000"]
+    assert best(16, "4 8") == ["1.000"]

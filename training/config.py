@@ -46,7 +46,8 @@ class RunConfig:
     schedule_steps: int = dataclasses.field(default=0, metadata=EXTENDS)
     """Updates the schedule covers, warm-up included; 0 means as many as steps."""
     warmup_steps: int | None = dataclasses.field(default=None, metadata=EXTENDS)
-    """Updates of linear warm-up; by default what was tuned for the optimizer, else 20."""
+    """Updates of linear warm-up, at most a tenth of the schedule; by default what was tuned for the
+    optimizer, else 20."""
     end_ratio: float | None = dataclasses.field(default=None, metadata=EXTENDS)
     """Learning rate at the end of the schedule, relative to its peak; by default the schedule's
     own, which is 0 where it can be."""

@@ -124,7 +124,9 @@ def sweep(config: SweepConfig, console: Console) -> None:
                 here = sorted(here, key=lambda entry: losses[entry[0]])[:kept]
     finally:
         lines.close()
-    console.print(_table(derived(known.values())))
+    # The file may have trials of other tasks, whose losses are not comparable, and of longer rungs.
+    mine = [r for r in known.values() if r["task"] == task and r["steps"] in config.rungs]
+    console.print(_table(derived(mine)))
 
 
 def read_trials(file: Path) -> list[dict[str, Any]]:
