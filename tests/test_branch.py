@@ -73,7 +73,7 @@ def test_a_cooldown_is_the_run_that_was_to_end_there(long, text, tmp_path, capsy
         ([""], "takes FOLDER@STEP"),
         (
             ["@5", "--schedule-options", "decay_steps=4"],
-            "step 5 in {run} has another past (learning rates before is",
+            "step 5 in {run} has another past (learning rates before step 5 are others);",
         ),
         (["@3", *OPTIONS, "--seed", "1"], "has another past (run.seed is 0 there and 1 here"),
         (["@6"], "a branch from step 6 needs more than the 6 steps"),
