@@ -314,7 +314,11 @@ def seesaw(
     peak, after = float(values[top]), values[top:]
     cuts: list[int] = []
     bounded = False
-    while len(cuts) < 64:
+    while batch_size / factor ** len(cuts) <= LARGEST_COUNT:
+        if len(cuts) == MOST_STAGES:
+            raise ValueError(
+                f"factor {factor} cuts the schedule more than {MOST_STAGES} times; give a smaller one."
+            )
         level = factor ** (len(cuts) + 1)
         below = after <= peak * level * (1 + 1e-6)
         if not below.any():

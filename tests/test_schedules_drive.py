@@ -108,6 +108,17 @@ def test_seesaw_spends_the_same_data_in_fewer_updates():
     np.testing.assert_allclose(halved(jnp.arange(9)), ramp, rtol=0, atol=SCHEDULE)
 
 
+def test_a_seesaw_of_many_small_cuts_follows_its_schedule_to_the_end():
+    """It stopped after 64 cuts, here at the reference rate of 0.53."""
+    rate, batch = s.seesaw(s.linear(1.0, 1000), 1000, 1000, 0.99)
+    counts = np.arange(1, batch.count_at(950 * 1000))
+    left = np.array([1 - batch.data_offset(int(count)) / 10**6 for count in counts])
+    # A cut comes with the first update after the schedule has fallen by 1 %; one update is up to
+    # 20 times 0.1 % of the data, so up to 2 % of the whole schedule, of which 5 % are left.
+    np.testing.assert_allclose(np.asarray(rate(counts)) ** 2, left, rtol=0.011, atol=0.02)
+    assert batch.sizes[-1] > 20 * 1000
+
+
 @pytest.mark.parametrize("batch_size", [4096, 500_000, 50])
 def test_data_beyond_int32_is_counted_exactly(batch_size):
     batch = BatchSizes((batch_size, batch_size + 1001, 7 * batch_size + 3), (7, 10**6))
@@ -305,6 +316,9 @@ REFUSED = {
     ),
     "are counted up to 536870912": lambda: s.follow_data(
         s.constant(1.0), BatchSizes((2**30, 2**30 + 1), (10,)), 2**30
+    ),
+    "factor 0.9999 cuts the schedule more than 1000 times": lambda: s.seesaw(
+        s.linear(1.0, 100), 100, 1000, 0.9999
     ),
     "factor must lie between 0 and 1": lambda: s.seesaw(s.constant(1.0), 10, 1, 1.0),
     "half_life must be positive": lambda: s.decay_rate(0),
