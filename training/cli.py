@@ -216,6 +216,11 @@ def _parse(config: Any, command: str, words: list[str]) -> Any:
     from .data.buckets import check_local, refuse_bucket
 
     file, words = _config_file(words)
+    for word, following in zip(words, [*words[1:], "--"], strict=True):
+        if word == "--data" and following.startswith("--"):  # as of a variable that is not set
+            raise ValueError(
+                "--data names no file; leave it out for Python's own standard library."
+            )
     if file is not None:
         refuse_bucket("--config", file)
     base = {} if file is None else {"default": read_config(file, config())}

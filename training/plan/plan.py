@@ -98,6 +98,9 @@ class PlanConfig:
     def __post_init__(self) -> None:
         check_amount(1, slices=self.slices, micro_batches=self.micro_batches)
         check_amount(0, batch=self.batch)
+        for name in self.names:
+            if self.names.count(name) > 1:
+                raise ValueError(f"{name!r} is given twice; name each optimizer once.")
 
 
 def plan(config: PlanConfig, console: Console | None = None) -> list[Plan]:
