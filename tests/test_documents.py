@@ -1,6 +1,7 @@
 """The Python code blocks of README.md and docs/*.md run."""
 
 import inspect
+import re
 from pathlib import Path
 
 import jax
@@ -95,3 +96,18 @@ def test_readme_takes_other_optimizers_in_the_same_place(instead):
     with jax.numpy_dtype_promotion("standard"):
         exec(code, found)
     assert jnp.isfinite(found["loss"])
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
+)
+def test_rows_of_a_table_have_as_many_cells_as_its_head(path):
+    """A row that is cut by a line break is no row for readers."""
+    prose = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for block in re.findall(r"(?:^\|.*\n)+", prose, flags=re.MULTILINE):
+        rows = [re.sub(r"`[^`]*`", "", row) for row in block.splitlines()]
+        cells = [len(re.findall(r"(?<!\\)\|", row)) for row in rows]
+        wrong = [
+            row for row, count in zip(block.splitlines(), cells, strict=True) if count != cells[0]
+        ]
+        assert not wrong
