@@ -114,6 +114,12 @@ def test_an_installation_without_the_trainers_packages_is_told_the_fix(monkeypat
     assert told.count("\n") == 1
 
 
+@pytest.mark.parametrize("command", ["race", "presets", "study width"])
+def test_a_command_needs_no_flags(command, capsys):
+    assert main([*command.split(), "--print-config"]) == 0
+    assert capsys.readouterr().out.startswith("{")
+
+
 STUDY = [f"study {name}" for name in STUDIES]
 
 

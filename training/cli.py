@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import itertools
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -216,7 +217,7 @@ def _parse(config: Any, command: str, words: list[str]) -> Any:
     from .data.buckets import check_local, refuse_bucket
 
     file, words = _config_file(words)
-    for word, following in zip(words, [*words[1:], "--"], strict=True):
+    for word, following in itertools.pairwise([*words, "--"]):
         if word == "--data" and following.startswith("--"):  # as of a variable that is not set
             raise ValueError(
                 "--data names no file; leave it out for Python's own standard library."
