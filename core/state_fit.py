@@ -18,7 +18,7 @@ class StateMismatchError(ValueError):
 
 
 def check_state(state: Any, init: Callable[[Any], Any], params: Any) -> None:
-    """Raises if a state has other leaves or containers, or other shapes, than `init` would give it.
+    """Raises if a state has other leaves, containers, shapes or dtypes than `init` would give it.
 
     Raises:
       StateMismatchError: names the first difference, and what to do.
@@ -36,6 +36,7 @@ def check_state(state: Any, init: Callable[[Any], Any], params: Any) -> None:
     found, expected = _shapes(state), _shapes(made)
     if found == expected:
         _check_containers(state, made)
+        _check_dtypes(state, made)
         return
     path = next(p for p in (*expected, *found) if found.get(p) != expected.get(p))
     name = repr("/".join(path))
@@ -61,6 +62,17 @@ def _check_containers(state: Any, made: Any) -> None:
         f"the state has the right arrays, but {where} is a {kind} in place of a {expected}, as in a "
         "checkpoint restored without a target; give the target jax.eval_shape(tx.init, params)."
     )
+
+
+def _check_dtypes(state: Any, made: Any) -> None:
+    found = jax.tree_util.tree_leaves_with_path(state)
+    for (path, leaf), like in zip(found, jax.tree.leaves(made), strict=True):
+        dtype = getattr(leaf, "dtype", None)
+        if dtype != like.dtype and np.ndim(leaf):
+            raise StateMismatchError(
+                f"the state's {'/'.join(key_names(path))!r} has dtype {dtype}, not {like.dtype} as made "
+                "by this optimizer; cast it, or give the optimizer's own options for dtypes."
+            )
 
 
 def _shapes(tree: Any) -> dict[tuple[str, ...], tuple[int, ...]]:

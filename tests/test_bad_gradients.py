@@ -179,6 +179,15 @@ def test_a_state_restored_without_a_target_is_named(build):
         tx.update(params, dictionaries(tx.init(params)), params)
 
 
+@pytest.mark.parametrize("build", [ravine.soap, ravine.kl_shampoo])
+def test_a_state_that_was_cast_is_named(build):
+    params = {"dense": {"kernel": jnp.ones((8, 6)), "bias": jnp.ones(6)}}
+    tx = build(1e-3)
+    narrow = optax.tree.cast(tx.init(params), jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"state's '.*kernel.*' has dtype bfloat16, not float32"):
+        tx.update(params, narrow, params)
+
+
 @pytest.mark.parametrize("build", [ravine.adamw, ravine.muon, ravine.shampoo])
 @pytest.mark.parametrize("freeze", ["gradients", "parameters"])
 def test_gradients_and_parameters_in_different_containers_are_named(build, freeze):

@@ -167,3 +167,13 @@ def test_every_optimizer_takes_injected_hyperparameters(name):
     update = lambda state: tx.update(params, state, params, **extra)[1]
     state = optax.tree.set(state, learning_rate=jnp.float32(0.25))
     assert jax.tree.structure(jax.eval_shape(update, state)) == jax.tree.structure(state)
+
+
+@pytest.mark.parametrize(
+    ("value", "got"), [(None, "None"), (jnp.array([0.1]), r"an array of shape \(1,\)")]
+)
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay"])
+def test_a_schedule_that_returns_no_number_is_refused(name, value, got):
+    tx = ravine.adamw(**{"learning_rate": 0.1, name: lambda count: value})
+    with pytest.raises(ValueError, match=f"a schedule must return a number .* got {got}"):
+        tx.update(GRADS, tx.init(PARAMS), PARAMS)

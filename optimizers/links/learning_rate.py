@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from ...core.arguments import checked
@@ -44,8 +45,18 @@ RATE_STATES = (ScaleByLearningRateState, FallbackLearningRateState, InjectedLear
 
 
 def evaluate(value: Any, count: jax.Array) -> Any:
-    """A scalar or a schedule, at `count`."""
-    return value(count) if callable(value) else value
+    """A scalar or a schedule, at `count`.
+
+    Raises:
+      ValueError: for a schedule that returns no number.
+    """
+    if not callable(value):
+        return value
+    found = value(count)
+    if found is None or np.shape(found):
+        what = "None" if found is None else f"an array of shape {np.shape(found)}"
+        raise ValueError(f"a schedule must return a number for a count of updates, but got {what}.")
+    return found
 
 
 def in_words(value: Any) -> str:
