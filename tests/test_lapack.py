@@ -1,5 +1,7 @@
 """Decompositions on CPU: one call for each matrix, side by side, with the same results."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +33,21 @@ def test_matrices_side_by_side_have_the_results_of_one_at_a_time(function, count
     assert "unroll=1 " in str(jax.make_jaxpr(lambda x: function(x))(batch)).replace("\n", " ")
     for ours, alone in zip(found, jax.jit(lambda x: function(x))(batch), strict=True):
         np.testing.assert_array_equal(ours, alone)
+
+
+@pytest.mark.parametrize("function", [lapack.eigh, followed_once])
+def test_mapped_matrices_go_one_by_one_too(function):
+    """Such as those of several seeds; batches of them waited for each other forever."""
+    batch = statistics(6, 16).reshape(2, 3, 16, 16)
+    mapped = jax.jit(jax.vmap(function)).lower(batch).compile()
+    calls = [line for line in mapped.as_text().splitlines() if "lapack_" in line]
+    sizes = {size for line in calls for size in re.findall(r"f32\[([\d,]+),16,16\]", line)}
+    assert calls
+    assert sizes <= {"1", "1,1"}
+    one = jax.jit(function)
+    for index, found in enumerate(zip(*mapped(batch), strict=True)):
+        for ours, alone in zip(found, one(batch[index]), strict=True):
+            np.testing.assert_array_equal(ours, alone)
 
 
 @pytest.mark.parametrize(("size", "constraints"), [(512, 0), (1024, 2)])

@@ -31,7 +31,7 @@ transposing in the kernels before and after."""
 
 
 def for_each_matrix(function: Callable[[jax.Array], Any], batch: jax.Array) -> Any:
-    """``function(batch)``, on CPU with one call for each matrix.
+    """``function(batch)``, on CPU with one call for each matrix, under `jax.vmap` too.
 
     Args:
       function: maps `[K, n, m]`, matrix by matrix, to arrays `[K, ...]`.
@@ -44,12 +44,18 @@ def for_each_matrix(function: Callable[[jax.Array], Any], batch: jax.Array) -> A
       Array([[1., 1.]], dtype=float32)
     """
 
-    def one_by_one(batch: jax.Array) -> Any:
-        def each(_: None, matrix: jax.Array) -> tuple[None, Any]:
-            if matrix.size < VERY_LARGE:
-                return None, function(matrix[None])
-            return None, jax.tree.map(row_major, function(row_major(matrix[None])))
+    def alone(matrix: jax.Array) -> Any:
+        if matrix.size < VERY_LARGE:
+            return function(matrix[None])
+        return jax.tree.map(row_major, function(row_major(matrix[None])))
 
+    # `jax.vmap` would make a batch of it again; and a function with a rule for that has derivatives in
+    # forward mode only, with an unclear error in reverse mode.
+    one = jax.custom_jvp(jax.custom_batching.sequential_vmap(alone))
+    one.defjvp(lambda primals, tangents: jax.jvp(alone, primals, tangents))
+
+    def one_by_one(batch: jax.Array) -> Any:
+        each = lambda _, matrix: (None, one(matrix))
         _, found = jax.lax.scan(each, None, batch, unroll=_side_by_side(batch))
         return jax.tree.map(lambda x: x.reshape(x.shape[0], *x.shape[2:]), found)
 
