@@ -52,7 +52,7 @@ def evaluate(value: Any, count: jax.Array) -> Any:
     """
     if not callable(value):
         return value
-    found = value(count)
+    found: Any = value(count)
     if found is None or np.shape(found):
         what = "None" if found is None else f"an array of shape {np.shape(found)}"
         raise ValueError(f"a schedule must return a number for a count of updates, but got {what}.")
