@@ -20,7 +20,6 @@ import optax
 from ...core.arithmetic import cast, cast_like, wide_dtype
 from ...core.own_norm import OwnNorm, replicated_norms, with_norm
 from ...core.paths import paths_of
-from ...core.state_fit import check_state
 from ...core.transformation import transformation
 from ..matrix.batch.refresh import Refresh
 from ..matrix.mesh.exchange import per_shard
@@ -77,8 +76,6 @@ def blockwise(
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, Any]:
-        if params is None:
-            check_state(state, init, updates)
         found = on_shards(_as_wide_as(params, updates), state)
         return cast_like(found, (updates, state))
 

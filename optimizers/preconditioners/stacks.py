@@ -95,7 +95,8 @@ class Stack:
     def _parts(self, stacks: Sequence[jax.Array]) -> list[list[jax.Array]]:
         lengths = [1] * len(self.members)
         self._starts = self._starts or tuple(starts_of(lengths, stacks))
-        return [[x[0] for x in parts] for parts in unjoin(stacks, lengths, self._starts)]
+        cut = unjoin(stacks, lengths, self._starts)
+        return [[jax.lax.squeeze(x, (0,)) for x in parts] for parts in cut]
 
 
 def _joint(stack: jax.Array, axes: int) -> jax.Array:
