@@ -143,11 +143,8 @@ def in_chunks(function: Callable[..., Any], batch: Any, most: int, beside: Any =
 
     def write(start: Any, length: int, batch: Any) -> Any:
         chunk = jax.tree.map(lambda x: part_of(x, start, length), batch)
-        return jax.tree.map(
-            lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, start, 0),
-            batch,
-            applied(chunk, start, length),
-        )
+        new = applied(chunk, start, length)
+        return jax.tree.map(lambda x, new: with_part(x, new, start), batch, new)
 
     whole, rest = divmod(count, size)
     batch = jax.lax.fori_loop(0, whole, lambda at, batch: write(at * size, size, batch), batch)
@@ -179,8 +176,13 @@ def joined(
 
 
 def part_of(x: jax.Array, start: Any, length: int) -> jax.Array:
-    """Some members of a batch."""
-    return jax.lax.dynamic_slice_in_dim(x, start, length)
+    """Some members of a batch, the first of them at `start`, which is not negative."""
+    return jax.lax.dynamic_slice_in_dim(x, start, length, allow_negative_indices=False)
+
+
+def with_part(x: jax.Array, new: jax.Array, start: Any) -> jax.Array:
+    """The batch with `new` as its members from `start` on, which is not negative."""
+    return jax.lax.dynamic_update_slice_in_dim(x, new, start, 0, allow_negative_indices=False)
 
 
 def _join(parts: Sequence[jax.Array]) -> jax.Array:
@@ -194,13 +196,7 @@ def unjoin(
     if len(lengths) == 1:
         return [[batch] for batch in batches]
     places = list(zip(starts or starts_of(lengths, batches), lengths, strict=True))
-    return [
-        [
-            jax.lax.dynamic_slice_in_dim(batch, start, length, allow_negative_indices=False)
-            for start, length in places
-        ]
-        for batch in batches
-    ]
+    return [[part_of(batch, start, length) for start, length in places] for batch in batches]
 
 
 def starts_of(lengths: Sequence[int], batches: Sequence[jax.Array]) -> Sequence[Any]:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from ....core.arithmetic import wide_dtype
 from ....core.once import once
 from ....core.platform import platform
+from .batches import part_of
 from .refresh import Need
 from .together import Unit, worked_on
 
@@ -94,7 +95,7 @@ def only_those(
         flagged_first = jnp.argsort(~flags)
 
         def some(at: Any, carry: Any) -> Any:
-            members = jax.lax.dynamic_slice_in_dim(flagged_first, at * size, size)
+            members = part_of(flagged_first, at * size, size)
 
             def refreshed(carry: Any) -> Any:
                 old, seen = (jax.tree.map(lambda x: x[members], tree) for tree in (carry, source))

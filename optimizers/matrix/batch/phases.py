@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from ....core.once import once
 from ....core.platform import platform
 from ....core.row_major import row_major
-from .batches import part_of
+from .batches import part_of, with_part
 from .by_need import in_need, misfit_dtype, misfits, only_those, worst
 from .refresh import Need
 from .together import ELEMENTS, Unit, alike, carries_like, flat, worked_on
@@ -142,11 +142,8 @@ def _layer_by_layer(
         part = [layer(at, carry)]
         (joint,) = flat(part)
         new = work.of([joint], [joint.carry], None if flags is None else [flags[at]])
-        return jax.tree.map(
-            lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, at, 0),
-            carry,
-            carries_like(part, new)[0],
-        )
+        (new,) = carries_like(part, new)
+        return jax.tree.map(lambda x, new: with_part(x, new, at), carry, new)
 
     return with_each(busy, unit.carry, refreshed)
 

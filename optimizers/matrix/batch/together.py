@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from ....core.row_major import row_major
 from ..mesh.placement import ALONE, Spread
-from .batches import joined, part_of
+from .batches import joined, part_of, with_part
 
 ELEMENTS = 2**23
 """Elements processed at once, 32 MB in float32; for roots and bases, which need ten times that as
@@ -209,4 +209,4 @@ def _written(
     if whole.shape[0] != slices * length:
         fresh = start + jnp.arange(length) >= first
         new = jnp.where(fresh.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
-    return jax.lax.dynamic_update_slice_in_dim(whole, new, start, 0)
+    return with_part(whole, new, start)
