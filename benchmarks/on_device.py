@@ -17,7 +17,6 @@ import optax
 import ravine
 from measure import compared, in_turn, spread
 from ravine import stability
-from ravine.optimizers import NewtonSchulz
 from ravine.training.config import RunConfig
 from ravine.training.model import ModelConfig
 from ravine.training.plan.flops import arithmetic
@@ -57,7 +56,7 @@ BLOCKED = {"blocks": ravine.Blocks(size=1024), "refresh": ravine.Refresh(every=P
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "adamw": lambda: ravine.adamw(1e-3, weight_decay=0.1),
     "lion": lambda: ravine.lion(1e-4),
-    "muon": lambda: ravine.muon(0.02, polar=NewtonSchulz(dtype="bfloat16", halvings=0)),
+    "muon": lambda: ravine.muon(0.02),
     "shampoo": lambda: ravine.shampoo(1e-3, **BLOCKED),
     "soap": lambda: ravine.soap(1e-3, **BLOCKED),
 }

@@ -99,6 +99,14 @@ def is_summable(squares: Any) -> Any:
     return jax.tree.map(lambda x: jnp.isfinite(2 * x), squares)
 
 
+def has_summable_trace(matrices: Any) -> Any:
+    """Whether positive semi-definite matrices `[..., n, n]`, a tree, are finite, with that margin.
+
+    None of their elements is larger than the trace.
+    """
+    return is_summable(traces(matrices))
+
+
 def is_usable(
     x: jax.Array, axes: tuple[int, ...] | None = None, summed: tuple[str, ...] = ()
 ) -> jax.Array:

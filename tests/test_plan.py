@@ -25,7 +25,7 @@ from ravine.training.plan.compile import (
     trainer_model,
 )
 from ravine.training.plan.cost import Plan, plan_of
-from ravine.training.plan.plan import ALIGNED, POLAR, PlanConfig, assumed
+from ravine.training.plan.plan import ALIGNED, PlanConfig, assumed, plan
 from ravine.training.plan.table import print_whole
 from ravine.training.plan.verdict import verdict
 from ravine.training.shapes.parts import Experts
@@ -144,10 +144,11 @@ GPUS = ["--model", "ravine", "--topology", "h100:8", "--mesh", "fsdp=4,tensor=2"
 
 
 def test_a_plan_for_gpus_is_printed(capsys):
-    assert main(["plan", *GPUS, "--compare", "muon,adamw"]) == 0
+    assert main(["plan", *GPUS, "--compare", "shampoo,muon,adamw"]) == 0
     printed = capsys.readouterr().out
     assert "No compiler for GPUs is at hand" in printed
-    assert "muon: not the library's defaults" in printed
+    assert "shampoo: not the library's defaults" in printed
+    assert "muon: not the library's defaults" not in printed
     assert printed.index(" adamw ") < printed.index(" muon ")  # the faster one first
     assert main(["plan", *GPUS, "--optimizer", "muon"]) == 0
     printed = capsys.readouterr().out
@@ -191,11 +192,29 @@ def test_every_registered_optimizer_is_one_of_all():
 
 @pytest.mark.parametrize("name", ravine.names())
 def test_every_optimizer_is_planned_as_it_runs_on_accelerators(name):
-    """Blocks and orthogonalization follow the accelerator defaults, alone and together."""
-    config = ravine.OptimizerConfig(name)
-    wanted = {key: value for key, value in {**ALIGNED, **POLAR}.items() if config.accepts(key)}
-    assert assumed(name, {}) == wanted
-    assert assumed(name, {"polar": None}).keys() == wanted.keys() - {"polar"}
+    """With blocks that no shard crosses, and otherwise with the library's defaults."""
+    takes_blocks = ravine.OptimizerConfig(name).accepts("blocks")
+    assert assumed(name, {}) == (ALIGNED if takes_blocks else {})
+    assert assumed(name, {"blocks": None}) == {}
+
+
+def test_on_gpus_newton_schulz_is_planned_in_bfloat16_as_it_runs_there():
+    """Although XLA for CPU, where it runs in float32, stands in for their compiler."""
+
+    def products(dtype):
+        (found,) = plan(
+            PlanConfig(
+                model="ravine",
+                topology="h100:8",
+                mesh="fsdp=4,tensor=2",
+                optimizer="muon",
+                options=json.dumps({"polar": {"dtype": dtype}} if dtype else {}),
+            ),
+            Console(file=io.StringIO()),
+        )
+        return found.arithmetic.products
+
+    assert products(None) == products("bfloat16") != products("float32")
 
 
 @pytest.mark.parametrize("name", ["sophia_g", "mars", "schedule_free_adamw"])

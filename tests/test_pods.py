@@ -9,7 +9,7 @@ from ravine.training.plan.by_hand import Work
 from ravine.training.plan.compile import auto
 from ravine.training.plan.cost import plan_of
 from ravine.training.plan.devices import mesh_of
-from ravine.training.plan.plan import POLAR, PlanConfig, plan
+from ravine.training.plan.plan import PlanConfig, plan
 from ravine.training.shapes.parts import Experts
 from ravine.training.shapes.presets import PRESETS
 from ravine.training.shapes.shape import ModelShape
@@ -154,7 +154,7 @@ def test_a_train_step_of_a_mixture_exchanges_tokens_by_hand_and_no_experts():
     sizes = {"expert": 8, "fsdp": 2}
     mesh, _ = mesh_of("v5e:4x4", sizes)
     rules = [ravine.Rule("attention/", "other"), *ravine.COMMON_RULES]
-    tx = ravine.muon(1e-3, polar=POLAR["polar"], rules=rules)
+    tx = ravine.muon(1e-3, rules=rules)
     found = plan_of("muon", compiled_step(MIXTURE, tx, auto(mesh), 16), mesh, is_step=True)
     between = [c for c in found.collectives if len({at // 2 for at in c.group}) > 1]
     # In the forward, repeated forward and backward pass of each of two layers, tokens go to their

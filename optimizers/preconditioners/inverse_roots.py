@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from ...core.arithmetic import (
     bias_correction,
     ema,
-    is_summable,
+    has_summable_trace,
     is_usable,
-    traces,
     wide,
     wide_dtype,
 )
@@ -168,8 +167,7 @@ class Preconditioner:
                 for x, axis, gram in zip(kept, axes, grams, strict=True)
             ]
             new = _accumulated(grams, old, self.b2, every)
-            # No element of a positive semi-definite matrix is larger than its trace.
-            for fits, fitted in zip(*is_summable(traces((new, old))), strict=True):
+            for fits, fitted in zip(*has_summable_trace((new, old)), strict=True):
                 # Statistics corrupted from outside are left to the certificate of their root.
                 usable &= fits | ~fitted
             return usable, [

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ...core.arithmetic import cast, ema, is_summable, is_usable, lerp, traces, wide, wide_dtype
+from ...core.arithmetic import cast, ema, has_summable_trace, is_usable, lerp, wide, wide_dtype
 from ...core.once import either, if_due
 from ...core.own_norm import OwnNorm
 from ..matrix.algebra.eigenbasis import eigenbasis, followed, off_diagonal
@@ -86,10 +86,10 @@ class KLEigenbasis(NamedTuple):
             gram = mode_gram(plain, axis, order) / count
             new = ema((mean, gram), (own.eigenvalues, own.statistics), self.b2)
             values = jnp.maximum(new[0], self._floor(sizes[axis]))
-            return traces(gram), new[1], values
+            return has_summable_trace(gram), new[1], values
 
         found = [one(axis, own) for axis, own in zip(axes, kept, strict=True)]
-        for fits in is_summable([trace for trace, *_ in found]):
+        for fits, *_ in found:
             usable &= fits
         return usable, [
             KLFactor(

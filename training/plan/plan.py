@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from ...core.checks import check_amount
+from ...core.platform import standing_in_for
 from ...optimizers import Blocks
-from ...optimizers.matrix.algebra.polar import NewtonSchulz
 from ...optimizers.registry import OptimizerConfig
 from ...optimizers.registry import names as registered
 from ..shapes.given import given_shape
@@ -36,14 +36,10 @@ from .table import Shown, show
 from .verdict import spare
 
 ALIGNED = {"blocks": Blocks(size=128, vocabulary=65_536)}
-POLAR = {"polar": NewtonSchulz(dtype="bfloat16", halvings=0)}
-OPTIONS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("shampoo", "soap", "kl_shampoo"), ALIGNED),
-    **dict.fromkeys(("muon", "normuon", "adamuon"), POLAR),
-    "soap_muon": ALIGNED | POLAR,
-}
-"""What differs from the defaults: blocks that shards of large matrices do not cross, and products
-in bfloat16 for orthogonalization, as it is run on accelerators."""
+OPTIONS: dict[str, dict[str, Any]] = dict.fromkeys(
+    ("shampoo", "soap", "kl_shampoo", "soap_muon"), ALIGNED
+)
+"""What differs from the defaults: blocks that shards of large matrices do not cross."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +123,8 @@ def plan(config: PlanConfig, console: Console | None = None) -> list[Plan]:
     for name, tx in optimizers.items():
         with waiting.status(f"compiling {name} for {config.topology}"):
             try:
-                found = program(name, tx)
+                with standing_in_for("gpu" if network.chip.node else None):
+                    found = program(name, tx)
             except (ValueError, jax.errors.JaxRuntimeError) as error:
                 if not config.compare:
                     raise ValueError(f"{name}: {_reason(error)}") from None

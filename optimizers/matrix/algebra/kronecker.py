@@ -6,14 +6,21 @@ is the mode-i product. For matrices these are :math:`GG^\top`, :math:`G^\top G`,
 :math:`GP`. No batch axis is ever reshaped away, so the sharding of the batch is that of the result.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
+from ....core.platform import platform
+from .newton_schulz import completed, halvings
+
 
 def mode_gram(blocks: jax.Array, axis: int, order: int) -> jax.Array:
     """`[..., b, b]`: the Gram matrix of the blocks along one of their last `order` axes.
+
+    On TPU its products take three passes of bfloat16 instead of six: its error of a few parts in 10^7 is
+    far below what one gradient adds to statistics. On CPU large ones compute half of the matrix only.
 
     Example:
       >>> import jax.numpy as jnp
@@ -26,9 +33,7 @@ def mode_gram(blocks: jax.Array, axis: int, order: int) -> jax.Array:
       Array([[ 1.,  2.],
              [ 2., 13.]], dtype=float32)
     """
-    letters = _LETTERS[:order]
-    other = letters.replace(letters[axis], "z")
-    return _einsum(f"...{letters},...{other}->...{letters[axis]}z", blocks, blocks)
+    return _gram(blocks, axis, order, platform())
 
 
 def mode_grams(
@@ -38,11 +43,29 @@ def mode_grams(
     others: Sequence[jax.Array | None] | None = None,
 ) -> list[jax.Array]:
     """`mode_gram` along each of these axes, of blocks rotated along all `others` by their factors."""
-    if others is None:
-        return [mode_gram(blocks, axis, order) for axis in axes]
-    along = [[None if at == axis else x for at, x in enumerate(others)] for axis in axes]
-    rotated = [rotate(blocks, factors) for factors in along]
-    return [mode_gram(x, axis, order) for x, axis in zip(rotated, axes, strict=True)]
+    rotated, on = [blocks] * len(axes), platform()
+    if others is not None:
+        along = [[None if at == axis else x for at, x in enumerate(others)] for axis in axes]
+        rotated = [rotate(blocks, factors) for factors in along]
+    return [_gram(x, axis, order, on) for x, axis in zip(rotated, axes, strict=True)]
+
+
+def _gram(blocks: jax.Array, axis: int, order: int, on: str) -> jax.Array:
+    letters = _LETTERS[:order]
+    along, other = blocks.ndim - order + axis, letters.replace(letters[axis], "z")
+    subscripts = f"...{letters},...{other}->...{letters[axis]}z"
+    precision = "high" if on == "tpu" else "highest"
+
+    def halved(x: jax.Array, depth: int) -> jax.Array:
+        half = x.shape[along] // 2
+        if depth == 0 or half == 0:
+            return _einsum(subscripts, x, x, precision)
+        first, second = jnp.split(x, [half], along)
+        return completed(_einsum(subscripts, first, x, precision), halved(second, depth - 1))
+
+    rows = blocks.shape[along]
+    inner = math.prod(blocks.shape[-order:]) // max(rows, 1)
+    return halved(blocks, halvings(rows, inner) if on == "cpu" else 0)
 
 
 def mode_product(
@@ -92,5 +115,7 @@ def rotate(
 _LETTERS = "abcdefghijklmnopqrstuvwxy"
 
 
-def _einsum(subscripts: str, left: jax.Array, right: jax.Array) -> jax.Array:
-    return jnp.einsum(subscripts, left, right, precision="highest")
+def _einsum(
+    subscripts: str, left: jax.Array, right: jax.Array, precision: str = "highest"
+) -> jax.Array:
+    return jnp.einsum(subscripts, left, right, precision=precision)

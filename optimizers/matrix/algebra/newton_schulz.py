@@ -21,6 +21,7 @@ form multiplies less; `cheapest` computes it.
 """
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
@@ -182,8 +183,14 @@ def symmetric_product(
     corner = symmetric_product(
         left_KxMxN[:, half:], right_KxNxM[:, :, half:], depth - 1, precision=precision
     )
-    lower = jnp.concatenate([jnp.swapaxes(upper[:, :, half:], 1, 2), corner], axis=2)
-    return jnp.concatenate([upper, lower], axis=1)
+    return completed(upper, corner)
+
+
+def completed(upper: jax.Array, corner: jax.Array) -> jax.Array:
+    """Symmetric matrices `[..., M, M]`, from their first rows and the block below on the diagonal."""
+    half = upper.shape[-2]
+    lower = jnp.concatenate([jnp.swapaxes(upper[..., half:], -1, -2), corner], axis=-1)
+    return jnp.concatenate([upper, lower], axis=-2)
 
 
 def product(left: jax.Array, right: jax.Array, *, precision: jax.lax.PrecisionLike) -> jax.Array:
@@ -192,6 +199,7 @@ def product(left: jax.Array, right: jax.Array, *, precision: jax.lax.PrecisionLi
     return jnp.matmul(left, right, precision=precision, preferred_element_type=wide)
 
 
+@functools.cache
 def halvings(rows: int, inner: int, most: int = 2) -> int:
     """How often a symmetric product `[rows, inner] @ [inner, rows]` is halved.
 

@@ -34,7 +34,8 @@ class NewtonSchulz:
       steps: how many, for a preset.
       lower: for ``"polar_express"``, the smallest singular value that must come near one.
       dtype: dtype of the products' inputs: float32, bfloat16 or float16, by name or as
-        ``jnp.bfloat16``; stored by name. Norms and sums are always float32.
+        ``jnp.bfloat16``; stored by name. ``None`` takes bfloat16 on GPU and TPU, as Muon's authors
+        do, and float32 on CPU and for float64 matrices. Norms and sums are always float32.
       form: ``"standard"``, ``"gram"``, or ``"auto"`` for the one that multiplies less; in bfloat16
         that is the standard form, since eight bits are too few for :math:`R`.
       restarts: steps before which the gram form restarts. With a restart before step 3 it stays within
@@ -67,7 +68,7 @@ class NewtonSchulz:
     coefficients: str | Steps = "keller"
     steps: int = 5
     lower: float = 1e-3
-    dtype: Any = "float32"
+    dtype: Any = None
     form: Literal["auto", "standard", "gram"] = "auto"
     restarts: tuple[int, ...] = (3,)
     halvings: int | None = None
@@ -75,10 +76,11 @@ class NewtonSchulz:
     distribution: Distribution = "auto"
 
     def __post_init__(self) -> None:
-        dtype = jnp.dtype(self.dtype).name
-        if dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}.")
-        object.__setattr__(self, "dtype", dtype)
+        if self.dtype is not None:
+            dtype = jnp.dtype(self.dtype).name
+            if dtype not in ("float32", "bfloat16", "float16"):
+                raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}.")
+            object.__setattr__(self, "dtype", dtype)
         if not isinstance(self.coefficients, str):  # from JSON they are lists
             steps = tuple(map(tuple, self.coefficients))
             object.__setattr__(self, "coefficients", steps)
@@ -109,7 +111,13 @@ class NewtonSchulz:
         """The form for matrices with a cut long side: the one with the fewest sums."""
         if self.form != "auto":
             return self.form
-        return "standard" if self.dtype == "bfloat16" else "gram"
+        return "standard" if self._dtype() == "bfloat16" else "gram"
+
+    def _dtype(self, of: Any = jnp.float32) -> str:
+        """The dtype for matrices of this one."""
+        if self.dtype is not None:
+            return self.dtype
+        return "float32" if of == jnp.float64 or platform() == "cpu" else "bfloat16"
 
     def __call__(self, matrices_KxMxN: jax.Array, summed: Names = ()) -> jax.Array:
         """The approximate polar factors, in the dtype of the matrices; zero for a zero matrix.
@@ -123,17 +131,18 @@ class NewtonSchulz:
         if rows > columns and not summed:
             return jnp.swapaxes(self(jnp.swapaxes(matrices_KxMxN, 1, 2)), 1, 2)
         steps, form = self.table(), self._cut_form()
-        chosen = self.halvings is None and self.dtype == "float32" and not summed
+        dtype = self._dtype(matrices_KxMxN.dtype)
+        chosen = self.halvings is None and dtype == "float32" and not summed
         halved = chosen and _worth_halving(rows)
         if form == "gram" and self.form == "auto" and not summed:
             depth = 1 if halved else self.halvings
             form = cheapest(rows, columns, steps, self.restarts, depth)
         wide = jnp.float64 if matrices_KxMxN.dtype == jnp.float64 else jnp.float32
-        dtype = wide if self.dtype == "float32" else jnp.dtype(self.dtype)
+        inputs = wide if dtype == "float32" else jnp.dtype(dtype)
         products: Any = (
-            Halves(dtype, self.precision)
+            Halves(inputs, self.precision)
             if halved
-            else Whole(dtype, self.halvings, self.precision, summed)
+            else Whole(inputs, self.halvings, self.precision, summed)
         )
         found = iterated(
             matrices_KxMxN.astype(wide),
