@@ -50,6 +50,27 @@ def test_the_schedule_and_its_options_reach_the_run(tmp_path, text):
     assert rates == pytest.approx([1, 1, 1, 1, 1, 0.5], rel=0, abs=2 * SCHEDULE)
 
 
+@pytest.mark.parametrize("asked", [0, 1, 10, 50, 99])
+def test_the_warm_up_has_as_many_updates_as_asked_for(asked):
+    rates = RunConfig(steps=100, schedule="constant", warmup_steps=asked).learning_rate(1.0)
+    values = [float(rates(step)) for step in range(100)]
+    wanted = [min(1.0, (step + 1) / max(asked, 1)) for step in range(100)]
+    assert values == pytest.approx(wanted, rel=0, abs=2 * UNIT)
+
+
+def test_a_warm_up_that_nobody_asked_for_is_at_most_a_tenth():
+    assert [RunConfig(steps=steps).warmup for steps in (700, 150, 5)] == [20, 15, 0]
+
+
+def test_a_warm_up_as_long_as_the_schedule_is_refused():
+    with pytest.raises(
+        ValueError, match="warmup_steps must be fewer than the 100 updates of the sche"
+    ):
+        RunConfig(steps=100, warmup_steps=100)
+    with pytest.raises(ValueError, match="must be fewer than the 60 updates"):
+        RunConfig(steps=100, schedule_steps=60, warmup_steps=60)
+
+
 @pytest.mark.parametrize("name", schedules.schedule_names())
 def test_every_schedule_is_reached_by_its_name(name):
     config = RunConfig(steps=100, schedule=name, warmup_steps=10)

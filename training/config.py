@@ -46,8 +46,8 @@ class RunConfig:
     schedule_steps: int = dataclasses.field(default=0, metadata=EXTENDS)
     """Updates the schedule covers, warm-up included; 0 means as many as steps."""
     warmup_steps: int | None = dataclasses.field(default=None, metadata=EXTENDS)
-    """Updates of linear warm-up, at most a tenth of the schedule; by default what was tuned for the
-    optimizer, else 20."""
+    """Updates of linear warm-up, fewer than the schedule has; by default what was tuned for the
+    optimizer, else 20, but at most a tenth of the schedule."""
     end_ratio: float | None = dataclasses.field(default=None, metadata=EXTENDS)
     """Learning rate at the end of the schedule, relative to its peak; by default the schedule's
     own, which is 0 where it can be."""
@@ -136,6 +136,11 @@ class RunConfig:
                 raise ValueError(
                     f"{name} must be below 2**31, steps are counted in int32; got {getattr(self, name)}."
                 )
+        if self.warmup_steps is not None and self.warmup_steps >= self.horizon:
+            raise ValueError(
+                f"warmup_steps must be fewer than the {self.horizon} updates of the schedule, got "
+                f"{self.warmup_steps}."
+            )
         if self.seed >= 2**32:
             raise ValueError(f"seed must be below 2**32, got {self.seed}.")
         for name in ("clip_norm", "weight_decay", "qk_clip", "z_loss"):
@@ -223,9 +228,12 @@ class RunConfig:
 
     @property
     def warmup(self) -> int:
-        """Warm-up updates: a run shorter than ten warm-ups takes a tenth of itself."""
-        asked = 20 if self.warmup_steps is None else self.warmup_steps
-        return min(asked, self.horizon // 10)
+        """Warm-up updates."""
+        return self.default_warmup(20) if self.warmup_steps is None else self.warmup_steps
+
+    def default_warmup(self, updates: int) -> int:
+        """A warm-up that nobody asked for: a run shorter than ten of it takes a tenth of itself."""
+        return min(updates, self.horizon // 10)
 
     def rollback_policy(self) -> RollbackPolicy | None:
         """When the run returns, and where to."""

@@ -72,7 +72,7 @@ class Entrant:
         if run.weight_decay is None:
             changes["weight_decay"] = self.weight_decay
         if run.warmup_steps is None and self.warmup is not None:
-            changes["warmup_steps"] = round(self.warmup * run.horizon)
+            changes["warmup_steps"] = run.default_warmup(round(self.warmup * run.horizon))
         return with_own_schedule(dataclasses.replace(run, **changes), self.name)
 
     def build(self, run: RunConfig) -> optax.GradientTransformation:

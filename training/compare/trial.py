@@ -92,9 +92,9 @@ class Trials:
         return loss if math.isfinite(loss) else math.inf
 
     def _rates(self, point: Point, steps: int) -> np.ndarray:
-        run = RunConfig(
-            steps=steps, warmup_steps=round(point.warmup * steps), model=self._run.model
-        )
+        run = RunConfig(steps=steps, model=self._run.model)
+        warmup = run.default_warmup(round(point.warmup * steps))
+        run = dataclasses.replace(run, warmup_steps=warmup)
         run = with_own_schedule(run, point.optimizer.name)
         schedule = run.learning_rate(point.learning_rate)
         return np.asarray(schedule(jnp.arange(steps)))
