@@ -47,9 +47,8 @@ def fitting(
         except StateMismatchError:
             raise
         except Exception as error:
-            if (
-                params is None
-            ):  # Gradients have the parameters' shapes, but not always their dtypes.
+            if params is None:
+                # Gradients have the parameters' shapes, but not always their dtypes.
                 check_state(state, init, updates, dtypes=False)
             else:
                 check_state(state, init, params)

@@ -42,9 +42,8 @@ def soft_cap(logits: jax.Array, cap: float | None, form: CapForm = "tanh") -> ja
     if form == "tanh":
         bounded = jnp.tanh(z)
     else:
-        most = (
-            0.5 * float(jnp.finfo(z.dtype).max) ** 0.5
-        )  # the bound by then, and its square is finite
+        # There the value is the bound already, and the square is still finite.
+        most = 0.5 * float(jnp.finfo(z.dtype).max) ** 0.5
         z = jnp.clip(z, -most, most)
         bounded = z * jax.lax.rsqrt(1 + jnp.square(z))
     return (cap * bounded).astype(logits.dtype)
