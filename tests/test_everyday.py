@@ -98,7 +98,7 @@ def test_a_default_configuration_is_a_fixed_point(tmp_path):
     ("words", "expected"),
     [
         (["--config", "none.json"], "none.json: No such file"),
-        (["--config"], "path is empty"),
+        (["--config"], "--config needs a file"),
         (["--config", "a.json", "--config", "b.json"], "given twice"),
         (["--set", "sgd"], "takes OPTIMIZER.HYPERPARAMETER=VALUE"),
         (["--set", "sdg.momentum=0.5"], "'sdg' is no optimizer of this race; did you mean sgd"),

@@ -165,6 +165,7 @@ def thousandth(name: str, folder: Path, layers: int, **changes) -> RaceConfig:
         eval_batches=2,
         steps=5,
         schedule_steps=0,
+        warmup_steps=0,
         schedule_options=changes.pop("schedule_options", "decay_steps=4, shape=linear"),
         eval_every=2,
         data=(files["a"], files["b"]),
