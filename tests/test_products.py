@@ -1,106 +1,93 @@
-"""Products are done as a platform does them best, and give the same on all of them."""
+"""Products whose gradient is written for CPUs: the same numbers, in a training step only."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import ravine
-from ravine.optimizers.matrix.algebra import kronecker, newton_schulz, polar
-from ravine.optimizers.matrix.algebra.kronecker import mode_gram, mode_grams
+from flax import nnx
+from jax import lax
+from ravine.training.config import RunConfig
+from ravine.training.model import ModelConfig, Transformer
+from ravine.training.products import fast_products, product
+from ravine.training.step import init_params, init_state, make_loss, make_train_step
 
-BF16, F32, F64 = (jnp.dtype(name) for name in ("bfloat16", "float32", "float64"))
-
-
-def power_law(*shape: int) -> np.ndarray:
-    """Matrices with singular values that fall as 1/k, in float64."""
-    left, _, right = np.linalg.svd(np.random.default_rng(0).normal(size=shape), full_matrices=False)
-    return (left / np.arange(1, min(shape[-2:]) + 1)) @ right
+PLAIN = (((2,), (0,)), ((), ()))
 
 
-def products(function, *arguments) -> list:
-    """The products in a traced function, those in loops included."""
-    found = []
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("inner", "outer"), [(8, 6), (6, 8)])
+def test_same_value_and_gradients(inner, outer, dtype):
+    rng = np.random.default_rng(0)
+    x, kernel, out = (
+        jnp.asarray(rng.normal(size=shape), dtype)
+        for shape in ((3, 5, inner), (inner, outer), (3, 5, outer))
+    )
 
-    def visit(jaxpr):
-        for equation in jaxpr.eqns:
-            if equation.primitive.name == "dot_general":
-                found.append(equation)
-            for each in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
-                inner = getattr(each, "jaxpr", each)
-                if hasattr(inner, "eqns"):
-                    visit(inner)
+    def with_gradients(multiply):
+        return jax.vjp(lambda x, kernel: multiply(x, kernel, PLAIN), x, kernel)
 
-    visit(jax.make_jaxpr(lambda *arguments: function(*arguments))(*arguments).jaxpr)
-    return found
-
-
-def run_on(monkeypatch, platform: str) -> None:
-    for module in (kronecker, polar):
-        monkeypatch.setattr(module, "platform", lambda: platform)
-
-
-@pytest.mark.parametrize("axis", [0, 1, 2])
-@pytest.mark.parametrize("shape", [(2, 24, 40), (1, 3, 25, 7), (2, 2, 6, 5, 8)])
-def test_halved_gram_matrices_are_whole_ones(shape, axis, monkeypatch):
-    order = min(3, len(shape) - 1)
-    if axis >= order:
-        axis = 0
-    monkeypatch.setattr(newton_schulz, "SMALLEST_STRIP", 1)
-    newton_schulz.halvings.cache_clear()
-    x = power_law(*shape)
-    at = len(shape) - order + axis
-    unfolded = np.moveaxis(x, at, -1)
-    unfolded = unfolded.reshape(*shape[:-order], -1, shape[at])
-    expected = np.swapaxes(unfolded, -1, -2) @ unfolded
-    try:
-        found = mode_gram(jnp.asarray(x, jnp.float32), axis, order)
-        assert len(products(lambda x: mode_gram(x, axis, order), jnp.asarray(x, jnp.float32))) > 1
-    finally:
-        newton_schulz.halvings.cache_clear()
-    scale = np.abs(expected).max()
-    np.testing.assert_allclose(found, expected, rtol=0, atol=unfolded.shape[-2] * 2.0**-24 * scale)
+    found, theirs = with_gradients(product), with_gradients(lax.dot_general)
+    np.testing.assert_array_equal(found[0], theirs[0])
+    for mine, other in zip(found[1](out), theirs[1](out), strict=True):
+        assert (mine.dtype, mine.shape) == (other.dtype, other.shape)
+        wide = [np.asarray(each, np.float32) for each in (mine, other)]
+        unit = float(jnp.finfo(dtype).eps)
+        # Elements are sums of fifteen products at most, of numbers around one.
+        np.testing.assert_allclose(*wide, rtol=2 * unit, atol=16 * unit)
 
 
-def test_only_long_gram_matrices_are_halved_and_only_on_cpu(monkeypatch):
-    grams = lambda x: mode_grams(x, (0, 1), 2)
-    square, long = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((512, 512), (512, 2048)))
-    assert len(products(grams, square)) == 2
-    # The 512 x 512 matrix in halves, the 2048 x 2048 one in quarters.
-    assert len(products(grams, long)) == 2 + 2
-    run_on(monkeypatch, "tpu")
-    assert len(products(grams, long)) == 2
+def test_other_products_are_left_to_jax():
+    x, kernel = jnp.ones((2, 8)), jnp.ones((6, 8))
+    assert product(x, kernel, (((1,), (1,)), ((), ()))).shape == (2, 6)
+    kept = product(
+        x.astype(jnp.bfloat16),
+        kernel.T.astype(jnp.bfloat16),
+        (((1,), (0,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+    assert kept.dtype == jnp.float32
 
 
-@pytest.mark.parametrize(
-    ("platform", "precision"), [("tpu", "HIGH"), ("gpu", "HIGHEST"), ("cpu", "HIGHEST")]
-)
-def test_statistics_take_three_passes_on_tpu(platform, precision, monkeypatch):
-    run_on(monkeypatch, platform)
-    (found,) = products(lambda x: mode_gram(x, 0, 2), jnp.ones((4, 4)))
-    assert found.params["precision"] == (jax.lax.Precision[precision],) * 2
+def test_only_on_one_cpu_device(monkeypatch):
+    model = Transformer(ModelConfig(width=16, layers=1), rngs=nnx.Rngs(0))
+    layer = lambda: model.layers.feed_forward.down
+    with jax.set_mesh(jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])):
+        fast_products(model)
+    assert layer().dot_general is lax.dot_general
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "default_backend", lambda: "gpu")
+        fast_products(model)
+    assert layer().dot_general is lax.dot_general
+    fast_products(model)
+    assert layer().dot_general is product
 
 
-@pytest.mark.parametrize("platform", ["tpu", "gpu"])
-def test_newton_schulz_is_in_bfloat16_on_accelerators(platform, monkeypatch):
-    run_on(monkeypatch, platform)
-    tx, params = ravine.scale_by_muon(), {"w": jnp.ones((32, 64))}
-    found = products(tx.update, params, tx.init(params))
-    assert {x.aval.dtype for equation in found for x in equation.invars} == {BF16}
-    assert {x.aval.dtype for equation in found for x in equation.outvars} == {F32}
-    # As if asked for, where the form depends on the dtype too.
-    asked = ravine.scale_by_muon(polar=ravine.NewtonSchulz(dtype="bfloat16"))
-    again = products(asked.update, params, asked.init(params))
-    assert list(map(str, found)) == list(map(str, again))
+@pytest.mark.parametrize("options", [{}, {"layers": 3, "biases": True}, {"remat": True}])
+def test_train_step_has_the_gradients_of_the_loss(options):
+    config = dataclasses.replace(RunConfig().model, **options)
+    graphdef, params = init_params(config, 0)
+    tx = ravine.sgd(1.0)
+    batch = jax.random.randint(jax.random.key(1), (4, config.context + 1), 0, config.vocabulary)
+    step = jax.jit(make_train_step(graphdef, tx, attention_logits=False))
+    after, said = step(init_state(params, tx), batch)
+    loss, grads = jax.jit(jax.value_and_grad(make_loss(graphdef)))(params, batch)
+    assert float(said["loss"]) == pytest.approx(float(loss), rel=1e-6)
+    moved = jax.tree.map(lambda old, new: old - new, params, after.params)
+    for mine, other in zip(jax.tree.leaves(moved), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize(("given", "expected"), [(None, F32), ("bfloat16", BF16)])
-def test_newton_schulz_is_in_float32_on_cpu_unless_asked(given, expected):
-    polar_factor = ravine.NewtonSchulz(dtype=given)
-    found = products(polar_factor, jnp.ones((1, 32, 64)))
-    assert {x.aval.dtype for equation in found for x in equation.invars} == {expected}
-
-
-def test_matrices_in_float64_are_not_rounded_on_accelerators(monkeypatch, float64):
-    run_on(monkeypatch, "gpu")
-    found = products(ravine.NewtonSchulz(), jnp.ones((1, 8, 16), F64))
-    assert {x.aval.dtype for equation in found for x in equation.invars} == {F64}
+def test_products_are_kept_for_the_backward_pass():
+    """Rematerialisation keeps results of products; through `product` it has to know them still."""
+    config = dataclasses.replace(RunConfig().model, layers=3)
+    graphdef, params = init_params(config, 0)
+    tx = ravine.sgd(1.0)
+    batch = jnp.zeros((4, config.context + 1), int)
+    state = init_state(params, tx)
+    step = make_train_step(graphdef, tx, attention_logits=False)
+    grad = jax.grad(make_loss(graphdef))
+    products = lambda f, *args: str(jax.make_jaxpr(f)(*args)).count("dot_general[")
+    assert products(step, state, batch) == products(grad, params, batch)
